@@ -1,0 +1,201 @@
+#!/usr/bin/env bash
+# Sets up what is missing, then does what was asked. `./run.sh help` lists the commands.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+
+readonly CONTEST_DATA=data/datasets/fineweb10B_sp8192 # as DATA_PATH's default in train_gpt.py
+readonly SMALL_DATA=data/datasets/installed           # where `data/prepare.py installed` writes
+readonly VENV=$PWD/.venv
+
+usage() {
+  cat <<'EOF'
+  ./run.sh              train, pack and score: with GPUs and prepared data the full run on all GPUs, else a small run
+  ./run.sh check-setup  what that run would be, and whether this machine can do it
+  ./run.sh data ...     fetch or make data: python data/prepare.py ...
+  ./run.sh test         ruff and the default tests; `test slow`: the slow ones; `test all`: both; or pytest's arguments
+  ./run.sh help         this text, then every knob
+
+A knob is an environment variable: TTT_LR=3e-4 ./run.sh. Three more are read here:
+  DATA_PATH        folder of prepared data; where there are GPUs, it makes the run the full one
+  PYTHON           interpreter, at least 3.11 (default: python3). If it imports torch >= 2.11, that torch is used;
+                   else requirements.txt is installed into .venv
+  TORCH_INDEX_URL  package index to install torch from, such as https://download.pytorch.org/whl/cpu
+
+EOF
+}
+
+commands() { usage | sed -n 's|^  ./run.sh \([a-z-][a-z-]*\) .*|\1|p' | xargs; }
+
+# The small run: two CPU cores, five minutes, 3 GB. Its budget is in steps, so that it repeats exactly.
+small_job() {
+  export RUN_ID=${RUN_ID:-small} DATA_PATH=${DATA_PATH:-$SMALL_DATA}
+  export ITERATIONS=${ITERATIONS:-200} MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-0}
+  export VOCAB_SIZE=${VOCAB_SIZE:-2048} NUM_LAYERS=${NUM_LAYERS:-6} MODEL_DIM=${MODEL_DIM:-128}
+  export NUM_HEADS=${NUM_HEADS:-4} NUM_KV_HEADS=${NUM_KV_HEADS:-2}
+  export TRAIN_BATCH_TOKENS=${TRAIN_BATCH_TOKENS:-8192} TRAIN_ROW_TOKENS=${TRAIN_ROW_TOKENS:-2048}
+  export TRAIN_SEQ_LEN=${TRAIN_SEQ_LEN:-512} EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-512}
+}
+
+say() { printf 'run.sh: %s\n' "$*" >&2; }
+fail() { say "${@:2}" && exit "$1"; } # status, message
+
+# -----------------------------------------------------------------------------
+# Packages: `setup FILE...` leaves in $python an interpreter that has what the requirements files name.
+
+PATH=${PATH//"$VENV/bin:"/} # .venv may be active, or PYTHON lie in it: it cannot be made from itself
+[[ ${PYTHON:-} != "$VENV"/* && ${PYTHON:-} != .venv/* ]] || PYTHON=
+python=$VENV/bin/python
+base=${PYTHON:-$(head -n 1 "$VENV/made-from" 2>/dev/null || echo python3)}
+sharing= # or the option that lets .venv see the packages of $base
+
+setup() {
+  local lacking origin
+  if [[ -z ${PYTHON:-} ]] && installed "$@"; then return; fi
+  require_python
+  if has_torch; then
+    lacking=$(missing "$base" "$@")
+    if [[ -z $lacking ]]; then python=$base && return; fi
+    sharing=--system-site-packages
+  fi
+  origin=$("$base" -c 'import sys; print(sys.executable, sys.version_info[:2], *sys.argv[1:], sep="\n")' $sharing)
+  if [[ -e $VENV/made-from && $(<"$VENV/made-from") == "$origin" ]] && installed "$@"; then return; fi
+  install "$origin" "$@"
+}
+
+# .venv keeps a copy of every requirements file that it fulfils, and holds `installing` while it may be incomplete.
+installed() {
+  local file
+  [[ ! -e $VENV/installing ]] && "$python" -c 'import pip' &>/dev/null || return 1
+  for file in "$@"; do
+    cmp -s "$file" "$VENV/$file" || return 1
+  done
+}
+
+require_python() {
+  local remedy="install Python 3.11 or newer, or name one: PYTHON=/path/to/python3 ./run.sh"
+  command -v "$base" >/dev/null || fail 2 "found no $base: $remedy"
+  "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    fail 2 "$(command -v "$base") is $("$base" --version 2>&1), which is too old: $remedy"
+}
+
+has_torch() {
+  "$base" -c 'import sys, torch; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 11])' &>/dev/null
+}
+
+missing() { # interpreter, files: prints the lines whose package it lacks; packages are imported by their own names
+  "$1" - "${@:2}" <<'EOF'
+import fileinput, importlib.util, re
+for line in fileinput.input():
+    name = re.match("[a-z]+", line)
+    if name and not importlib.util.find_spec(name[0]):
+        print(line, end="")
+EOF
+}
+
+install() { # identity of $base, files
+  local file
+  clear_stale_venv "$1"
+  say "installing ${*:2} into .venv; the first time takes minutes"
+  mkdir -p "$VENV"
+  echo $$ >"$VENV/installing"
+  [[ -x $python ]] || make_venv
+  for file in "${@:2}"; do
+    pip_install "$file" || fail 1 "could not install $file: see above"
+    cp "$file" "$VENV/"
+  done
+  echo "$1" >"$VENV/made-from"
+  rm "$VENV/installing"
+}
+
+clear_stale_venv() { # one that was interrupted or made from another interpreter; one made by hand is kept
+  if [[ -s $VENV/installing ]] && kill -0 "$(<"$VENV/installing")" 2>/dev/null; then
+    fail 1 "process $(<"$VENV/installing") is installing into .venv: wait for it, or stop it"
+  fi
+  [[ ! -e $VENV/installing && (! -e $VENV/made-from || $(<"$VENV/made-from") == "$1") ]] || rm -rf "$VENV"
+}
+
+make_venv() {
+  local folder
+  # shellcheck disable=SC2086  # an empty $sharing must vanish
+  "$base" -m venv $sharing "$VENV" ||
+    fail 1 "$base cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install python3-venv)"
+  [[ -n $sharing ]] || return 0 # the option alone misses the packages of a $base in a virtual environment of its own
+  for folder in "$VENV"/lib/python*/site-packages; do
+    "$base" -c 'import site; print(*site.getsitepackages(), sep="\n")' >"$folder/shared.pth"
+  done
+}
+
+pip_install() { # a requirements file; when sharing, only what $base lacks, and never another torch
+  local pip=("$python" -m pip install --disable-pip-version-check)
+  [[ -t 1 ]] || pip+=(--quiet) # no progress bars in a log
+  if [[ -n $sharing ]]; then
+    "${pip[@]}" -r <(missing "$python" "$1")
+  elif [[ -n ${TORCH_INDEX_URL:-} && $1 == requirements.txt ]]; then
+    "${pip[@]}" --index-url "$TORCH_INDEX_URL" "$(grep '^torch==' "$1")" && "${pip[@]}" -r "$1"
+  else
+    "${pip[@]}" -r "$1"
+  fi
+}
+
+# -----------------------------------------------------------------------------
+# Jobs
+gpus=0 # of the full run; a small run uses one device, whatever it is
+
+choose_job() {
+  local found reason="torch finds no GPU"
+  found=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  if ((found > 0)); then
+    if [[ -n ${DATA_PATH:-} ]] || compgen -G "$CONTEST_DATA/fineweb_train_*.bin" >/dev/null; then
+      gpus=$found
+      say "full run on $gpus GPU(s) with ${DATA_PATH:-$CONTEST_DATA}"
+      return
+    fi
+    reason="found no data in $CONTEST_DATA"
+  fi
+  small_job
+  say "small run with $DATA_PATH: $reason"
+  if [[ $DATA_PATH == "$SMALL_DATA" ]]; then "$python" data/prepare.py installed; fi
+}
+
+start_job() { # nothing, or --check-setup
+  setup requirements.txt
+  choose_job
+  if ((gpus > 1 && $# == 0)); then
+    exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt.py
+  fi
+  exec "$python" train_gpt.py "$@"
+}
+
+run_python() {
+  setup requirements.txt
+  exec "$python" "$@"
+}
+
+run_tests() {
+  local status=0
+  setup requirements.txt requirements-dev.txt
+  case ${1:-} in
+    "" | all) "$python" -m ruff check . && "$python" -m ruff format --check . || status=1 ;;
+  esac
+  case ${1:-} in
+    slow) set -- -m slow "${@:2}" ;;
+    all) set -- -m "slow or not slow" "${@:2}" ;;
+  esac
+  "$python" -m pytest "$@" || status=$?
+  exit "$status"
+}
+
+main() {
+  local command=${1:-}
+  (($# == 0)) || shift
+  case $command in
+    "") start_job ;;
+    check-setup) start_job --check-setup ;;
+    data) run_python data/prepare.py "$@" ;;
+    test) run_tests "$@" ;;
+    help | -h | --help) usage && run_python train_gpt.py --help ;;
+    *) fail 2 "unknown command '$command'; the commands are: $(commands)" ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,2339 @@
+"""
+Train a small GPT, pack it into 16 MB, read it back and score it in bits per byte with test-time training.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py     the entry: 600 s to train, 600 s to evaluate, 8 GPUs
+    python train_gpt.py                                       the same on one device
+    python train_gpt.py --help                                every knob; a knob is an environment variable
+    python train_gpt.py --check-setup                         what would be run, and whether it can be
+    ARTIFACT=logs/RUN.ptz python train_gpt.py                 score an artifact; no training data needed
+
+A run leaves logs/<RUN_ID>.txt (its source, its settings, its progress, its result), .json (the result) and .ptz (the artifact).
+
+Sections, in the order of the run: Config, Distributed and log, Data, Attention, Model, Optimizer, Training, Quantise,
+Pack, Score, Test-time training, main.
+Shapes: B rows or documents, T tokens, D model width, H query heads, K key/value heads, h head width, V vocabulary,
+R adapter rank, S attention segments.
+"""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as torch_dist
+import torch.nn.functional as F
+import zstandard
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+
+BOS = 1  # stands before every document; a constant of the data, not a knob
+
+
+class UserError(ValueError):
+    """What a user can cause and mend: the message says what was found, what was expected and what to do."""
+
+
+class ConfigError(UserError):
+    """A knob or a combination of knobs that cannot be run."""
+
+
+class DataError(UserError):
+    """A file from outside that is not what it should be."""
+
+
+# -----------------------------------------------------------------------------
+# Config: every knob once, with its default, its unit and a line of doc. Nothing else reads the environment.
+
+
+def knob(default: Any, doc: str, *, group: str = "", unit: str = "", low: float | None = None,
+         high: float | None = None, full: Any = None, only: tuple[str, str] | None = None) -> Any:
+    """A field of a config. `full` is the default under TTT_PARAMS=full where it differs; `only` names the knob and the
+    value without which this one has no effect, so that setting it then is refused. `group` opens a group of --help."""
+    meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, full=full, only=only)
+    return field(default=default if full is None else None, metadata=meta)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the artifact carries to rebuild the network that it holds. A width, count or scale of 0 turns a part off."""
+    vocab_size: int = knob(8192, "pieces of the tokenizer", group="Model", unit="tokens", low=4, high=65536)
+    num_layers: int = knob(11, "distinct blocks", low=1)
+    model_dim: int = knob(512, "width of the residual stream", low=8)
+    num_heads: int = knob(8, "query heads", low=1)
+    num_kv_heads: int = knob(4, "key/value heads, each shared by a group of query heads", low=1)
+    mlp_mult: int = knob(4, "hidden width of the MLP", unit="x MODEL_DIM", low=1)
+    mlp_leaky_slope: float = knob(0.5, "the activation is LeakyReLU(slope), squared; 0 = ReLU squared", low=0, high=1)
+    rope_dims: int = knob(16, "dimensions of a head that are rotated by position, 0 = none", low=0)
+    rope_base: float = knob(10000.0, "wavelength base of the rotation", low=1)
+    qk_gain_init: float = knob(5.0, "start of the learned gain of every query head", low=0)
+    xsa_last_n: int = knob(11, "last blocks whose attention output drops its part along the own value (XSA)", low=0)
+    attn_gate_width: int = knob(12, "inputs of the gate on every head's output, 0 = no gate", low=0)
+    attn_gate_scale: float = knob(0.5, "factor on the gate's input", low=0)
+    smear_width: int = knob(12, "inputs of the gate that adds the embedding of the token before, 0 = none", low=0)
+    ln_scale_power: float = knob(0.5, "block l sees its input divided by (l+1)^power, 0 = as it is", low=0)
+    logit_softcap: float = knob(30.0, "logits are squashed into +-cap by tanh, 0 = not", low=0)
+    unet_skips: int = knob(8, "most skip connections from the first half of the visits to the second, 0 = none", low=0)
+    parallel_start_layer: int = knob(8, "first block with separate lanes for attention and MLP, 0 = none", low=0)
+    num_loops: int = knob(2, "further runs of the blocks LOOP_START..LOOP_END, 0 = none", low=0)
+    loop_start: int = knob(3, "first block of the loop", low=0)
+    loop_end: int = knob(5, "last block of the loop", low=0)
+
+    def __post_init__(self):
+        require(self.model_dim % self.num_heads == 0,
+                f"MODEL_DIM={self.model_dim} must be a multiple of NUM_HEADS={self.num_heads}")
+        require(self.num_heads % self.num_kv_heads == 0,
+                f"NUM_HEADS={self.num_heads} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}")
+        require(self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
+                f"ROPE_DIMS={self.rope_dims} must be even and at most the head width, {self.head_dim}")
+        require(max(self.attn_gate_width, self.smear_width) <= self.model_dim,
+                f"ATTN_GATE_WIDTH and SMEAR_WIDTH must be at most MODEL_DIM={self.model_dim}")
+        require(self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
+                f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks "
+                "(NUM_LOOPS=0 turns the loop off)")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def kv_dim(self) -> int:
+        return self.head_dim * self.num_kv_heads
+
+
+LORA, FULL = ("ttt_params", "lora"), ("ttt_params", "full")
+SGD, ADAMW = ("ttt_optimizer", "sgd"), ("ttt_optimizer", "adamw")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """How one run behaves; never needed to rebuild an artifact's network."""
+    run_id: str = knob("", "name of the files in logs/; empty = the time of day", group="Run")
+    seed: int = knob(1337, "seeds the initial weights and the adapters", low=0, high=2**31)
+    device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to run; auto = GPUs if there are any")
+    data_path: str = knob("data/datasets/fineweb10B_sp8192", "folder of the shards")
+    tokenizer_path: str = knob("", "SentencePiece model; empty = the one that DATA_PATH/manifest.json names")
+    artifact: str = knob("", "an existing artifact: evaluate it alone, train nothing")
+    artifact_bytes: int = knob(16_000_000, "most bytes of this file and the packed model together", unit="bytes", low=1)
+    checkpoint_seconds: float = knob(0.0, "training time between two checkpoints, 0 = none", unit="s", low=0)
+    resume: str = knob("", "a checkpoint to go on from")
+    compile: int = knob(1, "1 = compile the model on a GPU, 0 = run it eagerly", low=0, high=1)
+
+    iterations: int = knob(0, "training steps, 0 = as many as the time allows", group="Budget", unit="steps", low=0)
+    max_wallclock_seconds: float = knob(600.0, "from the first batch to the packed file, 0 = no limit", unit="s", low=0)
+    eval_seconds: float = knob(600.0, "from opening the artifact to the final score, 0 = no limit", unit="s", low=0)
+    warmup_steps: int = knob(2, "steps on random tokens before the clock, for each loop mode; undone", unit="steps", low=0)
+
+    train_batch_tokens: int = knob(786_432, "tokens of a step over all ranks", group="Data", unit="tokens", low=8)
+    train_row_tokens: int = knob(32_768, "tokens of a row; a batch is a fixed list of rows dealt to ranks", unit="tokens",
+                                 low=8)
+    micro_batch_tokens: int = knob(98_304, "most tokens of one forward pass on one device", unit="tokens", low=8)
+    train_seq_len: int = knob(2048, "longest context in training", unit="tokens", low=2)
+    train_log_every: int = knob(50, "steps between two lines of progress", unit="steps", low=1)
+    val_loss_every: int = knob(0, "steps between two validations, off the clock; 0 = only at the end", unit="steps", low=0)
+
+    matrix_lr: float = knob(0.026, "Muon's learning rate", group="Optimizer", low=0)
+    embed_lr: float = knob(0.03, "AdamW's learning rate for the tied embedding", low=0)
+    scalar_lr: float = knob(0.02, "AdamW's learning rate for gains and gates", low=0)
+    muon_momentum: float = knob(0.97, "momentum of Muon", low=0, high=0.9999)
+    muon_momentum_start: float = knob(0.92, "momentum at the first step", low=0, high=0.9999)
+    muon_momentum_warmup_frac: float = knob(0.30, "part of the budget over which momentum rises", low=0, high=1)
+    muon_ns_steps: int = knob(5, "Newton-Schulz steps", low=1, high=5)
+    muon_wd: float = knob(0.095, "decoupled weight decay of matrices", low=0)
+    embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", low=0)
+    scalar_wd: float = knob(0.02, "decoupled weight decay of gains and gates", low=0)
+    beta1: float = knob(0.9, "AdamW", low=0, high=0.9999)
+    beta2: float = knob(0.99, "AdamW", low=0, high=0.99999)
+    adam_eps: float = knob(1e-8, "AdamW", low=0)
+    grad_clip_norm: float = knob(0.3, "largest norm of the whole reduced gradient, 0 = no limit", low=0)
+    warmdown_frac: float = knob(0.85, "last part of the budget, over which the learning rate falls", low=0, high=1)
+    min_lr: float = knob(0.10, "learning rate at the end, as a part of the full one", low=0, high=1)
+    ema_horizon_frac: float = knob(0.06, "weights are averaged over this part of the budget, 0 = last ones", low=0, high=1)
+    enable_looping_at: float = knob(0.35, "part of the budget after which the loop runs", low=0, high=1)
+
+    gptq_calibration_batches: int = knob(16, "training batches whose inputs weigh the errors", group="Quantisation",
+                                         unit="batches", low=1)
+    gptq_damping: float = knob(0.01, "added to the Hessian's diagonal, as a part of its mean", low=1e-6)
+    matrix_bits: int = knob(6, "width of the integers of matrices", unit="bits", low=2, high=8)
+    embed_bits: int = knob(7, "width of the integers of the embedding", unit="bits", low=2, high=8)
+    attn_clip_sigmas: float = knob(13.0, "range of attention matrices, in deviations of their rows", low=1)
+    mlp_clip_sigmas: float = knob(11.5, "range of MLP matrices", low=1)
+    embed_clip_sigmas: float = knob(14.0, "range of the embedding", low=1)
+    quant_clip_floor: float = knob(6.0, "the fit to ARTIFACT_BYTES makes no range narrower than this", low=1)
+
+    eval_seq_len: int = knob(2048, "longest context in evaluation", group="Evaluation", unit="tokens", low=8)
+    eval_stride: int = knob(512, "new tokens per window after the first, without adaptation", unit="tokens", low=1)
+
+    ttt_enabled: int = knob(1, "test-time training: 1 = on, 0 = off", group="Test-time training", low=0, high=1)
+    ttt_scope: Literal["document", "stream"] = knob("document", "what starts anew at every document, or goes on")
+    ttt_params: Literal["lora", "full"] = knob("lora", "what adapts: low-rank corrections, or the weights themselves")
+    ttt_optimizer: Literal["sgd", "adamw"] = knob("adamw", "rule of a step", full="sgd")
+    ttt_lr: float = knob(1e-4, "learning rate", low=0, full=0.005)
+    ttt_epochs: int = knob(1, "steps on every chunk", unit="steps", low=1, full=3)
+    ttt_chunk_tokens: int = knob(48, "tokens scored before each learning", unit="tokens", low=8, full=32_768)
+    ttt_cosine: int = knob(0, "1 = the rate falls by a cosine over the steps on a chunk", low=0, high=1, full=1)
+    ttt_momentum: float = knob(0.9, "SGD", low=0, high=0.9999, only=SGD)
+    ttt_beta1: float = knob(0.0, "AdamW", low=0, high=0.9999, only=ADAMW)
+    ttt_beta2: float = knob(0.99, "AdamW", low=0, high=0.99999, only=ADAMW)
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay", low=0, full=0.0)
+    ttt_grad_clip: float = knob(0.0, "largest norm of a document's gradient, 0 = no limit", low=0, full=1.0)
+    ttt_ns_steps: int = knob(0, "Newton-Schulz steps on every update, 0 = plain", low=0, high=5)
+    ttt_entropy_low: float = knob(0.0, "predictive entropy under which the rate is scaled down", unit="nats", low=0)
+    ttt_entropy_high: float = knob(0.0, "entropy over which the rate is scaled down, 0 = no limit", unit="nats", low=0)
+    ttt_min_doc_tokens: int = knob(0, "learning starts once a document has so many scored tokens", unit="tokens", low=0)
+    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=LORA)
+    ttt_lora_rank: int = knob(80, "rank of the corrections", low=1, only=LORA)
+    ttt_lora_alpha: float = knob(144.0, "corrections are scaled by alpha / rank", low=0, only=LORA)
+    ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "what is corrected: any of q,k,v,o,mlp,head", only=LORA)
+    ttt_freeze_blocks: int = knob(2, "first blocks that do not adapt", low=0, only=FULL)
+    ttt_lr_mult_mlp_out: float = knob(3.0, "factor on the rate of MLP output matrices", low=0, only=FULL)
+    ttt_lr_mult_in: float = knob(0.5, "factor on the rate of q, k, v and MLP input matrices", low=0, only=FULL)
+
+    def __post_init__(self):
+        for f in fields(self):  # defaults that depend on what adapts
+            if getattr(self, f.name) is None:
+                object.__setattr__(self, f.name, f.metadata["full" if self.ttt_params == "full" else "default"])
+        require(self.iterations > 0 or self.max_wallclock_seconds > 0,
+                "ITERATIONS and MAX_WALLCLOCK_SECONDS are both 0: one of them must end the training")
+        require(self.train_batch_tokens % self.train_row_tokens == 0,
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of "
+                f"TRAIN_ROW_TOKENS={self.train_row_tokens}")
+        require(self.micro_batch_tokens >= max(self.train_row_tokens, self.eval_seq_len),
+                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must hold a row (TRAIN_ROW_TOKENS="
+                f"{self.train_row_tokens}) and a context (EVAL_SEQ_LEN={self.eval_seq_len})")
+        require(self.eval_stride <= self.eval_seq_len,
+                f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        require(not (self.artifact and self.resume), "ARTIFACT trains nothing, RESUME goes on training: set one of them")
+        self._check_ttt()
+
+    def _check_ttt(self):
+        require(not self.batched_ttt or self.ttt_chunk_tokens <= self.eval_seq_len,
+                f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} must fit the context, EVAL_SEQ_LEN={self.eval_seq_len}, "
+                "when documents adapt side by side (TTT_PARAMS=lora, TTT_SCOPE=document)")
+        require(self.ttt_entropy_high == 0 or self.ttt_entropy_low < self.ttt_entropy_high,
+                f"TTT_ENTROPY_LOW={self.ttt_entropy_low} must be under TTT_ENTROPY_HIGH={self.ttt_entropy_high}")
+        require(self.ttt_min_doc_tokens == 0 or self.ttt_scope == "document",
+                "TTT_MIN_DOC_TOKENS counts the tokens of a document; it means nothing under TTT_SCOPE=stream")
+        require(bool(self.lora_targets) and set(self.lora_targets) <= set(LORA_TARGETS),
+                f"TTT_LORA_TARGETS={self.ttt_lora_targets!r}: expected some of {','.join(LORA_TARGETS)}, with commas")
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        return tuple(self.ttt_lora_targets.split(","))
+
+    @property
+    def batched_ttt(self) -> bool:
+        """Many documents adapt side by side, each with corrections of its own."""
+        return self.ttt_params == "lora" and self.ttt_scope == "document"
+
+
+LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
+CONFIGS = (ModelConfig, RunConfig)
+OUR_FAMILIES = ("TTT_", "MUON_", "GPTQ_", "QUANT_", "XSA_", "ROPE_", "LOOP_", "SMEAR_", "ATTN_GATE_", "UNET_", "EVAL_")
+
+
+def require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
+    """One environment string -> one checked value."""
+    want = f"{name}={text!r}: {meta['doc']}; expected "
+    choices = get_args(kind)
+    if choices:
+        require(text in choices, want + " | ".join(choices))
+        return text
+    try:
+        value = kind(text.replace("_", "")) if kind is not str else text
+    except ValueError:
+        raise ConfigError(want + {int: "a whole number", float: "a number"}[kind]) from None
+    require(kind is not float or math.isfinite(value), want + "a finite number")
+    low, high = meta["low"], meta["high"]
+    require(low is None or value >= low, want + f"at least {low}")
+    require(high is None or value <= high, want + f"at most {high}")
+    return value
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein distance: insertions, deletions and replacements that turn a into b."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above_left, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            above_left, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above_left + (x != y))
+    return row[-1]
+
+
+def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
+    """A name that looks like a knob of ours and is none is an error, so that a typing error or a retired knob in an old
+    script fails loudly instead of silently training something else. Other programs' variables are left alone."""
+    known = set(knobs)
+    for name in sorted(set(env) - known):
+        near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+        misspelt = edit_distance(name, near) <= (2 if len(near) >= 8 else 1)
+        require(not misspelt and not name.startswith(OUR_FAMILIES), f"{name} is not a knob; did you mean {near}? "
+                "(python train_gpt.py --help lists them all)")
+
+
+def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
+    """Build both configs from the environment; the only function that reads it, with Dist.from_env."""
+    by_name = {f.name.upper(): (f, kind) for kind in CONFIGS for f in fields(kind)}
+    refuse_unknown(env, by_name)
+    values: dict[type, dict[str, Any]] = {kind: {} for kind in CONFIGS}
+    for name, (f, kind) in by_name.items():
+        if name in env:
+            values[kind][f.name] = parse_knob(name, env[name], get_type_hints(kind)[f.name], f.metadata)
+    model, run = (kind(**values[kind]) for kind in CONFIGS)
+    for name in values[RunConfig]:
+        f = by_name[name.upper()][0]
+        require(applies(f, run), f"{name.upper()} has no effect here: it needs "
+                f"{(f.metadata['only'] or ('', ''))[0].upper()}={(f.metadata['only'] or ('', ''))[1]}")
+    return model, run
+
+
+def applies(f: dataclasses.Field, config: Any) -> bool:
+    only = f.metadata["only"]
+    return only is None or getattr(config, only[0]) == only[1]
+
+
+def settings(*configs: Any) -> str:
+    """The configs as lines NAME=value, ready to paste into a shell; knobs without effect are left out."""
+    return "\n".join(f"{f.name.upper()}={getattr(c, f.name)}" for c in configs for f in fields(c) if applies(f, c))
+
+
+def describe_knobs() -> str:
+    """The text of --help: every knob with its default, unit and meaning, in groups."""
+    lines = [__doc__.split("\nA run leaves")[0].strip(), ""]
+    for f in (f for kind in CONFIGS for f in fields(kind)):
+        m = f.metadata
+        if m["group"]:
+            lines.append(f"\n{m['group']}")
+        default = str(m["default"]) if m["full"] is None else f"{m['default']} (full: {m['full']})"
+        unit = f" [{m['unit']}]" if m["unit"] else ""
+        only = f" (with {m['only'][0].upper()}={m['only'][1]})" if m["only"] else ""
+        choices = get_args(get_type_hints(ModelConfig if f in fields(ModelConfig) else RunConfig)[f.name])
+        which = f" ({' | '.join(choices)})" if choices else ""
+        lines.append(f"  {f.name.upper():26} {default or '-':24} {m['doc']}{which}{unit}{only}")
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
+
+
+class Dist:
+    """The ranks of a run. Device tensors travel by NCCL on GPUs; small decisions travel by gloo, from host to host, so
+    that agreeing on something never waits for a GPU."""
+
+    def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
+        self.rank, self.world, self.device = rank, world, torch.device(device)
+        self.main = rank == 0
+
+    @classmethod
+    def from_env(cls, device: str, env: Mapping[str, str] = os.environ) -> Dist:
+        """Join the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or stand alone."""
+        use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        require(not use_gpu or torch.cuda.is_available(), "DEVICE=cuda, but torch sees no GPU: use DEVICE=cpu or auto")
+        rank, world, local = (int(env.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if use_gpu:
+            require(local < torch.cuda.device_count(), f"rank {local} of this machine finds only "
+                    f"{torch.cuda.device_count()} GPUs: start torchrun with --nproc_per_node at most that")
+            torch.cuda.set_device(local)
+        if world > 1:
+            torch_dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
+        return cls(rank, world, f"cuda:{local}" if use_gpu else "cpu")
+
+    def sum_(self, x: Tensor) -> Tensor:
+        if self.world > 1:
+            torch_dist.all_reduce(x)
+        return x
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Sum (n, ...) over ranks and keep this rank's n / world rows."""
+        if self.world == 1:
+            return x
+        out = x.new_empty(len(x) // self.world, *x.shape[1:])
+        if x.is_cuda:
+            torch_dist.reduce_scatter_tensor(out, x)
+            return out
+        return self.sum_(x).chunk(self.world)[self.rank].clone()  # gloo has no reduce-scatter
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """(n, ...) of every rank -> (n * world, ...) on all."""
+        if self.world == 1:
+            return x
+        out = x.new_empty(len(x) * self.world, *x.shape[1:])
+        torch_dist.all_gather_into_tensor(out, x.contiguous())
+        return out
+
+    def agree(self, *values: float) -> list[float]:
+        """Rank 0's numbers, on every rank."""
+        box = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            torch_dist.broadcast(box, src=0)
+        return box.tolist()
+
+    def largest(self, value: float) -> float:
+        box = torch.tensor(value, dtype=torch.float64)
+        if self.world > 1:
+            torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
+        return box.item()
+
+    def barrier(self) -> None:
+        self.largest(0.0)
+
+    def finish_kernels(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def close(self) -> None:
+        if self.world > 1:
+            torch_dist.destroy_process_group()
+
+
+class Log:
+    """Lines to the screen and to logs/<RUN_ID>.txt; rank 0 alone has either."""
+
+    def __init__(self, path: Path | None, screen: bool = False):
+        self.file, self.screen = None, screen
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115, open for the whole run
+
+    def __call__(self, message: str, screen: bool = True) -> None:
+        if self.screen and screen:
+            print(message, flush=True)
+        if self.file is not None:
+            self.file.write(message + "\n")
+            self.file.flush()
+
+
+class Stopwatch:
+    """Seconds of every phase. `clock` names the phases that count against a limit; pauses are phases of their own."""
+
+    def __init__(self, dist: Dist):
+        self.dist, self.seconds, self.stack = dist, {}, []
+        self.since = time.perf_counter()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self.stack:
+            self.seconds[self.stack[-1]] = self.seconds.get(self.stack[-1], 0.0) + now - self.since
+        self.since = now
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time spent inside goes to `name`, and not to the phase around it."""
+        self._book()
+        self.stack.append(name)
+        try:
+            yield
+            self.dist.finish_kernels()
+        finally:
+            self._book()
+            self.stack.pop()
+
+    def total(self, *names: str) -> float:
+        """Seconds so far of these phases, the running one included."""
+        self._book()
+        return sum(self.seconds.get(name, 0.0) for name in names)
+
+
+TRAINING_CLOCK = ("train", "calibrate", "quantise", "pack")  # from the first real batch to the packed file
+EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from opening the artifact to the final score
+
+
+def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
+    """Write beside, then rename: a reader sees the whole file or none, and an interrupted write leaves nothing."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(beside, "wb") as out:
+            for chunk in chunks:
+                out.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; free some space or choose another folder") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+# -----------------------------------------------------------------------------
+# Data: shards are memory-mapped and hostile until checked; a batch is a pure function of its number.
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+
+
+def read_shard(path: Path | str) -> np.ndarray:
+    """Memory-map a shard: 256 little-endian int32 (magic, version, count, zeros), then `count` uint16 -> (count,)."""
+    path, header_bytes = Path(path), 4 * SHARD_HEADER_INTS
+    hint = "prepare the data again (./run.sh data --help)"
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}; {hint}") from None
+    if size < header_bytes:
+        raise DataError(f"{path}: {size} bytes are too few for a shard's header of {header_bytes}; {hint}")
+    magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise DataError(f"{path}: not a shard: magic and version are {magic}, {version}, expected {SHARD_MAGIC}, "
+                        f"{SHARD_VERSION}; {hint}")
+    if count < 0 or size != header_bytes + 2 * count:
+        raise DataError(f"{path}: the header promises {count} tokens, the size of {size} bytes holds "
+                        f"{(size - header_bytes) / 2:g}: truncated or damaged; {hint}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,)) if count else np.zeros(0, "<u2")
+
+
+def find_shards(folder: str, kind: str) -> list[Path]:
+    """The shards fineweb_<kind>_NNNNNN.bin of a folder, in order; at least one."""
+    paths = sorted(Path(folder).glob(f"fineweb_{kind}_[0-9]*.bin"))
+    if not paths:
+        raise DataError(f"DATA_PATH={folder}: no fineweb_{kind}_*.bin there; prepare data (./run.sh data --help) "
+                        "or set DATA_PATH to a prepared folder")
+    return paths
+
+
+class PieceBytes(NamedTuple):
+    """What a tokenizer's pieces weigh, by the contest's formula."""
+    plain: np.ndarray    # (V,) int64, UTF-8 bytes of the piece without its leading space mark
+    space: np.ndarray    # (V,) bool, it begins with the space mark
+    control: np.ndarray  # (V,) bool, control or unknown: no bytes, and no space is counted after it
+
+
+def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
+    """A byte piece is 1 byte; any other its UTF-8 length without the leading "▁"; control and unknown pieces 0."""
+    size = tokenizer.get_piece_size()
+    plain, space, control = np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool)
+    for i in range(size):
+        piece = tokenizer.id_to_piece(i)
+        control[i] = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+        if control[i]:
+            continue
+        space[i] = piece.startswith("▁") and not tokenizer.is_byte(i)
+        plain[i] = 1 if tokenizer.is_byte(i) else len(piece.removeprefix("▁").encode())
+    return PieceBytes(plain, space, control)
+
+
+def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
+    """Bytes that every token of a stream stands for: its piece's, and 1 for a leading space unless the token before is a
+    control token such as BOS. (n,) -> (n,) int64; the first token, which nobody predicts, has no token before it."""
+    after_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])
+    return pieces.plain[tokens] + (pieces.space[tokens] & after_text)
+
+
+class Tokenizer(NamedTuple):
+    path: Path
+    sha256: str
+    processor: sentencepiece.SentencePieceProcessor
+
+
+def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer of the data: TOKENIZER_PATH, or what the manifest in DATA_PATH names."""
+    path = Path(run.tokenizer_path) if run.tokenizer_path else manifest_tokenizer(Path(run.data_path))
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        blob = path.read_bytes()
+        processor.LoadFromSerializedProto(blob)
+        size = processor.get_piece_size()
+    except OSError as error:
+        raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; set TOKENIZER_PATH") from None
+    except RuntimeError:
+        raise DataError(f"{path}: not a SentencePiece model; set TOKENIZER_PATH to one") from None
+    if size != vocab_size:
+        raise DataError(f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={size} "
+                        "or another TOKENIZER_PATH")
+    if processor.bos_id() != BOS:
+        raise DataError(f"{path}: the tokenizer's BOS is {processor.bos_id()}, expected {BOS}: train it with bos_id={BOS}")
+    return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor)
+
+
+def manifest_tokenizer(folder: Path) -> Path:
+    """The tokenizer that a prepared folder's manifest.json names, relative to that folder."""
+    try:
+        named = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]["path"]
+    except OSError:
+        raise DataError(f"{folder}: no manifest.json names the tokenizer; set TOKENIZER_PATH") from None
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{folder / 'manifest.json'}: names no tokenizer; set TOKENIZER_PATH") from None
+    return folder / str(named)
+
+
+class Documents(NamedTuple):
+    """The validation set: a stream of tokens and where its documents begin."""
+    tokens: np.ndarray  # (n,) uint16, BOS before every document
+    bytes: np.ndarray   # (n,) int64, bytes of original text that a token stands for
+    starts: np.ndarray  # (documents + 1,) position of every BOS, then n
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Targets of every document: its tokens after BOS and the BOS that follows it; the last has no closing BOS."""
+        return np.minimum(self.starts[1:], len(self.tokens) - 1) - self.starts[:-1]
+
+    def span(self, i: int) -> np.ndarray:
+        """Document i with its closing BOS: (lengths[i] + 1,)."""
+        return self.tokens[self.starts[i]:self.starts[i] + self.lengths[i] + 1]
+
+    def target_bytes(self) -> np.ndarray:
+        """Bytes of every document's targets (documents,)."""
+        ahead = np.concatenate([[0], np.cumsum(self.bytes[1:], dtype=np.int64)])  # ahead[t]: bytes of targets 1..t
+        return ahead[self.starts[:-1] + self.lengths] - ahead[self.starts[:-1]]
+
+
+def split_documents(tokens: np.ndarray, token_bytes: np.ndarray) -> Documents:
+    return Documents(tokens, token_bytes, np.append(np.flatnonzero(tokens == BOS), len(tokens)))
+
+
+def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Documents:
+    """All validation shards, checked whole: they are small, and a wrong one would cost a whole run."""
+    paths = find_shards(folder, "val")
+    shards = [read_shard(p) for p in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        if len(shard) < 2 or shard[0] != BOS:
+            raise DataError(f"{path}: validation must begin with BOS ({BOS}) and hold a document: found "
+                            f"{shard[:4].tolist()}; prepare the data again")
+        if int(shard.max()) >= vocab_size:
+            raise DataError(f"{path}: token {int(shard.max())} is not below VOCAB_SIZE={vocab_size}: the shards were made "
+                            "with another tokenizer")
+    sidecars = [p.with_name(p.name.replace("fineweb_val_", "fineweb_val_bytes_")) for p in paths]
+    tokens = np.concatenate(shards)
+    if not any(p.exists() for p in sidecars):
+        return split_documents(tokens, contest_bytes(tokens, piece_bytes(tokenizer.processor)))
+    counts = [read_shard(p) for p in sidecars]
+    for path, shard, count in zip(sidecars, shards, counts, strict=True):
+        if len(shard) != len(count):
+            raise DataError(f"{path}: {len(count)} entries for {len(shard)} tokens; prepare the data again")
+    return split_documents(tokens, np.concatenate(counts).astype(np.int64))
+
+
+class Segments(NamedTuple):
+    """Where attention restarts in a packed row of N tokens."""
+    starts: Tensor     # (S + 1,) int32, first token of every segment, then N
+    positions: Tensor  # (N,) int64, place of every token in its segment
+    longest: int       # no segment is longer
+
+
+def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
+    """First tokens of the segments of consecutive rows: a row's first token, every BOS, and every seq_len tokens after
+    one of these. (N,) -> (S,)"""
+    first = tokens == BOS
+    first[::row_tokens] = True
+    starts = np.flatnonzero(first)
+    pieces = -(-np.diff(starts, append=len(tokens)) // seq_len)  # segments of every stretch, rounded up
+    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    return np.repeat(starts, pieces) + nth * seq_len
+
+
+class Packed(NamedTuple):
+    """One forward pass of packed text."""
+    tokens: Tensor   # (1, N) int64
+    targets: Tensor  # (1, N) int64
+    segments: Segments
+
+
+def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, longest: int, device: torch.device) -> Packed:
+    """Arrays (N,), (N,), (S,) -> device tensors; the copy does not wait for the GPU."""
+    bounds = np.append(starts, len(tokens)).astype(np.int32)
+    positions = np.arange(len(tokens)) - np.repeat(starts, np.diff(bounds))
+    parts = [torch.from_numpy(np.ascontiguousarray(a, dtype=t)) for a, t in
+             ((tokens, np.int64), (targets, np.int64), (bounds, np.int32), (positions, np.int64))]
+    if device.type == "cuda":
+        parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
+        torch._dynamo.mark_dynamic(parts[2], 0)  # the number of segments differs in every batch: never recompile for it
+    x, y, bounds_t, positions_t = parts
+    return Packed(x[None], y[None], Segments(bounds_t, positions_t, longest))
+
+
+class TrainingStream:
+    """The training shards as one endless stream, dealt in batches of consecutive rows. Batch b is the same whatever the
+    number of ranks; rank r gets the r-th share of its rows, cut into equal micro-batches."""
+
+    def __init__(self, run: RunConfig, vocab_size: int, dist: Dist):
+        self.run, self.vocab_size, self.dist = run, vocab_size, dist
+        self.paths = find_shards(run.data_path, "train")
+        self.shards = [read_shard(p) for p in self.paths]
+        self.ends = np.cumsum([len(s) for s in self.shards])
+        self.rows_per_pass, self.passes = deal_rows(run, dist.world)
+        self.worker = ThreadPoolExecutor(1)
+        self.next: tuple[int, Future] | None = None
+        if self.total <= run.train_row_tokens:
+            raise DataError(f"DATA_PATH={run.data_path}: {self.total} training tokens are less than one row "
+                            f"(TRAIN_ROW_TOKENS={run.train_row_tokens}); prepare more data or lower TRAIN_ROW_TOKENS")
+
+    @property
+    def total(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from any position of the endless stream: (count,) uint16."""
+        out, filled, at = np.empty(count, np.uint16), 0, start % self.total
+        while filled < count:
+            i = int(np.searchsorted(self.ends, at, side="right"))
+            inside = at - (int(self.ends[i]) - len(self.shards[i]))
+            part = self.shards[i][inside:inside + count - filled]
+            if int(part.max()) >= self.vocab_size:
+                raise DataError(f"{self.paths[i]}: token {int(part.max())} is not below VOCAB_SIZE={self.vocab_size}: "
+                                "the shards were made with another tokenizer")
+            out[filled:filled + len(part)] = part
+            filled, at = filled + len(part), (at + len(part)) % self.total
+        return out
+
+    def _load(self, batch: int) -> list[Packed]:
+        rows = self.rows_per_pass * self.run.train_row_tokens
+        first = batch * self.run.train_batch_tokens + self.dist.rank * self.passes * rows
+        packed = []
+        for i in range(self.passes):
+            text = self.read(first + i * rows, rows + 1)
+            if batch == 0 and BOS not in text:
+                raise DataError(f"{self.paths[0]}: no BOS ({BOS}) in the first {len(text)} tokens: documents cannot be "
+                                "told apart; prepare the data again")
+            starts = segment_starts(text[:-1], self.run.train_row_tokens, self.run.train_seq_len)
+            packed.append(pack_row(text[:-1], text[1:], starts, self.run.train_seq_len, self.dist.device))
+        return packed
+
+    def batch(self, number: int) -> list[Packed]:
+        """This rank's micro-batches of a batch; the next one is fetched meanwhile."""
+        if self.next is None or self.next[0] != number:
+            self.next = (number, self.worker.submit(self._load, number))
+        got = self.next[1].result()
+        self.next = (number + 1, self.worker.submit(self._load, number + 1))
+        return got
+
+    def epoch(self, batch: int) -> float:
+        """How often the data has been read when this many batches are done."""
+        return batch * self.run.train_batch_tokens / self.total
+
+
+def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
+    """(rows of one forward pass, passes of a step) on each rank."""
+    rows = run.train_batch_tokens // run.train_row_tokens
+    if rows % world:
+        nearest = max(1, round(rows / world)) * world * run.train_row_tokens
+        raise ConfigError(f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} is {rows} rows of {run.train_row_tokens} tokens, "
+                          f"which {world} ranks cannot share equally; the nearest valid batch is {nearest}")
+    share = rows // world
+    fit = max(n for n in range(1, share + 1) if share % n == 0 and n * run.train_row_tokens <= run.micro_batch_tokens)
+    return fit, share // fit
+
+
+# -----------------------------------------------------------------------------
+# Attention: the one seam between devices. Nothing above it knows which kernel ran.
+
+VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """Causal attention inside every segment, or inside every row where there are none.
+    (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h); with segments B is 1."""
+    if segments is None:
+        return attend_rows(q, k, v)
+    if q.is_cuda:
+        bounds, longest = segments.starts, segments.longest
+        return varlen_attn(q[0], k[0], v[0], bounds, bounds, longest, longest, window_size=(-1, 0), **VARLEN_GQA)[None]
+    sizes = segments.starts.diff().tolist()
+    parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
+    return torch.cat([attend_rows(*part) for part in parts], 1)
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, K, T, h) twice
+    if not q.is_cuda:  # the CPU's fast kernel knows no groups
+        group = q.size(1) // k.size(1)
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def rotary(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles: (..., T) -> two of (..., T, 1, dims / 2), fp32.
+    RoPE, Su et al. 2021 (arXiv 2104.09864), on the first `dims` dimensions of a head."""
+    frequency = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1))
+    angle = positions[..., None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + dims / 2) of the first `dims` dimensions of every head: (B, T, H, h) -> the same."""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half].float(), x[..., half:2 * half].float(), x[..., 2 * half:]
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
+
+
+# -----------------------------------------------------------------------------
+# Model: one forward pass. Training, scoring and adaptation all run these lines; an adapter adds its corrections to them.
+
+
+class LowRank(NamedTuple):
+    """Corrections of one matrix, one per document: x -> scale * up(down(x))."""
+    down: Tensor  # (B, R, in) fp32
+    up: Tensor    # (B, out, R) fp32
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, T, in) -> (B, T, out)"""
+        return (x @ self.down.mT.to(x.dtype)) @ self.up.mT.to(x.dtype) * self.scale
+
+
+class Deltas(NamedTuple):
+    """The corrections of one visit to a block; None leaves a matrix alone. `mlp` stands beside the whole MLP."""
+    q: LowRank | None = None
+    k: LowRank | None = None
+    v: LowRank | None = None
+    o: LowRank | None = None
+    mlp: LowRank | None = None
+
+
+NO_DELTAS = Deltas()
+
+
+class Skip(NamedTuple):
+    """A U-Net connection that ends at this visit: x <- lerp(weight * saved, x, sigmoid(gate))."""
+    saved: Tensor   # (B, T, D)
+    weight: Tensor  # (D,)
+    gate: Tensor    # (D,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.lerp(self.weight.to(x.dtype) * self.saved, x, self.gate.sigmoid().to(x.dtype))
+
+
+class Linear(nn.Module):
+    """A matrix: fp32 master weight, multiplied in the dtype of x, with an optional test-time correction."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
+        y = F.linear(x, self.weight.to(x.dtype))
+        return y if delta is None else y + delta(x)
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys, partial RoPE, XSA and a sparse output gate."""
+
+    def __init__(self, c: ModelConfig, index: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.gate_width, self.gate_scale = c.attn_gate_width, c.attn_gate_scale
+        self.exclusive = index >= c.num_layers - c.xsa_last_n
+        self.q, self.k = Linear(c.model_dim, c.model_dim), Linear(c.model_dim, c.kv_dim)
+        self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)
+        self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
+        self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
+
+    def forward(self, n: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None, d: Deltas) -> Tensor:
+        """Normalised input (B, T, D) -> (B, T, D)"""
+        B, T, D = n.shape
+        q = norm(self.q(n, d.q).view(B, T, self.heads, self.head_dim))
+        k = norm(self.k(n, d.k).view(B, T, self.kv_heads, self.head_dim))
+        v = self.v(n, d.v).view(B, T, self.kv_heads, self.head_dim)
+        q, k = rotate(q, *rope) * self.q_gain.to(q.dtype)[:, None], rotate(k, *rope)
+        y = attend(q, k, v, segments)
+        if self.exclusive:  # drop what a token says of itself: the part of y along its own value, per KV group
+            own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
+            y = y.reshape(B, T, self.kv_heads, -1, self.head_dim)
+            y = y - (y * own).sum(-1, keepdim=True) * own
+        y = y.reshape(B, T, self.heads, self.head_dim)
+        if self.gate is not None:
+            y = y * (self.gate_scale * F.linear(n[..., :self.gate_width], self.gate.to(n.dtype))).sigmoid()[..., None]
+        return self.o(y.reshape(B, T, D), d.o)
+
+
+class MLP(nn.Module):
+    """down(LeakyReLU(up(x)) squared), and beside it an optional correction."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.slope = c.mlp_leaky_slope
+        self.up, self.down = Linear(c.model_dim, c.mlp_mult * c.model_dim), Linear(c.mlp_mult * c.model_dim, c.model_dim)
+
+    def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
+        y = self.down(F.leaky_relu(self.up(x), self.slope).square())
+        return y if delta is None else y + delta(x)
+
+
+class Block(nn.Module):
+    """Attention and MLP. A block works on two lanes (a, m): a sequential one reads `a` and returns its result as both; a
+    parallel one feeds attention from `a` and the MLP from `m`, and mixes both results into both lanes."""
+
+    def __init__(self, c: ModelConfig, index: int):
+        super().__init__()
+        self.parallel = 0 < c.parallel_start_layer <= index
+        self.attention, self.mlp = Attention(c, index), MLP(c)
+        # a tensor, not a number: blocks then differ in data alone and share their compiled code
+        self.register_buffer("input_scale", torch.tensor((index + 1.0) ** -c.ln_scale_power), persistent=False)
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(c.model_dim)), nn.Parameter(torch.ones(c.model_dim))
+        self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # (x, x0)
+        if self.parallel:
+            self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
+            self.lane_mix = nn.Parameter(torch.ones(2, 2))        # [lane written][attention, MLP]
+
+    def forward(self, a: Tensor, m: Tensor, x0: Tensor, skip: Skip | None, rope: tuple[Tensor, Tensor],
+                segments: Segments | None, d: Deltas) -> tuple[Tensor, Tensor]:
+        if skip is not None:
+            a = skip(a)
+        scale, dtype = self.input_scale.to(a.dtype), a.dtype
+        mix = self.input_mix.to(dtype)
+        x = mix[0] * a + mix[1] * x0
+        attn = self.attn_scale.to(dtype) * self.attention(norm(x) * scale, rope, segments, d)
+        if not self.parallel:
+            x = x + attn
+            x = x + self.mlp_scale.to(dtype) * self.mlp(norm(x) * scale, d.mlp)
+            return x, x
+        mlp = self.mlp_scale.to(dtype) * self.mlp(norm(m) * scale, d.mlp)
+        keep, lane = self.lane_keep.to(dtype), self.lane_mix.to(dtype)
+        return keep[0] * a + lane[0, 0] * attn + lane[0, 1] * mlp, keep[1] * m + lane[1, 0] * attn + lane[1, 1] * mlp
+
+
+class Input(nn.Module):
+    """Tokens to normalised embeddings, each smeared with the one before it in its document."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.width = c.smear_width
+        self.smear = nn.Parameter(torch.zeros(c.smear_width)) if c.smear_width else None
+        self.smear_gain = nn.Parameter(torch.zeros(1)) if c.smear_width else None
+
+    def forward(self, tokens: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T), (V, D) -> (B, T, D)"""
+        e = F.embedding(tokens, embedding)
+        if self.smear is not None:
+            gate = self.smear_gain * (e[..., :self.width] @ self.smear).sigmoid()
+            gate = gate * (tokens != BOS)  # a document never sees the end of the one before it
+            e = torch.cat([e[:, :1], e[:, 1:] + gate[:, 1:, None] * e[:, :-1]], 1)
+        return norm(e).to(dtype)
+
+
+class Head(nn.Module):
+    """Hidden states to scores: logits of the tied embedding, soft-capped, over the whole vocabulary."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.cap = c.logit_softcap
+
+    def logits(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
+        """(B, T, D) -> (B, T, V) fp32"""
+        z = F.linear(x, embedding.to(x.dtype))
+        z = (z if delta is None else z + delta(x)).float()
+        return self.cap * torch.tanh(z / self.cap) if self.cap else z
+
+    def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
+        """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
+        z = self.logits(x, embedding, delta)
+        return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
+        """(B, T, D) -> entropy of every prediction, (B, T) nats"""
+        log_p = self.logits(x, embedding, delta).log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+
+class Visit(NamedTuple):
+    """One step of the trunk. Loops and skips are data, decided here and nowhere else."""
+    block: int
+    saves: bool       # its output goes to a later visit
+    skip: int | None  # row of skip_weight, where an earlier output arrives
+
+
+def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
+    """The visits of a forward pass. The first half saves, the second takes back, last saved first (a U-Net)."""
+    order = list(range(c.num_layers))
+    if looping and c.num_loops:
+        order[c.loop_end + 1:c.loop_end + 1] = list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
+    half = len(order) // 2
+    pairs = min(half, c.unet_skips)
+    return tuple(Visit(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
+                 for i, block in enumerate(order))
+
+
+class GPT(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.config = c
+        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.model_dim))  # also the output matrix
+        self.input, self.head = Input(c), Head(c)
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
+        pairs = sum(v.saves for v in layer_plan(c, looping=True))
+        self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim))
+        self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim))
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.embed.is_cuda else torch.float32
+
+    def hidden(self, tokens: Tensor, segments: Segments | None = None, adapter: Adapter | None = None,
+               looping: bool = True) -> Tensor:
+        """Tokens (B, T) -> normalised states before the head (B, T, D). Rows are causal; with segments (then B is 1)
+        attention restarts at every segment, without them every row is one document or the end of one."""
+        positions = torch.arange(tokens.size(1), device=tokens.device) if segments is None else segments.positions
+        rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
+        x0 = self.input(tokens, self.embed, self.compute_dtype)
+        a = m = x0
+        saved: list[Tensor] = []
+        for i, visit in enumerate(layer_plan(self.config, looping)):
+            row = visit.skip
+            skip = None if row is None else Skip(saved.pop(), self.skip_weight[row], self.skip_gate[row])
+            deltas = NO_DELTAS if adapter is None else adapter.visits[i]
+            a, m = self.blocks[visit.block](a, m, x0, skip, rope, segments, deltas)
+            if visit.saves:
+                saved.append(a)
+        return norm(0.5 * (a + m))
+
+    def forward(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None, adapter: Adapter | None = None,
+                looping: bool = True) -> Tensor:
+        """Tokens (B, T), the targets of the last n of them (B, n) -> their negative log-likelihood, (B, n) nats.
+        Reductions belong to the caller: training takes the mean, the score a masked sum, adaptation a masked mean."""
+        x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1):]
+        return self.head(x, targets, self.embed, None if adapter is None else adapter.head)
+
+
+def init_weights(model: GPT, seed: int) -> None:
+    """Matrices orthogonal, those that write to the residual stream zero, the embedding narrow; the rest as built.
+    Drawn on the CPU, so that every device and rank begins alike."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if param_role(name) == "embedding":
+            p.data.copy_(torch.empty(p.shape).normal_(0, 0.005, generator=generator))
+        elif name.endswith(("o.weight", "down.weight")):
+            p.data.zero_()
+        elif param_role(name) == "matrix":
+            p.data.copy_(nn.init.orthogonal_(torch.empty(p.shape), generator=generator))
+
+
+def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
+    """The one place that says what a parameter is; initialisation, optimizer and quantiser ask here."""
+    if name == "embed":
+        return "embedding"
+    return "matrix" if name.endswith(".weight") else "scalar"
+
+
+def compile_parts(model: GPT) -> None:
+    """Compile block by block: all blocks of a kind share one graph, so that 17 visits cost one compilation."""
+    torch._dynamo.config.recompile_limit = 64
+    for part in (model.input, model.head, *model.blocks):
+        part.compile()
+
+
+# -----------------------------------------------------------------------------
+# Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape are stacked and shared out over the ranks.
+
+# Coefficients of each Newton-Schulz step: Polar Express, Amsel et al. 2025 (arXiv 2505.16932)
+POLAR_EXPRESS = ((8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606),
+                 (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324))
+
+
+def orthogonalise(g: Tensor, steps: int) -> Tensor:
+    """The nearest semi-orthogonal matrix of each of a stack, roughly: singular values go to about 1. (n, r, c) -> same.
+    bf16 on a GPU, where the iteration tolerates it; fp32 elsewhere."""
+    x = g.to(torch.bfloat16) if g.is_cuda else g.float()
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        s = x @ x.mT
+        x = a * x + (b * s + c * (s @ s)) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
+    """Nesterov momentum, rows set to one length, orthogonalised, scaled to the matrix's aspect. (n, r, c) -> same.
+    Muon, Jordan 2024; row normalisation as MuonEq-R. `momentum` is updated in place."""
+    momentum.mul_(mu).add_(g)
+    u = g + mu * momentum
+    u = F.normalize(u, dim=-1)
+    return orthogonalise(u, steps) * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
+
+
+class AdamRule(NamedTuple):
+    beta1: float
+    beta2: float
+    eps: float
+
+
+def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: int,
+                    rule: AdamRule) -> list[Tensor]:
+    """Bias-corrected m / (sqrt(v) + eps) of AdamW (arXiv 1711.05101) for every tensor; moments updated in place."""
+    torch._foreach_lerp_(first, grads, 1 - rule.beta1)
+    torch._foreach_mul_(second, rule.beta2)
+    torch._foreach_addcmul_(second, grads, grads, 1 - rule.beta2)
+    denominator = torch._foreach_div(second, 1 - rule.beta2 ** step)
+    torch._foreach_sqrt_(denominator)
+    torch._foreach_add_(denominator, rule.eps)
+    out = torch._foreach_div(first, denominator)
+    torch._foreach_div_(out, 1 - rule.beta1 ** step)
+    return out
+
+
+class MuonAdam:
+    """The optimizer of training. Gradients are summed over ranks here; every rank keeps the momentum of its share of each
+    stack, updates it, and all ranks gather the results. With equal reduced gradients the result does not depend on how
+    many ranks there are."""
+
+    def __init__(self, model: GPT, run: RunConfig, dist: Dist):
+        self.run, self.dist, self.steps_done = run, dist, 0
+        named = dict(model.named_parameters())
+        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
+        for name, p in named.items():
+            if param_role(name) == "matrix":
+                by_shape.setdefault(tuple(p.shape), []).append(p)
+        self.stacks = sorted(by_shape.values(), key=lambda ps: -sum(p.numel() for p in ps))
+        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank, the last ranks' partly padding
+        self.momentum = [torch.zeros(n, *ps[0].shape, device=ps[0].device)
+                         for n, ps in zip(self.share, self.stacks, strict=True)]
+        self.dense = [p for name, p in named.items() if param_role(name) != "matrix"]
+        embeddings = {id(p) for name, p in named.items() if param_role(name) == "embedding"}
+        self.dense_lr = [run.embed_lr if id(p) in embeddings else run.scalar_lr for p in self.dense]
+        self.dense_wd = [run.embed_wd if id(p) in embeddings else run.scalar_wd for p in self.dense]
+        self.first, self.second = ([torch.zeros_like(p) for p in self.dense] for _ in range(2))
+        covered = [id(p) for ps in (*self.stacks, self.dense) for p in ps]
+        assert sorted(covered) == sorted(id(p) for p in named.values()), "every parameter has exactly one rule"
+
+    def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Sum the gradients over ranks -> (this rank's share of every stack, all dense ones, norm of the whole)."""
+        shares = []
+        for n, ps in zip(self.share, self.stacks, strict=True):
+            g = torch.stack([p.grad for p in ps])
+            padding = n * self.dist.world - len(ps)
+            shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
+        flat = self.dist.sum_(torch.cat([p.grad.flatten() for p in self.dense]))
+        dense = [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in self.dense]), self.dense, strict=True)]
+        square = self.dist.sum_(sum(g.square().sum() for g in shares)) + flat.square().sum()
+        return shares, dense, square.sqrt()
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, mu: float) -> Tensor:
+        """One update from the gradients in p.grad, which it clears -> norm of the reduced gradient."""
+        run, self.steps_done = self.run, self.steps_done + 1
+        shares, dense, norm_ = self.reduce()
+        if run.grad_clip_norm:
+            factor = (run.grad_clip_norm / (norm_ + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(shares + dense, factor)
+        for ps, g, momentum in zip(self.stacks, shares, self.momentum, strict=True):
+            update = self.dist.all_gather(muon_update(g, momentum, mu, run.muon_ns_steps))
+            torch._foreach_mul_(ps, 1 - run.matrix_lr * lr_scale * run.muon_wd)
+            torch._foreach_add_(ps, list(update[:len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
+        rule = AdamRule(run.beta1, run.beta2, run.adam_eps)
+        updates = adam_directions(dense, self.first, self.second, self.steps_done, rule)
+        for p, u, lr, wd in zip(self.dense, updates, self.dense_lr, self.dense_wd, strict=True):
+            p.mul_(1 - lr * lr_scale * wd).sub_(u, alpha=lr * lr_scale)
+        for p in (p for ps in (*self.stacks, self.dense) for p in ps):
+            p.grad = None
+        return norm_
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs, whole on every rank."""
+        whole = {f"momentum.{i}": self.dist.all_gather(m)[:len(ps)]
+                 for i, (m, ps) in enumerate(zip(self.momentum, self.stacks, strict=True))}
+        for kind, tensors in (("first", self.first), ("second", self.second)):
+            whole |= {f"{kind}.{i}": t for i, t in enumerate(tensors)}
+        return whole
+
+    def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
+        self.steps_done = steps_done
+        for i, (n, m) in enumerate(zip(self.share, self.momentum, strict=True)):
+            mine = state[f"momentum.{i}"][self.dist.rank * n:(self.dist.rank + 1) * n]
+            m.zero_()[:len(mine)].copy_(mine)
+        for kind, tensors in (("first", self.first), ("second", self.second)):
+            for i, t in enumerate(tensors):
+                t.copy_(state[f"{kind}.{i}"])
+
+
+# -----------------------------------------------------------------------------
+# Container: one file format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
+#
+#   magic (8) | header length (4, little-endian) | header: zstd of JSON {meta, tensors: [[name, type, shape, bytes], ...]}
+#   | every tensor's bytes in that order, a zstd frame each where the header says so | BLAKE2b-128 of all before (16)
+
+CONTAINER_MAGIC, DIGEST_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 31
+STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
+TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
+
+
+def tensor_bytes(t: Tensor) -> bytes:
+    return t.detach().cpu().contiguous().numpy().tobytes()
+
+
+def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
+    """Tensors of STORED_TYPES and JSON-able `meta` -> a container; `level` is zstd's, None stores tensors as they are.
+    Every tensor is a frame of its own, so that they compress in parallel and each has its own statistics."""
+    with ThreadPoolExecutor() as pool:
+        compress = tensor_bytes if level is None else (
+            lambda t: zstandard.ZstdCompressor(level=level, write_content_size=True).compress(tensor_bytes(t)))
+        blobs = list(pool.map(compress, tensors.values()))
+    table = [[name, TYPE_NAMES[t.dtype], list(t.shape), len(b)]
+             for (name, t), b in zip(tensors.items(), blobs, strict=True)]
+    header = json.dumps({"meta": dict(meta), "zstd": level is not None, "tensors": table}, separators=(",", ":"))
+    header = zstandard.ZstdCompressor(level=19).compress(header.encode())
+    body = b"".join([CONTAINER_MAGIC, struct.pack("<I", len(header)), header, *blobs])
+    return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+
+
+def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A container -> (meta, tensors by name). `what` names it in errors. Nothing in it is believed before it is checked."""
+    body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    if body[:len(CONTAINER_MAGIC)] != CONTAINER_MAGIC:
+        raise DataError(f"{what}: not a file of this program: it begins with {body[:8]!r}, expected {CONTAINER_MAGIC!r}")
+    if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != digest:
+        raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
+    try:
+        at = len(CONTAINER_MAGIC) + 4
+        end = at + struct.unpack("<I", body[at - 4:at])[0]
+        header = json.loads(decompress(body[at:end], 1 << 24))
+        tensors = {}
+        for name, kind, shape, size in header["tensors"]:
+            tensors[str(name)] = read_tensor(body[end:end + size], kind, shape, header["zstd"])
+            end += size
+        require_data(end == len(body) and len(tensors) == len(header["tensors"]), "sizes do not add up")
+        return dict(header["meta"]), tensors
+    except (KeyError, TypeError, ValueError, struct.error, zstandard.ZstdError) as error:
+        raise DataError(f"{what}: the contents are not what the format promises ({error})") from error
+
+
+def require_data(ok: bool, message: str) -> None:
+    if not ok:
+        raise DataError(message)
+
+
+def decompress(frame: bytes, most: int) -> bytes:
+    size = zstandard.get_frame_parameters(frame).content_size
+    require_data(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
+    return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+
+
+def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool) -> Tensor:
+    dtype = STORED_TYPES[kind]
+    require_data(all(isinstance(n, int) and n >= 0 for n in shape), f"shape {shape}")
+    expected = math.prod(shape) * dtype.itemsize
+    require_data(expected <= MAX_TENSOR_BYTES, f"shape {shape} is too large")
+    raw = decompress(blob, expected) if compressed else blob
+    require_data(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
+    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
+
+
+# -----------------------------------------------------------------------------
+# Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
+
+
+def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
+    """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
+    by_steps = step / run.iterations if run.iterations else 0.0
+    limit = run.max_wallclock_seconds - reserve
+    by_time = seconds / max(limit, 1e-9) if run.max_wallclock_seconds else 0.0
+    return max(by_steps, by_time)
+
+
+def lr_at(progress: float, run: RunConfig) -> float:
+    """Factor on learning rates: 1, then falling in a line over the last WARMDOWN_FRAC of the budget, to MIN_LR."""
+    return max(run.min_lr, min(1.0, (1.0 - progress) / run.warmdown_frac if run.warmdown_frac else 1.0))
+
+
+def momentum_at(progress: float, run: RunConfig) -> float:
+    """Muon's momentum rises in a line over the first MUON_MOMENTUM_WARMUP_FRAC of the budget."""
+    part = min(1.0, progress / run.muon_momentum_warmup_frac) if run.muon_momentum_warmup_frac else 1.0
+    return run.muon_momentum_start + part * (run.muon_momentum - run.muon_momentum_start)
+
+
+class WeightAverage:
+    """Exponential average of all parameters. Its horizon is a part of the budget, not a number of steps, so that a short
+    run is not averaged over weights from its beginning."""
+
+    def __init__(self, model: GPT, horizon: float):
+        self.params, self.horizon = list(model.parameters()), horizon
+        self.values = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def update(self, spent: float) -> None:
+        """After a step that took `spent` of the budget."""
+        keep = math.exp(-spent / self.horizon) if self.horizon else 0.0
+        torch._foreach_lerp_(self.values, self.params, 1.0 - keep)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the average inside, and its own weights again afterwards."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for p, value in zip(self.params, self.values, strict=True):
+            held = p.detach().clone()
+            p.copy_(value)
+            value.copy_(held)
+
+
+class Trainer:
+    """What training consists of, and what a checkpoint holds."""
+
+    def __init__(self, model: GPT, run: RunConfig, dist: Dist, tokenizer_sha256: str):
+        self.model, self.run, self.dist = model, run, dist
+        self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
+        self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
+        self.identity = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256,
+                         "train_batch_tokens": run.train_batch_tokens, "train_row_tokens": run.train_row_tokens}
+
+    def looping(self, progress: float) -> bool:
+        return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
+
+    def step_on(self, batch: Sequence[Packed], progress: float, looping: bool) -> Tensor:
+        """One optimizer step on this rank's micro-batches -> mean loss over all ranks (nats per token), on the device."""
+        total = torch.zeros((), device=self.dist.device)
+        for tokens, targets, segments in batch:
+            loss = self.model(tokens, targets, segments, looping=looping).sum() / self.run.train_batch_tokens
+            loss.backward()
+            total += loss.detach()
+        self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
+        return self.dist.sum_(total)
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        state |= {f"average.{i}": v for i, v in enumerate(self.average.values)}
+        return state | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Write a checkpoint; every rank calls, rank 0 writes."""
+        tensors = self.tensors()
+        meta = self.identity | {"kind": "checkpoint", "step": self.step, "progress": self.progress, "seconds": seconds}
+        if self.dist.main:
+            write_atomically(path, [pack(meta, tensors, level=None)])
+        self.dist.barrier()
+
+    @torch.no_grad()
+    def load(self, path: str) -> None:
+        meta, tensors = unpack(read_file(path), path)
+        if meta.get("kind") != "checkpoint":
+            raise DataError(f"RESUME={path}: a file of kind {meta.get('kind')!r}, expected a checkpoint")
+        for key, value in self.identity.items():
+            if meta[key] != value:
+                raise DataError(f"RESUME={path}: its {key} is {meta[key]}, this run's is {value}")
+        for name, p in self.tensors().items():
+            if name.startswith("optimizer."):
+                continue
+            p.copy_(tensors[name])
+        self.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in tensors.items()}, meta["step"])
+        self.step, self.progress, self.seconds_before = meta["step"], meta["progress"], meta["seconds"]
+
+
+def read_file(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
+    """A batch of this run's shapes that has nothing to do with any text, for compilation and warm-up."""
+    rows, passes = deal_rows(run, dist.world)
+    generator = np.random.default_rng(run.seed)
+    text = generator.integers(2, vocab_size, rows * run.train_row_tokens + 1).astype(np.uint16)
+    text[generator.random(len(text)) < 1 / 500] = BOS
+    starts = segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len)
+    return [pack_row(text[:-1], text[1:], starts, run.train_seq_len, dist.device)] * passes
+
+
+def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
+    """Compile both loop modes and touch every kernel on random tokens, rehearse what follows training, and restore the
+    trainer exactly -> seconds to reserve, as `rehearse` found them."""
+    run, config = trainer.run, trainer.model.config
+    before = {name: t.clone() for name, t in trainer.tensors().items()}
+    batch = random_batch(run, config.vocab_size, trainer.dist)
+    for looping in (False, True) if config.num_loops else (False,):
+        for _ in range(run.warmup_steps):
+            trainer.step_on(batch, 0.0, looping)
+    reserve = rehearse(batch)
+    with torch.no_grad():
+        for name, t in trainer.tensors().items():
+            if not name.startswith("optimizer."):
+                t.copy_(before[name])
+    trainer.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in before.items()}, 0)
+    return reserve
+
+
+def check_loss(loss: float, step: int, vocab_size: int) -> None:
+    if not loss < 2 * math.log(vocab_size):  # also true for NaN
+        raise UserError(f"training diverged: the loss of step {step} is {loss:.3f} nats, more than twice that of guessing; "
+                        "lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM")
+
+
+def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, reserve: float,
+          validate: Callable[[], float], checkpoint: Path) -> list[tuple[int, float, float]]:
+    """Train until the budget is spent -> (step, seconds, loss) of every logged step.
+    The loss of a step is read after the next one is launched, so that the GPU always has work queued."""
+    run, dist, pending = trainer.run, trainer.dist, None
+    history, saved_at = [], trainer.seconds_before
+    rate = Rate()
+    while True:
+        (seconds,) = dist.agree(trainer.seconds_before + watch.total(*TRAINING_CLOCK))
+        trainer_progress = progress_at(run, trainer.step, seconds, reserve)
+        if trainer.step:
+            trainer.average.update(trainer_progress - trainer.progress)
+        trainer.progress = trainer_progress
+        due = run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds
+        if due:
+            trainer.save(checkpoint, seconds)
+            saved_at = seconds
+        if trainer.progress >= 1.0:
+            break
+        loss = trainer.step_on(stream.batch(trainer.step), trainer.progress, trainer.looping(trainer.progress))
+        trainer.step += 1
+        if pending is not None:
+            check_loss(pending.item(), trainer.step - 1, stream.vocab_size)
+        pending = loss
+        if trainer.step % run.train_log_every == 0 or trainer.step == 1:
+            value = loss.item()
+            history.append((trainer.step, seconds, value))
+            log(f"step:{trainer.step} loss:{value:.4f} progress:{trainer.progress:.3f} "
+                f"tokens_per_s:{rate(trainer.step * run.train_batch_tokens, seconds):.0f} "
+                f"loop:{int(trainer.looping(trainer.progress))} epoch:{stream.epoch(trainer.step):.2f} "
+                f"train_s:{seconds:.1f} eta_s:{eta(seconds, trainer.progress):.0f}")
+        if run.val_loss_every and trainer.step % run.val_loss_every == 0:
+            with watch.phase("validate"):
+                log(f"step:{trainer.step} val_bpb:{validate():.5f} (last iterate, without adaptation)")
+    if pending is not None:
+        check_loss(pending.item(), trainer.step, stream.vocab_size)
+    return history
+
+
+class Rate:
+    """Speed since the call before: (amount so far, seconds so far) -> amount per second."""
+
+    def __init__(self):
+        self.before = (0.0, 0.0)
+
+    def __call__(self, amount: float, seconds: float) -> float:
+        (amount_0, seconds_0), self.before = self.before, (amount, seconds)
+        return (amount - amount_0) / max(seconds - seconds_0, 1e-9)
+
+
+def eta(seconds: float, progress: float) -> float:
+    return seconds * (1 - progress) / progress if progress > 0 else 0.0
+
+
+# -----------------------------------------------------------------------------
+# Quantise: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
+
+
+@torch.no_grad()
+def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> dict[str, Tensor]:
+    """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}. The embedding is
+    quantised as the output matrix that it also is. Runs eagerly, since hooks do not fire in compiled code."""
+    sums: dict[str, Tensor] = {}
+
+    def watch_input(name: str, width: int) -> Callable:
+        sums[name] = torch.zeros(width, width, device=dist.device)
+
+        def hook(_module: nn.Module, args: tuple) -> None:
+            x = args[0].reshape(-1, width).float()
+            sums[name].addmm_(x.mT, x)
+        return hook
+
+    hooks = [module.register_forward_pre_hook(watch_input(f"{name}.weight", module.weight.size(1)))
+             for name, module in model.named_modules() if isinstance(module, Linear)]
+    hooks.append(model.head.register_forward_pre_hook(watch_input("embed", model.config.model_dim)))
+    with torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            for tokens, targets, segments in batch:
+                model(tokens, targets, segments)
+    for hook in hooks:
+        hook.remove()
+    return {name: dist.sum_(h) for name, h in sums.items()}
+
+
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128) -> Tensor:
+    """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
+    (r, c) does: columns are rounded one after another, each one's error spread over those that follow.
+    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), columns ordered by falling diagonal of the hessian (c, c)."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    w, h = weight.float()[:, order].clone(), hessian[order][:, order].clone()
+    dead = h.diagonal() == 0  # an input that never fires: its weights have no effect
+    w[:, dead] = 0
+    h.diagonal()[dead] = 1
+    h.diagonal().add_(damping * h.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    q = torch.empty_like(w)
+    for start in range(0, w.size(1), block):
+        end = min(start + block, w.size(1))
+        errors = torch.empty_like(w[:, start:end])
+        for j in range(start, end):
+            q[:, j] = (w[:, j] / scale).round().clamp(-qmax, qmax)
+            error = (w[:, j] - q[:, j] * scale) / upper[j, j]
+            w[:, j:end].addr_(error, upper[j, j:end], alpha=-1)
+            errors[:, j - start] = error
+        w[:, end:] -= errors @ upper[start:end, end:]
+    return q[:, order.argsort()].to(torch.int8)
+
+
+class Grid(NamedTuple):
+    """How a kind of matrix is rounded: to integers in +-qmax, which stand for +-clip deviations of a row."""
+    qmax: int
+    clip: float
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Step of every row (r,) fp16; at least the smallest normal fp16, so that no row divides by zero."""
+        return (self.clip * weight.float().std(1) / self.qmax).clamp(2.0 ** -14, 65504).half()
+
+
+def grid_for(name: str, run: RunConfig, widen: float) -> Grid:
+    """The grid of a matrix, its range widened by a common factor."""
+    if param_role(name) == "embedding":
+        return Grid(2 ** (run.embed_bits - 1) - 1, run.embed_clip_sigmas * widen)
+    clip = run.mlp_clip_sigmas if ".mlp." in name else run.attn_clip_sigmas
+    return Grid(2 ** (run.matrix_bits - 1) - 1, clip * widen)
+
+
+def entropy_bytes(weights: Mapping[str, Tensor], run: RunConfig, widen: float) -> float:
+    """Bytes that the rounded weights hold at the entropy of their integers, matrix by matrix, with their scales."""
+    total = 0.0
+    for name, w in weights.items():
+        grid = grid_for(name, run, widen)
+        q = (w / grid.scale(w).float()[:, None]).round().clamp(-grid.qmax, grid.qmax)
+        p = (q + grid.qmax).to(torch.int64).flatten().bincount(minlength=2 * grid.qmax + 1).double() / w.numel()
+        total += float(-(p * p.clamp(min=1e-300).log2()).sum()) * w.numel() / 8 + 2 * len(w)
+    return total
+
+
+def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> float:
+    """The smallest common widening of all ranges whose entropy fits the budget (bytes); none goes under the floor."""
+    low = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas)
+    high = 64.0
+    if entropy_bytes(weights, run, low) <= budget:
+        return low
+    for _ in range(14):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if entropy_bytes(weights, run, middle) <= budget else (middle, high)
+    return high
+
+
+@torch.no_grad()
+def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, widen: float) -> dict[str, Tensor]:
+    """What an artifact stores: every quantised matrix as `name` int8, transposed so that a column's integers lie together,
+    and `name.scale` fp16; every other parameter as fp16. Ranks share the work by matrix."""
+    stored: dict[str, Tensor] = {}
+    for i, (name, p) in enumerate(sorted(model.named_parameters(), key=lambda item: -item[1].numel())):
+        if param_role(name) == "scalar":
+            stored[name] = p.detach().half()
+            continue
+        grid = grid_for(name, run, widen)
+        scale = stored[f"{name}.scale"] = grid.scale(p)
+        mine = i % dist.world == dist.rank
+        stored[name] = gptq(p, hessians[name], scale.float(), grid.qmax, run.gptq_damping) if mine else \
+            torch.zeros(p.shape, dtype=torch.int8, device=p.device)
+    return {name: dist.sum_(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())}
+
+
+@torch.no_grad()
+def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> None:
+    """Fill the model from what `quantise` stored; names, types and shapes must fit exactly."""
+    expected = {name: p.shape for name, p in model.named_parameters()}
+    quantised = {name for name in expected if param_role(name) != "scalar"}
+    if set(stored) != set(expected) | {f"{name}.scale" for name in quantised}:
+        raise DataError(f"{what}: its tensors are not those of the network that its configuration describes")
+    for name, p in model.named_parameters():
+        value = stored[name].mT if name in quantised else stored[name]
+        if value.shape != p.shape or (value.dtype == torch.int8) != (name in quantised):
+            raise DataError(f"{what}: {name} is {value.dtype} {tuple(value.shape)}, expected {tuple(p.shape)}")
+        value = value.to(p.device).float()
+        p.copy_(value * stored[f"{name}.scale"].to(p.device).float()[:, None] if name in quantised else value)
+        if not p.isfinite().all():
+            raise DataError(f"{what}: {name} holds values that are not finite")
+
+
+def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, watch: Stopwatch,
+                  tokenizer_sha256: str, log: Log) -> bytes:
+    """Quantise and pack so that code and artifact fit ARTIFACT_BYTES: ranges come from an entropy estimate, and the
+    second and last try corrects it by what the first one really took."""
+    meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256}
+    weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
+    scalars = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
+    limit = run.artifact_bytes - len(code())
+    ratio, size = 1.02, 0  # real bytes per byte of entropy: zstd's Huffman codes and GPTQ's wider integers
+    for attempt in (1, 2):
+        with watch.phase("quantise"):
+            widen = fit_ranges(weights, run, (limit * 0.999 - scalars) / ratio)
+            stored = quantise(model, hessians, run, dist, widen)
+        with watch.phase("pack"):
+            blob = pack(meta, stored, level=22) if dist.main else b""
+            size = int(dist.agree(len(blob))[0])
+        estimate = entropy_bytes(weights, run, widen)
+        log(f"pack {attempt}: ranges x{widen:.4f}, {size} bytes, entropy of rounded weights {estimate:.0f} bytes")
+        if size <= limit:
+            return blob
+        ratio = (size - scalars) / estimate * 1.0005
+    raise UserError(f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
+                    f"ARTIFACT_BYTES={run.artifact_bytes}: raise *_CLIP_SIGMAS, lower *_BITS or use a smaller model")
+
+
+def code() -> bytes:
+    """The source that is counted: this file as it stands."""
+    return Path(__file__).read_bytes()
+
+
+# -----------------------------------------------------------------------------
+# Score: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
+
+
+class Tally:
+    """Nats, scored targets and adaptation steps of every document."""
+
+    def __init__(self, docs: Documents):
+        self.docs = docs
+        self.nats, self.counted, self.updates = np.zeros(len(docs)), np.zeros(len(docs)), np.zeros(len(docs))
+
+    def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
+        """Scores (n,) of targets that belong to these documents (n,)."""
+        self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
+        self.counted += np.bincount(documents, minlength=len(self.docs))
+
+    def gathered(self, dist: Dist) -> Tally:
+        """All ranks' sums, after checking that every target was scored exactly once."""
+        for values in (self.nats, self.counted, self.updates):
+            values[:] = dist.sum_(torch.from_numpy(values)).numpy()
+        wrong = np.flatnonzero(self.counted != self.docs.lengths)
+        assert len(wrong) == 0, f"documents {wrong[:5]}: {self.counted[wrong[:5]]} targets scored, not once each"
+        assert int(self.counted.sum()) == len(self.docs.tokens) - 1
+        return self
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / math.log(2) / self.docs.target_bytes().sum())
+
+
+class Window(NamedTuple):
+    """Inputs start..end-1 of a document, of which first..end-1 are scored (input i predicts token i + 1)."""
+    document: int
+    start: int
+    first: int
+    end: int
+
+
+def windows(document: int, begin: int, end: int, context: int, stride: int) -> Iterator[Window]:
+    """The windows that score inputs begin..end-1 of a document: the first window reaches to `context`, each further one by
+    `stride`. Where a window starts depends on its place only, never on the document's length."""
+    edge = context if begin < context else context + (begin - context) // stride * stride + stride
+    while begin < end:
+        yield Window(document, max(0, edge - context), begin, min(edge, end))
+        begin, edge = edge, edge + stride
+
+
+class Scored(NamedTuple):
+    """A packed row of windows: what to run, whose targets it holds and which of them count."""
+    packed: Packed
+    documents: np.ndarray  # (N,)
+    counted: np.ndarray    # (N,) bool
+
+
+def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
+    """Windows, in order, in rows of at most row_tokens."""
+    rows, used = [], row_tokens
+    for w in plan:
+        if used + w.end - w.start > row_tokens:
+            rows.append([])
+            used = 0
+        rows[-1].append(w)
+        used += w.end - w.start
+    return rows
+
+
+def fill_row(docs: Documents, row: list[Window], run: RunConfig, device: torch.device) -> Scored:
+    """The windows of a row, one after another; the rest is padding that nothing attends to and nothing counts."""
+    size = run.micro_batch_tokens
+    text, targets = np.full(size, BOS, np.uint16), np.full(size, BOS, np.uint16)
+    documents, counted, starts, at = np.zeros(size, np.int64), np.zeros(size, bool), [], 0
+    for w in row:
+        span, n = docs.span(w.document), w.end - w.start
+        starts.append(at)
+        text[at:at + n], targets[at:at + n] = span[w.start:w.end], span[w.start + 1:w.end + 1]
+        documents[at:at + n], counted[at + w.first - w.start:at + n] = w.document, True
+        at += n
+    starts.extend(range(at, size, run.eval_seq_len))
+    return Scored(pack_row(text, targets, np.array(starts), run.eval_seq_len, device), documents, counted)
+
+
+def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:
+    """The rows of a plan, dealt to ranks in turn."""
+    for row in row_plan(plan, run.micro_batch_tokens)[dist.rank::dist.world]:
+        yield fill_row(docs, row, run, dist.device)
+
+
+@torch.no_grad()
+def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunConfig, dist: Dist, tally: Tally,
+                 looping: bool = True) -> None:
+    """Score these documents without adaptation."""
+    lengths = docs.lengths
+    plan = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
+    for row in my_rows(docs, plan, run, dist):
+        nll = model(*row.packed, looping=looping)[0].cpu().numpy()
+        tally.add(row.documents[row.counted], nll[row.counted])
+
+
+# -----------------------------------------------------------------------------
+# Test-time training: a chunk is scored, then learnt from. What adapts starts anew at every document (TTT_SCOPE=document).
+
+TTT_ADAM_EPS = 1e-10
+
+
+class Adapter:
+    """The corrections of B documents: one set for every visit of the trunk, and one for the head. Their start is drawn
+    from the seed once, the same for every document, row, batch and rank; `up` is zero, so a new adapter changes nothing."""
+
+    def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
+        generator = torch.Generator().manual_seed(run.seed)
+        scale = run.ttt_lora_alpha / run.ttt_lora_rank
+
+        def low_rank(target: str) -> LowRank | None:
+            if target not in run.lora_targets:
+                return None
+            d_out = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}.get(target, c.model_dim)
+            bound = c.model_dim ** -0.5
+            down = torch.empty(run.ttt_lora_rank, c.model_dim).uniform_(-bound, bound, generator=generator).to(device)
+            up = torch.zeros(documents, d_out, run.ttt_lora_rank, device=device)
+            return LowRank(down.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
+
+        self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
+        self.head = low_rank("head")
+
+    def tensors(self) -> list[Tensor]:
+        """All that adapts, documents first: (B, ...) each."""
+        parts = [part for visit in self.visits for part in visit] + [self.head]
+        return [t for part in parts if part is not None for t in (part.down, part.up)]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all documents but these."""
+        def kept(part: LowRank | None) -> LowRank | None:
+            if part is None:
+                return None
+            return LowRank(*(t.detach()[rows].requires_grad_() for t in part[:2]), part.scale)
+        self.visits = [Deltas(*map(kept, visit)) for visit in self.visits]
+        self.head = kept(self.head)
+
+
+class AdaptRule:
+    """The step of test-time training, on tensors whose first dimension is the document: clipping, moments, decay and the
+    learning rate are each document's own."""
+
+    def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
+        self.run, self.multipliers, self.steps_done = run, multipliers, 0
+        self.first = [torch.zeros_like(t) for t in tensors]
+        self.second = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
+
+    def keep(self, rows: Tensor) -> None:
+        self.first, self.second = ([t[rows] for t in moments] for moments in (self.first, self.second))
+
+    @torch.no_grad()
+    def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor) -> None:
+        """Tensors and gradients (B, ...), lr (B,); tensors change in place."""
+        run, self.steps_done = self.run, self.steps_done + 1
+        if run.ttt_grad_clip:
+            norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (B,)
+            factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
+            grads = [g * per_document(factor, g) for g in grads]
+        if run.ttt_optimizer == "adamw":
+            rule = AdamRule(run.ttt_beta1, run.ttt_beta2, TTT_ADAM_EPS)
+            directions = adam_directions(grads, self.first, self.second, self.steps_done, rule)
+        else:
+            torch._foreach_mul_(self.first, run.ttt_momentum)
+            torch._foreach_add_(self.first, grads)
+            directions = self.first
+        for t, d, multiplier in zip(tensors, directions, self.multipliers, strict=True):
+            if run.ttt_ns_steps and d.ndim == 3:
+                d = orthogonalise(d, run.ttt_ns_steps)
+            rate = per_document(lr, t)
+            t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, d, value=-multiplier)
+
+
+def per_document(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...), to go with (B, ...)"""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
+    """Learning rate of a step on a chunk: by a cosine over its epochs, and scaled down in proportion where the chunk's
+    mean entropy (B,) leaves the window."""
+    rate = run.ttt_lr * (0.5 * (1 + math.cos(math.pi * epoch / run.ttt_epochs)) if run.ttt_cosine else 1.0)
+    if entropy is None:
+        return rate
+    high = run.ttt_entropy_high or math.inf
+    return rate * (entropy / max(run.ttt_entropy_low, 1e-9)).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
+
+
+def wants_entropy(run: RunConfig) -> bool:
+    return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
+
+
+def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist, tally: Tally) -> None:
+    """Score a group of documents, each with corrections of its own, chunk by chunk: first the score of a chunk is final,
+    then its document learns from it. A row ends when its document does; nothing a row does reaches another."""
+    alive = np.array(group)
+    lengths = docs.lengths
+    tokens = padded(docs, alive, run.ttt_chunk_tokens).to(dist.device)  # (B, T + 1)
+    adapter = Adapter(model.config, run, len(alive), dist.device)
+    rule = AdaptRule(adapter.tensors(), [1.0] * len(adapter.tensors()), run)
+    for first in range(0, int(lengths[alive].max()), run.ttt_chunk_tokens):
+        running = np.flatnonzero(lengths[alive] > first)
+        if len(running) <= len(alive) // 2:  # drop the rows of documents that have ended
+            rows = torch.from_numpy(running).to(dist.device)
+            alive, tokens = alive[running], tokens[rows]
+            adapter.keep(rows)
+            rule.keep(rows)
+        end = first + run.ttt_chunk_tokens
+        start = max(0, end - run.eval_seq_len)
+        inputs, targets = tokens[:, start:end], tokens[:, first + 1:end + 1]
+        inside = np.arange(first, end) < lengths[alive][:, None]  # (B, chunk)
+        counted = torch.from_numpy(inside).to(dist.device)
+        nll, entropy = forward_scored(model, inputs, targets, None, adapter, counted, wants_entropy(run))
+        tally.add(np.repeat(alive, inside.sum(1)), nll.detach().cpu().numpy()[inside])
+        if end < run.ttt_min_doc_tokens or end >= lengths[alive].max():
+            continue
+        count = counted.sum(1).clamp(min=1)
+        entropy = None if entropy is None else entropy / count
+        for epoch in range(run.ttt_epochs):
+            if epoch:
+                nll, _ = forward_scored(model, inputs, targets, None, adapter, counted, False)
+            loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no one's step depends on its neighbours
+            tensors = adapter.tensors()
+            grads = list(torch.autograd.grad(loss, tensors))
+            lr = torch.zeros(len(alive), device=dist.device) + chunk_rate(run, epoch, entropy)
+            rule.step(tensors, grads, lr)
+            tally.updates[alive] += inside[:, -1]
+
+
+def padded(docs: Documents, group: np.ndarray, chunk: int) -> Tensor:
+    """Documents as rows of one length, a multiple of the chunk and one more; causal, so padding reaches no score."""
+    longest = -(-int(docs.lengths[group].max()) // chunk) * chunk
+    rows = np.full((len(group), longest + 1), BOS, np.int64)
+    for row, i in zip(rows, group, strict=True):
+        span = docs.span(i)
+        row[:len(span)] = span
+    return torch.from_numpy(rows)
+
+
+def forward_scored(model: GPT, tokens: Tensor, targets: Tensor, segments: Segments | None, adapter: Adapter | None,
+                   counted: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """Tokens (B, T), targets of the last n and which of them count (B, n) -> their nats (B, n) and, if the learning rate
+    depends on it, the entropy of the counted predictions, summed by row (B,)."""
+    x = model.hidden(tokens, segments, adapter)[:, -targets.size(1):]
+    delta = None if adapter is None else adapter.head
+    nll = model.head(x, targets, model.embed, delta)
+    if not want_entropy:
+        return nll, None
+    with torch.no_grad():
+        return nll, (model.head.entropy(x, model.embed, delta) * counted).sum(1)
+
+
+class StreamLearner:
+    """What adapts along a stream of text: the weights themselves, or one set of corrections for all of it."""
+
+    def __init__(self, model: GPT, run: RunConfig, dist: Dist):
+        self.model, self.run, self.dist = model, run, dist
+        self.adapter = Adapter(model.config, run, 1, dist.device) if run.ttt_params == "lora" else None
+        if self.adapter is not None:
+            self.leaves = self.adapter.tensors()
+            self.tensors, multipliers = self.leaves, [1.0] * len(self.leaves)
+        else:
+            frozen = tuple(f"blocks.{i}." for i in range(run.ttt_freeze_blocks))
+            named = {n: p for n, p in model.named_parameters() if not n.startswith(frozen)} if frozen else \
+                dict(model.named_parameters())
+            self.leaves = [p.requires_grad_() for p in named.values()]
+            self.tensors = [p.detach()[None] for p in self.leaves]  # one "document", sharing the weights' memory
+            multipliers = [full_multiplier(name, run) for name in named]
+        self.rule = AdaptRule(self.tensors, multipliers, run)
+        self.begin = [t.detach().clone() for t in self.tensors]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the artifact's weights, with nothing remembered."""
+        for t, value in zip(self.tensors, self.begin, strict=True):
+            t.copy_(value)
+        self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)
+
+    def forward(self, row: Scored, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Nats of a row's targets (N,), which of them count (N,), and the sum of their entropies (1,) if wanted."""
+        counted = torch.from_numpy(row.counted).to(self.dist.device)
+        tokens, targets, segments = row.packed
+        nll, entropy = forward_scored(self.model, tokens, targets, segments, self.adapter, counted[None], want_entropy)
+        return nll[0], counted, entropy
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Scored], tally: Tally) -> Tensor | None:
+        """Score this rank's rows of a chunk -> sum of entropies (1,), if wanted."""
+        total = torch.zeros(1, device=self.dist.device) if wants_entropy(self.run) else None
+        for row in rows:
+            nll, _, entropy = self.forward(row, total is not None)
+            tally.add(row.documents[row.counted], nll.cpu().numpy()[row.counted])
+            total = None if total is None else total + entropy
+        return total
+
+    def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None, dist: Dist) -> None:
+        """Steps on a chunk of this many targets, all of them scored; `dist` are the ranks that share it."""
+        entropy = None if entropy is None else dist.sum_(entropy) / targets
+        for epoch in range(self.run.ttt_epochs):
+            grads = [torch.zeros_like(leaf) for leaf in self.leaves]
+            for row in rows:
+                nll, counted, _ = self.forward(row, False)
+                loss = (nll * counted).sum() / targets
+                torch._foreach_add_(grads, list(torch.autograd.grad(loss, self.leaves, materialize_grads=True)))
+            grads = [dist.sum_(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
+            lr = torch.zeros(1, device=self.dist.device) + chunk_rate(self.run, epoch, entropy)
+            self.rule.step(self.tensors, grads, lr)
+
+
+def full_multiplier(name: str, run: RunConfig) -> float:
+    """Factor on the learning rate of a weight that adapts itself."""
+    if name.endswith("mlp.down.weight"):
+        return run.ttt_lr_mult_mlp_out
+    return run.ttt_lr_mult_in if name.endswith(("q.weight", "k.weight", "v.weight", "mlp.up.weight")) else 1.0
+
+
+def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut these documents, one after another, into chunks of `chunk` targets: lists of (document, begin, end)."""
+    pieces, room = [], chunk
+    for i in chosen:
+        begin = 0
+        while begin < docs.lengths[i]:
+            end = min(int(docs.lengths[i]), begin + room)
+            pieces.append((i, begin, end))
+            room -= end - begin
+            begin = end
+            if room == 0:
+                yield pieces
+                pieces, room = [], chunk
+    if pieces:
+        yield pieces
+
+
+def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], dist: Dist, tally: Tally,
+                may_learn: Callable[[], bool] = lambda: True) -> int:
+    """Score these documents one after another, learning from every chunk once it is scored; the ranks of `dist` share
+    each chunk. When `may_learn` turns false, what is left is only scored -> documents that had not begun by then."""
+    run, learning, frozen_from = learner.run, True, len(chosen)
+    place = {i: n for n, i in enumerate(chosen)}
+    for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
+        if learning and not may_learn():
+            learning, frozen_from = False, place[pieces[0][0]] + (pieces[0][1] > 0)
+        plan = (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride))
+        rows = list(my_rows(docs, plan, run, dist))
+        entropy = learner.score(rows, tally)
+        scored_of_first = pieces[0][2]  # a document's own count: under TTT_SCOPE=document a chunk is one piece
+        if learning and scored_of_first >= run.ttt_min_doc_tokens and not is_last(docs, chosen, pieces):
+            learner.learn(rows, sum(end - begin for _, begin, end in pieces), entropy, dist)
+            if dist.main:
+                tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
+    return len(chosen) - frozen_from
+
+
+def is_last(docs: Documents, chosen: Sequence[int], pieces: list[tuple[int, int, int]]) -> bool:
+    """Nothing comes after this chunk, so that learning from it would be wasted."""
+    i, _, end = pieces[-1]
+    return i == chosen[-1] and end == docs.lengths[i]
+
+
+def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
+    """Rounds of groups of documents, a group for each rank: longest documents first, similar lengths together. A pure
+    function of the lengths; it schedules work and changes no score."""
+    order = np.argsort(-lengths, kind="stable").tolist()
+    batch = min(batch, -(-len(order) // world))
+    groups = [order[i:i + batch] for i in range(0, len(order), batch)]
+    groups += [[] for _ in range(-len(groups) % world)]
+    return [groups[i:i + world] for i in range(0, len(groups), world)]
+
+
+def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
+    """Token passes of a group of documents that adapt side by side, to foretell seconds: window by window."""
+    if len(lengths) == 0:
+        return 0.0
+    ends = np.arange(run.ttt_chunk_tokens, int(lengths.max()) + run.ttt_chunk_tokens, run.ttt_chunk_tokens)
+    return float(len(lengths) * np.minimum(ends, run.eval_seq_len).sum())
+
+
+class Evaluation:
+    """The test-time-training score of a model: who scores what, within the time."""
+
+    def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
+        self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
+        self.seconds, self.tally, self.degraded = seconds, Tally(docs), 0
+        self.static_rate = math.inf  # tokens per second of a rank without adaptation, found in the warm-up
+        model.requires_grad_(run.ttt_params == "full")
+
+    def warm_up(self) -> None:
+        """Compile and touch every kernel on random documents, and time the pass without adaptation."""
+        generator = np.random.default_rng(self.run.seed)
+        vocab, context = self.model.config.vocab_size, self.run.eval_seq_len
+        length = max(2 * self.run.ttt_chunk_tokens, context) + self.run.ttt_chunk_tokens if self.run.batched_ttt else context
+        text = generator.integers(2, vocab, (self.run.ttt_batch_docs if self.run.batched_ttt else 2) * length)
+        text[::length] = BOS
+        docs = split_documents(text.astype(np.uint16), np.ones(len(text), np.int64))
+        alone, everyone = Dist(device=self.dist.device), range(len(docs))
+        for _ in range(2):
+            began = time.perf_counter()
+            score_static(self.model, docs, everyone, self.run, alone, Tally(docs))
+            self.static_rate = self.run.micro_batch_tokens / (time.perf_counter() - began)
+        if not self.run.ttt_enabled:
+            return
+        if self.run.batched_ttt:
+            adapt_side_by_side(self.model, docs, everyone, self.run, alone, Tally(docs))
+        else:
+            learner = StreamLearner(self.model, self.run, alone)
+            adapt_along(learner, docs, everyone, alone, Tally(docs))
+            learner.reset()
+
+    def score(self) -> Tally:
+        """Every target of every document -> the tally of all ranks."""
+        if not self.run.ttt_enabled:
+            score_static(self.model, self.docs, range(len(self.docs)), self.run, self.dist, self.tally)
+        elif self.run.ttt_scope == "stream":
+            learner = StreamLearner(self.model, self.run, self.dist)
+            everyone = range(len(self.docs))
+            self.degraded = adapt_along(learner, self.docs, everyone, self.dist, self.tally, self._time_left)
+            learner.reset()
+        else:
+            learner = None if self.run.batched_ttt else StreamLearner(self.model, self.run, Dist(device=self.dist.device))
+            self._score_documents(learner)
+            if learner is not None:
+                learner.reset()
+        return self.tally.gathered(self.dist)
+
+    def _time_left(self, next_seconds: float = 0.0, rest: float = 0.0) -> bool:
+        """Whether `next_seconds` of adaptation still leave time to score `rest` tokens without; all ranks agree."""
+        limit = self.run.eval_seconds * 0.98
+        after = self.seconds() + next_seconds + rest / self.static_rate / self.dist.world
+        return not limit or self.dist.largest(after) <= limit
+
+    def _score_documents(self, learner: StreamLearner | None) -> None:
+        """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
+        run, dist, lengths = self.run, self.dist, self.docs.lengths
+        rounds = ttt_plan(lengths, dist.world, run.ttt_batch_docs if run.batched_ttt else 1)
+        costs = [max(group_cost(lengths[group], run) for group in groups) for groups in rounds]
+        began, spent, told = self.seconds(), 0.0, 0.0
+        for n, groups in enumerate(rounds):
+            rest = [i for later in rounds[n:] for group in later for i in group]
+            speed = (self.seconds() - began) / spent if spent else 0.0
+            if not self._time_left(speed * costs[n], 2.0 * float(lengths[rest].sum())):
+                self.degraded = len(rest)
+                self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
+                if learner is not None:
+                    learner.reset()
+                score_static(self.model, self.docs, rest, run, dist, self.tally)
+                return
+            self._score_group(groups[dist.rank], learner)
+            spent += costs[n]
+            if self.seconds() - told > 10:
+                told = self.seconds()
+                left = (self.seconds() - began) * (sum(costs) / spent - 1)
+                self.log(f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
+                         f"eval_s:{told:.0f} eta_s:{left:.0f}")
+
+    def _score_group(self, group: Sequence[int], learner: StreamLearner | None) -> None:
+        if learner is None:
+            if group:
+                adapt_side_by_side(self.model, self.docs, group, self.run, self.dist, self.tally)
+            return
+        for i in group:
+            learner.reset()
+            adapt_along(learner, self.docs, [i], learner.dist, self.tally)
+
+
+# -----------------------------------------------------------------------------
+# main: check, train, quantise, pack, read back from the disk, score.
+
+
+class Plan(NamedTuple):
+    """What is known before anything is paid for."""
+    model: ModelConfig
+    run: RunConfig
+    dist: Dist
+    tokenizer: Tokenizer
+    validation: Documents
+    stream: TrainingStream | None  # None when an artifact is only evaluated
+
+
+def predicted_bytes(c: ModelConfig, run: RunConfig) -> float:
+    """Size of the artifact if weights are Gaussian: a row's integers then hold log2(sqrt(2 pi e) qmax / clip) bits each."""
+    total = 0.0
+    with torch.device("meta"):
+        for name, p in GPT(c).named_parameters():
+            grid = grid_for(name, run, 1.0)
+            bits = 2.047 - math.log2(grid.clip / grid.qmax)
+            total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
+    return total
+
+
+def training_flops(c: ModelConfig, run: RunConfig) -> float:
+    """Arithmetic of a step budget: 6 operations a weight, visit and token."""
+    with torch.device("meta"):
+        model = GPT(c)
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    plain, looped = (len(layer_plan(c, looping)) for looping in (False, True))
+    visits = plain * run.enable_looping_at + looped * (1 - run.enable_looping_at)
+    return 6 * (block * visits + model.embed.numel()) * run.train_batch_tokens * run.iterations
+
+
+def device_speed(device: torch.device) -> float:
+    """Operations per second of a matrix product of this model's kind, measured for a moment."""
+    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
+    a = torch.randn(n, n, device=device).to(dtype)
+    began, done = time.perf_counter(), 0
+    while done < 3 or time.perf_counter() - began < 0.2:
+        a = a @ a * 1e-3
+        done += 1
+    a.sum().item()
+    return done * 2 * n ** 3 / (time.perf_counter() - began)
+
+
+def check_setup(plan: Plan, log: Log) -> None:
+    """Say what will be run, and refuse what cannot be: data, disk, memory, devices, bytes, minutes."""
+    model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
+    free = shutil.disk_usage(".").free
+    need = 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
+    if free < need:
+        raise UserError(f"{free >> 20} MiB are free on this disk, {need >> 20} MiB are needed for artifact and checkpoint")
+    log(f"devices: {dist.world} x {device_name(dist.device)}, {memory_bytes(dist.device) / 2**30:.0f} GiB each")
+    log(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
+    if plan.stream is None:
+        return
+    log(f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens; a step reads "
+        f"{run.train_batch_tokens} of them, {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows on every rank")
+    size = predicted_bytes(model, run)
+    log(f"predicted artifact: about {size:.0f} bytes before its ranges are fitted, {len(code())} bytes of code, "
+        f"limit {run.artifact_bytes}")
+    if run.max_wallclock_seconds:
+        log(f"predicted time: at most {run.max_wallclock_seconds / 60:.1f} minutes of training")
+    if run.iterations:
+        seconds = training_flops(model, run) / dist.world / device_speed(dist.device)
+        log(f"predicted time: {run.iterations} steps in {seconds / 0.8 / 60:.1f} to {seconds / 0.25 / 60:.1f} minutes")
+    log(f"predicted time: at most {run.eval_seconds / 60:.1f} minutes of evaluation" if run.eval_seconds else
+        "predicted time: evaluation without limit")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+
+
+def memory_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def versions() -> str:
+    cuda = f" cuda:{torch.version.cuda}" if torch.version.cuda else ""
+    return (f"python:{platform.python_version()} torch:{torch.__version__}{cuda} numpy:{np.__version__} "
+            f"sentencepiece:{sentencepiece.__version__} zstandard:{zstandard.__version__}")
+
+
+def load_artifact(path: Path, plan: Plan) -> GPT:
+    """The model that a file holds, built from that file alone."""
+    meta, stored = unpack(read_file(path), str(path))
+    if meta.get("kind") != "artifact":
+        raise DataError(f"{path}: a file of kind {meta.get('kind')!r}, expected an artifact")
+    try:
+        config = ModelConfig(**meta["model"])
+    except (TypeError, ConfigError) as error:
+        raise DataError(f"{path}: its configuration is not one of ours: {error}") from error
+    if meta["tokenizer"] != plan.tokenizer.sha256:
+        raise DataError(f"{path}: made for another tokenizer (sha256 {meta['tokenizer'][:12]}…) than {plan.tokenizer.path} "
+                        f"({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH to its own")
+    model = GPT(config)
+    restore(model, stored, str(path))
+    return model.to(plan.dist.device)
+
+
+def static_bpb(model: GPT, plan: Plan, looping: bool = True) -> float:
+    tally = Tally(plan.validation)
+    score_static(model, plan.validation, range(len(plan.validation)), plan.run, plan.dist, tally, looping)
+    return tally.gathered(plan.dist).bits_per_byte
+
+
+def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
+    """Everything from random weights to an artifact on the disk -> what the result says of it."""
+    run, dist, stream = plan.run, plan.dist, plan.stream
+    with watch.phase("set-up"):
+        model = GPT(plan.model)
+        init_weights(model, run.seed)
+        model.to(dist.device)
+        if dist.device.type == "cuda" and run.compile:
+            compile_parts(model)
+        trainer = Trainer(model, run, dist, plan.tokenizer.sha256)
+
+        def rehearse(batch: list[Packed]) -> float:
+            """Time what follows training, with random text and weights, and compile the scoring of validation."""
+            with torch.no_grad():
+                model(*batch[0])
+            if not run.max_wallclock_seconds:
+                return 0.0
+            trial = Stopwatch(dist)
+            with trial.phase("calibrate"):
+                hessians = calibrate(model, [batch], dist)
+            make_artifact(model, hessians, run, dist, trial, plan.tokenizer.sha256, Log(None))
+            once = trial.total("quantise", "pack")
+            reserve = trial.total("calibrate") * run.gptq_calibration_batches + 2 * once
+            return dist.largest(1.15 * reserve + 0.5)
+
+        reserve = warm_up(trainer, rehearse)
+        if run.resume:
+            trainer.load(run.resume)
+        dist.finish_kernels()
+        dist.barrier()
+    log(f"set-up took {watch.total('set-up'):.1f} s; {reserve:.1f} s are reserved for quantisation and packing")
+
+    with watch.phase("train"):
+        history = train(trainer, stream, log, watch, reserve,
+                        lambda: static_bpb(model, plan, trainer.looping(trainer.progress)), path.with_suffix(".ckpt"))
+    log(f"trained {trainer.step} steps, {trainer.step * run.train_batch_tokens} tokens")
+    with watch.phase("validate"):
+        last_bpb = static_bpb(model, plan)
+    with trainer.average.applied():
+        with watch.phase("validate"):
+            prequant_bpb = static_bpb(model, plan)
+        log(f"before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f} (averaged), {last_bpb:.5f} (last iterate)")
+        with watch.phase("calibrate"):
+            batches = (stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
+            hessians = calibrate(model, batches, dist)
+        blob = make_artifact(model, hessians, run, dist, watch, plan.tokenizer.sha256, log)
+    with watch.phase("pack"):
+        if dist.main:
+            write_atomically(path, [blob])
+        dist.barrier()
+    return {"steps": trainer.step, "train_tokens": trainer.step * run.train_batch_tokens, "epochs": stream.epoch(trainer.step),
+            "last_bpb": last_bpb, "prequant_bpb": prequant_bpb, "history": history,
+            "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK)}
+
+
+def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
+    """Read an artifact from the disk and score it -> what the result says of it."""
+    run, dist, docs = plan.run, plan.dist, plan.validation
+    with watch.phase("unpack"):
+        model = load_artifact(path, plan)
+        if dist.device.type == "cuda" and run.compile:
+            compile_parts(model)
+        evaluation = Evaluation(model, docs, run, dist, log, lambda: watch.total(*EVALUATION_CLOCK))
+    with watch.phase("evaluate: warm-up"):
+        evaluation.warm_up()
+    with watch.phase("evaluate: score"):
+        tally = evaluation.score()
+    with watch.phase("score without adaptation"):
+        static = static_bpb(model, plan) if run.ttt_enabled else tally.bits_per_byte
+    log(f"artifact {path}: static_bpb:{static:.5f}" + (f" ttt_bpb:{tally.bits_per_byte:.5f}" if run.ttt_enabled else ""))
+    independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
+    return {"val_bpb": tally.bits_per_byte, "val_loss": float(tally.nats.sum() / tally.counted.sum()), "static_bpb": static,
+            "documents": len(docs), "tokens": int(tally.counted.sum()), "bytes": int(docs.target_bytes().sum()),
+            "adaptation_steps": int(tally.updates.sum()), "doc_independent": int(independent),
+            "degraded_documents": evaluation.degraded, "eval_seconds": watch.total(*EVALUATION_CLOCK)}
+
+
+RESULT_KEYS = ("val_bpb", "static_bpb", "prequant_bpb", "artifact_bytes", "code_bytes", "total_bytes", "steps",
+               "train_tokens", "train_seconds", "eval_seconds", "documents", "tokens", "bytes", "doc_independent",
+               "degraded_documents", "seed")
+
+
+def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
+    """The table of phases, the result as a line of key:value, and the same as JSON."""
+    result["phases"] = {name: round(s, 3) for name, s in watch.seconds.items()}
+    for name, seconds in watch.seconds.items():
+        clock = "training" if name in TRAINING_CLOCK else "evaluation" if name in EVALUATION_CLOCK else "-"
+        log(f"phase {name:26} {seconds:9.2f} s   clock: {clock}")
+    shown = {key: result[key] for key in RESULT_KEYS if key in result}
+    log("result " + " ".join(f"{k}:{v:.6f}" if isinstance(v, float) else f"{k}:{v}" for k, v in shown.items()))
+    write_atomically(path, [json.dumps(result, indent=1).encode()])
+
+
+def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
+    """Open and check all that the run will read."""
+    if run.artifact:  # its own configuration counts, whatever the environment says of the model
+        meta, _ = unpack(read_file(run.artifact), run.artifact)
+        model = dataclasses.replace(model, vocab_size=int(meta.get("model", {}).get("vocab_size", model.vocab_size)))
+    tokenizer = load_tokenizer(run, model.vocab_size)
+    validation = load_validation(run.data_path, model.vocab_size, tokenizer)
+    return Plan(model, run, dist, tokenizer, validation, None if run.artifact else TrainingStream(run, model.vocab_size, dist))
+
+
+def prepare_torch(run: RunConfig, device: torch.device) -> None:
+    """A budget in steps repeats exactly, so it gets deterministic kernels; a budget in time gets the fastest."""
+    torch.manual_seed(run.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if run.iterations and not run.max_wallclock_seconds:
+        torch.use_deterministic_algorithms(True)
+
+
+def run_all(only_check: bool) -> None:
+    model, run = read_env()
+    dist = Dist.from_env(run.device)
+    try:
+        run_id = run.run_id or time.strftime("%Y%m%d_%H%M%S")
+        folder = Path("logs")
+        watch = Stopwatch(dist)
+        prepare_torch(run, dist.device)
+        log = Log(folder / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
+        with watch.phase("load"):
+            log(code().decode(), screen=False)
+            log(f"{settings(model, run)}\n{versions()} {platform.platform()}", screen=False)
+            plan = make_plan(model, run, dist)
+            check_setup(plan, log)
+        if only_check:
+            return
+        result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
+        artifact = Path(run.artifact) if run.artifact else folder / f"{run_id}.ptz"
+        if not run.artifact:
+            result |= train_and_pack(plan, log, watch, artifact)
+        result |= evaluate(plan, log, watch, artifact)
+        size = artifact.stat().st_size
+        result |= {"artifact_bytes": size, "code_bytes": len(code()), "total_bytes": size + len(code()),
+                   "world_size": dist.world, "device": device_name(dist.device), "versions": versions()}
+        if dist.main:
+            report(result, watch, log, folder / f"{run_id}.json")
+    finally:
+        dist.close()
+
+
+def main(arguments: Sequence[str]) -> int:
+    """-> exit status: 0, 2 for what a user can mend, 130 when interrupted."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # torchrun ends its ranks by SIGTERM: clean up alike
+    if arguments in (["--help"], ["-h"]):
+        print(describe_knobs())
+        return 0
+    if arguments not in ([], ["--check-setup"]):
+        print(f"unknown argument {arguments[0]!r}; settings are environment variables: --help lists them", file=sys.stderr)
+        return 2
+    try:
+        run_all(only_check=bool(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
