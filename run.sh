@@ -100,6 +100,7 @@ install() { # identity of $base, files
   echo $$ >"$VENV/installing"
   [[ -x $python ]] || make_venv
   for file in "${@:2}"; do
+    ! cmp -s "$file" "$VENV/$file" || continue
     pip_install "$file" || fail 1 "could not install $file: see above"
     cp "$file" "$VENV/"
   done
@@ -177,10 +178,8 @@ run_tests() {
   case ${1:-} in
     "" | all) "$python" -m ruff check . && "$python" -m ruff format --check . || status=1 ;;
   esac
-  case ${1:-} in
-    slow) set -- -m slow "${@:2}" ;;
-    all) set -- -m "slow or not slow" "${@:2}" ;;
-  esac
+  [[ ${1:-} != slow ]] || set -- -m slow "${@:2}"
+  [[ ${1:-} != all ]] || set -- -m "slow or not slow" "${@:2}"
   "$python" -m pytest "$@" || status=$?
   exit "$status"
 }

@@ -7,7 +7,7 @@ Train a small GPT, pack it into 16 MB, read it back and score it in bits per byt
     python train_gpt.py --check-setup                         what would be run, and whether it can be
     ARTIFACT=logs/RUN.ptz python train_gpt.py                 score an artifact; no training data needed
 
-A run leaves logs/<RUN_ID>.txt (its source, its settings, its progress, its result), .json (the result) and .ptz (the artifact).
+A run leaves logs/<RUN_ID>.txt (its source, settings, progress and result), .json (the result) and .ptz (the artifact).
 
 Sections, in the order of the run: Config, Distributed and log, Data, Attention, Model, Optimizer, Training, Quantise,
 Pack, Score, Test-time training, main.
@@ -140,15 +140,14 @@ class RunConfig:
     iterations: int = knob(0, "training steps, 0 = as many as the time allows", group="Budget", unit="steps", low=0)
     max_wallclock_seconds: float = knob(600.0, "from the first batch to the packed file, 0 = no limit", unit="s", low=0)
     eval_seconds: float = knob(600.0, "from opening the artifact to the final score, 0 = no limit", unit="s", low=0)
-    warmup_steps: int = knob(2, "steps on random tokens before the clock, for each loop mode; undone", unit="steps", low=0)
+    warmup_steps: int = knob(2, "steps on random tokens before the clock, in each loop mode", unit="steps", low=1)
 
     train_batch_tokens: int = knob(786_432, "tokens of a step over all ranks", group="Data", unit="tokens", low=8)
-    train_row_tokens: int = knob(32_768, "tokens of a row; a batch is a fixed list of rows dealt to ranks", unit="tokens",
-                                 low=8)
+    train_row_tokens: int = knob(32_768, "a batch is a list of rows of this size, dealt to ranks", unit="tokens", low=8)
     micro_batch_tokens: int = knob(98_304, "most tokens of one forward pass on one device", unit="tokens", low=8)
     train_seq_len: int = knob(2048, "longest context in training", unit="tokens", low=2)
     train_log_every: int = knob(50, "steps between two lines of progress", unit="steps", low=1)
-    val_loss_every: int = knob(0, "steps between two validations, off the clock; 0 = only at the end", unit="steps", low=0)
+    val_loss_every: int = knob(0, "steps between validations, off the clock; 0 = only at the end", unit="steps", low=0)
 
     matrix_lr: float = knob(0.026, "Muon's learning rate", group="Optimizer", low=0)
     embed_lr: float = knob(0.03, "AdamW's learning rate for the tied embedding", low=0)
@@ -166,10 +165,10 @@ class RunConfig:
     grad_clip_norm: float = knob(0.3, "largest norm of the whole reduced gradient, 0 = no limit", low=0)
     warmdown_frac: float = knob(0.85, "last part of the budget, over which the learning rate falls", low=0, high=1)
     min_lr: float = knob(0.10, "learning rate at the end, as a part of the full one", low=0, high=1)
-    ema_horizon_frac: float = knob(0.06, "weights are averaged over this part of the budget, 0 = last ones", low=0, high=1)
+    ema_horizon_frac: float = knob(0.06, "part of the budget over which weights are averaged, 0 = none", low=0, high=1)
     enable_looping_at: float = knob(0.35, "part of the budget after which the loop runs", low=0, high=1)
 
-    gptq_calibration_batches: int = knob(16, "training batches whose inputs weigh the errors", group="Quantisation",
+    gptq_calibration_batches: int = knob(4, "training batches whose inputs weigh the errors", group="Quantisation",
                                          unit="batches", low=1)
     gptq_damping: float = knob(0.01, "added to the Hessian's diagonal, as a part of its mean", low=1e-6)
     matrix_bits: int = knob(6, "width of the integers of matrices", unit="bits", low=2, high=8)
@@ -221,7 +220,7 @@ class RunConfig:
                 f"{self.train_row_tokens}) and a context (EVAL_SEQ_LEN={self.eval_seq_len})")
         require(self.eval_stride <= self.eval_seq_len,
                 f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={self.eval_seq_len}")
-        require(not (self.artifact and self.resume), "ARTIFACT trains nothing, RESUME goes on training: set one of them")
+        require(not (self.artifact and self.resume), "ARTIFACT trains nothing, RESUME goes on training: set only one")
         self._check_ttt()
 
     def _check_ttt(self):
@@ -474,7 +473,7 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
             os.fsync(out.fileno())
         os.replace(beside, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; free some space or choose another folder") from error
+        raise UserError(f"{path}: cannot be written: {error.strerror}; free some space or go elsewhere") from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -536,8 +535,8 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
 
 
 def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
-    """Bytes that every token of a stream stands for: its piece's, and 1 for a leading space unless the token before is a
-    control token such as BOS. (n,) -> (n,) int64; the first token, which nobody predicts, has no token before it."""
+    """Bytes that every token of a stream stands for: its piece's, and 1 for a leading space unless the token before is
+    a control token such as BOS. (n,) -> (n,) int64; the first token, which nobody predicts, has no token before it."""
     after_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])
     return pieces.plain[tokens] + (pieces.space[tokens] & after_text)
 
@@ -564,7 +563,7 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
         raise DataError(f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={size} "
                         "or another TOKENIZER_PATH")
     if processor.bos_id() != BOS:
-        raise DataError(f"{path}: the tokenizer's BOS is {processor.bos_id()}, expected {BOS}: train it with bos_id={BOS}")
+        raise DataError(f"{path}: the tokenizer's BOS is {processor.bos_id()}, expected {BOS}: use another tokenizer")
     return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor)
 
 
@@ -616,8 +615,8 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
             raise DataError(f"{path}: validation must begin with BOS ({BOS}) and hold a document: found "
                             f"{shard[:4].tolist()}; prepare the data again")
         if int(shard.max()) >= vocab_size:
-            raise DataError(f"{path}: token {int(shard.max())} is not below VOCAB_SIZE={vocab_size}: the shards were made "
-                            "with another tokenizer")
+            raise DataError(f"{path}: token {int(shard.max())} is not below VOCAB_SIZE={vocab_size}: the shards were "
+                            "made with another tokenizer")
     sidecars = [p.with_name(p.name.replace("fineweb_val_", "fineweb_val_bytes_")) for p in paths]
     tokens = np.concatenate(shards)
     if not any(p.exists() for p in sidecars):
@@ -732,8 +731,8 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
     rows = run.train_batch_tokens // run.train_row_tokens
     if rows % world:
         nearest = max(1, round(rows / world)) * world * run.train_row_tokens
-        raise ConfigError(f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} is {rows} rows of {run.train_row_tokens} tokens, "
-                          f"which {world} ranks cannot share equally; the nearest valid batch is {nearest}")
+        raise ConfigError(f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} is {rows} rows of {run.train_row_tokens} "
+                          f"tokens, which {world} ranks cannot share equally; the nearest valid batch is {nearest}")
     share = rows // world
     fit = max(n for n in range(1, share + 1) if share % n == 0 and n * run.train_row_tokens <= run.micro_batch_tokens)
     return fit, share // fit
@@ -783,7 +782,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
-# Model: one forward pass. Training, scoring and adaptation all run these lines; an adapter adds its corrections to them.
+# Model: one forward pass for training, scoring and adaptation; an adapter adds its corrections where the weights are.
 
 
 class LowRank(NamedTuple):
@@ -807,16 +806,6 @@ class Deltas(NamedTuple):
 
 
 NO_DELTAS = Deltas()
-
-
-class Skip(NamedTuple):
-    """A U-Net connection that ends at this visit: x <- lerp(weight * saved, x, sigmoid(gate))."""
-    saved: Tensor   # (B, T, D)
-    weight: Tensor  # (D,)
-    gate: Tensor    # (D,)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.lerp(self.weight.to(x.dtype) * self.saved, x, self.gate.sigmoid().to(x.dtype))
 
 
 class Linear(nn.Module):
@@ -872,7 +861,8 @@ class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.slope = c.mlp_leaky_slope
-        self.up, self.down = Linear(c.model_dim, c.mlp_mult * c.model_dim), Linear(c.mlp_mult * c.model_dim, c.model_dim)
+        width = c.mlp_mult * c.model_dim
+        self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
 
     def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
         y = self.down(F.leaky_relu(self.up(x), self.slope).square())
@@ -880,36 +870,57 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP. A block works on two lanes (a, m): a sequential one reads `a` and returns its result as both; a
-    parallel one feeds attention from `a` and the MLP from `m`, and mixes both results into both lanes."""
+    """Attention, then the MLP, on one residual stream."""
+    lanes = False
 
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
-        self.parallel = 0 < c.parallel_start_layer <= index
         self.attention, self.mlp = Attention(c, index), MLP(c)
         # a tensor, not a number: blocks then differ in data alone and share their compiled code
         self.register_buffer("input_scale", torch.tensor((index + 1.0) ** -c.ln_scale_power), persistent=False)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(c.model_dim)), nn.Parameter(torch.ones(c.model_dim))
         self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # (x, x0)
-        if self.parallel:
-            self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
-            self.lane_mix = nn.Parameter(torch.ones(2, 2))        # [lane written][attention, MLP]
 
-    def forward(self, a: Tensor, m: Tensor, x0: Tensor, skip: Skip | None, rope: tuple[Tensor, Tensor],
-                segments: Segments | None, d: Deltas) -> tuple[Tensor, Tensor]:
-        if skip is not None:
-            a = skip(a)
-        scale, dtype = self.input_scale.to(a.dtype), a.dtype
-        mix = self.input_mix.to(dtype)
-        x = mix[0] * a + mix[1] * x0
-        attn = self.attn_scale.to(dtype) * self.attention(norm(x) * scale, rope, segments, d)
-        if not self.parallel:
-            x = x + attn
-            x = x + self.mlp_scale.to(dtype) * self.mlp(norm(x) * scale, d.mlp)
-            return x, x
-        mlp = self.mlp_scale.to(dtype) * self.mlp(norm(m) * scale, d.mlp)
-        keep, lane = self.lane_keep.to(dtype), self.lane_mix.to(dtype)
-        return keep[0] * a + lane[0, 0] * attn + lane[0, 1] * mlp, keep[1] * m + lane[1, 0] * attn + lane[1, 1] * mlp
+    def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
+        mix = self.input_mix.to(x.dtype)
+        return mix[0] * x + mix[1] * x0
+
+    def attend_to(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None, d: Deltas) -> Tensor:
+        return self.attn_scale.to(x.dtype) * self.attention(norm(x) * self.input_scale.to(x.dtype), rope, segments, d)
+
+    def think_on(self, x: Tensor, d: Deltas) -> Tensor:
+        return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.input_scale.to(x.dtype), d.mlp)
+
+    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None,
+                d: Deltas) -> Tensor:
+        """Stream and normalised embeddings (B, T, D) twice -> (B, T, D)"""
+        x = self.mixed(x, x0)
+        x = x + self.attend_to(x, rope, segments, d)
+        return x + self.think_on(x, d)
+
+
+class LaneBlock(Block):
+    """Attention and MLP side by side: one reads lane `a`, the other lane `m`, and both write to both."""
+    lanes = True
+
+    def __init__(self, c: ModelConfig, index: int):
+        super().__init__(c, index)
+        self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
+        self.lane_mix = nn.Parameter(torch.ones(2, 2))        # [lane written][attention, MLP]
+
+    def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None,
+                d: Deltas) -> tuple[Tensor, Tensor]:
+        attn, mlp = self.attend_to(self.mixed(a, x0), rope, segments, d), self.think_on(m, d)
+        keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
+        return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
+
+
+class Skip(nn.Module):
+    """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate))."""
+
+    def forward(self, x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+        """(B, T, D) twice, (D,) twice -> (B, T, D)"""
+        return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
 
 
 class Input(nn.Module):
@@ -978,8 +989,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = c
         self.embed = nn.Parameter(torch.empty(c.vocab_size, c.model_dim))  # also the output matrix
-        self.input, self.head = Input(c), Head(c)
-        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.num_layers))
+        self.input, self.head, self.skip = Input(c), Head(c), Skip()
+        lanes_from = c.parallel_start_layer or c.num_layers
+        self.blocks = nn.ModuleList((LaneBlock if i >= lanes_from else Block)(c, i) for i in range(c.num_layers))
         pairs = sum(v.saves for v in layer_plan(c, looping=True))
         self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim))
         self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim))
@@ -995,22 +1007,27 @@ class GPT(nn.Module):
         positions = torch.arange(tokens.size(1), device=tokens.device) if segments is None else segments.positions
         rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
         x0 = self.input(tokens, self.embed, self.compute_dtype)
-        a = m = x0
+        a, m = x0.clone(), None  # m: the second lane, once there is one; a clone, lest a visit sees one tensor twice
         saved: list[Tensor] = []
         for i, visit in enumerate(layer_plan(self.config, looping)):
-            row = visit.skip
-            skip = None if row is None else Skip(saved.pop(), self.skip_weight[row], self.skip_gate[row])
-            deltas = NO_DELTAS if adapter is None else adapter.visits[i]
-            a, m = self.blocks[visit.block](a, m, x0, skip, rope, segments, deltas)
+            block, deltas = self.blocks[visit.block], NO_DELTAS if adapter is None else adapter.visits[i]
+            if block.lanes and m is None:
+                m = a
+            if visit.skip is not None:
+                a = self.skip(a, saved.pop(), self.skip_weight[visit.skip], self.skip_gate[visit.skip])
+            if block.lanes:
+                a, m = block(a, m, x0, rope, segments, deltas)
+            else:
+                a = block(a, x0, rope, segments, deltas)
             if visit.saves:
                 saved.append(a)
-        return norm(0.5 * (a + m))
+        return norm(a if m is None else 0.5 * (a + m))
 
     def forward(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None, adapter: Adapter | None = None,
                 looping: bool = True) -> Tensor:
         """Tokens (B, T), the targets of the last n of them (B, n) -> their negative log-likelihood, (B, n) nats.
         Reductions belong to the caller: training takes the mean, the score a masked sum, adaptation a masked mean."""
-        x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1):]
+        x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1):].contiguous()
         return self.head(x, targets, self.embed, None if adapter is None else adapter.head)
 
 
@@ -1034,11 +1051,12 @@ def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
     return "matrix" if name.endswith(".weight") else "scalar"
 
 
-def compile_parts(model: GPT) -> None:
-    """Compile block by block: all blocks of a kind share one graph, so that 17 visits cost one compilation."""
+def compile_parts(model: GPT, dynamic: bool) -> None:
+    """Compile block by block: blocks of a kind share one graph, so that 17 visits cost two compilations. `dynamic`
+    graphs serve every number of rows and tokens from the start."""
     torch._dynamo.config.recompile_limit = 64
-    for part in (model.input, model.head, *model.blocks):
-        part.compile()
+    for part in (model.input, model.head, model.skip, *model.blocks):
+        part.compile(dynamic=dynamic or None)
 
 
 # -----------------------------------------------------------------------------
@@ -1092,9 +1110,9 @@ def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tenso
 
 
 class MuonAdam:
-    """The optimizer of training. Gradients are summed over ranks here; every rank keeps the momentum of its share of each
-    stack, updates it, and all ranks gather the results. With equal reduced gradients the result does not depend on how
-    many ranks there are."""
+    """The optimizer of training. Gradients are summed over ranks here; every rank keeps the momentum of its share of
+    each stack, updates it, and all ranks gather the results. With equal reduced gradients the result does not depend on
+    how many ranks there are."""
 
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.run, self.dist, self.steps_done = run, dist, 0
@@ -1104,7 +1122,7 @@ class MuonAdam:
             if param_role(name) == "matrix":
                 by_shape.setdefault(tuple(p.shape), []).append(p)
         self.stacks = sorted(by_shape.values(), key=lambda ps: -sum(p.numel() for p in ps))
-        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank, the last ranks' partly padding
+        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank; the last may be padding
         self.momentum = [torch.zeros(n, *ps[0].shape, device=ps[0].device)
                          for n, ps in zip(self.share, self.stacks, strict=True)]
         self.dense = [p for name, p in named.items() if param_role(name) != "matrix"]
@@ -1168,8 +1186,8 @@ class MuonAdam:
 # -----------------------------------------------------------------------------
 # Container: one file format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
 #
-#   magic (8) | header length (4, little-endian) | header: zstd of JSON {meta, tensors: [[name, type, shape, bytes], ...]}
-#   | every tensor's bytes in that order, a zstd frame each where the header says so | BLAKE2b-128 of all before (16)
+#   magic (8) | header length (4, little-endian) | header: zstd of JSON {meta, zstd, tensors [[name, type, shape, size]]}
+#   | every tensor's bytes in that order, a zstd frame each where `zstd` says so | BLAKE2b-128 of all before (16)
 
 CONTAINER_MAGIC, DIGEST_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 31
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
@@ -1196,10 +1214,10 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | No
 
 
 def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A container -> (meta, tensors by name). `what` names it in errors. Nothing in it is believed before it is checked."""
+    """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
     body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     if body[:len(CONTAINER_MAGIC)] != CONTAINER_MAGIC:
-        raise DataError(f"{what}: not a file of this program: it begins with {body[:8]!r}, expected {CONTAINER_MAGIC!r}")
+        raise DataError(f"{what}: not a file of this program: it begins with {body[:8]!r}, not {CONTAINER_MAGIC!r}")
     if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != digest:
         raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
     try:
@@ -1261,8 +1279,8 @@ def momentum_at(progress: float, run: RunConfig) -> float:
 
 
 class WeightAverage:
-    """Exponential average of all parameters. Its horizon is a part of the budget, not a number of steps, so that a short
-    run is not averaged over weights from its beginning."""
+    """Exponential average of all parameters. Its horizon is a part of the budget, not a number of steps, so that a
+    short run is not averaged over weights from its beginning."""
 
     def __init__(self, model: GPT, horizon: float):
         self.params, self.horizon = list(model.parameters()), horizon
@@ -1305,7 +1323,7 @@ class Trainer:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
 
     def step_on(self, batch: Sequence[Packed], progress: float, looping: bool) -> Tensor:
-        """One optimizer step on this rank's micro-batches -> mean loss over all ranks (nats per token), on the device."""
+        """One optimizer step on this rank's micro-batches -> mean loss of all ranks, nats per token, on the device."""
         total = torch.zeros((), device=self.dist.device)
         for tokens, targets, segments in batch:
             loss = self.model(tokens, targets, segments, looping=looping).sum() / self.run.train_batch_tokens
@@ -1380,8 +1398,8 @@ def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> floa
 
 def check_loss(loss: float, step: int, vocab_size: int) -> None:
     if not loss < 2 * math.log(vocab_size):  # also true for NaN
-        raise UserError(f"training diverged: the loss of step {step} is {loss:.3f} nats, more than twice that of guessing; "
-                        "lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM")
+        raise UserError(f"training diverged: the loss of step {step} is {loss:.3f} nats, more than twice that of "
+                        "guessing; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM")
 
 
 def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, reserve: float,
@@ -1458,11 +1476,11 @@ def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> di
 
     hooks = [module.register_forward_pre_hook(watch_input(f"{name}.weight", module.weight.size(1)))
              for name, module in model.named_modules() if isinstance(module, Linear)]
-    hooks.append(model.head.register_forward_pre_hook(watch_input("embed", model.config.model_dim)))
+    watch_hidden = watch_input("embed", model.config.model_dim)
     with torch.compiler.set_stance("force_eager"):
         for batch in batches:
-            for tokens, targets, segments in batch:
-                model(tokens, targets, segments)
+            for tokens, _, segments in batch:
+                watch_hidden(model, (model.hidden(tokens, segments),))
     for hook in hooks:
         hook.remove()
     return {name: dist.sum_(h) for name, h in sums.items()}
@@ -1536,8 +1554,8 @@ def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> 
 
 @torch.no_grad()
 def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, widen: float) -> dict[str, Tensor]:
-    """What an artifact stores: every quantised matrix as `name` int8, transposed so that a column's integers lie together,
-    and `name.scale` fp16; every other parameter as fp16. Ranks share the work by matrix."""
+    """What an artifact stores: every quantised matrix as `name` int8, transposed so that a column's integers lie
+    together, and `name.scale` fp16; every other parameter as fp16. Ranks share the work by matrix."""
     stored: dict[str, Tensor] = {}
     for i, (name, p) in enumerate(sorted(model.named_parameters(), key=lambda item: -item[1].numel())):
         if param_role(name) == "scalar":
@@ -1637,8 +1655,8 @@ class Window(NamedTuple):
 
 
 def windows(document: int, begin: int, end: int, context: int, stride: int) -> Iterator[Window]:
-    """The windows that score inputs begin..end-1 of a document: the first window reaches to `context`, each further one by
-    `stride`. Where a window starts depends on its place only, never on the document's length."""
+    """The windows that score inputs begin..end-1 of a document: the first window reaches to `context`, each further one
+    by `stride`. Where a window starts depends on its place only, never on the document's length."""
     edge = context if begin < context else context + (begin - context) // stride * stride + stride
     while begin < end:
         yield Window(document, max(0, edge - context), begin, min(edge, end))
@@ -1697,14 +1715,14 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
 
 
 # -----------------------------------------------------------------------------
-# Test-time training: a chunk is scored, then learnt from. What adapts starts anew at every document (TTT_SCOPE=document).
+# Test-time training: a chunk is scored, then learnt from. What adapts starts anew at every document, or in a stream.
 
 TTT_ADAM_EPS = 1e-10
 
 
 class Adapter:
     """The corrections of B documents: one set for every visit of the trunk, and one for the head. Their start is drawn
-    from the seed once, the same for every document, row, batch and rank; `up` is zero, so a new adapter changes nothing."""
+    from the seed, the same for every document, row, batch and rank; `up` is zero, so a new adapter changes nothing."""
 
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
         generator = torch.Generator().manual_seed(run.seed)
@@ -1738,8 +1756,8 @@ class Adapter:
 
 
 class AdaptRule:
-    """The step of test-time training, on tensors whose first dimension is the document: clipping, moments, decay and the
-    learning rate are each document's own."""
+    """The step of test-time training, on tensors whose first dimension is the document: clipping, moments, decay and
+    the learning rate are each document's own."""
 
     def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
         self.run, self.multipliers, self.steps_done = run, multipliers, 0
@@ -1782,66 +1800,73 @@ def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | f
     rate = run.ttt_lr * (0.5 * (1 + math.cos(math.pi * epoch / run.ttt_epochs)) if run.ttt_cosine else 1.0)
     if entropy is None:
         return rate
-    high = run.ttt_entropy_high or math.inf
-    return rate * (entropy / max(run.ttt_entropy_low, 1e-9)).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
+    low, high = max(run.ttt_entropy_low, 1e-9), run.ttt_entropy_high or math.inf
+    return rate * (entropy / low).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
 
 
 def wants_entropy(run: RunConfig) -> bool:
     return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
 
 
-def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist, tally: Tally) -> None:
-    """Score a group of documents, each with corrections of its own, chunk by chunk: first the score of a chunk is final,
-    then its document learns from it. A row ends when its document does; nothing a row does reaches another."""
-    alive = np.array(group)
-    lengths = docs.lengths
-    tokens = padded(docs, alive, run.ttt_chunk_tokens).to(dist.device)  # (B, T + 1)
-    adapter = Adapter(model.config, run, len(alive), dist.device)
+def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist,
+                       tally: Tally) -> None:
+    """Score a group of documents, each with corrections of its own, chunk by chunk: first the score of a chunk is
+    final, then its document learns from it. A row ends with its document; nothing a row does reaches another."""
+    chunk, lengths = run.ttt_chunk_tokens, docs.lengths
+    rows, longest = with_idle_row(np.array(group)), int(lengths[group].max())  # rows: each one's document, -1 for none
+    tokens = padded(docs, rows, -(-longest // chunk) * chunk).to(dist.device)  # (B, T + 1)
+    adapter = Adapter(model.config, run, len(rows), dist.device)
     rule = AdaptRule(adapter.tensors(), [1.0] * len(adapter.tensors()), run)
-    for first in range(0, int(lengths[alive].max()), run.ttt_chunk_tokens):
-        running = np.flatnonzero(lengths[alive] > first)
-        if len(running) <= len(alive) // 2:  # drop the rows of documents that have ended
-            rows = torch.from_numpy(running).to(dist.device)
-            alive, tokens = alive[running], tokens[rows]
-            adapter.keep(rows)
-            rule.keep(rows)
-        end = first + run.ttt_chunk_tokens
-        start = max(0, end - run.eval_seq_len)
+    for first in range(0, longest, chunk):
+        end, start = first + chunk, max(0, first + chunk - run.eval_seq_len)
+        left = np.where(rows < 0, 0, lengths[rows] - first)  # (B,) targets from here on
+        if (left > 0).sum() <= len(rows) // 2 > 1:  # drop the rows of documents that have ended
+            kept = with_idle_row(np.flatnonzero(left > 0))
+            rows, left = np.where(kept < 0, -1, rows[kept]), np.where(kept < 0, 0, left[kept])
+            index = torch.from_numpy(kept.clip(min=0)).to(dist.device)
+            tokens = tokens[index]
+            adapter.keep(index)
+            rule.keep(index)
         inputs, targets = tokens[:, start:end], tokens[:, first + 1:end + 1]
-        inside = np.arange(first, end) < lengths[alive][:, None]  # (B, chunk)
+        inside = np.arange(chunk) < left[:, None]  # (B, chunk)
         counted = torch.from_numpy(inside).to(dist.device)
         nll, entropy = forward_scored(model, inputs, targets, None, adapter, counted, wants_entropy(run))
-        tally.add(np.repeat(alive, inside.sum(1)), nll.detach().cpu().numpy()[inside])
-        if end < run.ttt_min_doc_tokens or end >= lengths[alive].max():
+        tally.add(np.repeat(rows, inside.sum(1)), nll.detach().cpu().numpy()[inside])
+        if end < run.ttt_min_doc_tokens or left.max() <= chunk:
             continue
         count = counted.sum(1).clamp(min=1)
         entropy = None if entropy is None else entropy / count
         for epoch in range(run.ttt_epochs):
             if epoch:
                 nll, _ = forward_scored(model, inputs, targets, None, adapter, counted, False)
-            loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no one's step depends on its neighbours
+            loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
             tensors = adapter.tensors()
             grads = list(torch.autograd.grad(loss, tensors))
-            lr = torch.zeros(len(alive), device=dist.device) + chunk_rate(run, epoch, entropy)
+            lr = torch.zeros(len(rows), device=dist.device) + chunk_rate(run, epoch, entropy)
             rule.step(tensors, grads, lr)
-            tally.updates[alive] += inside[:, -1]
+            tally.updates[rows[left > chunk]] += 1
 
 
-def padded(docs: Documents, group: np.ndarray, chunk: int) -> Tensor:
-    """Documents as rows of one length, a multiple of the chunk and one more; causal, so padding reaches no score."""
-    longest = -(-int(docs.lengths[group].max()) // chunk) * chunk
+def with_idle_row(rows: np.ndarray) -> np.ndarray:
+    """At least two rows, -1 standing for nothing: compiled code for many rows does not serve a single one."""
+    return rows if len(rows) > 1 else np.append(rows, -1)
+
+
+def padded(docs: Documents, group: np.ndarray, longest: int) -> Tensor:
+    """Documents as rows of one length (B, longest + 1); everything is causal, so padding reaches no score."""
     rows = np.full((len(group), longest + 1), BOS, np.int64)
     for row, i in zip(rows, group, strict=True):
-        span = docs.span(i)
-        row[:len(span)] = span
+        if i >= 0:
+            span = docs.span(i)
+            row[:len(span)] = span
     return torch.from_numpy(rows)
 
 
 def forward_scored(model: GPT, tokens: Tensor, targets: Tensor, segments: Segments | None, adapter: Adapter | None,
                    counted: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, T), targets of the last n and which of them count (B, n) -> their nats (B, n) and, if the learning rate
-    depends on it, the entropy of the counted predictions, summed by row (B,)."""
-    x = model.hidden(tokens, segments, adapter)[:, -targets.size(1):]
+    """Tokens (B, T), targets of the last n and which of them count (B, n) -> their nats (B, n) and, if the learning
+    rate depends on it, the entropy of the counted predictions, summed by row (B,)."""
+    x = model.hidden(tokens, segments, adapter)[:, -targets.size(1):].contiguous()
     delta = None if adapter is None else adapter.head
     nll = model.head(x, targets, model.embed, delta)
     if not want_entropy:
@@ -1985,19 +2010,20 @@ class Evaluation:
         model.requires_grad_(run.ttt_params == "full")
 
     def warm_up(self) -> None:
-        """Compile and touch every kernel on random documents, and time the pass without adaptation."""
+        """Time the pass without adaptation on random documents; on a GPU also compile and touch every kernel."""
         generator = np.random.default_rng(self.run.seed)
         vocab, context = self.model.config.vocab_size, self.run.eval_seq_len
-        length = max(2 * self.run.ttt_chunk_tokens, context) + self.run.ttt_chunk_tokens if self.run.batched_ttt else context
-        text = generator.integers(2, vocab, (self.run.ttt_batch_docs if self.run.batched_ttt else 2) * length)
+        many, length = (self.run.ttt_batch_docs, context + self.run.ttt_chunk_tokens) if self.run.batched_ttt else \
+            (2, context)
+        text = generator.integers(2, vocab, many * length)
         text[::length] = BOS
         docs = split_documents(text.astype(np.uint16), np.ones(len(text), np.int64))
         alone, everyone = Dist(device=self.dist.device), range(len(docs))
-        for _ in range(2):
+        for _ in range(2):  # the second time is the speed, the first compiles
             began = time.perf_counter()
-            score_static(self.model, docs, everyone, self.run, alone, Tally(docs))
+            score_static(self.model, docs, [0], self.run, alone, Tally(docs))
             self.static_rate = self.run.micro_batch_tokens / (time.perf_counter() - began)
-        if not self.run.ttt_enabled:
+        if not self.run.ttt_enabled or self.dist.device.type == "cpu":
             return
         if self.run.batched_ttt:
             adapt_side_by_side(self.model, docs, everyone, self.run, alone, Tally(docs))
@@ -2016,7 +2042,8 @@ class Evaluation:
             self.degraded = adapt_along(learner, self.docs, everyone, self.dist, self.tally, self._time_left)
             learner.reset()
         else:
-            learner = None if self.run.batched_ttt else StreamLearner(self.model, self.run, Dist(device=self.dist.device))
+            alone = Dist(device=self.dist.device)
+            learner = None if self.run.batched_ttt else StreamLearner(self.model, self.run, alone)
             self._score_documents(learner)
             if learner is not None:
                 learner.reset()
@@ -2077,7 +2104,7 @@ class Plan(NamedTuple):
 
 
 def predicted_bytes(c: ModelConfig, run: RunConfig) -> float:
-    """Size of the artifact if weights are Gaussian: a row's integers then hold log2(sqrt(2 pi e) qmax / clip) bits each."""
+    """Size of the artifact if weights are Gaussian: an integer then holds log2(sqrt(2 pi e) qmax / clip) bits."""
     total = 0.0
     with torch.device("meta"):
         for name, p in GPT(c).named_parameters():
@@ -2115,13 +2142,13 @@ def check_setup(plan: Plan, log: Log) -> None:
     free = shutil.disk_usage(".").free
     need = 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
     if free < need:
-        raise UserError(f"{free >> 20} MiB are free on this disk, {need >> 20} MiB are needed for artifact and checkpoint")
+        raise UserError(f"{free >> 20} MiB are free on this disk, {need >> 20} MiB are needed: free some space")
     log(f"devices: {dist.world} x {device_name(dist.device)}, {memory_bytes(dist.device) / 2**30:.0f} GiB each")
     log(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
     if plan.stream is None:
         return
     log(f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens; a step reads "
-        f"{run.train_batch_tokens} of them, {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows on every rank")
+        f"{run.train_batch_tokens}, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows on every rank")
     size = predicted_bytes(model, run)
     log(f"predicted artifact: about {size:.0f} bytes before its ranges are fitted, {len(code())} bytes of code, "
         f"limit {run.artifact_bytes}")
@@ -2135,7 +2162,8 @@ def check_setup(plan: Plan, log: Log) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {threads} threads"
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -2160,8 +2188,8 @@ def load_artifact(path: Path, plan: Plan) -> GPT:
     except (TypeError, ConfigError) as error:
         raise DataError(f"{path}: its configuration is not one of ours: {error}") from error
     if meta["tokenizer"] != plan.tokenizer.sha256:
-        raise DataError(f"{path}: made for another tokenizer (sha256 {meta['tokenizer'][:12]}…) than {plan.tokenizer.path} "
-                        f"({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH to its own")
+        raise DataError(f"{path}: made for another tokenizer (sha256 {meta['tokenizer'][:12]}…) than "
+                        f"{plan.tokenizer.path} ({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH")
     model = GPT(config)
     restore(model, stored, str(path))
     return model.to(plan.dist.device)
@@ -2181,7 +2209,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         init_weights(model, run.seed)
         model.to(dist.device)
         if dist.device.type == "cuda" and run.compile:
-            compile_parts(model)
+            compile_parts(model, dynamic=False)
         trainer = Trainer(model, run, dist, plan.tokenizer.sha256)
 
         def rehearse(batch: list[Packed]) -> float:
@@ -2190,6 +2218,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
                 model(*batch[0])
             if not run.max_wallclock_seconds:
                 return 0.0
+            calibrate(model, [batch[:1]], dist)  # once more below, when nothing is new to the GPU
             trial = Stopwatch(dist)
             with trial.phase("calibrate"):
                 hessians = calibrate(model, [batch], dist)
@@ -2214,7 +2243,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
     with trainer.average.applied():
         with watch.phase("validate"):
             prequant_bpb = static_bpb(model, plan)
-        log(f"before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f} (averaged), {last_bpb:.5f} (last iterate)")
+        log(f"before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}")
         with watch.phase("calibrate"):
             batches = (stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
             hessians = calibrate(model, batches, dist)
@@ -2223,9 +2252,9 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         if dist.main:
             write_atomically(path, [blob])
         dist.barrier()
-    return {"steps": trainer.step, "train_tokens": trainer.step * run.train_batch_tokens, "epochs": stream.epoch(trainer.step),
-            "last_bpb": last_bpb, "prequant_bpb": prequant_bpb, "history": history,
-            "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK)}
+    return {"steps": trainer.step, "train_tokens": trainer.step * run.train_batch_tokens,
+            "epochs": stream.epoch(trainer.step), "last_bpb": last_bpb, "prequant_bpb": prequant_bpb,
+            "history": history, "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK)}
 
 
 def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
@@ -2234,7 +2263,7 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, An
     with watch.phase("unpack"):
         model = load_artifact(path, plan)
         if dist.device.type == "cuda" and run.compile:
-            compile_parts(model)
+            compile_parts(model, dynamic=True)
         evaluation = Evaluation(model, docs, run, dist, log, lambda: watch.total(*EVALUATION_CLOCK))
     with watch.phase("evaluate: warm-up"):
         evaluation.warm_up()
@@ -2242,9 +2271,11 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, An
         tally = evaluation.score()
     with watch.phase("score without adaptation"):
         static = static_bpb(model, plan) if run.ttt_enabled else tally.bits_per_byte
-    log(f"artifact {path}: static_bpb:{static:.5f}" + (f" ttt_bpb:{tally.bits_per_byte:.5f}" if run.ttt_enabled else ""))
+    adapted = f" ttt_bpb:{tally.bits_per_byte:.5f}" if run.ttt_enabled else ""
+    log(f"artifact {path}: static_bpb:{static:.5f}{adapted}")
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
-    return {"val_bpb": tally.bits_per_byte, "val_loss": float(tally.nats.sum() / tally.counted.sum()), "static_bpb": static,
+    val_loss = float(tally.nats.sum() / tally.counted.sum())
+    return {"val_bpb": tally.bits_per_byte, "val_loss": val_loss, "static_bpb": static,
             "documents": len(docs), "tokens": int(tally.counted.sum()), "bytes": int(docs.target_bytes().sum()),
             "adaptation_steps": int(tally.updates.sum()), "doc_independent": int(independent),
             "degraded_documents": evaluation.degraded, "eval_seconds": watch.total(*EVALUATION_CLOCK)}
@@ -2273,7 +2304,8 @@ def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
         model = dataclasses.replace(model, vocab_size=int(meta.get("model", {}).get("vocab_size", model.vocab_size)))
     tokenizer = load_tokenizer(run, model.vocab_size)
     validation = load_validation(run.data_path, model.vocab_size, tokenizer)
-    return Plan(model, run, dist, tokenizer, validation, None if run.artifact else TrainingStream(run, model.vocab_size, dist))
+    stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
+    return Plan(model, run, dist, tokenizer, validation, stream)
 
 
 def prepare_torch(run: RunConfig, device: torch.device) -> None:
@@ -2283,6 +2315,7 @@ def prepare_torch(run: RunConfig, device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
     if run.iterations and not run.max_wallclock_seconds:
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
 def run_all(only_check: bool) -> None:
@@ -2322,7 +2355,7 @@ def main(arguments: Sequence[str]) -> int:
         print(describe_knobs())
         return 0
     if arguments not in ([], ["--check-setup"]):
-        print(f"unknown argument {arguments[0]!r}; settings are environment variables: --help lists them", file=sys.stderr)
+        print(f"unknown argument {arguments[0]!r}; settings are environment variables, see --help", file=sys.stderr)
         return 2
     try:
         run_all(only_check=bool(arguments))

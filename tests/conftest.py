@@ -1,4 +1,5 @@
 """Every test starts from the same random state and uses two threads, whatever the machine has."""
+
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; processes that tests start inherit it

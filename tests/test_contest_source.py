@@ -1,0 +1,363 @@
+"""Published data from a hub: a local HTTP server plays it, with all that networks and strangers do."""
+
+import hashlib
+import json
+import re
+import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train_gpt
+from data import prepare
+from tests.test_prepare import TEXTS, models, read_back, write_lines  # noqa: F401, a fixture among them
+
+CASEOPS = "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"
+HUB_ROOT = "datasets/{repo}/resolve/main/datasets"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves server.root with ranges. server.faults maps the end of a path to functions that answer in its stead, once
+    each."""
+
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers.get("Range")))
+        for end, faults in self.server.faults.items():
+            if self.path.endswith(end) and faults:
+                return faults.pop(0)(self)
+        self.serve()
+
+    def serve(self, limit=None, ranges=True, promised=0):
+        """Answer with the file: cut after `limit` bytes, or announced to be longer by `promised`."""
+        path = self.server.root / self.path.lstrip("/")
+        if not path.is_file():
+            return self.send_error(404)
+        content, wanted, begin = path.read_bytes(), self.headers.get("Range"), 0
+        if wanted and ranges:
+            begin = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+            if begin >= len(content):
+                return self.send_error(416)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content) + promised}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content) - begin + promised))
+        self.end_headers()
+        self.wfile.write(content[begin:][:limit])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(prepare, "FIRST_PAUSE_S", 0.001)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.root, server.requests, server.faults = tmp_path / "hub", [], {}
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="session")
+def published(models, tmp_path_factory):  # noqa: F811
+    """Folders as the contest publishes them: plain, lossy, without side-car; and CaseOps with one. Training documents
+    straddle shards."""
+    root = tmp_path_factory.mktemp("published")
+    for kind, dataset, repo in (("lossy", "fineweb10B_sp400", prepare.PLAIN_REPOSITORY),
+                                ("caseops", CASEOPS, prepare.REPOSITORIES["caseops"])):
+        folder = root / HUB_ROOT.format(repo=repo)
+        shards = folder / "datasets" / dataset
+        for path in (shards, folder / "tokenizers"):
+            path.mkdir(parents=True)
+        (folder / "tokenizers" / f"{kind}.model").write_bytes(models[kind])
+        encoder = prepare.load_encoder(models[kind], kind == "caseops")
+        val = [prepare.encode_document(encoder, text, True)[:2] for text in TEXTS[:50]]
+        for i, documents in enumerate((val[:30], val[30:])):
+            tokens, sidecar = zip(*documents, strict=True)
+            prepare.write_shard(shards / f"fineweb_val_{i:06d}.bin", list(tokens))
+            if kind == "caseops":
+                prepare.write_shard(shards / f"fineweb_val_bytes_{i:06d}.bin", list(sidecar))
+        train = np.concatenate([prepare.encode_document(encoder, text, False)[0] for text in TEXTS[50:300]])
+        for i, tokens in enumerate(np.array_split(train, 3)):
+            prepare.write_shard(shards / f"fineweb_train_{i:06d}.bin", [tokens])
+        stats = {"files_train": 3, "files_val": 2}
+        (folder / "manifest.json").write_text(json.dumps({
+            "datasets": [{"name": "fineweb10B_byte260", "tokenizer_name": "b", "stats": stats},
+                         {"name": dataset, "tokenizer_name": kind, "stats": stats}],
+            "tokenizers": [{"name": kind, "model_path": f"tokenizers/{kind}.model"}, {"name": "b", "path": "b.json"}]}))
+    return root
+
+
+@pytest.fixture
+def contest(hub, published, tmp_path):
+    """Runs `prepare contest` against a hub that has the published folders."""
+    shutil.copytree(published, hub.root)
+
+    def run(*arguments):
+        hub.requests.clear()
+        return prepare.main(["contest", "--base-url", hub.url, "--out", str(tmp_path / "out"), "--workers", "1",
+                             *map(str, arguments)])
+
+    run.hub, run.datasets = hub, tmp_path / "out" / "datasets"
+    run.remote = hub.root / HUB_ROOT.format(repo=prepare.REPOSITORIES["caseops"]) / "datasets" / CASEOPS
+    return run
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def asked(hub, name: str) -> list[str | None]:
+    """The Range header of every request for a file."""
+    return [wanted for path, wanted in hub.requests if path.endswith(name)]
+
+
+# ---- what is published ------------------------------------------------------
+
+
+def test_caseops_shards_arrive_with_their_sidecar(contest):
+    assert contest("--train-shards", 3) == 0
+    folder = contest.datasets / CASEOPS
+    assert names(contest.datasets) == [CASEOPS]
+    assert names(folder) == sorted([*(p.name for p in contest.remote.iterdir()), "manifest.json"])
+    for path in contest.remote.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    size = sum(len(t.encode()) for t in TEXTS[:50])
+    val, train = manifest["splits"]["val"], manifest["splits"]["train"]
+    assert [val[name] for name in ("documents", *prepare.MEASURES)] == [50, size, size, size, None]
+    assert train["documents"] == 250 and train["tokens"] == sum(s["tokens"] for s in train["shards"])
+    tokenizer = train_gpt.load_tokenizer(train_gpt.read_env({"DATA_PATH": str(folder)})[1], 420)
+    assert train_gpt.load_validation(str(folder), 420, tokenizer).bytes.sum() == size
+
+
+def test_plain_shards_are_weighed_by_the_formula(contest, models):  # noqa: F811
+    assert contest("--variant", "sp400", "--train-shards", 1) == 0
+    folder = contest.datasets / "fineweb10B_sp400"
+    assert names(folder) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin", "fineweb_val_000001.bin",
+                             "manifest.json"]
+    facts = json.loads((folder / "manifest.json").read_text())["splits"]["val"]
+    encoder = prepare.load_encoder(models["lossy"], False)
+    measures = np.array([prepare.encode_document(encoder, t, False)[2] for t in TEXTS[:50]]).sum(0).tolist()
+    assert [facts["decoded_bytes"], facts["contest_bytes"]] == [measures[1], measures[3]]
+    assert facts["original_bytes"] is None and facts["smaller_bytes"] is None
+
+
+def test_a_longer_download_goes_on_from_a_shorter_one(contest, capsys):
+    assert contest("--train-shards", 1) == 0
+    assert contest("--train-shards", 1) == 0
+    assert "already prepared" in capsys.readouterr().out and not contest.hub.requests
+    assert contest("--train-shards", 3) == 0
+    fetched = [path.rsplit("/")[-1] for path, _ in contest.hub.requests]
+    assert fetched == ["manifest.json", "caseops.model", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
+    assert len(list((contest.datasets / CASEOPS).glob("*_train_*"))) == 3
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--train-shards", 4], "--train-shards 4: romeerp/parameter-golf-caseops-v1 has 3 of fineweb10B_sp8192"),
+    (["--variant", "sp1024"], "no fineweb10B_sp1024; it has fineweb10B_byte260, fineweb10B_sp400; choose another"),
+    (["--variant", "byte260"], "does not describe fineweb10B_byte260 and its SentencePiece model"),
+    (["--repo", "some/one"], "HTTP 404 Not Found; see --variant, --repo and --base-url"),
+    (["--caseops"], "--tokenizer and --caseops go with --documents"),
+])
+def test_what_is_not_published_is_refused(contest, capsys, arguments, message):
+    assert contest("--train-shards", 1, *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not contest.datasets.exists() or not [p for p in contest.datasets.iterdir() if p.name[0] != "."]
+
+
+def test_a_manifest_that_is_none_is_refused(contest, capsys):
+    path = contest.remote.parent.parent / "manifest.json"
+    for content in ("<html>", "[]", '{"datasets": 1}', '{"datasets": [{}], "tokenizers": []}',
+                    path.read_text().replace('"files_val": 2', '"files_val": 0')):
+        path.write_text(content)
+        assert contest("--train-shards", 1) == 2
+        assert "does not describe" in capsys.readouterr().err
+
+
+# ---- bad shards -------------------------------------------------------------
+
+
+def change_tokens(position: int, value: int):
+    def change(path: Path) -> None:
+        tokens = train_gpt.read_shard(path).copy()
+        tokens[position] = value
+        prepare.write_shard(path, [tokens])
+    return change
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("fineweb_train_000001.bin", change_tokens(7, 420), "its largest token is 420, the vocabulary has 420"),
+    ("fineweb_val_000000.bin", change_tokens(0, 300), "no BOS (1) where a document must begin"),
+    ("fineweb_train_000000.bin", lambda p: prepare.write_shard(p, [np.full(9, 300, np.uint16)]), "no BOS (1)"),
+    ("fineweb_train_000000.bin", lambda p: prepare.write_shard(p, []), "its largest token is 0"),
+    ("fineweb_val_bytes_000001.bin", lambda p: prepare.write_shard(p, [np.zeros(9, np.uint16)]), "9 entries for "),
+    ("fineweb_val_000001.bin", lambda p: p.write_bytes(p.read_bytes()[:-2]), "truncated or damaged"),
+    ("fineweb_train_000002.bin", lambda p: p.write_bytes(b"<html>" * 500), "not a shard"),
+])
+def test_a_bad_shard_is_refused_and_fetched_again(contest, capsys, name, change, message):
+    good = (contest.remote / name).read_bytes()
+    change(contest.remote / name)
+    assert contest("--train-shards", 3) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: " in error and message in error
+    assert not (contest.datasets / CASEOPS).exists()
+    (contest.remote / name).write_bytes(good)
+    assert contest("--train-shards", 3) == 0
+    assert [path.rsplit("/")[-1] for path, _ in contest.hub.requests] == ["manifest.json", "caseops.model", name]
+
+
+def test_validation_in_training_is_refused(contest, capsys):
+    shutil.copy(contest.remote / "fineweb_val_000000.bin", contest.remote / "fineweb_train_000002.bin")
+    assert contest("--train-shards", 2) == 0
+    assert contest("--train-shards", 3) == 2
+    assert "validation documents are in training too" in capsys.readouterr().err
+
+
+# ---- bad networks -----------------------------------------------------------
+
+
+def test_a_cut_connection_is_taken_up_where_it_broke(contest):
+    name = "fineweb_train_000000.bin"
+    contest.hub.faults[name] = [lambda h: h.serve(limit=1500), lambda h: h.serve(limit=700)]
+    assert contest("--train-shards", 1) == 0
+    assert asked(contest.hub, name) == [None, "bytes=1500-", "bytes=2200-"]
+    assert (contest.datasets / CASEOPS / name).read_bytes() == (contest.remote / name).read_bytes()
+
+
+def test_a_server_without_ranges_sends_it_all_again(contest):
+    name = "fineweb_train_000000.bin"
+    contest.hub.faults[name] = [lambda h: h.serve(limit=1500), lambda h: h.serve(ranges=False)]
+    assert contest("--train-shards", 1) == 0
+    assert asked(contest.hub, name) == [None, "bytes=1500-"]
+    assert (contest.datasets / CASEOPS / name).read_bytes() == (contest.remote / name).read_bytes()
+
+
+def busy(code: int):
+    def answer(handler):
+        handler.send_response(code)
+        handler.send_header("Retry-After", "0")
+        handler.end_headers()
+    return answer
+
+
+def test_a_busy_server_is_asked_again(contest):
+    contest.hub.faults["manifest.json"] = [busy(429), busy(503), lambda h: h.connection.close()]
+    assert contest("--train-shards", 1) == 0
+    assert len(asked(contest.hub, "manifest.json")) == 4
+
+
+def test_pauses_grow_and_follow_the_server(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "FIRST_PAUSE_S", 1.0)
+    pauses = []
+    monkeypatch.setattr(prepare.time, "sleep", pauses.append)
+
+    def later(handler):
+        handler.send_response(429)
+        handler.send_header("Retry-After", "30")
+        handler.end_headers()
+
+    hub.faults["x"] = [busy(503), busy(503), later] + [busy(503)] * 9
+    with pytest.raises(train_gpt.UserError, match="HTTP 503.*gave up after 6 attempts"):
+        prepare.Hub(hub.url, "some/one").fetch("x", tmp_path / "x")
+    assert pauses == [1, 2, 30, 8, 16]
+
+
+def test_a_file_of_another_size_than_promised_is_given_up(contest, capsys):
+    name = "fineweb_val_000000.bin"
+    contest.hub.faults[name] = [lambda h: h.serve(promised=99)] * 20
+    assert contest("--train-shards", 1) == 2
+    error = capsys.readouterr().err
+    assert name in error and "gave up after 6 attempts; run it again to go on" in error
+    assert not (contest.datasets / CASEOPS).exists()
+
+
+def test_a_later_run_goes_on_with_what_came(contest):
+    name = "fineweb_train_000000.bin"
+    contest.hub.faults[name] = [lambda h: h.serve(limit=1500)] + [busy(503)] * 6
+    assert contest("--train-shards", 1) == 2
+    assert names(contest.datasets) == [next(p.name for p in contest.datasets.glob(f".{CASEOPS}.partial*"))]
+    contest.hub.faults.clear()
+    assert contest("--train-shards", 1) == 0
+    assert asked(contest.hub, name) == ["bytes=1500-"] and not asked(contest.hub, "fineweb_val_000000.bin")
+    assert names(contest.datasets) == [CASEOPS]
+
+
+def test_what_is_longer_than_the_file_is_no_beginning_of_it(hub, tmp_path):
+    folder = hub.root / HUB_ROOT.format(repo="some/one")
+    folder.mkdir(parents=True)
+    (folder / "x").write_bytes(b"short")
+    (tmp_path / ".x.part").write_bytes(b"something longer")
+    assert prepare.Hub(hub.url, "some/one").fetch("x", tmp_path / "x").read_bytes() == b"short"
+
+
+def test_the_digest_that_the_hub_names_is_checked(hub, tmp_path):
+    folder = hub.root / HUB_ROOT.format(repo="some/one")
+    folder.mkdir(parents=True)
+    (folder / "elsewhere").write_bytes(b"content")
+
+    def redirect(digest):
+        def answer(handler):
+            handler.send_response(302)
+            handler.send_header("Location", handler.path.replace("large", "elsewhere"))
+            handler.send_header("X-Linked-Etag", f'"{digest}"')
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
+        return answer
+
+    hub.faults["large"] = [redirect(hashlib.sha256(b"content").hexdigest()), redirect("0" * 64)]
+    remote = prepare.Hub(hub.url, "some/one")
+    assert remote.fetch("large", tmp_path / "a").read_bytes() == b"content"
+    with pytest.raises(train_gpt.DataError, match="has not the SHA-256 that the hub names"):
+        remote.fetch("large", tmp_path / "b")
+    assert names(tmp_path) == ["a", "hub"]
+
+
+# ---- documents --------------------------------------------------------------
+
+
+@pytest.fixture
+def documents(contest):
+    """The published documents: 40 for validation, of which training repeats one."""
+    folder = contest.hub.root / HUB_ROOT.format(repo=prepare.PLAIN_REPOSITORY)
+    path = write_lines(folder / "docs_selected.jsonl", [*TEXTS, TEXTS[3]])
+    facts = {"docs_sha256": prepare.file_sha256(path), "num_docs": len(TEXTS) + 1}
+    (folder / "docs_selected.source_manifest.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_documents_are_encoded_with_a_tokenizer_of_ours(contest, documents, capsys):
+    contest.hub.faults["docs_selected.jsonl"] = [lambda h: h.serve(limit=5000)]
+    arguments = ["--documents", "--val-docs", 40, "--vocab-size", 420]
+    assert contest(*arguments) == 0
+    assert asked(contest.hub, "docs_selected.jsonl") == [None, "bytes=5000-"]
+    folder = contest.datasets / "contest_documents"
+    assert read_back(folder, "val") == (TEXTS[:40], [len(t.encode()) for t in TEXTS[:40]])
+    assert read_back(folder, "train")[0] == TEXTS[40:]  # the copy is left out
+    assert json.loads((folder / "manifest.json").read_text())["splits"]["train"]["left_out_documents"] == 1
+    assert contest(*arguments) == 0 and not contest.hub.requests
+    assert contest(*arguments, "--val-docs", 41) == 0 and not contest.hub.requests  # the download is kept
+    assert "1 documents left out" in capsys.readouterr().out
+
+
+def test_documents_with_another_digest_are_refused(contest, documents, capsys):
+    (documents / "docs_selected.source_manifest.json").write_text(json.dumps({"docs_sha256": "0" * 64}))
+    assert contest("--documents") == 2
+    assert "has not the published SHA-256 0000" in capsys.readouterr().err
+    assert not (contest.datasets.parent / "docs_selected.jsonl").exists()
+
+
+def test_the_default_split_is_the_contest_s():
+    options = prepare.command_line().parse_args(["contest", "--documents"])
+    assert options.val_docs == 50_000 and options.base_url == "https://huggingface.co"

@@ -1,0 +1,609 @@
+"""From text to shards and back: what is read is what was given, every byte is accounted for, bad input is refused."""
+
+import bz2
+import contextlib
+import errno
+import fcntl
+import gzip
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt
+from data import prepare
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKERS = "\ue001\ue002\ue003\ue004"
+NASTY = ["  two  spaces, tabs\t\tand lines\n\n\r\n ", "½ ﬁne … Ⅳ ﷺ e\u0301 é 😀\u200b\ufeff",
+         f"a\u2581b {MARKERS} \ue004A\u2581", "<s> </s> <unk> <0x41>\0\x7f", "Mixed iPhone McDonald NASA U.S.A. É", " "]
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Distinct made-up documents with words that come again, capitals and numbers."""
+    chance = random.Random(seed)
+    words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(2, 9))) for _ in range(300)]
+    cases = [str.lower, str.lower, str.lower, str.title, str.upper]
+    bodies = ([chance.choice(cases)(chance.choice(words)) for _ in range(chance.randint(5, 120))] for _ in range(count))
+    return [f"{n}. {' '.join(body)}.\n" for n, body in enumerate(bodies)]
+
+
+TEXTS = sentences(400, 1)
+
+
+def write_lines(path: Path, texts: list[str]) -> Path:
+    """Every other document as an object."""
+    lines = [json.dumps(t if i % 2 else {"text": t, "id": i}) for i, t in enumerate(texts)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, bytes]:
+    """Ours with and without CaseOps, and one that normalises as the contest's do."""
+    folder = tmp_path_factory.mktemp("models")
+    part = prepare.Part(str(write_lines(folder / "text.jsonl", TEXTS)))
+    lossy = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=lossy, model_type="bpe", vocab_size=400, byte_fallback=True,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
+        minloglevel=3)
+    return {"caseops": prepare.train_tokenizer([part], 420, True), "plain": prepare.train_tokenizer([part], 400, False),
+            "lossy": lossy.getvalue(), "part": part}
+
+
+def run(*arguments: object) -> int:
+    return prepare.main(["jsonl", "--workers", "1", *map(str, arguments)])
+
+
+def read_back(folder: Path, split: str) -> tuple[list[str], list[int]]:
+    """Texts of a prepared split, and the sums of their side-car (validation)."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / manifest["tokenizer"]["path"]))
+    decode = prepare.decode_caseops if manifest["tokenizer"]["transform"] == "caseops" else str
+    texts, sums = [], []
+    for path in train_gpt.find_shards(str(folder), split):
+        tokens = train_gpt.read_shard(path)
+        sidecar = path.with_name(path.name.replace("_val_", "_val_bytes_"))
+        counts = train_gpt.read_shard(sidecar) if split == "val" else np.zeros(len(tokens), np.int64)
+        starts = np.flatnonzero(tokens == train_gpt.BOS)
+        assert starts[0] == 0 and len(counts) == len(tokens) and not counts[starts].any()
+        for document in np.split(tokens, starts[1:]):
+            texts.append(decode(processor.decode(document[1:].tolist())))
+        sums += np.add.reduceat(counts.astype(np.int64), starts).tolist()
+    return texts, sums
+
+
+# ---- bytes ------------------------------------------------------------------
+
+
+def recounted(encoder: prepare.Encoder, tokens: list[int]) -> list[int]:
+    """Original bytes of an exact tokenizer's tokens, byte by byte: the long way."""
+    stream = []  # (UTF-8 byte of transformed text, its token)
+    for i, token in enumerate(tokens):
+        piece = encoder.processor.id_to_piece(token)
+        is_byte = encoder.processor.is_byte(token)
+        stream += [(b, i) for b in (bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("\u2581", " ").encode())]
+    counts, escaped, at = [0] * len(tokens), False, 0
+    for character in bytes(b for b, _ in stream).decode():
+        for _, token in stream[at:at + len(character.encode())]:
+            counts[token] += not encoder.caseops or character not in MARKERS or escaped
+        at += len(character.encode())
+        escaped = encoder.caseops and character == MARKERS[3] and not escaped
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["caseops", "plain"])
+def test_exact_tokenizers_keep_every_character(models, kind):
+    encoder = prepare.load_encoder(models[kind], kind == "caseops")
+    assert encoder.exact
+    every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    for i in range(0, len(every), 50_000):
+        prepare.encode_document(encoder, "".join(every[i:i + 50_000]), False)  # raises where a character is lost
+    some = "".join(every[:0x400] + every[0x400::97])
+    tokens, sidecar, measures = prepare.encode_document(encoder, some, True)
+    assert measures[:3] == [len(some.encode())] * 3
+    assert sidecar[0] == 0 and sidecar[1:].tolist() == recounted(encoder, tokens[1:].tolist())
+
+
+@pytest.mark.parametrize("kind", ["caseops", "plain"])
+@pytest.mark.parametrize("text", NASTY + TEXTS[:20])
+def test_sidecar_of_exact_tokenizers(models, kind, text):
+    encoder = prepare.load_encoder(models[kind], kind == "caseops")
+    tokens, sidecar, measures = prepare.encode_document(encoder, text, True)
+    assert tokens[0] == train_gpt.BOS
+    assert sidecar[1:].tolist() == recounted(encoder, tokens[1:].tolist())
+    assert sidecar.sum() == len(text.encode()) == measures[0]
+
+
+@given(text=st.text(st.one_of(st.sampled_from("ab AB\n\u2581½ﬁ " + MARKERS), st.characters(exclude_categories=["Cs"])),
+                    min_size=1))
+@pytest.mark.parametrize("kind, caseops", [("caseops", True), ("plain", False), ("plain", True), ("lossy", False),
+                                           ("lossy", True)])
+def test_sidecar_adds_up_for_any_text(models, kind, caseops, text):
+    encoder = prepare.load_encoder(models[kind], caseops)
+    tokens, sidecar, measures = prepare.encode_document(encoder, text, True)
+    decoded = encoder.processor.decode(tokens[1:].tolist())
+    decoded = len((prepare.decode_caseops(decoded) if caseops else decoded).encode())
+    assert measures[:3] == [len(text.encode()), decoded, min(decoded, len(text.encode()))]
+    assert len(tokens) == 1 or sidecar.sum() == len(text.encode())
+    assert encoder.exact == (kind != "lossy")
+
+
+def test_text_that_normalisation_removed_goes_to_the_next_token(models):
+    encoder = prepare.load_encoder(models["lossy"], False)
+    tokens, sidecar, measures = prepare.encode_document(encoder, "  e\n\n\te½ ", True)
+    pieces = [encoder.processor.id_to_piece(t) for t in tokens[1:].tolist()]
+    assert "".join(pieces) == "e\u2581e1<0xE2><0x81><0x84>2"  # ½ becomes 1⁄2
+    assert pieces[0] == "e" and sidecar[1] == 3  # two spaces removed before it
+    counts = dict(zip(pieces[1:], sidecar[2:].tolist(), strict=True))
+    assert sum(counts.values()) == len("\n\n\te½ ".encode()) and counts["2"] == 3  # ½, and the space removed at the end
+    assert measures == [10, 8, 8, 8]
+
+
+def test_contest_formula_by_hand(models):
+    encoder = prepare.load_encoder(models["plain"], False)
+    word = next(i for i in range(400) if encoder.processor.id_to_piece(i).startswith("\u2581") and i > 260)
+    length = len(encoder.processor.id_to_piece(word)) - 1
+    text = encoder.processor.id_to_piece(word).replace("\u2581", " ") * 2 + "é"
+    tokens, _, measures = prepare.encode_document(encoder, text, False)
+    assert tokens.tolist() == [1, word, word, *encoder.byte_ids[0xC3:0xC4], *encoder.byte_ids[0xA9:0xAA]]
+    assert measures[3] == length + (1 + length) + 2  # no space is counted after BOS
+    assert measures[0] == measures[3] + 1
+
+
+def test_a_token_too_heavy_for_the_sidecar_is_refused(models):
+    encoder = prepare.load_encoder(models["lossy"], False)
+    prepare.encode_document(encoder, "e" + " " * 70_000 + "e", False)
+    with pytest.raises(train_gpt.DataError, match="70001 bytes, the side-car holds 65,535"):
+        prepare.encode_document(encoder, "e" + " " * 70_000 + "e", True)
+
+
+# ---- tokenizers -------------------------------------------------------------
+
+
+def varint(n: int) -> bytes:
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+
+def more_pieces(model: bytes, count: int) -> bytes:
+    """A serialised model with further pieces: repeated field 1, each with its text and a score of zero."""
+    bodies = (b"\x0a" + varint(len(p)) + p + b"\x15\0\0\0\0" for p in (f"!{i}".encode() for i in range(count)))
+    return model + b"".join(b"\x0a" + varint(len(b)) + b for b in bodies)
+
+
+def test_hostile_models_are_refused(models, tmp_path):
+    trained = []
+    for options in ({"vocab_size": 100}, {"vocab_size": 400, "byte_fallback": True, "bos_id": 2, "eos_id": 1}):
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe",
+                                                 minloglevel=3, **options)
+        trained.append(model.getvalue())
+    cases = [(b"", "not a SentencePiece model"), (b"junk" * 100, "not a SentencePiece model"),
+             (models["plain"][:-5], "not a SentencePiece model"), (trained[0], "byte_fallback=true"),
+             (trained[1], "its BOS is 2, expected 1"), (more_pieces(models["plain"], 1 << 16), "at most 65,536")]
+    for model, message in cases:
+        with pytest.raises(train_gpt.DataError, match=message):
+            prepare.load_encoder(model, False, "given.model")
+
+
+def test_training_repeats_exactly_and_leaves_validation_out(models, tmp_path):
+    assert prepare.train_tokenizer([models["part"]], 420, True) == models["caseops"]
+    part = models["part"]._replace(first_validation=100)
+    validation = write_lines(tmp_path / "val.jsonl", ["unseen"])
+    seen = list(prepare.tokenizer_text([prepare.Part(str(validation), all_validation=True), part], False))
+    assert seen == TEXTS[100:]
+
+
+def test_markers_merge_with_what_is_beside_them(tmp_path):
+    text = write_lines(tmp_path / "a.jsonl", ["See The Cat, says NASA. " * n for n in range(1, 50)])
+    processor = prepare.load_encoder(prepare.train_tokenizer([prepare.Part(str(text))], 310, True), True).processor
+    pieces = [processor.id_to_piece(i) for i in range(310)]
+    for whole in (f"\u2581{MARKERS[0]}the", f"\u2581{MARKERS[1]}nasa"):
+        assert any(piece.startswith(whole) for piece in pieces)
+
+
+def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path, capsys):
+    assert run(write_lines(tmp_path / "a.jsonl", TEXTS[:20]), "--out", tmp_path, "--vocab-size", 60_000) == 2
+    error = capsys.readouterr().err
+    assert "--vocab-size 60000: no tokenizer can be trained on this text: Vocabulary size too high" in error
+    assert not list((tmp_path / "datasets").iterdir())
+
+
+# ---- jsonl, end to end ------------------------------------------------------
+
+
+def pack(kind: str, content: bytes) -> bytes:
+    """Two members one after another, as parallel packers write them."""
+    halves = content[:len(content) // 2], content[len(content) // 2:]
+    packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.ZstdCompressor().compress}
+    return b"".join(map(packers[kind], halves)) if kind in packers else content
+
+
+@pytest.mark.parametrize("suffix, caseops", [(".jsonl", True), (".gz", False), (".bz2", True), (".zst", True)])
+def test_text_comes_back_from_shards(tmp_path, suffix, caseops):
+    validation = NASTY + TEXTS[:60]
+    for name, texts in (("train", TEXTS[60:]), ("val", validation)):
+        content = write_lines(tmp_path / "lines", texts).read_bytes()
+        (tmp_path / f"{name}{suffix}").write_bytes(pack(suffix, content))
+    options = ["--caseops" if caseops else "--no-caseops", "--vocab-size", 420, "--shard-tokens", 2000]
+    assert run(tmp_path / f"t*{suffix}", "--val", tmp_path / f"val{suffix}", "--out", tmp_path, *options) == 0
+    folder = tmp_path / "datasets" / "jsonl"
+    assert read_back(folder, "train")[0] == TEXTS[60:]
+    assert read_back(folder, "val") == (validation, [len(t.encode()) for t in validation])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for split, texts in (("train", TEXTS[60:]), ("val", validation)):
+        facts, size = manifest["splits"][split], sum(len(t.encode()) for t in texts)
+        assert (facts["documents"], facts["original_bytes"], facts["decoded_bytes"], facts["smaller_bytes"]) == (
+            len(texts), size, size, size)
+        assert facts["tokens"] == sum(s["tokens"] for s in facts["shards"])
+        assert len(facts["shards"]) > 2 and all(s["tokens"] <= 2000 for s in facts["shards"])
+        for entry in facts["shards"] + facts["sidecars"]:
+            assert prepare.shard_facts(folder / entry["file"]) == entry
+    assert manifest["tokenizer"]["vocab_size"] == 420 and manifest["tokenizer"]["exact"]
+    assert manifest["tokenizer"]["transform"] == ("caseops" if caseops else "none")
+
+
+def test_the_entry_reads_what_was_prepared(tmp_path):
+    text = write_lines(tmp_path / "a.jsonl", TEXTS)
+    assert run(text, "--val-fraction", 0.2, "--out", tmp_path, "--vocab-size", 420) == 0
+    folder = tmp_path / "datasets" / "jsonl"
+    config = train_gpt.read_env({"DATA_PATH": str(folder)})[1]
+    tokenizer = train_gpt.load_tokenizer(config, 420)
+    documents = train_gpt.load_validation(str(folder), 420, tokenizer)
+    texts = read_back(folder, "val")[0]
+    assert len(documents) == len(texts) and documents.bytes.sum() == sum(len(t.encode()) for t in texts)
+
+
+def test_a_lossy_tokenizer_is_weighed_and_reported(models, tmp_path, capsys):
+    model = tmp_path / "given.model"
+    model.write_bytes(models["lossy"])
+    validation = ["e½" * 50, "e  e" * 50, "eee"]
+    val, train = write_lines(tmp_path / "val.jsonl", validation), write_lines(tmp_path / "train.jsonl", TEXTS)
+    assert run(train, "--val", val, "--tokenizer", model, "--out", tmp_path) == 0
+    facts = json.loads((tmp_path / "datasets" / "jsonl" / "manifest.json").read_text())
+    processor = sentencepiece.SentencePieceProcessor(model_proto=models["lossy"])
+    sizes = [(len(t.encode()), len(processor.decode(processor.encode(t)).encode())) for t in validation]
+    val_facts = facts["splits"]["val"]
+    assert val_facts["original_bytes"] == sum(a for a, _ in sizes)
+    assert val_facts["decoded_bytes"] == sum(b for _, b in sizes)
+    assert val_facts["smaller_bytes"] == sum(map(min, sizes)) < min(map(sum, zip(*sizes, strict=True)))
+    assert val_facts["contest_bytes"] == val_facts["decoded_bytes"]  # here: no document begins with a space
+    excess = val_facts["contest_bytes"] - val_facts["smaller_bytes"]
+    assert f"{excess:,} more than the smaller of original and decoded text" in capsys.readouterr().out
+    assert facts["tokenizer"] | {"path": ""} == {"path": "", "sha256": prepare.file_sha256(model), "vocab_size": 400,
+                                                 "exact": False, "transform": "none"}
+    assert read_back(tmp_path / "datasets" / "jsonl", "val")[1] == [a for a, _ in sizes]
+
+
+def test_caseops_follows_the_markers_of_a_given_tokenizer(models, tmp_path):
+    model, text = tmp_path / "given.model", write_lines(tmp_path / "a.jsonl", TEXTS)
+    for kind, transform in (("caseops", "caseops"), ("plain", "none")):
+        model.write_bytes(models[kind])
+        assert run(text, "--val-fraction", 0.3, "--tokenizer", model, "--out", tmp_path) == 0
+        manifest = json.loads((tmp_path / "datasets" / "jsonl" / "manifest.json").read_text())
+        assert manifest["tokenizer"]["transform"] == transform
+
+
+def test_workers_change_nothing(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_BYTES", 4096)
+    model, text = tmp_path / "given.model", write_lines(tmp_path / "a.jsonl", TEXTS)
+    model.write_bytes(models["caseops"])
+    for workers in (1, 3):
+        options = ["--val-fraction", 0.3, "--tokenizer", model, "--workers", workers]
+        assert run(text, *options, "--out", tmp_path / str(workers)) == 0
+    files = [sorted((tmp_path / str(n) / "datasets" / "jsonl").iterdir()) for n in (1, 3)]
+    assert [f.name for f in files[0]] == [f.name for f in files[1]]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+
+
+# ---- splits -----------------------------------------------------------------
+
+
+def test_a_document_in_both_splits_is_refused_by_name(models, tmp_path, capsys):
+    model = tmp_path / "given.model"
+    model.write_bytes(models["plain"])
+    val = write_lines(tmp_path / "val.jsonl", TEXTS[:10])
+    train = write_lines(tmp_path / "train.jsonl", [*TEXTS[10:50], TEXTS[7]])
+    assert run(train, "--val", val, "--tokenizer", model, "--out", tmp_path) == 2
+    assert f"{train}:41: this training document is in validation too ({val}:8)" in capsys.readouterr().err
+    assert not (tmp_path / "datasets" / "jsonl").exists()
+
+
+def test_copies_and_empty_documents_are_counted(models, tmp_path):
+    model = tmp_path / "given.model"
+    model.write_bytes(models["plain"])
+    val = write_lines(tmp_path / "val.jsonl", [*TEXTS[:10], TEXTS[3], ""])
+    train = write_lines(tmp_path / "train.jsonl", [*TEXTS[10:30], TEXTS[11], TEXTS[11], "", ""])
+    assert run(train, "--val", val, "--tokenizer", model, "--out", tmp_path) == 0
+    splits = json.loads((tmp_path / "datasets" / "jsonl" / "manifest.json").read_text())["splits"]
+    names = ("duplicate_documents", "empty_documents", "documents")
+    assert [splits["train"][name] for name in names] == [2, 2, 22]
+    assert [splits["val"][name] for name in names] == [1, 1, 11]
+
+
+def test_the_split_by_digest_is_a_property_of_the_text(models, tmp_path):
+    model = tmp_path / "given.model"
+    model.write_bytes(models["plain"])
+    found = []
+    for texts in (TEXTS, TEXTS[::-1] + TEXTS):
+        text = write_lines(tmp_path / "a.jsonl", texts)
+        assert run(text, "--val-fraction", 0.25, "--tokenizer", model, "--out", tmp_path) == 0
+        folder = tmp_path / "datasets" / "jsonl"
+        found.append([set(read_back(folder, split)[0]) for split in ("val", "train")])
+    assert found[0] == found[1] and not found[0][0] & found[0][1]
+    assert 60 < len(found[0][0]) < 140
+
+
+# ---- bad input --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line, message", [
+    (b"nonsense", "not JSON"),
+    (b"", "not JSON"),
+    (b'"\xff"', "not JSON"),
+    (b"[" * 100_000, "not JSON"),
+    (b"17", 'b\'17\'; expected a JSON string, or an object with a string "text"'),
+    (b'{"txet": "a"}', "expected a JSON string, or an object"),
+    (b'{"text": null}', "expected a JSON string, or an object"),
+    (b'"a\\ud800b"', "no UTF-8 for character 1"),
+])
+def test_a_bad_line_is_named(tmp_path, capsys, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'"good"\n' + line + b'\n"good too"\n')
+    assert run(path, "--out", tmp_path) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"prepare: {path}:2: ") and message in error and error.count("\n") == 1
+    assert not list((tmp_path / "datasets").iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
+def test_a_damaged_file_is_named(tmp_path, capsys, suffix):
+    whole = pack(suffix, write_lines(tmp_path / "lines", TEXTS * 9).read_bytes())
+    path = tmp_path / f"a{suffix}"
+    for damaged in (b"no such format" * 9, whole[:len(whole) * 2 // 3]):
+        path.write_bytes(damaged)
+        assert run(path, "--out", tmp_path) == 2
+        assert capsys.readouterr().err.startswith(f"prepare: {path}:")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["missing.jsonl"], "missing.jsonl: no such file"),
+    (["missing*.jsonl"], "missing*.jsonl: no such file"),
+    (["a.jsonl", "a.jsonl"], "a.jsonl: given 2 times"),
+    (["a.jsonl", "--val-fraction", "1"], "--val-fraction 1.0: expected a number between 0 and 1"),
+    (["a.jsonl", "--tokenizer", "missing.model"], "missing.model: No such file"),
+    (["a.jsonl", "--val", "empty.jsonl"], "no document is for val"),
+    (["empty.jsonl", "--val", "a.jsonl"], "no tokenizer can be trained on this text"),
+])
+def test_bad_arguments_get_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert run(*arguments, "--vocab-size", 300, "--out", "out") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("prepare: ") and message in error and error.count("\n") == 1
+    assert not list((tmp_path / "out").glob("*/*"))
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--workers", "0"], ["--name", "../up"], ["--name", ".hidden"], ["--shard-tokens", "x"]])
+def test_bad_options_are_refused_by_the_command_line(arguments):
+    with pytest.raises(SystemExit) as stop:
+        run("a.jsonl", *arguments)
+    assert stop.value.code == 2
+
+
+# ---- whole or not at all ----------------------------------------------------
+
+
+@pytest.fixture
+def small(models, tmp_path):
+    """Arguments of a quick preparation, and its folder."""
+    model = tmp_path / "given.model"
+    model.write_bytes(models["plain"])
+    text = write_lines(tmp_path / "a.jsonl", TEXTS)
+    out = tmp_path / "out"
+    return [text, "--tokenizer", model, "--val-fraction", 0.3, "--out", out], out / "datasets" / "jsonl"
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_finished_preparation_is_used_again(small, capsys):
+    arguments, folder = small
+    assert run(*arguments) == 0
+    born = folder.stat().st_ino
+    assert "already prepared" not in capsys.readouterr().out
+    assert run(*arguments) == 0
+    assert "already prepared" in capsys.readouterr().out and folder.stat().st_ino == born
+    for spoil in (lambda: (folder / "fineweb_train_000000.bin").unlink(),
+                  lambda: os.truncate(folder / "fineweb_val_bytes_000000.bin", 2000),
+                  lambda: (folder.parent.parent / "tokenizers" / "jsonl.model").write_bytes(b"other"),
+                  lambda: (folder / "manifest.json").write_text("[]"),
+                  lambda: write_lines(Path(arguments[0]), TEXTS[1:])):
+        spoil()
+        assert run(*arguments) == 0
+        assert "already prepared" not in capsys.readouterr().out
+    assert run(*arguments, "--shard-tokens", 3000) == 0
+    assert "already prepared" not in capsys.readouterr().out
+    assert [p.name for p in folder.parent.iterdir()] == ["jsonl"]
+
+
+@pytest.mark.parametrize("failure, status", [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "No space left"), 2)])
+def test_a_failure_leaves_what_was_there(small, monkeypatch, capsys, failure, status):
+    arguments, folder = small
+    assert run(*arguments) == 0
+    before = everything(folder.parent.parent)
+
+    def fail(*_):
+        raise failure
+
+    monkeypatch.setattr(prepare, "write_manifest", fail)
+    assert run(*arguments, "--shard-tokens", 3000) == status
+    assert everything(folder.parent.parent) == before
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_worker_that_dies_is_reported(small, monkeypatch, capsys):
+    arguments, folder = small
+    monkeypatch.setattr(prepare, "encode_document", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    assert run(*arguments) == 2
+    assert "a worker process died" in capsys.readouterr().err and not folder.exists()
+
+
+def test_a_foreign_folder_is_left_alone(small, capsys):
+    arguments, folder = small
+    folder.mkdir(parents=True)
+    (folder / "precious.txt").write_text("mine")
+    assert run(*arguments) == 2
+    assert "was not made by prepare" in capsys.readouterr().err
+    assert everything(folder) == {"precious.txt": b"mine"}
+
+
+def test_two_preparations_of_one_name_do_not_meet(small, capsys):
+    arguments, folder = small
+    partial = folder.parent / ".jsonl.partial"
+    partial.mkdir(parents=True)
+    (partial / "left by a process that was killed").write_text("")
+    lock = os.open(partial, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert run(*arguments) == 2
+    assert "another process is preparing it" in capsys.readouterr().err and len(list(partial.iterdir())) == 1
+    os.close(lock)
+    assert run(*arguments) == 0
+    assert sorted(p.name for p in folder.parent.iterdir()) == ["jsonl"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_within_seconds(tmp_path, sent):
+    """While the tokenizer is trained, in which no Python runs that could hear of it."""
+    text = write_lines(tmp_path / "a.jsonl", sentences(40_000, 3))
+    command = [sys.executable, ROOT / "data" / "prepare.py", "jsonl", text, "--out", tmp_path / "out"]
+    process = subprocess.Popen([*command, "--vocab-size", "4000"], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "datasets").exists():
+        time.sleep(0.1)
+    time.sleep(2)
+    process.send_signal(sent)
+    begin = time.monotonic()
+    assert process.wait(20) == 130 and time.monotonic() - begin < 5
+    assert "interrupted" in process.stderr.read() and not list((tmp_path / "out" / "datasets").iterdir())
+
+
+# ---- installed text ---------------------------------------------------------
+
+
+def test_sources_are_parsed_not_run(tmp_path):
+    package, module = tmp_path / "pack", '''
+"""Module."""
+class C:
+  """Class."""
+  def m(self):
+    """Method."""
+    def inner():
+      """No."""
+  def _m(self):
+    """No."""
+async def f():
+  """Function \\d."""
+if True:
+  def g():
+    """No."""
+'''
+    no = '"""No."""'
+    for name, code in {"__init__": '"""Package."""\nraise SystemExit("this was run")', "good": module, "_private": no,
+                       "tests/one": no, "idlelib": no, "__main__": no, "sub/__init__": '"""Sub."""'}.items():
+        path = package / f"{name}.py"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(code)
+    found = dict(prepare.parsed_docstrings(package, "pack"))
+    assert found == {"pack": "Package.", "pack.good": "Module.", "pack.good.C": "Class.", "pack.good.C.m": "Method.",
+                     "pack.good.f": "Function \\d.", "pack.sub": "Sub."}
+    (package / "string.py").write_text('"""Of the standard library."""')
+    assert dict(prepare.parsed_docstrings(package, "")) == {"string": "Of the standard library."}  # only its modules
+
+
+def test_compiled_documentation():
+    found = dict(prepare.compiled_docstrings("builtins"))
+    assert "Return" in found["builtins.abs"] and "builtins.str.join" in found
+    assert not [name for name in found if "._" in name]
+    assert "torch.matmul" in dict(prepare.compiled_docstrings("torch"))
+
+
+def test_installed_validation_is_chosen_by_digest(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(prepare, "installed_documents", lambda: TEXTS)
+    arguments = ["installed", "--workers", "1", "--vocab-size", "420", "--out", str(tmp_path)]
+    assert prepare.main([*arguments, "--val-docs", "40"]) == 0
+    folder = tmp_path / "datasets" / "installed"
+    val, train = (read_back(folder, split)[0] for split in ("val", "train"))
+    assert len(val) == 40 and val + train != TEXTS and sorted(val + train) == sorted(TEXTS)
+    assert [t for t in TEXTS if t in set(val)] == val  # in the order of names
+    assert max(map(prepare.text_digest, val)) < min(map(prepare.text_digest, train))
+    assert prepare.main([*arguments, "--val-docs", "400"]) == 2
+    assert "--val-docs 400: there are 400 documents" in capsys.readouterr().err
+
+
+def test_without_docstrings_it_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=2))
+    with pytest.raises(train_gpt.UserError, match="-OO"):
+        prepare.installed_documents()
+
+
+@pytest.mark.slow
+def test_installed_text_is_the_same_in_every_process(tmp_path):
+    """Other hash seed, other folder, another package in sight, another environment: the same bytes."""
+    (tmp_path / "torch_more.py").write_text('"""' + "No part of it. " * 50 + '"""')
+    results = []
+    for seed, folder in (("1", tmp_path), ("2", ROOT)):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "HOME": str(folder), "PYTHONPATH": str(folder)}
+        command = [sys.executable, ROOT / "data" / "prepare.py", "installed", "--out", tmp_path / seed]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append(everything(tmp_path / seed))
+    assert results[0] == results[1]
+    manifest = json.loads(results[0]["datasets/installed/manifest.json"])
+    train, val = (manifest["splits"][split] for split in ("train", "val"))
+    assert train["documents"] > 4000 and train["original_bytes"] > 5_000_000
+    assert 40_000 < val["original_bytes"] < 120_000
+    texts, sums = read_back(tmp_path / "1" / "datasets" / "installed", "val")
+    assert texts == [json.loads(line) for line in results[0]["datasets/installed/val.jsonl"].splitlines()]
+    assert sums == [len(t.encode()) for t in texts]
+    everywhere = b"".join(results[0].values())
+    assert str(ROOT).encode() not in everywhere and str(tmp_path).encode() not in everywhere
+
+
+# ---- progress ---------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream, times, expected", [
+    (io.StringIO, (0, 9, 20, 25), "encoding: 20 s, 20 MB, 1.0 MB/s, 20%, 80 s left\n"),
+    (Terminal, (0, 0.5, 2), "\r\x1b[Kencoding: 2 s, 20 MB, 10.0 MB/s, 20%, 8 s left\r"),
+])
+def test_progress_tells_how_long_still(monkeypatch, stream, times, expected):
+    clock, out = iter(times), stream()
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with contextlib.redirect_stderr(out):
+        progress = prepare.Progress("encoding", 100_000_000)
+        for _ in times[1:]:
+            progress(20_000_000)
+    assert out.getvalue() == expected

@@ -1,0 +1,394 @@
+"""run.sh as a user calls it. The fast tests copy it into a folder whose name has spaces and put stubs where the machine
+would be: an interpreter that sees nothing but the standard library and stubs of torch, pip, venv, pytest and the rest.
+Every stub that is started writes a line to started.jsonl."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import train_gpt
+
+ROOT = Path(__file__).resolve().parent.parent
+MACHINE = {"PYTHON", "DATA_PATH", "TORCH_INDEX_URL", "PYTHONPATH"} | {
+    field.name.upper() for config in (train_gpt.ModelConfig, train_gpt.RunConfig) for field in fields(config)
+}
+
+STARTED = """\
+import json, os, sys, time
+with open("started.jsonl", "a") as file:
+    file.write(json.dumps({"name": %r, "args": sys.argv[1:], "env": dict(os.environ)}) + "\\n")
+"""
+TORCH = """\
+import os
+from types import SimpleNamespace
+if "STUB_TORCH" not in os.environ:
+    raise ImportError("no torch here")
+__version__ = os.environ["STUB_TORCH"]
+cuda = SimpleNamespace(device_count=lambda: int(os.environ.get("STUB_GPUS", "0")))
+"""
+VENV = """
+from pathlib import Path
+Path(sys.argv[-1], "lib/python3/site-packages").mkdir(parents=True)
+python = Path(sys.argv[-1], "bin/python")
+python.parent.mkdir()
+python.write_text('#!/bin/sh\\nSTUB_TORCH=${STUB_TORCH:-2.13.0} exec "$STUB_PYTHON" "$@"\\n')
+python.chmod(0o755)
+"""
+PIP = """
+if "-r" in sys.argv:
+    requirements = open(sys.argv[-1]).read()
+    with open("installed.txt", "a") as file:
+        file.write(requirements)
+    sys.exit(int(os.environ.get("STUB_PIP_STATUS", "0")))
+"""
+TRAIN = """
+print("result val_bpb:1.0", flush=True)
+time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
+sys.exit(int(os.environ.get("STUB_STATUS", "0")))
+"""
+OLD_PYTHON = """\
+#!/bin/sh
+[ "$1" = --version ] && echo Python 3.10.12 && exit
+exec "$STUB_PYTHON" -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])' "$2"
+"""
+STUBS = {
+    "stubs/torch/__init__.py": TORCH,
+    "stubs/torch/distributed/__init__.py": "",
+    "stubs/torch/distributed/run.py": STARTED % "torchrun",
+    "stubs/venv.py": STARTED % "venv" + VENV,
+    "stubs/pip.py": "import sys\nif len(sys.argv) < 2:\n    raise SystemExit\n" + STARTED % "pip" + PIP,
+    "stubs/ruff.py": STARTED % "ruff" + 'sys.exit(int(os.environ.get("STUB_RUFF_STATUS", "0")))\n',
+    "stubs/pytest.py": STARTED % "pytest" + 'sys.exit(int(os.environ.get("STUB_PYTEST_STATUS", "0")))\n',
+    "train_gpt.py": STARTED % "train_gpt.py" + TRAIN,
+    "data/prepare.py": STARTED % "prepare.py",
+}
+
+
+class Machine:
+    """A folder with run.sh and stubs. Its python3 has no torch; .venv, once made, has torch 2.13.0."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "a folder with spaces"
+        for path, text in STUBS.items():
+            self.write(path, text)
+        for name in ("run.sh", "requirements.txt", "requirements-dev.txt"):
+            shutil.copy(ROOT / name, self.folder)
+        self.python = self.write("bin/python3", '#!/bin/sh\nexec "$STUB_PYTHON" "$@"\n')
+        hidden = self.write("bin/hidden", f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # no site-packages
+        self.env = {name: value for name, value in os.environ.items() if name not in MACHINE}
+        self.env |= {"PATH": f"{self.python.parent}:{self.env['PATH']}", "PYTHONPATH": str(self.folder / "stubs")}
+        self.env |= {"STUB_PYTHON": str(hidden)}
+
+    def write(self, path: str, text: str = "") -> Path:
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        file.chmod(0o755)
+        return file
+
+    def has_packages(self, *names: str) -> None:
+        """What python3 can import besides its torch."""
+        for name in names:
+            self.write(f"stubs/{name}.py")
+
+    def run(self, *arguments: str, **env: object) -> subprocess.CompletedProcess:
+        return subprocess.run(**self.command(arguments, env), capture_output=True, text=True, timeout=60)
+
+    def command(self, arguments: tuple[str, ...], env: dict) -> dict:
+        (self.folder / "started.jsonl").unlink(missing_ok=True)
+        (self.folder / "installed.txt").unlink(missing_ok=True)
+        settings = self.env | {name: str(value) for name, value in env.items()}
+        return dict(args=[self.folder / "run.sh", *arguments], env=settings, cwd="/", stdin=subprocess.DEVNULL)
+
+    def started(self, name: str) -> list[dict]:
+        path = self.folder / "started.jsonl"
+        calls = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [call for call in calls if call["name"] == name]
+
+    def installed(self) -> list[str]:
+        """The packages that pip was asked for since the last start."""
+        path = self.folder / "installed.txt"
+        return re.findall("^[a-z]+", path.read_text(), re.MULTILINE) if path.exists() else []
+
+
+@pytest.fixture
+def machine(tmp_path):
+    return Machine(tmp_path)
+
+
+@pytest.fixture
+def ready(machine):
+    """A machine whose python3 has everything: nothing is ever installed."""
+    machine.env["STUB_TORCH"] = "2.11.0a0+git"
+    machine.has_packages("numpy", "sentencepiece", "zstandard", "hypothesis", "matplotlib", "triton")
+    yield machine
+    assert not (machine.folder / ".venv").exists()
+
+
+# ---- commands
+
+
+def test_unknown_command_is_refused_with_the_known_ones(machine):
+    done = machine.run("tain")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "run.sh: unknown command 'tain'; the commands are: check-setup data test help"
+
+
+@pytest.mark.parametrize("name", ["help", "-h", "--help"])
+def test_help_is_that_of_run_sh_and_then_the_knobs(ready, name):
+    done = ready.run(name)
+    assert done.returncode == 0
+    assert done.stdout.index("./run.sh check-setup") < done.stdout.index("result")
+    assert [call["args"] for call in ready.started("train_gpt.py")] == [["--help"]]
+
+
+def test_data_passes_its_arguments_on(ready):
+    assert ready.run("data", "jsonl", "my texts/*.jsonl").returncode == 0
+    assert [call["args"] for call in ready.started("prepare.py")] == [["jsonl", "my texts/*.jsonl"]]
+
+
+def test_the_entry_s_exit_status_is_passed_on(ready):
+    assert ready.run(STUB_STATUS=2).returncode == 2
+
+
+def test_ctrl_c_ends_the_entry(ready):
+    with subprocess.Popen(**ready.command((), {"STUB_SECONDS": 60}), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "result val_bpb:1.0\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) != 0
+
+
+# ---- the job
+
+
+def test_without_a_gpu_the_small_run_is_chosen_and_said(ready):
+    done = ready.run()
+    assert done.returncode == 0
+    assert done.stderr == "run.sh: small run with data/datasets/installed: torch finds no GPU\n"
+    assert [call["args"] for call in ready.started("prepare.py")] == [["installed"]]
+    (entry,) = ready.started("train_gpt.py")
+    assert entry["args"] == []
+    assert entry["env"]["DATA_PATH"] == "data/datasets/installed"
+    assert int(entry["env"]["ITERATIONS"]) > 0 and entry["env"]["MAX_WALLCLOCK_SECONDS"] == "0"
+
+
+def test_the_users_environment_wins_over_the_small_run(ready):
+    ready.run(ITERATIONS=7, RUN_ID="mine", DATA_PATH="my data", TTT_LR=0.1)
+    (entry,) = ready.started("train_gpt.py")
+    assert {"ITERATIONS": "7", "RUN_ID": "mine", "DATA_PATH": "my data", "TTT_LR": "0.1"}.items() <= entry[
+        "env"
+    ].items()
+    assert ready.started("prepare.py") == []
+
+
+def test_the_small_run_s_settings_are_accepted_by_the_entry(ready):
+    ready.run()
+    (entry,) = ready.started("train_gpt.py")
+    model, run = train_gpt.read_env(entry["env"])
+    assert model != train_gpt.ModelConfig() and run.run_id == "small"
+
+
+def test_gpus_without_data_still_mean_the_small_run(ready):
+    done = ready.run(STUB_GPUS=8)
+    assert re.fullmatch(r"run.sh: small run with \S+: found no data in \S+\n", done.stderr)
+    assert len(ready.started("train_gpt.py")) == 1 and ready.started("torchrun") == []
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_gpus_and_data_mean_the_full_run_on_all_of_them(ready, given):
+    default = train_gpt.RunConfig().data_path
+    ready.write(("elsewhere" if given else default) + "/fineweb_train_000000.bin")
+    done = ready.run(STUB_GPUS=8, **({"DATA_PATH": "elsewhere"} if given else {}))
+    assert done.stderr == f"run.sh: full run on 8 GPU(s) with {'elsewhere' if given else default}\n"
+    (call,) = ready.started("torchrun")
+    assert call["args"] == ["--standalone", "--nproc_per_node=8", "train_gpt.py"]
+    assert "ITERATIONS" not in call["env"] and ready.started("prepare.py") == []
+
+
+def test_one_gpu_needs_no_torchrun(ready):
+    ready.run(STUB_GPUS=1, DATA_PATH="elsewhere")
+    (entry,) = ready.started("train_gpt.py")
+    assert "ITERATIONS" not in entry["env"] and ready.started("torchrun") == []
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_check_setup_is_told_what_the_run_would_be(ready, gpus):
+    env = {"STUB_GPUS": gpus} | ({"DATA_PATH": "elsewhere"} if gpus else {})
+    ready.run("check-setup", **env)
+    (entry,) = ready.started("train_gpt.py")
+    assert entry["args"] == ["--check-setup"]
+    assert ("ITERATIONS" in entry["env"]) == (gpus == 0)
+
+
+# ---- the tests
+
+
+@pytest.mark.parametrize(
+    "arguments, passed, linted",
+    [
+        ([], [], True),
+        (["slow"], ["-m", "slow"], False),
+        (["all", "-x"], ["-m", "slow or not slow", "-x"], True),
+        (["tests/test_pack.py", "-k", "a b"], ["tests/test_pack.py", "-k", "a b"], False),
+    ],
+)
+def test_test_tiers(ready, arguments, passed, linted):
+    assert ready.run("test", *arguments).returncode == 0
+    assert [call["args"] for call in ready.started("pytest")] == [passed]
+    assert [call["args"][0] for call in ready.started("ruff")] == ["check", "format"] * linted
+
+
+def test_ruff_and_pytest_can_each_fail_and_both_are_run(ready):
+    assert ready.run("test", STUB_RUFF_STATUS=1).returncode == 1
+    assert len(ready.started("pytest")) == 1
+    assert ready.run("test", STUB_PYTEST_STATUS=3).returncode == 3
+
+
+# ---- packages
+
+
+def test_packages_are_installed_once(machine):
+    done = machine.run()
+    assert done.returncode == 0 and "installing requirements.txt into .venv" in done.stderr
+    assert machine.installed() == ["torch", "numpy", "sentencepiece", "zstandard"]
+    assert machine.run().returncode == 0
+    assert machine.started("pip") == machine.started("venv") == []
+
+
+def test_changed_requirements_are_installed(machine):
+    machine.run()
+    with open(machine.folder / "requirements.txt", "a") as file:
+        file.write("another==1.0\n")
+    machine.run()
+    assert machine.started("venv") == [] and "another" in machine.installed()
+    machine.run()
+    assert machine.started("pip") == []
+
+
+def test_what_the_tests_need_comes_on_top(machine):
+    machine.run()
+    assert machine.run("test").returncode == 0
+    assert machine.started("venv") == []
+    assert set(machine.installed()) >= {"pytest", "hypothesis", "ruff", "triton", "matplotlib"}
+
+
+def test_an_incomplete_installation_is_made_anew(machine):
+    failed = machine.run(STUB_PIP_STATUS=1)
+    assert failed.returncode == 1 and "could not install requirements.txt" in failed.stderr
+    assert machine.started("train_gpt.py") == []
+    leftover = machine.write(".venv/lib/python3/site-packages/half.py")
+    assert machine.run().returncode == 0
+    assert len(machine.started("venv")) == 1 and not leftover.exists()
+    machine.run(
+        "test", STUB_PIP_STATUS=1
+    )  # the copy of requirements.txt is in place, but something may be half installed
+    machine.run()
+    assert len(machine.started("venv")) == 1
+
+
+def test_an_installation_in_progress_is_left_alone(machine):
+    machine.write(".venv/installing", str(os.getpid()))
+    done = machine.run()
+    assert done.returncode == 1 and f"process {os.getpid()} is installing" in done.stderr
+    assert machine.started("venv") == []
+
+
+def test_torch_comes_from_the_given_index(machine):
+    machine.run(TORCH_INDEX_URL="https://example.org/cpu")
+    first, second = (call["args"] for call in machine.started("pip"))
+    assert first[-3:] == ["--index-url", "https://example.org/cpu", "torch==2.13.0"]
+    assert second[-2:] == ["-r", "requirements.txt"]
+
+
+def test_a_torch_that_is_there_is_kept_and_only_the_rest_installed(machine):
+    machine.has_packages("numpy", "sentencepiece")
+    machine.run(STUB_TORCH="2.11.0")
+    assert machine.installed() == ["zstandard"]
+    assert "--system-site-packages" in machine.started("venv")[0]["args"]
+    assert "site-packages" in (machine.folder / ".venv/lib/python3/site-packages/shared.pth").read_text()
+    machine.run(STUB_TORCH="2.11.0", PYTHON=machine.python)
+    assert machine.started("pip") == []
+
+
+def test_a_torch_that_is_too_old_is_not_used(machine):
+    machine.run(STUB_TORCH="2.10.1")
+    assert "torch" in machine.installed()
+
+
+def test_another_interpreter_gets_a_venv_of_its_own(machine):
+    machine.run()
+    made_from = machine.folder / ".venv/made-from"
+    made_from.write_text(made_from.read_text().replace("(3, ", "(2, "))
+    assert machine.run(PYTHON=machine.python).returncode == 0
+    assert len(machine.started("venv")) == 1
+
+
+def test_the_chosen_interpreter_is_remembered(machine):
+    machine.run(PYTHON=machine.python)
+    assert sys.executable in (machine.folder / ".venv/made-from").read_text()
+    machine.env["PATH"] = f"{machine.write('old/python3', OLD_PYTHON).parent}:{machine.env['PATH']}"
+    machine.run("test")
+    assert len(machine.started("pytest")) == 1
+
+
+def test_a_venv_is_not_made_from_itself(machine):
+    machine.run()
+    machine.write("requirements-dev.txt", "another==1.0\n")
+    assert machine.run("test", PYTHON=".venv/bin/python").returncode == 0
+    assert machine.started("venv") == [] and machine.installed() == ["another"]
+
+
+def test_a_venv_made_by_hand_is_filled_even_if_it_is_active(machine):
+    made_by_hand = machine.write(".venv/bin/python", '#!/bin/sh\nSTUB_TORCH=2.13.0 exec "$STUB_PYTHON" "$@"\n')
+    made_by_hand.with_name("python3").write_text("#!/bin/sh\nexit 1\n")
+    made_by_hand.with_name("python3").chmod(0o755)
+    assert machine.run(PATH=f"{made_by_hand.parent}:{machine.env['PATH']}").returncode == 0
+    assert machine.started("venv") == [] and "torch" in machine.installed()
+
+
+def test_no_python_or_an_old_one_is_refused(machine):
+    old = machine.write("bin/old", OLD_PYTHON)
+    done = machine.run(PYTHON=old)
+    assert done.returncode == 2 and f"{old} is Python 3.10.12, which is too old" in done.stderr
+    done = machine.run(PYTHON="/nowhere/python3")
+    assert done.returncode == 2 and "found no /nowhere/python3" in done.stderr
+
+
+# ---- for real
+
+
+@pytest.mark.slow
+def test_the_small_run_from_a_fresh_copy(tmp_path):
+    """Real data, training, packing and scoring, with the interpreter of the tests; twice, to see what is reused."""
+    copy = tmp_path / "a copy"
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "datasets", "tokenizers", "logs")
+    shutil.copytree(ROOT, copy, ignore=unwanted)
+    env = {name: value for name, value in os.environ.items() if name not in MACHINE}
+    env |= {"PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(**settings: str) -> str:
+        with open(copy / "output.txt", "w+") as output:
+            process = subprocess.Popen(
+                ["./run.sh"], cwd=copy, env=env | settings, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+            _, status, usage = os.wait4(process.pid, 0)
+            output.seek(0)
+            text = output.read()
+        assert status == 0, text[-4000:]
+        assert usage.ru_maxrss * 1024 < 3e9
+        return text
+
+    first = run()
+    assert any(line.startswith("result ") for line in first.splitlines()[-5:]), first[-4000:]
+    shards = {path: path.stat().st_mtime_ns for path in (copy / "data/datasets/installed").iterdir()}
+    run(ITERATIONS="2", TTT_ENABLED="0", RUN_ID="second")
+    assert {path: path.stat().st_mtime_ns for path in (copy / "data/datasets/installed").iterdir()} == shards
+    assert not (copy / ".venv").exists()
