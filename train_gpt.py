@@ -1186,7 +1186,7 @@ class MuonAdam:
 # -----------------------------------------------------------------------------
 # Container: one file format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
 #
-#   magic (8) | header length (4, little-endian) | header: zstd of JSON {meta, zstd, tensors [[name, type, shape, size]]}
+#   magic (8) | header length (4, little-endian) | header: zstd of JSON {meta, zstd, tensors: [name, type, shape, size]s}
 #   | every tensor's bytes in that order, a zstd frame each where `zstd` says so | BLAKE2b-128 of all before (16)
 
 CONTAINER_MAGIC, DIGEST_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 31
@@ -1594,7 +1594,7 @@ def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, di
     weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
     scalars = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
     limit = run.artifact_bytes - len(code())
-    ratio, size = 1.02, 0  # real bytes per byte of entropy: zstd's Huffman codes and GPTQ's wider integers
+    ratio, size = 1.025, 0  # real bytes per byte of entropy: zstd's Huffman codes and GPTQ's wider integers
     for attempt in (1, 2):
         with watch.phase("quantise"):
             widen = fit_ranges(weights, run, (limit * 0.999 - scalars) / ratio)

@@ -5,7 +5,7 @@ Turn text into the contest's shards: documents, (CaseOps,) SentencePiece, uint16
     python data/prepare.py jsonl FILES... --val FILES...  your own: a JSON string, or an object with "text", a line
     python data/prepare.py contest --variant caseops      the contest's published shards
     python data/prepare.py contest --documents            the contest's published text, with a tokenizer of ours
-    python data/prepare.py SOURCE --help                  every option
+    python data/prepare.py SOURCE --help                  every option [and its default]
 
 Leaves <out>/datasets/<name>/ with fineweb_train_NNNNNN.bin, fineweb_val_NNNNNN.bin, fineweb_val_bytes_NNNNNN.bin and
 manifest.json, and <out>/tokenizers/<name>.model. The side-car fineweb_val_bytes holds the bytes of original text behind
@@ -403,7 +403,7 @@ class Encoded(NamedTuple):
     """The d documents of a batch that belong to one split, n tokens in all."""
     split: str
     tokens: np.ndarray    # (n,) uint16, BOS before every document
-    sidecar: np.ndarray   # (n,) uint16, zeros in training
+    sidecar: np.ndarray   # (n,) uint16; (0,) in training
     lengths: np.ndarray   # (d,) tokens of every document
     measures: np.ndarray  # (d, 4) int64, see MEASURES
     digests: list[int]    # (d,)
@@ -454,7 +454,8 @@ def encode_batch(model: bytes, caseops: bool, batch: Batch) -> list[Encoded]:
         tokens, sidecars, measures, digests, where = zip(*documents, strict=True) if documents else [()] * 5
         none = np.zeros(0, np.uint16)
         results.append(Encoded(
-            "val" if validation else "train", np.concatenate([none, *tokens]), np.concatenate([none, *sidecars]),
+            "val" if validation else "train",
+            np.concatenate([none, *tokens]), np.concatenate([none, *sidecars]) if validation else none,
             np.array([len(t) for t in tokens], np.int64), np.array(measures, np.int64).reshape(-1, len(MEASURES)),
             list(digests), list(where), empty[validation]))
     return results
@@ -554,8 +555,7 @@ class SplitGuard:
             raise DataError(f"{encoded.where[i]}: this training document is in validation too "
                             f"({self.validation[encoded.digests[i]]}): a score would mean nothing; remove one of them")
         self.copies["left out"] += int((~keep).sum())
-        kept = np.repeat(keep, encoded.lengths)
-        return encoded._replace(tokens=encoded.tokens[kept], sidecar=encoded.sidecar[kept],
+        return encoded._replace(tokens=encoded.tokens[np.repeat(keep, encoded.lengths)],
                                 lengths=encoded.lengths[keep], measures=encoded.measures[keep])
 
     def training_copies(self) -> int:
@@ -583,8 +583,12 @@ def shard_facts(path: Path) -> dict:
 
 
 def file_sha256(path: Path) -> str:
+    digest, progress = hashlib.sha256(), Progress(f"checking {path.name}", path.stat().st_size)
     with open(path, "rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+            progress(source.tell())
+    return digest.hexdigest()
 
 
 class ShardWriter:
@@ -695,8 +699,8 @@ def report(final: Path, manifest: dict, note: str = "") -> None:
         size, shards = split["original_bytes"] or split["contest_bytes"], len(split["shards"])
         weight = f"{size:,} bytes, {size / split['tokens']:.3f} a token, " if size else ""
         print(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {weight}shards: {shards}")
-        for what in ("empty", "duplicate", "left_out"):
-            if split[f"{what}_documents"]:
+        for what in ("empty", "duplicate", "left_out", "in_training"):
+            if split.get(f"{what}_documents"):
                 print(f"{name}: {split[f'{what}_documents']:,} documents {what.replace('_', ' ')}")
     counted, smaller = (manifest["splits"]["val"][f"{what}_bytes"] for what in ("contest", "smaller"))
     if counted and smaller and counted > smaller:
@@ -776,6 +780,9 @@ def prepare_contest(args: argparse.Namespace) -> None:
     are left out of training."""
     if not args.documents:
         return prepare_published(args)
+    if args.val_docs < CONTEST_VAL_DOCS:
+        print(f"warning: --val-docs {args.val_docs}: documents up to the {CONTEST_VAL_DOCS:,}th are the contest's "
+              "validation, and here you train on them: no score of this is one of the contest", file=sys.stderr)
     args.name = args.name or "contest_documents"
     hub = Hub(args.base_url, args.repo or PLAIN_REPOSITORY)
     source = {"kind": "contest documents", "hub": hub.base_url, "repo": hub.repo, "val_docs": args.val_docs}
@@ -785,11 +792,13 @@ def prepare_contest(args: argparse.Namespace) -> None:
 
 def contest_parts(hub: Hub, out: Path, val_documents: int, _: Path) -> list[Part]:
     """The published documents, downloaded once and compared with the hash that was published with them."""
-    path, facts = out / "docs_selected.jsonl", out / "docs_selected.source_manifest.json"
+    path, facts = out / "docs_selected.jsonl", "docs_selected.source_manifest.json"
     if not path.exists():
-        hub.fetch(path.name, path)
-        wanted = json.loads(hub.fetch(facts.name, facts).read_bytes())["docs_sha256"]
-        if file_sha256(path) != wanted:
+        try:
+            wanted = json.loads(fetch_bytes(hub, facts, out))["docs_sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{hub.url(facts)}: names no docs_sha256; see --repo") from None
+        if file_sha256(hub.fetch(path.name, path)) != wanted:
             path.unlink()
             raise DataError(f"{hub.url(path.name)}: what came has not the published SHA-256 {wanted}; run it again")
     return [Part(str(path), first_validation=val_documents)]
@@ -799,6 +808,7 @@ def contest_parts(hub: Hub, out: Path, val_documents: int, _: Path) -> list[Part
 # Hub: files over HTTPS, gone on with where they stopped.
 
 HUB = "https://huggingface.co"
+CONTEST_VAL_DOCS = 50_000
 PLAIN_REPOSITORY = "willdepueoai/parameter-golf"
 REPOSITORIES = {"caseops": "romeerp/parameter-golf-caseops-v1", "sp8192": "kevclark/parameter-golf"}
 MAX_ATTEMPTS = 6       # in a row that come no further
@@ -872,6 +882,8 @@ class Hub(NamedTuple):
             else:  # a server may send all of it again
                 begin, total = 0, int(answer.headers.get("Content-Length", -1))
             progress.total = total
+            if shutil.disk_usage(part.parent).free < total - begin:
+                raise UserError(f"{part.parent}: no space for {name}, {total:,} bytes; free some space")
             with open(part, "ab" if begin else "wb") as out:
                 while chunk := answer.read(1 << 20):
                     out.write(chunk)
@@ -980,7 +992,7 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
     if len(leaked) > MAX_LEAK * len(validation):
         raise DataError(f"{folder}: {len(leaked):,} of {len(validation):,} validation documents are in training too: a "
                         "score would mean nothing; choose another --repo")
-    splits["val"] |= weigh_validation(folder, names, encoder)
+    splits["val"] |= {"in_training_documents": len(leaked), **weigh_validation(folder, names, encoder)}
     return {split: splits[split] for split in SPLITS}
 
 
@@ -1035,6 +1047,12 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def web_address(text: str) -> str:
+    if not re.match(r"https?://\S+$", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected https://HOST, or http://HOST")
+    return text
+
+
 def folder_name(text: str) -> str:
     if not re.fullmatch(r"\w[\w.-]*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r}: expected letters, digits, underscores, dots and dashes")
@@ -1042,7 +1060,6 @@ def folder_name(text: str) -> str:
 
 
 def command_line() -> argparse.ArgumentParser:
-    with_defaults = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     sources = parser.add_subparsers(required=True, metavar="SOURCE")
@@ -1051,29 +1068,34 @@ def command_line() -> argparse.ArgumentParser:
             ("installed", prepare_installed, 2048, "the documentation of Python, NumPy and torch on this machine"),
             ("jsonl", prepare_jsonl, 8192, 'files with one document a line: a JSON string, or an object with "text"'),
             ("contest", prepare_contest, 8192, "the contest's published shards, or its documents, from the hub")):
-        commands[name] = command = sources.add_parser(name, help=doc, description=doc, formatter_class=with_defaults)
-        command.set_defaults(run=run, name=None if name == "contest" else name)
+        commands[name] = command = sources.add_parser(name, help=doc, description=doc)
+        command.set_defaults(run=run)
         add = command.add_argument
-        add("--out", type=Path, default=Path(__file__).resolve().parent, help="folder for datasets/ and tokenizers/")
-        add("--name", type=folder_name, help="name of the dataset")
-        add("--tokenizer", type=Path, help="SentencePiece model to use; else one is trained")
-        add("--vocab-size", type=whole_number, default=vocab_size, help="pieces of a tokenizer that is trained")
+        add("--out", type=Path, default=Path(__file__).resolve().parent,
+            help="folder for datasets/ and tokenizers/ [that of this file]")
+        add("--name", type=folder_name, default=None if name == "contest" else name,
+            help=f"name of the dataset [{'the published one' if name == 'contest' else name}]")
+        add("--tokenizer", type=Path, help="SentencePiece model to use [one is trained]")
+        add("--vocab-size", type=whole_number, default=vocab_size, help="pieces of a trained one [%(default)s]")
         add("--caseops", action=argparse.BooleanOptionalAction,
-            help="spell capitals as markers; by default yes, or if the given tokenizer has the markers")
-        add("--workers", type=whole_number, default=len(os.sched_getaffinity(0)), help="processes")
-        add("--shard-tokens", type=whole_number, default=100_000_000, help="tokens of a shard, at most")
-    commands["installed"].add_argument("--val-docs", type=whole_number, default=64, help="documents for validation")
+            help="spell capitals as markers [yes, or if the given tokenizer has the markers]")
+        add("--workers", type=whole_number, default=len(os.sched_getaffinity(0)), help="processes [one a core]")
+        add("--shard-tokens", type=whole_number, default=100_000_000, help="tokens of a shard, at most [%(default)s]")
+    add = commands["installed"].add_argument
+    add("--val-docs", type=whole_number, default=64, help="documents for validation [%(default)s]")
     add = commands["jsonl"].add_argument
     add("files", nargs="+", help="files or quoted globs: .jsonl, .gz, .bz2, .zst")
-    add("--val", nargs="+", help="files for validation; else --val-fraction decides")
-    add("--val-fraction", type=float, default=0.02, help="share of texts for validation, chosen by their digests")
+    add("--val", nargs="+", help="files for validation [--val-fraction decides]")
+    add("--val-fraction", type=float, default=0.02, help="share of the texts for validation, by hash [%(default)s]")
     add = commands["contest"].add_argument
-    add("--variant", type=folder_name, default="caseops", help="caseops, sp1024, sp8192, or what follows fineweb10B_")
-    add("--train-shards", type=whole_number, default=80, help="training shards, of 100 million tokens and 200 MB each")
+    add("--variant", type=folder_name, default="caseops",
+        help="sp1024, sp8192, caseops, or what follows fineweb10B_ in a name [%(default)s]")
+    add("--train-shards", type=whole_number, default=80, help="of 100 million tokens and 200 MB [%(default)s]")
     add("--documents", action="store_true", help="the text, 48 GB, to be encoded here, instead of shards")
-    add("--val-docs", type=whole_number, default=50_000, help="with --documents: how many come first, for validation")
-    add("--repo", help="OWNER/NAME on the hub, instead of the one that publishes the variant")
-    add("--base-url", default=HUB, help="the hub")
+    add("--val-docs", type=whole_number, default=CONTEST_VAL_DOCS,
+        help="with --documents: how many come first, for validation [%(default)s]")
+    add("--repo", help="OWNER/NAME on the hub [the one that publishes the variant]")
+    add("--base-url", type=web_address, default=HUB, help="the hub [%(default)s]")
     return parser
 
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -161,6 +162,12 @@ def test_a_longer_download_goes_on_from_a_shorter_one(contest, capsys):
     fetched = [path.rsplit("/")[-1] for path, _ in contest.hub.requests]
     assert fetched == ["manifest.json", "caseops.model", "fineweb_train_000001.bin", "fineweb_train_000002.bin"]
     assert len(list((contest.datasets / CASEOPS).glob("*_train_*"))) == 3
+
+
+def test_a_full_disk_is_noticed_before_the_download(contest, monkeypatch, capsys):
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+    assert contest("--train-shards", 1) == 2
+    assert "no space for " in capsys.readouterr().err and not asked(contest.hub, ".bin")
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -348,14 +355,17 @@ def test_documents_are_encoded_with_a_tokenizer_of_ours(contest, documents, caps
     assert json.loads((folder / "manifest.json").read_text())["splits"]["train"]["left_out_documents"] == 1
     assert contest(*arguments) == 0 and not contest.hub.requests
     assert contest(*arguments, "--val-docs", 41) == 0 and not contest.hub.requests  # the download is kept
-    assert "1 documents left out" in capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "1 documents left out" in output.out and "warning: --val-docs 40: documents up to the 50,000th" in output.err
 
 
-def test_documents_with_another_digest_are_refused(contest, documents, capsys):
-    (documents / "docs_selected.source_manifest.json").write_text(json.dumps({"docs_sha256": "0" * 64}))
+@pytest.mark.parametrize("facts, message", [
+    ({"docs_sha256": "0" * 64}, "has not the published SHA-256 0000"), ({}, "names no docs"), ([], "names no docs")])
+def test_documents_with_another_digest_are_refused(contest, documents, capsys, facts, message):
+    (documents / "docs_selected.source_manifest.json").write_text(json.dumps(facts))
     assert contest("--documents") == 2
-    assert "has not the published SHA-256 0000" in capsys.readouterr().err
-    assert not (contest.datasets.parent / "docs_selected.jsonl").exists()
+    assert message in capsys.readouterr().err
+    assert names(contest.datasets.parent) == ["datasets"]
 
 
 def test_the_default_split_is_the_contest_s():
