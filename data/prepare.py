@@ -335,9 +335,10 @@ def parsed_docstrings(root: Path, package: str) -> Iterator[tuple[str, str]]:
         foreign = not package and not sys.stdlib_module_names.issuperset(names[:1] or [""])
         if foreign or APART & set(names) or not all(map(public, names)):
             continue
-        with warnings.catch_warnings():
+        found = []
+        with warnings.catch_warnings(), contextlib.suppress(SyntaxError):  # some files are for other Pythons
             warnings.simplefilter("ignore")  # invalid escapes in old docstrings
-            found = [(".".join(names), ast.parse(path.read_bytes(), path.name))]
+            found.append((".".join(names), ast.parse(path.read_bytes(), path.name)))
         while found:
             name, node = found.pop()
             if text := ast.get_docstring(node):

@@ -251,6 +251,20 @@ def test_a_server_without_ranges_sends_it_all_again(contest):
     assert (contest.datasets / CASEOPS / name).read_bytes() == (contest.remote / name).read_bytes()
 
 
+def test_a_server_that_answers_another_range_is_not_believed(contest):
+    name = "fineweb_train_000000.bin"
+
+    def other_range(handler):
+        handler.send_response(206)
+        handler.send_header("Content-Range", "bytes 0-9/10")
+        handler.end_headers()
+        handler.wfile.write(b"0123456789")
+
+    contest.hub.faults[name] = [lambda h: h.serve(limit=1500), other_range]
+    assert contest("--train-shards", 1) == 0
+    assert asked(contest.hub, name) == [None, "bytes=1500-", "bytes=1500-"]
+
+
 def busy(code: int):
     def answer(handler):
         handler.send_response(code)

@@ -527,7 +527,8 @@ if True:
 '''
     no = '"""No."""'
     for name, code in {"__init__": '"""Package."""\nraise SystemExit("this was run")', "good": module, "_private": no,
-                       "tests/one": no, "idlelib": no, "__main__": no, "sub/__init__": '"""Sub."""'}.items():
+                       "other": f"{no}\nprint 1", "tests/one": no, "idlelib": no, "__main__": no,
+                       "sub/__init__": '"""Sub."""'}.items():
         path = package / f"{name}.py"
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(code)
@@ -543,6 +544,18 @@ def test_compiled_documentation():
     assert "Return" in found["builtins.abs"] and "builtins.str.join" in found
     assert not [name for name in found if "._" in name]
     assert "torch.matmul" in dict(prepare.compiled_docstrings("torch"))
+
+
+def test_installed_documents_are_masked_deduplicated_and_sorted(monkeypatch):
+    long = "Of some length. " * 20
+    sources = {"": [("os.b", f"ours 2 {long}")], "torch": [("torch.short", "ours, too short")],
+               "numpy": [("numpy.z", f"ours 2 {long}"), ("numpy.a", f"ours 1 <f at 0x7f12ab34cd56> {long}")]}
+    monkeypatch.setattr(prepare, "parsed_docstrings", lambda root, package: sources[package])
+    monkeypatch.setattr(prepare, "compiled_docstrings", lambda name: [(f"{name}.compiled", f"ours 3 {long}")])
+    texts = prepare.installed_documents()
+    assert len(texts) > 50 and "The standard type hierarchy" in "".join(texts)  # pydoc's topics
+    assert [t for t in texts if t.startswith("ours")] == [
+        f"ours 3 {long}", f"ours 1 <f at 0x0> {long}", f"ours 2 {long}"]  # array.compiled, numpy.a, numpy.z
 
 
 def test_installed_validation_is_chosen_by_digest(monkeypatch, tmp_path, capsys):

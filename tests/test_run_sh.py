@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 
@@ -379,7 +380,10 @@ def test_the_small_run_from_a_fresh_copy(tmp_path):
             process = subprocess.Popen(
                 ["./run.sh"], cwd=copy, env=env | settings, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
+            deadline = threading.Timer(600, process.terminate)
+            deadline.start()
             _, status, usage = os.wait4(process.pid, 0)
+            deadline.cancel()
             output.seek(0)
             text = output.read()
         assert status == 0, text[-4000:]
