@@ -29,6 +29,7 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -549,7 +550,10 @@ class Tokenizer(NamedTuple):
 
 def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     """The tokenizer of the data: TOKENIZER_PATH, or what the manifest in DATA_PATH names."""
-    path = Path(run.tokenizer_path) if run.tokenizer_path else manifest_tokenizer(Path(run.data_path))
+    named = manifest_value(Path(run.data_path), "tokenizer", "path")
+    if not run.tokenizer_path and not isinstance(named, str):
+        raise DataError(f"{run.data_path}: no manifest.json names the tokenizer; set TOKENIZER_PATH")
+    path = Path(run.tokenizer_path) if run.tokenizer_path else Path(run.data_path) / named
     processor = sentencepiece.SentencePieceProcessor()
     try:
         blob = path.read_bytes()
@@ -567,15 +571,15 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor)
 
 
-def manifest_tokenizer(folder: Path) -> Path:
-    """The tokenizer that a prepared folder's manifest.json names, relative to that folder."""
+def manifest_value(folder: Path, *keys: str) -> Any:
+    """An entry of a prepared folder's manifest.json, None where there is none."""
     try:
-        named = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["tokenizer"]["path"]
-    except OSError:
-        raise DataError(f"{folder}: no manifest.json names the tokenizer; set TOKENIZER_PATH") from None
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{folder / 'manifest.json'}: names no tokenizer; set TOKENIZER_PATH") from None
-    return folder / str(named)
+        value = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for key in keys:
+            value = value[key]
+        return value
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 class Documents(NamedTuple):
@@ -1189,7 +1193,7 @@ class MuonAdam:
 #   magic (8) | header length (4, little-endian) | header: zstd of JSON {meta, zstd, tensors: [name, type, shape, size]s}
 #   | every tensor's bytes in that order, a zstd frame each where `zstd` says so | BLAKE2b-128 of all before (16)
 
-CONTAINER_MAGIC, DIGEST_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 31
+CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 24, 1 << 31
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
 
@@ -1213,23 +1217,39 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | No
     return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
 
 
-def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
+def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
+    """A container's checked bytes -> (its header, where the tensors begin)."""
     body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    if body[:len(CONTAINER_MAGIC)] != CONTAINER_MAGIC:
+    at = len(CONTAINER_MAGIC) + 4
+    if body[:at - 4] != CONTAINER_MAGIC:
         raise DataError(f"{what}: not a file of this program: it begins with {body[:8]!r}, not {CONTAINER_MAGIC!r}")
     if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != digest:
         raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
-    try:
-        at = len(CONTAINER_MAGIC) + 4
+    with believing_nothing(what):
         end = at + struct.unpack("<I", body[at - 4:at])[0]
-        header = json.loads(decompress(body[at:end], 1 << 24))
-        tensors = {}
+        header = json.loads(decompress(body[at:end], MAX_HEADER_BYTES))
+        require_data(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
+        require_data(end + sum(entry[3] for entry in header["tensors"]) == len(body), "sizes do not add up")
+        return header, end
+
+
+def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
+    header, at = read_header(data, what)
+    tensors: dict[str, Tensor] = {}
+    with believing_nothing(what):
         for name, kind, shape, size in header["tensors"]:
-            tensors[str(name)] = read_tensor(body[end:end + size], kind, shape, header["zstd"])
-            end += size
-        require_data(end == len(body) and len(tensors) == len(header["tensors"]), "sizes do not add up")
+            require_data(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
+            tensors[name] = read_tensor(data[at:at + size], kind, shape, header["zstd"])
+            at += size
         return dict(header["meta"]), tensors
+
+
+@contextlib.contextmanager
+def believing_nothing(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the file's fault."""
+    try:
+        yield
     except (KeyError, TypeError, ValueError, struct.error, zstandard.ZstdError) as error:
         raise DataError(f"{what}: the contents are not what the format promises ({error})") from error
 
@@ -1739,6 +1759,13 @@ class Adapter:
 
         self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
         self.head = low_rank("head")
+        self._fix_sizes()
+
+    def _fix_sizes(self) -> None:
+        """Compiled code may count on all sizes of an adapter but the number of documents."""
+        for t in self.tensors():
+            torch._dynamo.mark_static(t, 1)
+            torch._dynamo.mark_static(t, 2)
 
     def tensors(self) -> list[Tensor]:
         """All that adapts, documents first: (B, ...) each."""
@@ -1753,6 +1780,7 @@ class Adapter:
             return LowRank(*(t.detach()[rows].requires_grad_() for t in part[:2]), part.scale)
         self.visits = [Deltas(*map(kept, visit)) for visit in self.visits]
         self.head = kept(self.head)
+        self._fix_sizes()
 
 
 class AdaptRule:
@@ -1993,11 +2021,14 @@ def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]
 
 
 def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
-    """Token passes of a group of documents that adapt side by side, to foretell seconds: window by window."""
-    if len(lengths) == 0:
-        return 0.0
-    ends = np.arange(run.ttt_chunk_tokens, int(lengths.max()) + run.ttt_chunk_tokens, run.ttt_chunk_tokens)
-    return float(len(lengths) * np.minimum(ends, run.eval_seq_len).sum())
+    """Token passes of documents (B,) that adapt side by side, to foretell seconds: window by window, rows dropped as in
+    adapt_side_by_side. Also serves documents that adapt one by one."""
+    rows, total, chunk = len(lengths), 0.0, run.ttt_chunk_tokens
+    for first in range(0, int(lengths.max(initial=0)), chunk):
+        left = int((lengths > first).sum())
+        rows = max(left, 2) if left <= rows // 2 > 1 else rows
+        total += rows * min(first + chunk, run.eval_seq_len)
+    return total
 
 
 class Evaluation:
@@ -2269,6 +2300,11 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, An
         evaluation.warm_up()
     with watch.phase("evaluate: score"):
         tally = evaluation.score()
+    strict_bytes = manifest_value(Path(run.data_path), "splits", "val", "smaller_bytes")
+    counted_bytes = int(docs.target_bytes().sum())
+    if isinstance(strict_bytes, int) and 0 < strict_bytes < counted_bytes:
+        strict = tally.bits_per_byte * counted_bytes / strict_bytes
+        log(f"this tokenizer is lossy: over the {strict_bytes} bytes that survive it, val_bpb is {strict:.5f}")
     with watch.phase("score without adaptation"):
         static = static_bpb(model, plan) if run.ttt_enabled else tally.bits_per_byte
     adapted = f" ttt_bpb:{tally.bits_per_byte:.5f}" if run.ttt_enabled else ""
@@ -2276,7 +2312,7 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, An
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
     val_loss = float(tally.nats.sum() / tally.counted.sum())
     return {"val_bpb": tally.bits_per_byte, "val_loss": val_loss, "static_bpb": static,
-            "documents": len(docs), "tokens": int(tally.counted.sum()), "bytes": int(docs.target_bytes().sum()),
+            "documents": len(docs), "tokens": int(tally.counted.sum()), "bytes": counted_bytes,
             "adaptation_steps": int(tally.updates.sum()), "doc_independent": int(independent),
             "degraded_documents": evaluation.degraded, "eval_seconds": watch.total(*EVALUATION_CLOCK)}
 
@@ -2318,53 +2354,88 @@ def prepare_torch(run: RunConfig, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
+LOGS = Path("logs")
+
+
 def run_all(only_check: bool) -> None:
     model, run = read_env()
     dist = Dist.from_env(run.device)
-    try:
-        run_id = run.run_id or time.strftime("%Y%m%d_%H%M%S")
-        folder = Path("logs")
-        watch = Stopwatch(dist)
-        prepare_torch(run, dist.device)
-        log = Log(folder / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
-        with watch.phase("load"):
-            log(code().decode(), screen=False)
-            log(f"{settings(model, run)}\n{versions()} {platform.platform()}", screen=False)
-            plan = make_plan(model, run, dist)
-            check_setup(plan, log)
-        if only_check:
-            return
-        result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
-        artifact = Path(run.artifact) if run.artifact else folder / f"{run_id}.ptz"
-        if not run.artifact:
-            result |= train_and_pack(plan, log, watch, artifact)
-        result |= evaluate(plan, log, watch, artifact)
-        size = artifact.stat().st_size
-        result |= {"artifact_bytes": size, "code_bytes": len(code()), "total_bytes": size + len(code()),
-                   "world_size": dist.world, "device": device_name(dist.device), "versions": versions()}
-        if dist.main:
-            report(result, watch, log, folder / f"{run_id}.json")
-    finally:
-        dist.close()
+    prepare_torch(run, dist.device)
+    watch, run_id = Stopwatch(dist), run.run_id or time.strftime("%Y%m%d_%H%M%S")
+    log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
+    with watch.phase("load"):
+        log(code().decode(), screen=False)
+        log(f"{settings(model, run)}\n{versions()} {platform.platform()}", screen=False)
+        plan = make_plan(model, run, dist)
+        check_setup(plan, log)
+    if only_check:
+        return dist.close()
+    result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
+    artifact = Path(run.artifact) if run.artifact else LOGS / f"{run_id}.ptz"
+    if not run.artifact:
+        result |= train_and_pack(plan, log, watch, artifact)
+    result |= evaluate(plan, log, watch, artifact)
+    size = artifact.stat().st_size
+    result |= {"artifact_bytes": size, "code_bytes": len(code()), "total_bytes": size + len(code()),
+               "artifact_parts": part_bytes(artifact), "world_size": dist.world, "device": device_name(dist.device),
+               "versions": versions()}
+    if dist.main:
+        report(result, watch, log, LOGS / f"{run_id}.json")
+    dist.close()
+
+
+def part_bytes(path: Path) -> dict[str, int]:
+    """Bytes of an artifact by kind of tensor, as they lie in the file; `header` is the rest."""
+    data = read_file(path)
+    header, _ = read_header(data, str(path))
+    parts: dict[str, int] = {}
+    for name, _, _, size in header["tensors"]:
+        kind = "scales" if name.endswith(".scale") else param_role(name)
+        kind = ("mlp" if ".mlp." in name else "attention") if kind == "matrix" else kind
+        parts[kind] = parts.get(kind, 0) + size
+    return parts | {"header": len(data) - sum(parts.values())}
+
+
+def end_quickly(folder: Path, grace_s: float = 3.0) -> None:
+    """Ctrl-C and torchrun's SIGTERM raise KeyboardInterrupt; a rank that waits in a collective would never see it, so a
+    thread that the signal wakes ends the process after a moment, without leaving a half-written file."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        time.sleep(grace_s)
+        for partial in folder.glob(f".*.{os.getpid()}.partial"):
+            partial.unlink(missing_ok=True)
+        os._exit(INTERRUPTED)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str]) -> int:
     """-> exit status: 0, 2 for what a user can mend, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # torchrun ends its ranks by SIGTERM: clean up alike
     if arguments in (["--help"], ["-h"]):
         print(describe_knobs())
         return 0
     if arguments not in ([], ["--check-setup"]):
         print(f"unknown argument {arguments[0]!r}; settings are environment variables, see --help", file=sys.stderr)
         return 2
+    end_quickly(LOGS)
     try:
         run_all(only_check=bool(arguments))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
-        return 130
+        return INTERRUPTED
     return 0
 
 

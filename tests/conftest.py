@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported; processes that tests start inherit it
+# Read when torch is imported, inherited by the processes that tests start. Cores may be shared: no spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import random
 
