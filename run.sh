@@ -28,14 +28,16 @@ commands() { usage | sed -n 's|^  ./run.sh \([a-z-][a-z-]*\) .*|\1|p' | xargs; }
 
 # The small run: two CPU cores, five minutes, 3 GB. Its budget is in steps, so that it repeats exactly.
 small_job() {
-  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # threads that wait by spinning are far slower on cores that are shared
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # cores may be shared: threads that spin are slow there
   export RUN_ID=${RUN_ID:-small} DATA_PATH=${DATA_PATH:-$SMALL_DATA}
   export ITERATIONS=${ITERATIONS:-200} MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-0}
-  export VOCAB_SIZE=${VOCAB_SIZE:-2048} NUM_LAYERS=${NUM_LAYERS:-6} MODEL_DIM=${MODEL_DIM:-128}
-  export NUM_HEADS=${NUM_HEADS:-4} NUM_KV_HEADS=${NUM_KV_HEADS:-2}
-  export TRAIN_BATCH_TOKENS=${TRAIN_BATCH_TOKENS:-8192} TRAIN_ROW_TOKENS=${TRAIN_ROW_TOKENS:-2048}
-  export MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-4096} TRAIN_SEQ_LEN=${TRAIN_SEQ_LEN:-512} EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-512}
+  export VOCAB_SIZE=${VOCAB_SIZE:-2048} NUM_LAYERS=${NUM_LAYERS:-6}
+  export MODEL_DIM=${MODEL_DIM:-128} NUM_HEADS=${NUM_HEADS:-4} NUM_KV_HEADS=${NUM_KV_HEADS:-2}
+  export TRAIN_BATCH_TOKENS=${TRAIN_BATCH_TOKENS:-8192} MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-4096}
+  export TRAIN_ROW_TOKENS=${TRAIN_ROW_TOKENS:-2048}
+  export TRAIN_SEQ_LEN=${TRAIN_SEQ_LEN:-512} EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-512}
 }
+
 say() { printf 'run.sh: %s\n' "$*" >&2; }
 fail() { say "${@:2}" && exit "$1"; } # status, message
 
@@ -175,9 +177,7 @@ run_python() {
 run_tests() {
   local status=0
   setup requirements.txt requirements-dev.txt
-  case ${1:-} in
-    "" | all) "$python" -m ruff check . && "$python" -m ruff format --check . || status=1 ;;
-  esac
+  if [[ ${1:-all} == all ]]; then "$python" -m ruff check . && "$python" -m ruff format --check . || status=1; fi
   [[ ${1:-} != slow ]] || set -- -m slow "${@:2}"
   [[ ${1:-} != all ]] || set -- -m "slow or not slow" "${@:2}"
   "$python" -m pytest "$@" || status=$?

@@ -263,7 +263,7 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
         require(text in choices, want + " | ".join(choices))
         return text
     try:
-        value = kind(text.replace("_", "")) if kind is not str else text
+        value = kind(text)
     except ValueError:
         raise ConfigError(want + {int: "a whole number", float: "a number"}[kind]) from None
     require(kind is not float or math.isfinite(value), want + "a finite number")
@@ -273,25 +273,14 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     return value
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance: insertions, deletions and replacements that turn a into b."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above_left, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            above_left, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above_left + (x != y))
-    return row[-1]
-
-
 def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
     """A name that looks like a knob of ours and is none is an error, so that a typing error or a retired knob in an old
     script fails loudly instead of silently training something else. Other programs' variables are left alone."""
     known = set(knobs)
     for name in sorted(set(env) - known):
-        near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-        misspelt = edit_distance(name, near) <= (2 if len(near) >= 8 else 1)
-        require(not misspelt and not name.startswith(OUR_FAMILIES), f"{name} is not a knob; did you mean {near}? "
-                "(python train_gpt.py --help lists them all)")
+        ours = name.startswith(OUR_FAMILIES)
+        near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0 if ours else 0.87)
+        require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
 
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
@@ -358,6 +347,7 @@ class Dist:
             require(local < torch.cuda.device_count(), f"rank {local} of this machine finds only "
                     f"{torch.cuda.device_count()} GPUs: start torchrun with --nproc_per_node at most that")
             torch.cuda.set_device(local)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums only with this
         if world > 1:
             torch_dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
         return cls(rank, world, f"cuda:{local}" if use_gpu else "cpu")
@@ -598,7 +588,7 @@ class Documents(NamedTuple):
 
     def span(self, i: int) -> np.ndarray:
         """Document i with its closing BOS: (lengths[i] + 1,)."""
-        return self.tokens[self.starts[i]:self.starts[i] + self.lengths[i] + 1]
+        return self.tokens[self.starts[i]:self.starts[i + 1] + 1]
 
     def target_bytes(self) -> np.ndarray:
         """Bytes of every document's targets (documents,)."""
@@ -1190,12 +1180,19 @@ class MuonAdam:
 # -----------------------------------------------------------------------------
 # Container: one file format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
 #
-#   magic (8) | header length (4, little-endian) | header: zstd of JSON {meta, zstd, tensors: [name, type, shape, size]s}
-#   | every tensor's bytes in that order, a zstd frame each where `zstd` says so | BLAKE2b-128 of all before (16)
+#   magic (8) | length of the header (4, little-endian) | header: zstd of JSON, with a table [name, type, shape, size]
+#   | every tensor's bytes in that order, a zstd frame each where the header says so | BLAKE2b-128 of all before (16)
 
 CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 24, 1 << 31
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
+
+
+def read_file(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def tensor_bytes(t: Tensor) -> bytes:
@@ -1366,26 +1363,24 @@ class Trainer:
         self.dist.barrier()
 
     @torch.no_grad()
+    def put(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Take over all that `tensors` gave, after so many steps."""
+        for name, t in self.tensors().items():
+            if not name.startswith("optimizer."):
+                t.copy_(tensors[name])
+        self.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in tensors.items()}, step)
+
     def load(self, path: str) -> None:
         meta, tensors = unpack(read_file(path), path)
         if meta.get("kind") != "checkpoint":
             raise DataError(f"RESUME={path}: a file of kind {meta.get('kind')!r}, expected a checkpoint")
         for key, value in self.identity.items():
-            if meta[key] != value:
-                raise DataError(f"RESUME={path}: its {key} is {meta[key]}, this run's is {value}")
-        for name, p in self.tensors().items():
-            if name.startswith("optimizer."):
-                continue
-            p.copy_(tensors[name])
-        self.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in tensors.items()}, meta["step"])
+            if meta.get(key) != value:
+                raise DataError(f"RESUME={path}: its {key} is {meta.get(key)}, this run's is {value}")
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in self.tensors().items()}:
+            raise DataError(f"RESUME={path}: its tensors are not those of this run")
+        self.put(tensors, meta["step"])
         self.step, self.progress, self.seconds_before = meta["step"], meta["progress"], meta["seconds"]
-
-
-def read_file(path: str | Path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
@@ -1408,11 +1403,7 @@ def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> floa
         for _ in range(run.warmup_steps):
             trainer.step_on(batch, 0.0, looping)
     reserve = rehearse(batch)
-    with torch.no_grad():
-        for name, t in trainer.tensors().items():
-            if not name.startswith("optimizer."):
-                t.copy_(before[name])
-    trainer.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in before.items()}, 0)
+    trainer.put(before, 0)
     return reserve
 
 
@@ -1426,50 +1417,38 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
           validate: Callable[[], float], checkpoint: Path) -> list[tuple[int, float, float]]:
     """Train until the budget is spent -> (step, seconds, loss) of every logged step.
     The loss of a step is read after the next one is launched, so that the GPU always has work queued."""
-    run, dist, pending = trainer.run, trainer.dist, None
-    history, saved_at = [], trainer.seconds_before
-    rate = Rate()
+    run, dist, history = trainer.run, trainer.dist, []
+    pending, logged_at, saved_at = None, trainer.seconds_before, trainer.seconds_before
     while True:
         (seconds,) = dist.agree(trainer.seconds_before + watch.total(*TRAINING_CLOCK))
-        trainer_progress = progress_at(run, trainer.step, seconds, reserve)
+        progress = progress_at(run, trainer.step, seconds, reserve)
         if trainer.step:
-            trainer.average.update(trainer_progress - trainer.progress)
-        trainer.progress = trainer_progress
-        due = run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds
-        if due:
+            trainer.average.update(progress - trainer.progress)
+        trainer.progress = progress
+        if run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds:
             trainer.save(checkpoint, seconds)
             saved_at = seconds
-        if trainer.progress >= 1.0:
+        if progress >= 1.0:
             break
-        loss = trainer.step_on(stream.batch(trainer.step), trainer.progress, trainer.looping(trainer.progress))
+        looping = trainer.looping(progress)
+        loss = trainer.step_on(stream.batch(trainer.step), progress, looping)
         trainer.step += 1
         if pending is not None:
             check_loss(pending.item(), trainer.step - 1, stream.vocab_size)
         pending = loss
-        if trainer.step % run.train_log_every == 0 or trainer.step == 1:
-            value = loss.item()
-            history.append((trainer.step, seconds, value))
-            log(f"step:{trainer.step} loss:{value:.4f} progress:{trainer.progress:.3f} "
-                f"tokens_per_s:{rate(trainer.step * run.train_batch_tokens, seconds):.0f} "
-                f"loop:{int(trainer.looping(trainer.progress))} epoch:{stream.epoch(trainer.step):.2f} "
-                f"train_s:{seconds:.1f} eta_s:{eta(seconds, trainer.progress):.0f}")
+        if trainer.step % run.train_log_every == 0:
+            value, now = loss.item(), trainer.seconds_before + watch.total(*TRAINING_CLOCK)
+            history.append((trainer.step, now, value))
+            log(f"step:{trainer.step} loss:{value:.4f} progress:{progress:.3f} loop:{int(looping)} "
+                f"tokens_per_s:{run.train_log_every * run.train_batch_tokens / max(now - logged_at, 1e-9):.0f} "
+                f"epoch:{stream.epoch(trainer.step):.2f} train_s:{now:.1f} eta_s:{eta(now, progress):.0f}")
+            logged_at = now
         if run.val_loss_every and trainer.step % run.val_loss_every == 0:
             with watch.phase("validate"):
                 log(f"step:{trainer.step} val_bpb:{validate():.5f} (last iterate, without adaptation)")
     if pending is not None:
         check_loss(pending.item(), trainer.step, stream.vocab_size)
     return history
-
-
-class Rate:
-    """Speed since the call before: (amount so far, seconds so far) -> amount per second."""
-
-    def __init__(self):
-        self.before = (0.0, 0.0)
-
-    def __call__(self, amount: float, seconds: float) -> float:
-        (amount_0, seconds_0), self.before = self.before, (amount, seconds)
-        return (amount - amount_0) / max(seconds - seconds_0, 1e-9)
 
 
 def eta(seconds: float, progress: float) -> float:
@@ -1702,9 +1681,8 @@ def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     return rows
 
 
-def fill_row(docs: Documents, row: list[Window], run: RunConfig, device: torch.device) -> Scored:
+def fill_row(docs: Documents, row: list[Window], size: int, longest: int, device: torch.device) -> Scored:
     """The windows of a row, one after another; the rest is padding that nothing attends to and nothing counts."""
-    size = run.micro_batch_tokens
     text, targets = np.full(size, BOS, np.uint16), np.full(size, BOS, np.uint16)
     documents, counted, starts, at = np.zeros(size, np.int64), np.zeros(size, bool), [], 0
     for w in row:
@@ -1713,14 +1691,17 @@ def fill_row(docs: Documents, row: list[Window], run: RunConfig, device: torch.d
         text[at:at + n], targets[at:at + n] = span[w.start:w.end], span[w.start + 1:w.end + 1]
         documents[at:at + n], counted[at + w.first - w.start:at + n] = w.document, True
         at += n
-    starts.extend(range(at, size, run.eval_seq_len))
-    return Scored(pack_row(text, targets, np.array(starts), run.eval_seq_len, device), documents, counted)
+    starts.extend(range(at, size, longest))
+    return Scored(pack_row(text, targets, np.array(starts), longest, device), documents, counted)
 
 
 def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:
-    """The rows of a plan, dealt to ranks in turn."""
-    for row in row_plan(plan, run.micro_batch_tokens)[dist.rank::dist.world]:
-        yield fill_row(docs, row, run, dist.device)
+    """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow."""
+    size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, row_plan(plan, run.micro_batch_tokens)
+    if len(rows) == 1:
+        size = min(size, -(-sum(w.end - w.start for w in rows[0]) // longest) * longest)
+    for row in rows[dist.rank::dist.world]:
+        yield fill_row(docs, row, size, longest, dist.device)
 
 
 @torch.no_grad()
@@ -1970,10 +1951,11 @@ def full_multiplier(name: str, run: RunConfig) -> float:
 def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
     """Cut these documents, one after another, into chunks of `chunk` targets: lists of (document, begin, end)."""
     pieces, room = [], chunk
+    lengths = docs.lengths
     for i in chosen:
         begin = 0
-        while begin < docs.lengths[i]:
-            end = min(int(docs.lengths[i]), begin + room)
+        while begin < lengths[i]:
+            end = min(int(lengths[i]), begin + room)
             pieces.append((i, begin, end))
             room -= end - begin
             begin = end
@@ -1989,7 +1971,7 @@ def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], 
     """Score these documents one after another, learning from every chunk once it is scored; the ranks of `dist` share
     each chunk. When `may_learn` turns false, what is left is only scored -> documents that had not begun by then."""
     run, learning, frozen_from = learner.run, True, len(chosen)
-    place = {i: n for n, i in enumerate(chosen)}
+    place, last = {i: n for n, i in enumerate(chosen)}, (chosen[-1], docs.lengths[chosen[-1]])
     for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
         if learning and not may_learn():
             learning, frozen_from = False, place[pieces[0][0]] + (pieces[0][1] > 0)
@@ -1997,17 +1979,11 @@ def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], 
         rows = list(my_rows(docs, plan, run, dist))
         entropy = learner.score(rows, tally)
         scored_of_first = pieces[0][2]  # a document's own count: under TTT_SCOPE=document a chunk is one piece
-        if learning and scored_of_first >= run.ttt_min_doc_tokens and not is_last(docs, chosen, pieces):
+        if learning and scored_of_first >= run.ttt_min_doc_tokens and (pieces[-1][0], pieces[-1][2]) != last:
             learner.learn(rows, sum(end - begin for _, begin, end in pieces), entropy, dist)
             if dist.main:
                 tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
     return len(chosen) - frozen_from
-
-
-def is_last(docs: Documents, chosen: Sequence[int], pieces: list[tuple[int, int, int]]) -> bool:
-    """Nothing comes after this chunk, so that learning from it would be wasted."""
-    i, _, end = pieces[-1]
-    return i == chosen[-1] and end == docs.lengths[i]
 
 
 def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
@@ -2050,10 +2026,11 @@ class Evaluation:
         text[::length] = BOS
         docs = split_documents(text.astype(np.uint16), np.ones(len(text), np.int64))
         alone, everyone = Dist(device=self.dist.device), range(len(docs))
+        few = everyone[:self.run.micro_batch_tokens // length + 1 if self.dist.device.type == "cuda" else 1]
         for _ in range(2):  # the second time is the speed, the first compiles
             began = time.perf_counter()
-            score_static(self.model, docs, [0], self.run, alone, Tally(docs))
-            self.static_rate = self.run.micro_batch_tokens / (time.perf_counter() - began)
+            score_static(self.model, docs, few, self.run, alone, Tally(docs))
+            self.static_rate = len(few) * length / (time.perf_counter() - began)
         if not self.run.ttt_enabled or self.dist.device.type == "cpu":
             return
         if self.run.batched_ttt:

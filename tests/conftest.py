@@ -1,4 +1,8 @@
-"""Every test starts from the same random state and uses two threads, whatever the machine has."""
+"""Every test starts from the same random state and uses two threads, whatever the machine has.
+
+For every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`, `write_shard(path, tokens)`,
+`tiny_data` (a prepared folder) and `tiny_env` (the environment of a run of all that, for subprocesses).
+"""
 
 import os
 
@@ -6,16 +10,26 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import functools
+import io
+import json
 import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+import sentencepiece
 import torch
+
+import train_gpt
 
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+TINY_VOCAB = 64
 
 
 @pytest.fixture(autouse=True)
@@ -30,3 +44,101 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def tiny_config() -> train_gpt.ModelConfig:
+    """A network with every mechanism in it: 64 pieces, width 32, 4 layers, heads 4/2, a loop, lanes, skips, gates."""
+    return train_gpt.ModelConfig(
+        vocab_size=TINY_VOCAB, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4,
+        xsa_last_n=2, attn_gate_width=4, smear_width=4, unet_skips=2, parallel_start_layer=3, num_loops=1,
+        loop_start=1, loop_end=2)  # fmt: skip
+
+
+@pytest.fixture
+def tiny_run(tmp_path) -> Callable[..., train_gpt.RunConfig]:
+    """tiny_run(**overrides): three steps of 256 tokens in rows of 64 on the CPU, contexts of 32, chunks of 8, data in
+    tmp_path / "data", where `tiny_data` puts it."""
+    tiny = dict(
+        run_id="tiny", device="cpu", data_path=str(tmp_path / "data"), iterations=3, max_wallclock_seconds=0.0,
+        eval_seconds=0.0, warmup_steps=1, train_batch_tokens=256, train_row_tokens=64, micro_batch_tokens=128,
+        train_seq_len=32, train_log_every=1, gptq_calibration_batches=1, eval_seq_len=32, eval_stride=8,
+        ttt_chunk_tokens=8, ttt_batch_docs=4, ttt_lora_rank=2)  # fmt: skip
+    return lambda **overrides: train_gpt.RunConfig(**(tiny | overrides))
+
+
+@functools.cache
+def words() -> tuple[str, ...]:
+    chance = random.Random(0)
+    return tuple("".join(chance.choices("etaoinshrdlu", k=chance.randint(1, 8))) for _ in range(200))
+
+
+@functools.cache
+def trained(**options) -> bytes:
+    chance, model = random.Random(1), io.BytesIO()
+    text = [" ".join(chance.choices(words(), k=40)) for _ in range(100)]
+    defaults = dict(
+        vocab_size=TINY_VOCAB, model_type="bpe", bos_id=1, eos_id=2, normalization_rule_name="identity",
+        add_dummy_prefix=False, remove_extra_whitespaces=False, num_threads=1, minloglevel=2)  # fmt: skip
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **(defaults | options))
+    return model.getvalue()
+
+
+@pytest.fixture
+def train_tokenizer() -> Callable[..., bytes]:
+    """train_tokenizer(**options): a SentencePiece model of 64 pieces that keeps text of the letters of "etaoinshrdlu"
+    and spaces exactly, or what SentencePiece's options make of it; with byte_fallback=True ask for 300 pieces or more.
+    Equal options train once."""
+    return trained
+
+
+def shard_bytes(tokens: Iterable[int]) -> bytes:
+    tokens = np.asarray(list(tokens), "<u2")
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    return header.tobytes() + tokens.tobytes()
+
+
+@pytest.fixture
+def write_shard() -> Callable[[Path, Iterable[int]], Path]:
+    """write_shard(path, tokens): a whole shard with its header -> the path."""
+
+    def write(path: Path, tokens: Iterable[int]) -> Path:
+        path.write_bytes(shard_bytes(tokens))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def tiny_data(tmp_path, write_shard) -> Path:
+    """tmp_path / "data": training shards of 500, 300 and 700 tokens, a validation shard of 12 documents of 3 to 80
+    tokens, tokenizer.model and manifest.json. Training text goes on from shard to shard."""
+    folder, chance = tmp_path / "data", random.Random(2)
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(trained())
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"path": "tokenizer.model"}}))
+    processor = sentencepiece.SentencePieceProcessor(model_proto=trained())
+
+    def document(tokens: int) -> list[int]:
+        return [train_gpt.BOS, *processor.encode(" ".join(chance.choices(words(), k=tokens)))[:tokens]]
+
+    text = [token for _ in range(60) for token in document(chance.randint(5, 80))]
+    for i, (begin, end) in enumerate(((0, 500), (500, 800), (800, 1500))):
+        write_shard(folder / f"fineweb_train_{i:06}.bin", text[begin:end])
+    validation = [token for length in (40, 3, 80, 9, 16, 8, 33, 32, 7, 50, 24, 12) for token in document(length)]
+    write_shard(folder / "fineweb_val_000000.bin", validation)
+    return folder
+
+
+@pytest.fixture
+def tiny_env(tiny_config, tiny_run) -> Callable[..., dict[str, str]]:
+    """tiny_env(TTT_LR="0.1", ...): the environment of tiny_config and tiny_run, for `python train_gpt.py`, with these
+    changes; a value of None takes a variable out."""
+
+    def environment(**changes: str | None) -> dict[str, str]:
+        lines = train_gpt.settings(tiny_config, tiny_run()).splitlines()
+        env = dict(os.environ) | dict(line.split("=", 1) for line in lines) | changes
+        return {name: value for name, value in env.items() if value is not None}
+
+    return environment
