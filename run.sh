@@ -28,14 +28,20 @@ commands() { usage | sed -n 's|^  ./run.sh \([a-z-][a-z-]*\) .*|\1|p' | xargs; }
 
 # The small run: two CPU cores, five minutes, 3 GB. Its budget is in steps, so that it repeats exactly.
 small_job() {
-  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # cores may be shared: threads that spin are slow there
-  export RUN_ID=${RUN_ID:-small} DATA_PATH=${DATA_PATH:-$SMALL_DATA}
-  export ITERATIONS=${ITERATIONS:-200} MAX_WALLCLOCK_SECONDS=${MAX_WALLCLOCK_SECONDS:-0}
-  export VOCAB_SIZE=${VOCAB_SIZE:-2048} NUM_LAYERS=${NUM_LAYERS:-6}
-  export MODEL_DIM=${MODEL_DIM:-128} NUM_HEADS=${NUM_HEADS:-4} NUM_KV_HEADS=${NUM_KV_HEADS:-2}
-  export TRAIN_BATCH_TOKENS=${TRAIN_BATCH_TOKENS:-8192} MICRO_BATCH_TOKENS=${MICRO_BATCH_TOKENS:-4096}
-  export TRAIN_ROW_TOKENS=${TRAIN_ROW_TOKENS:-2048}
-  export TRAIN_SEQ_LEN=${TRAIN_SEQ_LEN:-512} EVAL_SEQ_LEN=${EVAL_SEQ_LEN:-512}
+  default OMP_WAIT_POLICY=passive # cores may be shared: threads that spin are slow there
+  default RUN_ID=small DATA_PATH=$SMALL_DATA ITERATIONS=100 MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=10
+  default VOCAB_SIZE=2048 NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 PARALLEL_START_LAYER=4
+  default NUM_LOOPS=1 LOOP_START=2 LOOP_END=3
+  default TRAIN_BATCH_TOKENS=8192 TRAIN_ROW_TOKENS=4096 MICRO_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=512
+  default EVAL_SEQ_LEN=512 EVAL_STRIDE=128
+  [[ ${TTT_PARAMS:-lora} != lora ]] || default TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LR=1e-3 TTT_CHUNK_TOKENS=64
+}
+
+default() { # NAME=value...: for what the environment does not say
+  local pair
+  for pair in "$@"; do
+    if [[ -z $(printenv "${pair%%=*}") ]]; then export "${pair?}"; fi
+  done
 }
 
 say() { printf 'run.sh: %s\n' "$*" >&2; }

@@ -383,13 +383,11 @@ def installed_documents() -> list[str]:
 
 def installed_parts(val_documents: int, folder: Path) -> list[Part]:
     """Write the documents beside the shards, to be looked at: those with the smallest digests are for validation."""
-    texts = installed_documents()
+    texts = sorted(installed_documents(), key=text_digest)  # by name, neighbours would be alike, and batches one-sided
     if val_documents >= len(texts):
         raise UserError(f"--val-docs {val_documents}: there are {len(texts)} documents, some of them to train on")
-    chosen = set(sorted(texts, key=text_digest)[:val_documents])
-    for split in SPLITS:
-        lines = (json.dumps(text).encode() + b"\n" for text in texts if (text in chosen) == (split == "val"))
-        write_atomically(folder / f"{split}.jsonl", lines)
+    for split, part in (("val", texts[:val_documents]), ("train", texts[val_documents:])):
+        write_atomically(folder / f"{split}.jsonl", (json.dumps(text).encode() + b"\n" for text in part))
     return [Part(str(folder / "val.jsonl"), all_validation=True), Part(str(folder / "train.jsonl"))]
 
 

@@ -1,7 +1,7 @@
 """Every test starts from the same random state and uses two threads, whatever the machine has.
 
 For every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`, `write_shard(path, tokens)`,
-`tiny_data` (a prepared folder) and `tiny_env` (the environment of a run of all that, for subprocesses).
+`tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that) and `run_script` (as a user does).
 """
 
 import os
@@ -14,7 +14,10 @@ import functools
 import io
 import json
 import random
-from collections.abc import Callable, Iterable
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import hypothesis
@@ -137,8 +140,20 @@ def tiny_env(tiny_config, tiny_run) -> Callable[..., dict[str, str]]:
     changes; a value of None takes a variable out."""
 
     def environment(**changes: str | None) -> dict[str, str]:
-        lines = train_gpt.settings(tiny_config, tiny_run()).splitlines()
+        lines = shlex.split(train_gpt.settings(tiny_config, tiny_run()))
         env = dict(os.environ) | dict(line.split("=", 1) for line in lines) | changes
         return {name: value for name, value in env.items() if value is not None}
 
     return environment
+
+
+@pytest.fixture
+def run_script(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """run_script(*arguments, env={}): `python train_gpt.py` in tmp_path, as a user starts it, with this environment
+    beside that of the tests -> returncode, stdout, stderr."""
+
+    def run(*arguments: str, env: Mapping[str, str]) -> subprocess.CompletedProcess:
+        command = [sys.executable, train_gpt.__file__, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=300)
+
+    return run

@@ -1,0 +1,288 @@
+"""Every knob is parsed, checked and printed back; what is misspelt, impossible or without effect is refused."""
+
+import dataclasses
+import shlex
+from dataclasses import fields
+from typing import get_args, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import ConfigError, ModelConfig, RunConfig, read_env
+
+KNOBS = {f.name.upper(): (f, get_type_hints(kind)[f.name]) for kind in (ModelConfig, RunConfig) for f in fields(kind)}
+NUMBERS = [name for name, (_, kind) in KNOBS.items() if kind in (int, float)]
+ENOUGH = {  # what one knob, changed alone, needs from others
+    "ARTIFACT": {}, "NUM_KV_HEADS": {"NUM_HEADS": "8"}, "LOOP_START": {"LOOP_END": "9"},
+    "TRAIN_BATCH_TOKENS": {"TRAIN_ROW_TOKENS": "8"}, "MICRO_BATCH_TOKENS": {"TRAIN_BATCH_TOKENS": "8192",
+    "TRAIN_ROW_TOKENS": "8"}, "EVAL_SEQ_LEN": {"EVAL_STRIDE": "8"}, "TTT_ENTROPY_LOW": {"TTT_ENTROPY_HIGH": "99"},
+}  # fmt: skip
+OTHER_VALUES = {
+    "MODEL_DIM": "1024", "NUM_HEADS": "16", "NUM_KV_HEADS": "2", "NUM_LAYERS": "12", "ROPE_DIMS": "8",
+    "ATTN_GATE_WIDTH": "8", "SMEAR_WIDTH": "8", "LOOP_START": "4", "LOOP_END": "6", "TTT_LORA_TARGETS": "v,head",
+    "TRAIN_BATCH_TOKENS": "65_536", "TRAIN_ROW_TOKENS": "1024", "MICRO_BATCH_TOKENS": "32_768", "EVAL_SEQ_LEN": "1024",
+    "EVAL_STRIDE": "64", "MUON_NS_STEPS": "4", "TTT_CHUNK_TOKENS": "64", "TTT_ENTROPY_LOW": "0.5",
+}  # fmt: skip
+
+
+def other_value(name: str) -> str:
+    """A valid value that is not the default."""
+    field, kind = KNOBS[name]
+    meta = field.metadata
+    if name in OTHER_VALUES:
+        return OTHER_VALUES[name]
+    if get_args(kind):
+        return next(choice for choice in get_args(kind) if choice != meta["default"])
+    if kind is str:
+        return "some where/else"
+    raised = meta["default"] + 1 if kind is int else meta["default"] * 0.75 + 0.001
+    return str(raised if meta["high"] is None or raised <= meta["high"] else meta["default"] - 1)
+
+
+def value_of(configs: tuple[ModelConfig, RunConfig], name: str):
+    return next(vars(c)[name.lower()] for c in configs if name.lower() in vars(c))
+
+
+def needed(name: str) -> dict[str, str]:
+    only = KNOBS[name][0].metadata["only"]
+    return ({only[0].upper(): only[1]} if only else {}) | ENOUGH.get(name, {})
+
+
+def refusal(env: dict[str, str]) -> str:
+    with pytest.raises(ConfigError) as error:
+        read_env(env)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+# ---- parsing ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_knob_is_parsed_and_changes_its_own_field(name):
+    text, kind = other_value(name), KNOBS[name][1]
+    before, after = read_env(needed(name)), read_env(needed(name) | {name: text})
+    value = value_of(after, name)
+    assert value == (text if get_args(kind) or kind is str else kind(text)) != value_of(before, name)
+    assert type(value) is (str if get_args(kind) else kind)
+    following = {"ttt_params", "ttt_optimizer"}  # other defaults depend on these
+    for old, new in zip(before, after, strict=True):
+        changed = {n for n in vars(old) if vars(old)[n] != vars(new)[n]}
+        assert changed <= {name.lower()} or name.lower() in following
+
+
+def test_defaults_are_what_an_empty_environment_gives():
+    model, run = read_env({})
+    assert (model, run) == (ModelConfig(), RunConfig())
+    for name, (field, _) in KNOBS.items():
+        assert value_of((model, run), name) == field.metadata["default"], name
+
+
+def test_defaults_lie_in_their_own_range_and_have_a_doc_line():
+    for name, (field, kind) in KNOBS.items():
+        meta = field.metadata
+        assert meta["doc"] and "\n" not in meta["doc"], name
+        for default in (meta["default"], meta["full"]):
+            if default is not None and kind is not str:
+                assert train_gpt.parse_knob(name, str(default), kind, meta) == default, name
+
+
+def test_configs_cannot_be_changed():
+    for config in read_env({}):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.seed = 1
+
+
+# ---- bad values -------------------------------------------------------------
+
+
+def bad_values(name: str) -> list[tuple[str, str]]:
+    """(text, expectation in the message)"""
+    field, kind = KNOBS[name]
+    meta = field.metadata
+    if get_args(kind):
+        return [("neither", " | ".join(get_args(kind))), ("", " | ".join(get_args(kind)))]
+    if kind is str:
+        return []
+    what = "a whole number" if kind is int else "a number"
+    bad = [("four", what), ("", what), ("1e", what), ("0x10", what)]
+    bad += [("1.5", what), ("True", what)] if kind is int else [("nan", "a finite number"), ("inf", "a finite number")]
+    bad += [(str(meta["low"] - 1), f"at least {meta['low']}")] if meta["low"] is not None else []
+    bad += [(str(meta["high"] + 1), f"at most {meta['high']}")] if meta["high"] is not None else []
+    return bad
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_bad_value_is_refused_with_name_value_doc_and_expectation(name):
+    for text, expected in bad_values(name):
+        message = refusal(needed(name) | {name: text})
+        assert f"{name}={text!r}" in message and KNOBS[name][0].metadata["doc"] in message
+        assert message.endswith("expected " + expected)
+
+
+@given(st.sampled_from(NUMBERS), st.text(max_size=12))
+def test_any_text_becomes_a_number_in_range_or_a_config_error(name, text):
+    field, kind = KNOBS[name]
+    try:
+        value = train_gpt.parse_knob(name, text, kind, field.metadata)
+    except ConfigError as error:
+        assert name in str(error)
+    else:
+        low, high = field.metadata["low"], field.metadata["high"]
+        assert type(value) is kind and (low is None or value >= low) and (high is None or value <= high)
+
+
+@pytest.mark.parametrize("env, mentioned", [
+    ({"MODEL_DIM": "500"}, ("MODEL_DIM=500", "NUM_HEADS=8")),
+    ({"NUM_KV_HEADS": "3"}, ("NUM_HEADS=8", "NUM_KV_HEADS=3")),
+    ({"ROPE_DIMS": "7"}, ("ROPE_DIMS=7",)),
+    ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "64")),
+    ({"SMEAR_WIDTH": "513"}, ("SMEAR_WIDTH", "MODEL_DIM=512")),
+    ({"ATTN_GATE_WIDTH": "513"}, ("ATTN_GATE_WIDTH", "MODEL_DIM=512")),
+    ({"LOOP_END": "11"}, ("LOOP_START=3", "LOOP_END=11")),
+    ({"LOOP_START": "6"}, ("LOOP_START=6", "LOOP_END=5")),
+    ({"NUM_LAYERS": "4"}, ("LOOP_END=5", "4 blocks", "NUM_LOOPS=0")),
+    ({"MAX_WALLCLOCK_SECONDS": "0"}, ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")),
+    ({"TRAIN_BATCH_TOKENS": "1000"}, ("TRAIN_BATCH_TOKENS=1000", "TRAIN_ROW_TOKENS=32768")),
+    ({"MICRO_BATCH_TOKENS": "64"}, ("MICRO_BATCH_TOKENS=64", "TRAIN_ROW_TOKENS=32768")),
+    ({"EVAL_SEQ_LEN": "256"}, ("EVAL_STRIDE=512", "EVAL_SEQ_LEN=256")),
+    ({"ARTIFACT": "a", "RESUME": "b"}, ("ARTIFACT", "RESUME")),
+])  # fmt: skip
+def test_values_that_do_not_go_together_are_refused(env, mentioned):
+    message = refusal(env)
+    assert all(part in message for part in mentioned), message
+
+
+# ---- unknown names ----------------------------------------------------------
+
+
+def one_edit_away(a: str, b: str) -> bool:
+    return any(a == b[:i] + b[i + 1:] or b == a[:i] + a[i + 1:] for i in range(max(len(a), len(b))))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_misspelt_name_is_refused_with_a_nearest_name(name):
+    misspelt = {name + "S", name.replace("_", "", 1)} | ({name[:-1], name[:2] + name[3:]} if len(name) > 4 else set())
+    for wrong in misspelt - set(KNOBS):
+        message = refusal({wrong: "1"})
+        assert message.startswith(f"{wrong} is not a knob")
+        named = message.partition("did you mean ")[2].partition("?")[0]
+        assert named in KNOBS and one_edit_away(wrong, named), message
+        assert "--help" in message
+
+
+def test_a_long_name_may_have_two_letters_exchanged():
+    for name in (n for n in KNOBS if len(n) >= 8):
+        exchanged = name[0] + name[2] + name[1] + name[3:]
+        if exchanged not in KNOBS:
+            assert exchanged in refusal({exchanged: "1"})
+
+
+@pytest.mark.parametrize("name, near", [
+    ("TTT_RANK", "TTT_LORA_RANK"), ("TTT_CHUNK_SIZE", "TTT_CHUNK_TOKENS"), ("MUON_BACKEND_STEPS", "MUON_NS_STEPS"),
+    ("MUON_MOMENTUM_WARMUP_STEPS", "MUON_MOMENTUM_WARMUP_FRAC"), ("ROPE_TRAIN_SEQ_LEN", "TRAIN_SEQ_LEN"),
+    ("GPTQ_RESERVE_SECONDS", "EVAL_SECONDS"), ("SMEAR_GATE", "SMEAR_WIDTH"), ("EVAL_INCLUDE_EOS", None),
+])  # fmt: skip
+def test_a_retired_or_foreign_name_of_our_families_is_refused(name, near):
+    message = refusal({name: "1"})
+    assert message.startswith(f"{name} is not a knob; did you mean ")
+    assert near is None or near in message
+
+
+FOREIGN = """PATH HOME LANG LC_ALL TERM SHELL USER LOGNAME PWD OLDPWD SHLVL EDITOR PAGER DISPLAY HOSTNAME TMPDIR TZ _
+    CUDA_VISIBLE_DEVICES CUDA_HOME NCCL_DEBUG NCCL_P2P_DISABLE OMP_NUM_THREADS OMP_WAIT_POLICY MKL_NUM_THREADS MAX_JOBS
+    MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK TORCHELASTIC_RUN_ID
+    TORCH_LOGS TORCH_INDEX_URL PYTHONPATH PYTHONHASHSEED PYTHONUNBUFFERED VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD
+    HF_HOME HF_TOKEN SLURM_JOB_ID SLURM_NTASKS SSH_CLIENT SSH_CONNECTION XDG_RUNTIME_DIR TRITON_CACHE_DIR CI
+    TORCHINDUCTOR_CACHE_DIR CONDA_PREFIX PIP_INDEX_URL HTTP_PROXY NO_PROXY CC CXX CFLAGS LESS COLUMNS LINES""".split()
+
+
+def test_foreign_variables_are_left_alone():
+    env = dict.fromkeys(FOREIGN, "nonsense")
+    assert read_env(env | {"SEED": "7"}) == (ModelConfig(), RunConfig(seed=7))
+    assert env == dict.fromkeys(FOREIGN, "nonsense")
+
+
+# ---- test-time training -----------------------------------------------------
+
+LORA_STREAM = {"TTT_PARAMS": "lora", "TTT_SCOPE": "stream"}
+
+
+@pytest.mark.parametrize("env, mentioned", [
+    ({"TTT_PARAMS": "full", "TTT_LORA_RANK": "8"}, ("TTT_LORA_RANK", "TTT_PARAMS=lora")),
+    ({"TTT_PARAMS": "full", "TTT_LORA_ALPHA": "8"}, ("TTT_LORA_ALPHA", "TTT_PARAMS=lora")),
+    ({"TTT_PARAMS": "full", "TTT_LORA_TARGETS": "q"}, ("TTT_LORA_TARGETS", "TTT_PARAMS=lora")),
+    ({"TTT_PARAMS": "full", "TTT_BATCH_DOCS": "8"}, ("TTT_BATCH_DOCS", "TTT_PARAMS=lora")),
+    (LORA_STREAM | {"TTT_BATCH_DOCS": "8"}, ("TTT_BATCH_DOCS", "TTT_SCOPE")),
+    ({"TTT_FREEZE_BLOCKS": "1"}, ("TTT_FREEZE_BLOCKS", "TTT_PARAMS=full")),
+    ({"TTT_LR_MULT_MLP_OUT": "1"}, ("TTT_LR_MULT_MLP_OUT", "TTT_PARAMS=full")),
+    ({"TTT_LR_MULT_IN": "1"}, ("TTT_LR_MULT_IN", "TTT_PARAMS=full")),
+    ({"TTT_MOMENTUM": "0.9"}, ("TTT_MOMENTUM", "TTT_OPTIMIZER=sgd")),
+    ({"TTT_PARAMS": "full", "TTT_BETA1": "0.9"}, ("TTT_BETA1", "TTT_OPTIMIZER=adamw")),
+    ({"TTT_OPTIMIZER": "sgd", "TTT_BETA2": "0.9"}, ("TTT_BETA2", "TTT_OPTIMIZER=adamw")),
+    ({"TTT_CHUNK_TOKENS": "4096"}, ("TTT_CHUNK_TOKENS=4096", "EVAL_SEQ_LEN=2048")),
+    ({"TTT_ENTROPY_LOW": "3", "TTT_ENTROPY_HIGH": "2"}, ("TTT_ENTROPY_LOW=3", "TTT_ENTROPY_HIGH=2")),
+    (LORA_STREAM | {"TTT_MIN_DOC_TOKENS": "8"}, ("TTT_MIN_DOC_TOKENS", "TTT_SCOPE=stream")),
+    ({"TTT_LORA_TARGETS": "q,w"}, ("TTT_LORA_TARGETS='q,w'", "q,k,v,o,mlp,head")),
+    ({"TTT_LORA_TARGETS": ""}, ("TTT_LORA_TARGETS=''", "q,k,v,o,mlp,head")),
+])  # fmt: skip
+def test_ttt_knobs_that_contradict_each_other_are_refused(env, mentioned):
+    message = refusal(env)
+    assert all(part in message for part in mentioned), message
+
+
+@pytest.mark.parametrize("env, expected", [
+    ({}, dict(ttt_optimizer="adamw", ttt_lr=1e-4, ttt_epochs=1, ttt_chunk_tokens=48)),
+    ({"TTT_PARAMS": "full"}, dict(ttt_optimizer="sgd", ttt_lr=0.005, ttt_epochs=3, ttt_chunk_tokens=32768,
+                                  ttt_momentum=0.9, ttt_freeze_blocks=2, ttt_lr_mult_mlp_out=3.0, ttt_lr_mult_in=0.5)),
+    ({"TTT_PARAMS": "full", "TTT_EPOCHS": "10", "TTT_OPTIMIZER": "adamw"},
+     dict(ttt_optimizer="adamw", ttt_lr=0.005, ttt_epochs=10)),
+])  # fmt: skip
+def test_defaults_follow_what_adapts(env, expected):
+    run = read_env(env)[1]
+    assert {name: vars(run)[name] for name in expected} == expected
+
+
+# ---- what is printed --------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", [
+    {}, {"TTT_PARAMS": "full"}, {"TTT_OPTIMIZER": "sgd"}, {"TTT_PARAMS": "full", "TTT_OPTIMIZER": "adamw"},
+    LORA_STREAM, {"TTT_PARAMS": "full", "TTT_SCOPE": "stream", "TTT_LR": "0.1"},
+    {"ADAM_EPS": "1.2345678901234567e-11", "TTT_LORA_TARGETS": "q,v", "DATA_PATH": "with space/$HOME;'\"",
+     "MODEL_DIM": "1024", "ITERATIONS": "1_000"},
+])  # fmt: skip
+def test_printed_settings_give_the_same_configs_again(env):
+    configs = read_env(env)
+    printed = train_gpt.settings(*configs)
+    pasted = shlex.split(printed)  # as a shell would read it
+    assert len(pasted) == len(printed.splitlines())
+    assert read_env(dict(line.split("=", 1) for line in pasted)) == configs
+
+
+def test_help_lists_every_knob_with_default_unit_and_doc(capsys):
+    assert train_gpt.main(["--help"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for name, (field, kind) in KNOBS.items():
+        meta = field.metadata
+        (line,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
+        shown = [meta["doc"], *get_args(kind), f"[{meta['unit']}]" if meta["unit"] else "", str(meta["default"])]
+        shown += [f"(full: {meta['full']})"] if meta["full"] is not None else []
+        shown += [f"{meta['only'][0].upper()}={meta['only'][1]}"] if meta["only"] else []
+        assert all(part in line for part in shown), line
+        assert not meta["group"] or f"\n{meta['group']}\n" in out
+
+
+def test_help_works_whatever_the_environment_says(run_script):
+    done = run_script("--help", env={"TTT_LR": "nonsense", "TTT_TYPO": "1"})
+    assert done.returncode == 0 and "TTT_LORA_RANK" in done.stdout and done.stderr == ""
+
+
+def test_an_unknown_argument_is_refused(capsys):
+    assert train_gpt.main(["--lr=3"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "--lr=3" in err and "--help" in err and len(err.splitlines()) == 1

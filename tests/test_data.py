@@ -1,0 +1,436 @@
+"""Shards, tokenizers and side-cars are refused when they are not what they should be; what is read is what was written."""
+
+import json
+import random
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from train_gpt import BOS, ConfigError, DataError, Dist, TrainingStream
+
+VOCAB = 64
+
+
+def refusal(function, *arguments) -> str:
+    with pytest.raises(DataError) as error:
+        function(*arguments)
+    message = str(error.value)
+    assert message and "\n" not in message
+    return message
+
+
+def load(run):
+    return train_gpt.load_validation(run.data_path, VOCAB, train_gpt.load_tokenizer(run, VOCAB))
+
+
+def validation_shard(folder):
+    return folder / "fineweb_val_000000.bin"
+
+
+def with_header(first: tuple[int, ...], body: bytes) -> bytes:
+    header = np.zeros(256, "<i4")
+    header[: len(first)] = first
+    return header.tobytes() + body
+
+
+# ---- shards -----------------------------------------------------------------
+
+
+@given(tokens=st.lists(st.integers(0, 65535), max_size=50))
+def test_a_shard_is_read_as_it_was_written(tmp_path_factory, tokens):
+    path = tmp_path_factory.mktemp("shard") / "shard.bin"
+    path.write_bytes(with_header((20240520, 1, len(tokens)), np.array(tokens, "<u2").tobytes()))
+    read = train_gpt.read_shard(path)
+    assert read.dtype == np.dtype("<u2") and read.tolist() == tokens
+
+
+GOOD = (20240520, 1, 3)
+
+
+@pytest.mark.parametrize("data, mentioned", [
+    (with_header((20240521, 1, 3), bytes(6)), ("not a shard", "20240521", "20240520")),
+    (with_header((20240520, 2, 3), bytes(6)), ("not a shard", "version", "2")),
+    (np.array(GOOD, ">i4").tobytes() + bytes(1012 + 6), ("not a shard",)),
+    (with_header(GOOD, bytes(4)), ("3 tokens", "holds 2", "truncated")),
+    (with_header(GOOD, bytes(5)), ("3 tokens", "2.5", "truncated")),
+    (with_header(GOOD, bytes(7)), ("3 tokens", "3.5")),
+    (with_header(GOOD, bytes(8)), ("3 tokens", "holds 4")),
+    (with_header((20240520, 1, -1), b""), ("-1 tokens",)),
+    (with_header((20240520, 1, 2**31 - 1), bytes(6)), ("2147483647 tokens",)),
+    (with_header(GOOD, b"")[:1023], ("1023 bytes", "header")),
+    (b"", ("0 bytes", "header")),
+])  # fmt: skip
+def test_a_damaged_shard_is_refused(tmp_path, data, mentioned):
+    path = tmp_path / "shard.bin"
+    path.write_bytes(data)
+    message = refusal(train_gpt.read_shard, path)
+    assert all(part in message for part in (str(path), "prepare the data again", *mentioned)), message
+
+
+def test_a_missing_shard_is_refused(tmp_path):
+    path = tmp_path / "none.bin"
+    message = refusal(train_gpt.read_shard, path)
+    assert str(path) in message and "No such file" in message
+
+
+@pytest.mark.parametrize("kind", ["train", "val"])
+def test_a_folder_without_shards_is_refused(tmp_path, kind):
+    (tmp_path / f"fineweb_{kind}_bytes_000000.bin").touch()  # a side-car is no shard
+    message = refusal(train_gpt.find_shards, str(tmp_path), kind)
+    assert f"DATA_PATH={tmp_path}" in message and f"fineweb_{kind}_" in message
+
+
+def test_shards_come_in_order_and_without_side_cars(tmp_path, write_shard):
+    names = [f"fineweb_val_{i:06}.bin" for i in (0, 1, 2, 10)]
+    for name in [*names[::-1], "fineweb_val_bytes_000000.bin", "fineweb_train_000000.bin"]:
+        write_shard(tmp_path / name, [BOS, 2])
+    assert [path.name for path in train_gpt.find_shards(str(tmp_path), "val")] == names
+
+
+# ---- validation and its side-car --------------------------------------------
+
+
+@pytest.mark.parametrize("tokens, mentioned", [
+    ([], ("begin with BOS",)),
+    ([BOS], ("hold a document",)),
+    ([BOS, BOS, BOS], ()),  # documents, but no text: nothing to divide by
+    ([7, 8, BOS, 9], ("begin with BOS", "[7, 8, 1, 9]")),
+    ([7, 8, 9], ("begin with BOS",)),
+    ([BOS, 5, VOCAB], ("token 64", "VOCAB_SIZE=64", "another tokenizer")),
+    ([BOS, 5, 65535], ("token 65535",)),
+])  # fmt: skip
+def test_bad_validation_is_refused(tiny_data, tiny_run, write_shard, tokens, mentioned):
+    write_shard(validation_shard(tiny_data), tokens)
+    message = refusal(load, tiny_run())
+    assert all(part in message for part in mentioned), message
+
+
+def test_every_validation_shard_is_checked(tiny_data, tiny_run, write_shard):
+    path = write_shard(tiny_data / "fineweb_val_000001.bin", [5, BOS, 6])
+    assert str(path) in refusal(load, tiny_run())
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(path) in refusal(load, tiny_run())
+
+
+def test_all_validation_shards_are_one_set_in_order(tiny_data, tiny_run, write_shard):
+    before = load(tiny_run())
+    write_shard(tiny_data / "fineweb_val_000001.bin", [BOS, 5, 6, BOS, 7])
+    after = load(tiny_run())
+    assert after.tokens.tolist() == [*before.tokens.tolist(), BOS, 5, 6, BOS, 7]
+    assert len(after) == len(before) + 2 and after.lengths[-3:].tolist() == [before.lengths[-1] + 1, 3, 1]
+
+
+def side_car(folder, write_shard, entries):
+    return write_shard(folder / "fineweb_val_bytes_000000.bin", entries)
+
+
+def test_a_side_car_says_how_many_bytes_tokens_stand_for(tiny_data, tiny_run, write_shard):
+    count = len(train_gpt.read_shard(validation_shard(tiny_data)))
+    entries = [random.randrange(300) for _ in range(count)]
+    side_car(tiny_data, write_shard, entries)
+    docs = load(tiny_run())
+    assert docs.bytes.tolist() == entries and docs.target_bytes().sum() == sum(entries[1:])
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_side_car_of_another_length_is_refused(tiny_data, tiny_run, write_shard, change):
+    count = len(train_gpt.read_shard(validation_shard(tiny_data)))
+    path = side_car(tiny_data, write_shard, [1] * (count + change))
+    message = refusal(load, tiny_run())
+    assert all(part in message for part in (str(path), str(count), str(count + change))), message
+
+
+def test_a_side_car_for_some_shards_only_is_refused(tiny_data, tiny_run, write_shard):
+    side_car(tiny_data, write_shard, [1] * len(train_gpt.read_shard(validation_shard(tiny_data))))
+    write_shard(tiny_data / "fineweb_val_000001.bin", [BOS, 5])
+    assert "fineweb_val_bytes_000001.bin" in refusal(load, tiny_run())
+
+
+def test_a_damaged_side_car_is_refused(tiny_data, tiny_run, write_shard):
+    path = side_car(tiny_data, write_shard, [1] * len(train_gpt.read_shard(validation_shard(tiny_data))))
+    path.write_bytes(path.read_bytes()[:-1])
+    assert str(path) in refusal(load, tiny_run())
+
+
+# ---- tokenizer --------------------------------------------------------------
+
+
+def test_the_tokenizer_is_the_manifests_or_the_one_that_is_set(tiny_data, tiny_run, train_tokenizer, tmp_path):
+    named = train_gpt.load_tokenizer(tiny_run(), VOCAB)
+    assert named.path == tiny_data / "tokenizer.model" and named.processor.get_piece_size() == VOCAB
+    other = tmp_path / "other.model"
+    other.write_bytes(train_tokenizer(vocab_size=50))
+    chosen = train_gpt.load_tokenizer(tiny_run(tokenizer_path=str(other)), 50)
+    assert chosen.path == other and chosen.sha256 != named.sha256
+
+
+@pytest.mark.parametrize("manifest", [None, "", "[]", "{}", '{"tokenizer": "x"}', '{"tokenizer": {"path": 7}}', "\xff"])
+def test_a_folder_that_names_no_tokenizer_is_refused(tiny_data, tiny_run, manifest):
+    (tiny_data / "manifest.json").unlink()
+    if manifest is not None:
+        (tiny_data / "manifest.json").write_text(manifest, encoding="latin-1")
+    message = refusal(train_gpt.load_tokenizer, tiny_run(), VOCAB)
+    assert str(tiny_data) in message and "TOKENIZER_PATH" in message
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", bytes(1000), None])
+def test_what_is_no_tokenizer_is_refused(tiny_data, tiny_run, content):
+    path = tiny_data / "tokenizer.model"
+    path.write_bytes(path.read_bytes()[:500] if content is None else content)
+    message = refusal(train_gpt.load_tokenizer, tiny_run(), VOCAB)
+    assert str(path) in message and "not a SentencePiece model" in message and "TOKENIZER_PATH" in message
+
+
+def test_a_missing_tokenizer_is_refused(tiny_data, tiny_run):
+    (tiny_data / "tokenizer.model").unlink()
+    message = refusal(train_gpt.load_tokenizer, tiny_run(), VOCAB)
+    assert str(tiny_data / "tokenizer.model") in message and "TOKENIZER_PATH" in message
+
+
+def test_a_tokenizer_of_another_size_is_refused(tiny_data, tiny_run):
+    message = refusal(train_gpt.load_tokenizer, tiny_run(), VOCAB + 1)
+    assert "64 pieces" in message and "VOCAB_SIZE=65" in message and "set VOCAB_SIZE=64" in message
+
+
+@pytest.mark.parametrize("options, found", [(dict(bos_id=2, eos_id=1), "2"), (dict(bos_id=-1), "-1")])
+def test_a_tokenizer_with_another_bos_is_refused(tiny_data, tiny_run, train_tokenizer, options, found):
+    (tiny_data / "tokenizer.model").write_bytes(train_tokenizer(**options))
+    message = refusal(train_gpt.load_tokenizer, tiny_run(), VOCAB)
+    assert f"BOS is {found}, expected 1" in message
+
+
+# ---- bytes ------------------------------------------------------------------
+
+PIECES = ["<unk>", "<s>", "</s>", "<0xE2>", "<0x20>", "▁", "▁the", "re", "é", "▁▁", "▁½", "a▁b"]
+
+
+class Pieces:
+    """The part of a SentencePiece processor that is asked, over PIECES."""
+
+    get_piece_size = staticmethod(lambda: len(PIECES))
+    id_to_piece = staticmethod(lambda i: PIECES[i])
+    is_unknown = staticmethod(lambda i: i == 0)
+    is_control = staticmethod(lambda i: i in (1, 2))
+    is_byte = staticmethod(lambda i: i in (3, 4))
+    is_unused = staticmethod(lambda i: False)
+
+
+@pytest.mark.parametrize("text, expected", [
+    ([1], [0]),
+    ([1, 6, 7], [0, 3, 2]),  # no byte for the space after BOS
+    ([1, 7, 6], [0, 2, 4]),
+    ([7, 6, 1, 6], [2, 4, 0, 3]),
+    ([1, 5, 5, 7], [0, 0, 1, 2]),  # a space alone
+    ([2, 6, 0, 6], [0, 3, 0, 3]),  # nor after any other control or unknown piece, which are nothing themselves
+    ([1, 3, 6, 4, 5], [0, 1, 4, 1, 1]),  # a byte piece is one byte, and text
+    ([1, 8, 9, 10, 11], [0, 2, 4, 3, 5]),  # é; ▁▁: a space and a mark of three bytes; ½; a mark that does not lead
+    ([6, 6], [3, 4]),
+])  # fmt: skip
+def test_the_contests_bytes_by_hand(text, expected):
+    counted = train_gpt.contest_bytes(np.array(text, np.uint16), train_gpt.piece_bytes(Pieces()))
+    assert counted.dtype == np.int64 and counted.tolist() == expected
+
+
+@given(st.text(alphabet="etaoin shrdlu  \n½é😀▁A", max_size=40))
+@settings(max_examples=300)
+def test_bytes_are_those_of_the_decoded_text(text):
+    processor = byte_fallback_tokenizer()
+    ids = [BOS, *processor.encode(text)]
+    counted = train_gpt.contest_bytes(np.array(ids, np.uint16), train_gpt.piece_bytes(processor))
+    decoded = processor.decode(ids)
+    first_piece = processor.id_to_piece(ids[1]) if len(ids) > 1 else ""
+    assert int(counted.sum()) == len(decoded.encode()) - first_piece.startswith("▁")
+
+
+def byte_fallback_tokenizer():
+    from conftest import trained
+
+    return sentencepiece.SentencePieceProcessor(model_proto=trained(vocab_size=320, byte_fallback=True))
+
+
+# ---- documents --------------------------------------------------------------
+
+
+@given(bodies=st.lists(st.lists(st.integers(2, 9), max_size=5), min_size=1, max_size=8), data=st.data())
+def test_every_target_belongs_to_one_document_and_totals_are_the_shards(bodies, data):
+    stream = np.array([t for body in bodies for t in [BOS, *body]], np.uint16)
+    weights = np.array(data.draw(st.lists(st.integers(0, 9), min_size=len(stream), max_size=len(stream))), np.int64)
+    docs = train_gpt.split_documents(stream, weights)
+    assert len(docs) == len(bodies)
+    at, targets = 0, []
+    for i, body in enumerate(bodies):
+        last = i == len(bodies) - 1
+        span = [BOS, *body] + ([] if last else [BOS])  # the last document has no closing BOS
+        assert docs.span(i).tolist() == span and docs.lengths[i] == len(span) - 1
+        assert docs.target_bytes()[i] == weights[at + 1 : at + len(span)].sum()
+        targets += span[1:]
+        at += 1 + len(body)
+    assert targets == stream[1:].tolist()
+    assert docs.lengths.sum() == len(stream) - 1 and docs.target_bytes().sum() == weights[1:].sum()
+
+
+# ---- packing ----------------------------------------------------------------
+
+
+@given(
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60), row_tokens=st.integers(1, 20),
+    seq_len=st.integers(1, 9))  # fmt: skip
+@settings(max_examples=300)
+def test_segments_start_where_a_plain_loop_starts_them(tokens, row_tokens, seq_len):
+    starts, since = [], 0
+    for i, token in enumerate(tokens):
+        since += 1
+        if i % row_tokens == 0 or token == BOS or since == seq_len:
+            starts, since = [*starts, i], 0
+    assert train_gpt.segment_starts(np.array(tokens, np.uint16), row_tokens, seq_len).tolist() == starts
+
+
+def test_a_packed_row_says_where_attention_restarts():
+    tokens, targets = np.arange(2, 9, dtype=np.uint16), np.arange(3, 10, dtype=np.uint16)
+    packed = train_gpt.pack_row(tokens, targets, np.array([0, 2, 3]), 5, torch.device("cpu"))
+    assert packed.tokens.tolist() == [tokens.tolist()] and packed.targets.tolist() == [targets.tolist()]
+    assert packed.tokens.dtype == packed.targets.dtype == torch.int64
+    assert packed.segments.starts.tolist() == [0, 2, 3, 7] and packed.segments.starts.dtype == torch.int32
+    assert packed.segments.positions.tolist() == [0, 1, 0, 0, 1, 2, 3] and packed.segments.longest == 5
+
+
+# ---- the training stream ----------------------------------------------------
+
+
+def training_tokens(folder) -> np.ndarray:
+    return np.concatenate([train_gpt.read_shard(p) for p in sorted(folder.glob("fineweb_train_*.bin"))])
+
+
+def whole_batch(streams: list[TrainingStream], number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets of all ranks' micro-batches, in order."""
+    parts = [packed for stream in streams for packed in stream.batch(number)]
+    return tuple(torch.cat([part[i][0] for part in parts]).numpy() for i in (0, 1))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_batches_are_the_contiguous_stream_whatever_the_number_of_ranks(tiny_data, tiny_run, world):
+    """1,500 tokens in batches of 256: batch 1 crosses a shard's edge, batches 5 and 11 the end of an epoch."""
+    run, stream = tiny_run(), training_tokens(tiny_data)
+    ranks = [TrainingStream(run, VOCAB, Dist(rank, world)) for rank in range(world)]
+    for number in range(13):
+        at = np.arange(number * 256, (number + 1) * 256)
+        inputs, targets = whole_batch(ranks, number)
+        assert (inputs == stream[at % 1500]).all() and (targets == stream[(at + 1) % 1500]).all()
+    assert ranks[0].total == 1500 and ranks[0].epoch(6) == pytest.approx(6 * 256 / 1500)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_row_begins_a_segment_and_no_segment_holds_two_documents(tiny_data, tiny_run, world):
+    run = tiny_run()
+    for rank in range(world):
+        for tokens, _, segments in TrainingStream(run, VOCAB, Dist(rank, world)).batch(3):
+            assert tokens.numel() <= run.micro_batch_tokens
+            expected, since = [], 0
+            for i, token in enumerate(tokens[0].tolist()):
+                since += 1
+                if i % run.train_row_tokens == 0 or token == BOS or since == run.train_seq_len:
+                    expected, since = [*expected, i], 0
+            assert segments.starts.tolist() == [*expected, tokens.numel()] and segments.longest == run.train_seq_len
+
+
+def test_a_batch_is_a_function_of_its_number(tiny_data, tiny_run):
+    """Asked for in any order, again, and while the next one is fetched: always the same, and never written to again."""
+    run, reference = tiny_run(), {}
+    for number in range(8):
+        reference[number] = whole_batch([TrainingStream(run, VOCAB, Dist())], number)
+    stream, held = TrainingStream(run, VOCAB, Dist()), []
+    for number in (0, 1, 2, 2, 7, 3, 4, 0, 6, 5):
+        held.append((number, stream.batch(number)))
+    for number, batch in held:
+        for i in (0, 1):
+            assert (torch.cat([part[i][0] for part in batch]).numpy() == reference[number][i]).all()
+
+
+def test_the_next_batch_is_fetched_ahead(tiny_data, tiny_run):
+    stream = TrainingStream(tiny_run(), VOCAB, Dist())
+    stream.batch(4)
+    number, fetched = stream.next
+    assert number == 5 and isinstance(fetched, Future)
+    assert fetched.result() is stream.batch(5)
+
+
+def test_rows_longer_than_all_data_are_refused(tiny_data, tiny_run):
+    run = tiny_run(train_row_tokens=2048, train_batch_tokens=2048, micro_batch_tokens=2048)
+    message = refusal(TrainingStream, run, VOCAB, Dist())
+    assert "1500 training tokens" in message and "TRAIN_ROW_TOKENS=2048" in message
+
+
+def test_empty_shards_among_others_do_no_harm(tiny_data, tiny_run, write_shard):
+    before = whole_batch([TrainingStream(tiny_run(), VOCAB, Dist())], 1)
+    (tiny_data / "fineweb_train_000002.bin").rename(tiny_data / "fineweb_train_000004.bin")
+    write_shard(tiny_data / "fineweb_train_000003.bin", [])
+    after = whole_batch([TrainingStream(tiny_run(), VOCAB, Dist())], 1)
+    assert all((a == b).all() for a, b in zip(before, after, strict=True))
+
+
+def test_a_training_token_outside_the_vocabulary_is_refused_with_its_shard(tiny_data, tiny_run, write_shard):
+    path = tiny_data / "fineweb_train_000001.bin"
+    write_shard(path, [*train_gpt.read_shard(path)[:-1].tolist(), VOCAB])
+    stream = TrainingStream(tiny_run(), VOCAB, Dist())
+    stream.batch(0)
+    message = refusal(lambda: [stream.batch(i) for i in (1, 2, 3)])
+    assert str(path) in message and "token 64" in message and "VOCAB_SIZE=64" in message
+
+
+def test_a_damaged_training_shard_is_refused_at_the_start(tiny_data, tiny_run):
+    path = tiny_data / "fineweb_train_000002.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert str(path) in refusal(TrainingStream, tiny_run(), VOCAB, Dist())
+
+
+def test_training_text_without_bos_is_refused(tiny_data, tiny_run, write_shard):
+    for path in sorted(tiny_data.glob("fineweb_train_*.bin")):
+        write_shard(path, [5] * 2000)
+    message = refusal(lambda: TrainingStream(tiny_run(), VOCAB, Dist()).batch(0))
+    assert "no BOS" in message and str(tiny_data) in message
+
+
+def test_shards_may_begin_and_end_inside_a_long_document(tiny_data, tiny_run, write_shard):
+    """The first BOS comes after the first batch: the text is whole, only its first document is long."""
+    write_shard(tiny_data / "fineweb_train_000000.bin", [5] * 290 + [BOS, *[6] * 209])
+    inputs, _ = whole_batch([TrainingStream(tiny_run(), VOCAB, Dist())], 0)
+    assert (inputs == 5).all()
+
+
+@given(rows=st.integers(1, 60), world=st.integers(1, 16), micro=st.integers(1, 70))
+@settings(max_examples=300)
+def test_rows_are_dealt_evenly_or_the_nearest_valid_batch_is_named(rows, world, micro):
+    def run(rows):
+        return train_gpt.RunConfig(train_batch_tokens=rows * 32, train_row_tokens=32, micro_batch_tokens=micro * 32,
+                                   eval_seq_len=32, eval_stride=8, ttt_chunk_tokens=8)  # fmt: skip
+
+    if rows % world == 0:
+        rows_per_pass, passes = train_gpt.deal_rows(run(rows), world)
+        assert rows_per_pass * passes * world == rows and rows_per_pass <= micro
+        more = [n for n in range(rows_per_pass + 1, micro + 1) if (rows // world) % n == 0]
+        assert more == []  # no larger pass would fit
+        return
+    with pytest.raises(ConfigError) as error:
+        train_gpt.deal_rows(run(rows), world)
+    named = int(str(error.value).rpartition(" ")[2])
+    assert f"TRAIN_BATCH_TOKENS={rows * 32}" in str(error.value) and f"{world} ranks" in str(error.value)
+    assert train_gpt.deal_rows(run(named // 32), world)  # it is valid
+    assert abs(named // 32 - rows) == min(abs(n - rows) for n in range(world, rows + world + 1, world))
+
+
+def test_the_stream_refuses_ranks_that_cannot_share_a_batch(tiny_data, tiny_run):
+    with pytest.raises(ConfigError, match="nearest valid batch is 192"):
+        TrainingStream(tiny_run(), VOCAB, Dist(0, 3))
+
+
+def test_the_manifests_entries_are_read(tiny_data):
+    (tiny_data / "manifest.json").write_text(json.dumps({"splits": {"val": {"smaller_bytes": 12}}}))
+    assert train_gpt.manifest_value(tiny_data, "splits", "val", "smaller_bytes") == 12
+    assert train_gpt.manifest_value(tiny_data, "splits", "train", "smaller_bytes") is None
+    assert train_gpt.manifest_value(tiny_data / "none", "splits") is None

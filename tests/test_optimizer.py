@@ -1,0 +1,333 @@
+"""Training's optimizer: equal to its formulas written out, whatever the number of ranks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as torch_dist
+import torch.multiprocessing as mp
+
+import train_gpt as g
+
+CONFIG = g.ModelConfig(
+    vocab_size=64,
+    model_dim=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_mult=2,
+    rope_dims=4,
+    attn_gate_width=6,
+    smear_width=6,
+    parallel_start_layer=2,
+    num_loops=0,
+)
+CLIPS = (0.0, 0.3)  # no limit, and one that bites
+
+
+def a_model() -> g.GPT:
+    model = g.GPT(CONFIG)
+    g.init_weights(model, seed=3)
+    return model
+
+
+def set_gradients(model: g.GPT, step: int, part: float = 1.0) -> None:
+    """The gradients of a step, all of one seed; a rank may hold only a part of them."""
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator) * part
+
+
+STEPS = 8
+
+
+def some_steps(dist: g.Dist, clip: float) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Every rank holds its share of the gradients, a power of two, so that their sum over ranks is exact."""
+    model = a_model()
+    optimizer = g.MuonAdam(model, g.RunConfig(grad_clip_norm=clip), dist)
+    norms = []
+    for step in range(STEPS):
+        set_gradients(model, step, part=1 / dist.world)
+        norms.append(optimizer.step(lr_scale=1.0, mu=0.9).item())
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return weights | {f"state {name}": t for name, t in optimizer.state().items()}, norms
+
+
+def rank_main(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    dist = g.Dist(rank, world)
+    results = {clip: some_steps(dist, clip) for clip in CLIPS}
+    alone = {clip: some_steps(g.Dist(), clip) for clip in CLIPS}
+    torch.save((results, alone), f"{folder}/{rank}.pt")
+    dist.close()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> list[tuple[dict, dict]]:
+    """What each of two processes found together and alone."""
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    mp.spawn(rank_main, args=(2, folder), nprocs=2)
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
+
+
+# ---- Muon -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 64), (64, 16), (1, 9)])
+def test_orthogonalise_brings_every_singular_value_near_1(shape):
+    u, _, vt = torch.linalg.svd(torch.randn(3, *shape, dtype=torch.float64), full_matrices=False)
+    nearest = u @ vt
+    x = (u * torch.linspace(0.1, 1, min(shape), dtype=torch.float64) @ vt).float()
+    got = g.orthogonalise(x, steps=5)
+    values = torch.linalg.svdvals(got.double())
+    assert got.shape == x.shape and got.dtype == x.dtype
+    assert 0.8 < values.min() and values.max() < 1.2
+    assert ((got - nearest).norm(dim=(1, 2)) / nearest.norm(dim=(1, 2))).max() < 0.2
+    torch.testing.assert_close(g.orthogonalise(1e3 * x, 5), got, rtol=1e-3, atol=1e-3)  # only the direction counts
+
+
+def test_orthogonalise_leaves_zeros_alone():
+    assert not g.orthogonalise(torch.zeros(2, 8, 4), 5).any()
+
+
+def newton_schulz(x: np.ndarray) -> np.ndarray:
+    """The iteration on the singular values alone: p(s) = a s + b s^3 + c s^5, (r, c) float64."""
+    u, s, vt = np.linalg.svd(x / np.linalg.norm(x), full_matrices=False)
+    for a, b, c in g.POLAR_EXPRESS:
+        s = a * s + b * s**3 + c * s**5
+    return u * s @ vt
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_muon_update_is_its_formula(shape):
+    rng, mu = np.random.default_rng(0), 0.8
+    momentum, kept = np.zeros(shape), torch.zeros(1, *shape)
+    for _ in range(3):
+        gradient = rng.standard_normal(shape)
+        momentum = mu * momentum + gradient
+        u = gradient + mu * momentum
+        u = u / np.linalg.norm(u, axis=1, keepdims=True)
+        want = newton_schulz(u) * max(1, shape[0] / shape[1]) ** 0.5
+        got = g.muon_update(torch.tensor(gradient[None], dtype=torch.float32), kept, mu, 5)
+        np.testing.assert_allclose(got[0].numpy(), want, atol=1e-4)
+        np.testing.assert_allclose(kept[0].numpy(), momentum, atol=1e-5)
+
+
+# ---- AdamW and the whole step -----------------------------------------------
+
+
+def test_dense_parameters_follow_torchs_adamw():
+    run = g.RunConfig(grad_clip_norm=0.0, beta1=0.8, beta2=0.95, embed_wd=0.3, scalar_wd=0.1)
+    model, twin = a_model(), a_model()
+    dense = [(n, p) for n, p in twin.named_parameters() if g.param_role(n) != "matrix"]
+    groups = [
+        dict(
+            params=[p],
+            lr=run.embed_lr if n == "embed" else run.scalar_lr,
+            weight_decay=run.embed_wd if n == "embed" else run.scalar_wd,
+        )
+        for n, p in dense
+    ]
+    reference = torch.optim.AdamW(groups, betas=(run.beta1, run.beta2), eps=run.adam_eps)
+    optimizer = g.MuonAdam(model, run, g.Dist())
+    for step in range(4):
+        set_gradients(model, step)
+        set_gradients(twin, step)
+        optimizer.step(lr_scale=1.0, mu=0.9)
+        reference.step()
+    ours = dict(model.named_parameters())
+    for name, p in dense:
+        torch.testing.assert_close(ours[name], p, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_matrices_follow_muon():
+    run, model = g.RunConfig(grad_clip_norm=0.0), a_model()
+    optimizer = g.MuonAdam(model, run, g.Dist())
+    want = {n: p.detach().double().numpy() for n, p in model.named_parameters() if g.param_role(n) == "matrix"}
+    momentum = {n: torch.zeros(1, *p.shape) for n, p in want.items()}
+    for step in range(3):
+        set_gradients(model, step)
+        for n, p in model.named_parameters():
+            if n in want:
+                update = g.muon_update(p.grad[None].clone(), momentum[n], 0.7, run.muon_ns_steps)[0].double().numpy()
+                lr = 0.5 * run.matrix_lr
+                want[n] = want[n] * (1 - lr * run.muon_wd) - lr * update
+        optimizer.step(lr_scale=0.5, mu=0.7)
+    for n, p in model.named_parameters():
+        if n in want:
+            np.testing.assert_allclose(p.detach().numpy(), want[n], atol=1e-5, err_msg=n)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_decay_is_decoupled_from_the_gradient():
+    """Without a gradient a weight shrinks by lr * decay, and nothing else happens; without a rate nothing does."""
+    run, model = g.RunConfig(muon_wd=0.5, embed_wd=0.25, scalar_wd=0.125), a_model()
+    optimizer, before = g.MuonAdam(model, run, g.Dist()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    for scale in (0.0, 0.4):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step(lr_scale=scale, mu=0.9)
+        shrink = {"matrix": run.matrix_lr * 0.5, "embedding": run.embed_lr * 0.25, "scalar": run.scalar_lr * 0.125}
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.detach(), before[name] * (1 - scale * shrink[g.param_role(name)]))
+
+
+def test_every_parameter_has_exactly_one_rule():
+    model = a_model()
+    optimizer = g.MuonAdam(model, g.RunConfig(), g.Dist())
+    stacked = [p for stack in optimizer.stacks for p in stack]
+    assert identities(stacked + optimizer.dense) == identities(model.parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {g.param_role(names[id(p)]) for p in stacked} == {"matrix"}
+    assert all(len({p.shape for p in stack}) == 1 for stack in optimizer.stacks)
+    model.extra = torch.nn.Linear(3, 3)  # a parameter that comes later is covered too
+    optimizer = g.MuonAdam(model, g.RunConfig(), g.Dist())
+    covered = [p for stack in optimizer.stacks for p in stack] + optimizer.dense
+    assert identities(covered) == identities(model.parameters())
+
+
+def identities(parameters) -> list[int]:
+    return sorted(id(p) for p in parameters)
+
+
+@pytest.mark.parametrize("knob", ["unet_skips", "smear_width", "attn_gate_width", "parallel_start_layer", "num_loops"])
+def test_a_mechanism_that_is_off_needs_no_gradient(knob):
+    config = dict(vocab_size=64, model_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4)
+    config |= dict(parallel_start_layer=2, num_loops=1, loop_start=1, loop_end=1)
+    model = g.GPT(g.ModelConfig(**config | {knob: 0}))
+    g.init_weights(model, seed=0)
+    optimizer, text = g.MuonAdam(model, g.RunConfig(), g.Dist()), torch.randint(2, 64, (1, 17))
+    for looping in (False, True):
+        model(text[:, :-1], text[:, 1:], looping=looping).mean().backward()
+        assert 0 < optimizer.step(1.0, 0.9) < math.inf
+
+
+# ---- clipping ---------------------------------------------------------------
+
+
+def test_the_norm_is_that_of_the_whole_gradient_and_clipping_scales_all_of_it():
+    """Clipped gradients give what gradients scaled by hand give."""
+    whole = math.sqrt(sum(p.numel() for p in a_model().parameters()))  # nearly, of normal deviates
+    limit = 0.01 * whole
+    clipped, by_hand = a_model(), a_model()
+    one = g.MuonAdam(clipped, g.RunConfig(grad_clip_norm=limit, adam_eps=1e-2), g.Dist())
+    two = g.MuonAdam(by_hand, g.RunConfig(grad_clip_norm=0.0, adam_eps=1e-2), g.Dist())
+    for step in range(2):
+        set_gradients(clipped, step)
+        exact = math.sqrt(sum(p.grad.double().square().sum().item() for p in clipped.parameters()))
+        set_gradients(by_hand, step, part=limit / exact)
+        norm = one.step(1.0, 0.9)
+        two.step(1.0, 0.9)
+        assert norm.item() == pytest.approx(exact, rel=1e-5)
+    for p, q in zip(clipped.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+    for a, b in zip(one.momentum + one.first, two.momentum + two.first, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_a_small_gradient_is_not_clipped():
+    clipped, free = a_model(), a_model()
+    for model, clip in ((clipped, 1e6), (free, 0.0)):
+        optimizer = g.MuonAdam(model, g.RunConfig(grad_clip_norm=clip), g.Dist())
+        set_gradients(model, 0)
+        optimizer.step(1.0, 0.9)
+    assert all(torch.equal(p, q) for p, q in zip(clipped.parameters(), free.parameters(), strict=True))
+
+
+# ---- ranks ------------------------------------------------------------------
+
+
+def test_some_stacks_do_not_divide_by_the_ranks():
+    assert any(len(stack) % 2 for stack in g.MuonAdam(a_model(), g.RunConfig(), g.Dist()).stacks)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_two_ranks_update_exactly_as_one(two_ranks, clip):
+    """Weights, momentum and moments, bit for bit, in fp32 on a CPU: clipping happens after the sum over ranks."""
+    for together, alone in two_ranks:
+        (got, norms), (want, norms_alone) = together[clip], alone[clip]
+        assert norms == norms_alone
+        assert set(got) == set(want)
+        assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def test_the_state_of_two_ranks_goes_on_with_one(two_ranks):
+    """state() is whole on every rank, so that a checkpoint fits any number of ranks."""
+    state = {n.removeprefix("state "): t for n, t in two_ranks[1][0][0.0][0].items() if n.startswith("state ")}
+    optimizer = g.MuonAdam(a_model(), g.RunConfig(), g.Dist())
+    optimizer.load_state(state, STEPS)
+    assert optimizer.steps_done == STEPS
+    loaded = optimizer.state()
+    assert set(loaded) == set(state) and all(torch.equal(loaded[n], state[n]) for n in state)
+    assert all(t.any() for t in loaded.values())
+    for rank in range(2):  # and one rank's fits each of two
+        part = g.MuonAdam(a_model(), g.RunConfig(), g.Dist(rank, 2))
+        part.load_state(state, STEPS)
+        for n, momentum, i in zip(part.share, part.momentum, range(len(part.share)), strict=True):
+            whole = state[f"momentum.{i}"]
+            mine = whole[rank * n : (rank + 1) * n]
+            assert torch.equal(momentum[: len(mine)], mine) and not momentum[len(mine) :].any()
+
+
+# ---- schedules and the average ----------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "progress, expected",
+    [(0.0, 1.0), (0.2, 1.0), (0.3, 0.875), (0.6, 0.5), (0.9, 0.125), (0.95, 0.1), (1.0, 0.1), (1.1, 0.1)],
+)
+def test_learning_rate(progress, expected):
+    assert g.lr_at(progress, g.RunConfig(warmdown_frac=0.8, min_lr=0.1)) == pytest.approx(expected)
+
+
+def test_learning_rate_without_warm_down():
+    assert g.lr_at(0.99, g.RunConfig(warmdown_frac=0.0)) == 1.0
+
+
+@pytest.mark.parametrize("progress, expected", [(0.0, 0.8), (0.1, 0.825), (0.2, 0.85), (0.4, 0.9), (0.9, 0.9)])
+def test_momentum(progress, expected):
+    run = g.RunConfig(muon_momentum_start=0.8, muon_momentum=0.9, muon_momentum_warmup_frac=0.4)
+    assert g.momentum_at(progress, run) == pytest.approx(expected)
+    assert g.momentum_at(progress, g.RunConfig(muon_momentum_warmup_frac=0.0)) == g.RunConfig().muon_momentum
+
+
+def averaged(steps: int, horizon: float) -> float:
+    """The average at the end of weights that went from 0 to 1 in a line."""
+    model = a_model().requires_grad_(False)
+    for p in model.parameters():
+        p.zero_()
+    average = g.WeightAverage(model, horizon)
+    for step in range(steps):
+        for p in model.parameters():
+            p.fill_((step + 1) / steps)
+        average.update(1 / steps)
+    assert all(v.std(correction=0) < 1e-6 for v in average.values)
+    return float(average.values[0].flatten()[0])
+
+
+@pytest.mark.parametrize("horizon", [0.05, 0.2])
+def test_the_horizon_of_the_average_is_a_part_of_the_run(horizon):
+    exact = 1 - horizon * (1 - math.exp(-1 / horizon))
+    assert averaged(400, horizon) == pytest.approx(exact, abs=0.003)
+    assert averaged(4000, horizon) == pytest.approx(averaged(400, horizon), abs=0.003)
+
+
+def test_without_a_horizon_the_average_is_the_last_weight():
+    assert averaged(7, 0.0) == 1.0
+
+
+def test_applying_the_average_restores_exactly():
+    model = a_model()
+    average = g.WeightAverage(model, 0.1)
+    for p in model.parameters():
+        p.data += torch.randn(p.shape)
+    average.update(0.03)
+    before, values = [p.detach().clone() for p in model.parameters()], [v.clone() for v in average.values]
+    with pytest.raises(RuntimeError, match="inside"), average.applied():
+        assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))
+        assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        raise RuntimeError("inside")  # restored all the same
+    assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert all(torch.equal(v, w) for v, w in zip(average.values, values, strict=True))
