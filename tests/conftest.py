@@ -87,7 +87,7 @@ def trained(**options) -> bytes:
     return model.getvalue()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train_tokenizer() -> Callable[..., bytes]:
     """train_tokenizer(**options): a SentencePiece model of 64 pieces that keeps text of the letters of "etaoinshrdlu"
     and spaces exactly, or what SentencePiece's options make of it; with byte_fallback=True ask for 300 pieces or more.

@@ -1,4 +1,4 @@
-"""Shards, tokenizers and side-cars are refused when they are not what they should be; what is read is what was written."""
+"""Shards, tokenizers and side-cars that are not what they should be are refused; the rest is read as it was written."""
 
 import json
 import random
@@ -239,19 +239,13 @@ def test_the_contests_bytes_by_hand(text, expected):
 
 @given(st.text(alphabet="etaoin shrdlu  \n½é😀▁A", max_size=40))
 @settings(max_examples=300)
-def test_bytes_are_those_of_the_decoded_text(text):
-    processor = byte_fallback_tokenizer()
+def test_bytes_are_those_of_the_decoded_text(train_tokenizer, text):
+    processor = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(vocab_size=320, byte_fallback=True))
     ids = [BOS, *processor.encode(text)]
     counted = train_gpt.contest_bytes(np.array(ids, np.uint16), train_gpt.piece_bytes(processor))
     decoded = processor.decode(ids)
     first_piece = processor.id_to_piece(ids[1]) if len(ids) > 1 else ""
     assert int(counted.sum()) == len(decoded.encode()) - first_piece.startswith("▁")
-
-
-def byte_fallback_tokenizer():
-    from conftest import trained
-
-    return sentencepiece.SentencePieceProcessor(model_proto=trained(vocab_size=320, byte_fallback=True))
 
 
 # ---- documents --------------------------------------------------------------

@@ -1,0 +1,320 @@
+"""From weights to integers and back: GPTQ against a plain reference, ranges that fit a budget, calibration on all text."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as torch_dist
+import torch.multiprocessing as mp
+
+import train_gpt as g
+
+CONFIG = g.ModelConfig(
+    vocab_size=128,
+    model_dim=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_mult=2,
+    rope_dims=4,
+    attn_gate_width=6,
+    smear_width=6,
+    parallel_start_layer=3,
+    num_loops=1,
+    loop_start=1,
+    loop_end=2,
+)
+VISITED_TWICE = "blocks.1.attention.q.weight"
+DAMPING = 0.01
+
+
+def a_model(seed: int = 0) -> g.GPT:
+    model, generator = g.GPT(CONFIG), torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        noise = torch.randn(p.shape, generator=generator)
+        p.data = p.data + 0.1 * noise if g.param_role(name) == "scalar" else noise / p.size(1) ** 0.5
+    return model
+
+
+def a_batch(seed: int, rows: int = 2) -> list[g.Packed]:
+    """Micro-batches of packed text, three documents in each."""
+    rng, packs = np.random.default_rng(seed), []
+    for _ in range(rows):
+        text = rng.integers(2, CONFIG.vocab_size, 65).astype(np.uint16)
+        text[[0, 20, 50]] = g.BOS
+        starts = g.segment_starts(text[:-1], 64, 32)
+        packs.append(g.pack_row(text[:-1], text[1:], starts, 32, torch.device("cpu")))
+    return packs
+
+
+def matrices(model: g.GPT) -> dict[str, torch.Tensor]:
+    return {n: p.detach() for n, p in model.named_parameters() if g.param_role(n) != "scalar"}
+
+
+# ---- GPTQ -------------------------------------------------------------------
+
+
+def correlated(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, the hessian of inputs of which each resembles the others, and the scale of every row."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((4 * columns, columns)) @ (np.eye(columns) + 2 * rng.random((columns, columns)) / columns)
+    x = x * np.linspace(0.5, 2, columns) + rng.standard_normal((4 * columns, 1))
+    weight = torch.tensor(rng.standard_normal((rows, columns)), dtype=torch.float32)
+    return weight, torch.tensor(x.T @ x, dtype=torch.float32), g.Grid(7, 3.0).scale(weight).float()
+
+
+def plain_gptq(weight, hessian, scale, qmax, damping, ordered=True):
+    """Round a column, correct those that follow by the inverse hessian, strike it out; in numpy, float64."""
+    w, h, scale = (t.double().numpy().copy() for t in (weight, hessian, scale))
+    dead = np.flatnonzero(np.diag(h) == 0)
+    w[:, dead], h[dead, dead] = 0, 1
+    h += np.eye(len(h)) * damping * np.diag(h).mean()
+    order = np.argsort(-hessian.diagonal().double().numpy(), kind="stable") if ordered else np.arange(len(h))
+    inverse, q, left = np.linalg.inv(h), np.zeros_like(w), list(order)
+    for j in order:
+        q[:, j] = np.clip(np.round(w[:, j] / scale), -qmax, qmax)
+        w[:, left] -= np.outer((w[:, j] - q[:, j] * scale) / inverse[j, j], inverse[j, left])
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+        left.remove(j)
+    return q
+
+
+def harm(weight, hessian, q, scale) -> float:
+    """Squared error of the outputs over the calibration inputs."""
+    error = (weight - torch.as_tensor(q).float() * scale[:, None]).double()
+    return (error @ hessian.double() * error).sum().item()
+
+
+@pytest.mark.parametrize("rows, columns, block", [(12, 40, 128), (12, 40, 8), (6, 150, 128), (5, 33, 32), (3, 7, 1)])
+def test_gptq_does_what_the_plain_algorithm_does(rows, columns, block):
+    weight, hessian, scale = correlated(rows, columns)
+    got = g.gptq(weight, hessian, scale, 7, DAMPING, block)
+    want = plain_gptq(weight, hessian, scale, 7, DAMPING)
+    assert got.dtype == torch.int8 and got.abs().max() <= 7
+    assert (got.numpy() == want).mean() > 0.99  # fp32 may tip a value that lies between two integers
+    assert harm(weight, hessian, got, scale) == pytest.approx(harm(weight, hessian, want, scale), rel=0.02)
+
+
+def test_gptq_beats_rounding_and_an_order_by_chance():
+    gains = []
+    for seed in range(5):
+        weight, hessian, scale = correlated(16, 48, seed)
+        rounded = (weight / scale[:, None]).round().clamp(-7, 7)
+        ours = harm(weight, hessian, g.gptq(weight, hessian, scale, 7, DAMPING), scale)
+        unordered = harm(weight, hessian, plain_gptq(weight, hessian, scale, 7, DAMPING, ordered=False), scale)
+        assert ours < 0.8 * harm(weight, hessian, rounded, scale)
+        gains.append(unordered / ours)
+    assert np.mean(gains) > 1.0
+
+
+def test_gptq_orders_columns_by_their_weight_alone():
+    weight, hessian, scale = correlated(8, 30)
+    shuffle = torch.randperm(30)
+    direct = g.gptq(weight, hessian, scale, 7, DAMPING)
+    assert torch.equal(g.gptq(weight[:, shuffle], hessian[shuffle][:, shuffle], scale, 7, DAMPING), direct[:, shuffle])
+
+
+def test_gptq_rounds_where_inputs_are_independent():
+    weight, _, scale = correlated(8, 30)
+    rounded = (weight / scale[:, None]).round().clamp(-7, 7)
+    assert torch.equal(g.gptq(weight, torch.eye(30), scale, 7, DAMPING).float(), rounded)
+
+
+def test_gptq_of_inputs_that_never_fire():
+    weight, hessian, scale = correlated(8, 30)
+    dead = torch.tensor([0, 7, 29])
+    hessian[dead], hessian[:, dead] = 0, 0
+    got = g.gptq(weight, hessian, scale, 7, DAMPING)
+    assert not got[:, dead].any() and got.any()
+    assert (got.numpy() == plain_gptq(weight, hessian, scale, 7, DAMPING)).mean() > 0.99
+    assert not g.gptq(weight, torch.zeros(30, 30), scale, 7, DAMPING).any()
+
+
+def test_gptq_leaves_its_arguments_alone():
+    arguments = correlated(8, 30)
+    before = [t.clone() for t in arguments]
+    g.gptq(*arguments, 7, DAMPING)
+    assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
+
+
+# ---- grids and ranges -------------------------------------------------------
+
+
+def test_a_grid_spans_so_many_deviations_of_a_row():
+    weight = torch.randn(5, 300) * torch.tensor([[1e-9], [0.01], [1.0], [0.0], [50.0]])
+    scale = g.Grid(31, 12.0).scale(weight)
+    want = np.maximum(12 * weight.double().numpy().std(1, ddof=1) / 31, 2.0**-14)
+    assert scale.dtype == torch.float16
+    np.testing.assert_allclose(scale.float().numpy(), want, rtol=1e-3)
+
+
+def test_every_kind_of_matrix_has_its_grid():
+    run = g.RunConfig(matrix_bits=5, embed_bits=8, attn_clip_sigmas=10.0, mlp_clip_sigmas=9.0, embed_clip_sigmas=8.0)
+    assert g.grid_for("embed", run, 1.5) == (127, 12.0)
+    assert g.grid_for("blocks.0.attention.o.weight", run, 1.5) == (15, 15.0)
+    assert g.grid_for("blocks.0.mlp.down.weight", run, 1.5) == (15, 13.5)
+
+
+def test_entropy_bytes_count_what_a_perfect_coder_needs():
+    run, weights = g.RunConfig(), {"embed": torch.randn(40, 50), "blocks.0.mlp.up.weight": torch.randn(20, 30)}
+    want = 0.0
+    for w, clip, qmax in zip(weights.values(), (14.0, 11.5), (63, 31), strict=True):
+        scale = (w.std(1) * clip * 1.3 / qmax).half().double().numpy()
+        q = np.clip(np.round(w.double().numpy() / scale[:, None]), -qmax, qmax)
+        counts = np.unique(q, return_counts=True)[1]
+        want += -(counts * np.log2(counts / q.size)).sum() / 8 + 2 * len(w)
+    assert g.entropy_bytes(weights, run, 1.3) == pytest.approx(want, rel=1e-4)
+    assert g.entropy_bytes({"embed": torch.zeros(40, 50)}, run, 1.0) == 80  # scales alone
+
+
+def test_wider_ranges_need_fewer_bytes():
+    weights = matrices(a_model())
+    sizes = [g.entropy_bytes(weights, g.RunConfig(), widen) for widen in (0.5, 0.7, 1.0, 2.0, 8.0, 64.0)]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 6
+
+
+def test_ranges_fit_the_budget_and_no_more():
+    weights, run = matrices(a_model()), g.RunConfig()
+    natural = g.entropy_bytes(weights, run, 1.0)
+    widths = []
+    for part in (1.2, 1.0, 0.8, 0.5):
+        widen = g.fit_ranges(weights, run, part * natural)
+        widths.append(widen)
+        assert 0.99 * part * natural < g.entropy_bytes(weights, run, widen) <= part * natural
+    assert widths == sorted(widths) and widths[0] < 1 < widths[-1]
+
+
+def test_no_range_is_narrower_than_the_floor():
+    run = g.RunConfig(quant_clip_floor=6.0, attn_clip_sigmas=13.0, mlp_clip_sigmas=10.0, embed_clip_sigmas=14.0)
+    widen = g.fit_ranges(matrices(a_model()), run, 1e12)
+    assert min(g.grid_for(n, run, widen).clip for n in matrices(a_model())) == pytest.approx(6.0)
+
+
+# ---- the artifact -----------------------------------------------------------
+
+
+def hessians_of(model: g.GPT) -> dict[str, torch.Tensor]:
+    return g.calibrate(model, [a_batch(1), a_batch(2)], g.Dist())
+
+
+def artifact(model: g.GPT, **overrides) -> tuple[bytes, list[str]]:
+    """-> (the packed model, the lines that were logged)"""
+    lines: list[str] = []
+    run, dist = g.RunConfig(**overrides), g.Dist()
+    return g.make_artifact(model, hessians_of(model), run, dist, g.Stopwatch(dist), "hash", lines.append), lines
+
+
+@pytest.mark.parametrize("part", [1.1, 0.9, 0.7])
+def test_an_artifact_fits_within_two_packs(part):
+    model = a_model()
+    natural = g.entropy_bytes(matrices(model), g.RunConfig(), 1.0)
+    scalars = sum(2 * p.numel() for n, p in model.named_parameters() if g.param_role(n) == "scalar")
+    room = int(part * natural) + scalars
+    blob, lines = artifact(model, artifact_bytes=len(g.code()) + room)
+    assert 0.9 * room < len(blob) <= room
+    assert 1 <= sum(line.startswith("pack ") for line in lines) <= 2
+    meta, stored = g.unpack(blob, "it")
+    assert meta["kind"] == "artifact" and g.ModelConfig(**meta["model"]) == CONFIG and meta["tokenizer"] == "hash"
+    g.restore(g.GPT(CONFIG), stored, "it")
+
+
+def test_an_artifact_that_cannot_fit_says_by_how_much():
+    limit = len(g.code()) + 3000
+    with pytest.raises(g.UserError, match=f"ARTIFACT_BYTES={limit}") as error:
+        artifact(a_model(), artifact_bytes=limit)
+    size, code, over = (int(word) for word in str(error.value).split() if word.isdigit())
+    assert code == len(g.code()) and over == size + code - limit > 0
+
+
+def test_what_is_stored_is_restored():
+    model, run = a_model(), g.RunConfig()
+    stored = g.quantise(model, hessians_of(model), run, g.Dist(), widen=1.0)
+    twin = a_model(seed=9)
+    g.restore(twin, stored, "it")
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if g.param_role(name) == "scalar":
+            assert torch.equal(q, p.half().float()), name
+            continue
+        integers, scale = stored[name], stored[f"{name}.scale"].float()
+        grid = g.grid_for(name, run, 1.0)
+        assert integers.dtype == torch.int8 and integers.shape == p.mT.shape and integers.abs().max() <= grid.qmax
+        assert torch.equal(q, integers.mT.float() * scale[:, None]), name
+        assert (p - q).square().mean().sqrt() < 2 * scale.mean(), name  # the weights themselves, not a mix-up
+
+
+def test_a_quantised_network_predicts_nearly_as_before():
+    model, tokens = a_model(), a_batch(3)[0]
+    before = model(*tokens).detach()
+    stored = g.quantise(model, hessians_of(model), g.RunConfig(matrix_bits=8, embed_bits=8), g.Dist(), widen=0.5)
+    _, unpacked = g.unpack(g.pack({}, stored, level=3), "it")
+    g.restore(model, unpacked, "it")
+    assert 0 < (model(*tokens) - before).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "shape", "type", "infinite"])
+def test_tensors_that_do_not_fit_are_refused(damage):
+    model, name = a_model(), "blocks.0.mlp.up.weight"
+    stored = g.quantise(model, hessians_of(model), g.RunConfig(), g.Dist(), widen=1.0)
+    if damage == "missing":
+        del stored[name]
+    elif damage == "extra":
+        stored["other"] = torch.zeros(1)
+    elif damage == "infinite":
+        stored[f"{name}.scale"][3] = math.inf
+    else:
+        stored[name] = stored[name].mT if damage == "shape" else stored[name].float()
+    with pytest.raises(g.DataError, match="logs/it.ptz"):
+        g.restore(a_model(), stored, "logs/it.ptz")
+
+
+# ---- calibration ------------------------------------------------------------
+
+
+def test_calibration_sees_every_matrix():
+    model = a_model()
+    hessians = hessians_of(model)
+    assert set(hessians) == set(matrices(model))
+    for name, h in hessians.items():
+        assert h.shape == (matrices(model)[name].size(1),) * 2 and h.diagonal().min() > 0, name
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_hessians_are_sums_over_all_tokens_and_visits():
+    model, batches = a_model(), [a_batch(1), a_batch(2)]
+    hessians = g.calibrate(model, batches, g.Dist())
+    seen: dict[str, list] = {n: [] for n in (VISITED_TWICE, "blocks.0.mlp.down.weight", "blocks.3.attention.o.weight")}
+    for name, inputs in seen.items():
+        module = model.get_submodule(name.removesuffix(".weight"))
+        plain = module.forward
+        module.forward = lambda x, *rest, plain=plain, inputs=inputs: (inputs.append(x.detach()), plain(x, *rest))[1]
+    seen["embed"] = [model.hidden(p.tokens, p.segments).detach() for batch in batches for p in batch]
+    for name, inputs in seen.items():
+        assert len(inputs) == 4 * (2 if name == VISITED_TWICE else 1)  # four micro-batches
+        x = torch.cat(inputs, 1)[0].double()
+        torch.testing.assert_close(hessians[name].double(), x.T @ x, rtol=1e-5, atol=1e-4)
+
+
+def rank_main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist, model = g.Dist(rank, 2), a_model()
+    hessians = g.calibrate(model, [a_batch(rank)], dist)
+    stored = g.quantise(model, hessians, g.RunConfig(), dist, widen=1.0)
+    torch.save((hessians, stored), f"{folder}/{rank}.pt")
+    dist.close()
+
+
+def test_two_ranks_calibrate_on_all_text_and_share_the_rounding(tmp_path):
+    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
+    (hessians, stored), (others, stored_there) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    model = a_model()
+    parts = [g.calibrate(model, [a_batch(rank)], g.Dist()) for rank in range(2)]
+    alone = g.quantise(model, hessians, g.RunConfig(), g.Dist(), widen=1.0)
+    for name, h in hessians.items():
+        assert torch.equal(h, others[name])
+        torch.testing.assert_close(h, parts[0][name] + parts[1][name], rtol=1e-5, atol=1e-4)
+    assert list(stored) == list(alone) == list(stored_there)
+    for name, t in alone.items():
+        assert torch.equal(stored[name], stored_there[name]) and stored[name].dtype == t.dtype
+        assert (stored[name] == t).float().mean() > 0.99, name  # threads may tip a value between two integers
