@@ -669,16 +669,13 @@ class TrainingStream:
         self.paths = find_shards(run.data_path, "train")
         self.shards = [read_shard(p) for p in self.paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
+        self.total = int(self.ends[-1])
         self.rows_per_pass, self.passes = deal_rows(run, dist.world)
         self.worker = ThreadPoolExecutor(1)
         self.next: tuple[int, Future] | None = None
         if self.total <= run.train_row_tokens:
             raise DataError(f"DATA_PATH={run.data_path}: {self.total} training tokens are less than one row "
                             f"(TRAIN_ROW_TOKENS={run.train_row_tokens}); prepare more data or lower TRAIN_ROW_TOKENS")
-
-    @property
-    def total(self) -> int:
-        return int(self.ends[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from any position of the endless stream: (count,) uint16."""
@@ -990,17 +987,13 @@ class GPT(nn.Module):
         self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim))
         self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim))
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.embed.is_cuda else torch.float32
-
     def hidden(self, tokens: Tensor, segments: Segments | None = None, adapter: Adapter | None = None,
                looping: bool = True) -> Tensor:
         """Tokens (B, T) -> normalised states before the head (B, T, D). Rows are causal; with segments (then B is 1)
         attention restarts at every segment, without them every row is one document or the end of one."""
         positions = torch.arange(tokens.size(1), device=tokens.device) if segments is None else segments.positions
         rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
-        x0 = self.input(tokens, self.embed, self.compute_dtype)
+        x0 = self.input(tokens, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
         a, m = x0.clone(), None  # m: the second lane, once there is one; a clone, lest a visit sees one tensor twice
         saved: list[Tensor] = []
         for i, visit in enumerate(layer_plan(self.config, looping)):
@@ -1441,7 +1434,7 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
             history.append((trainer.step, now, value))
             log(f"step:{trainer.step} loss:{value:.4f} progress:{progress:.3f} loop:{int(looping)} "
                 f"tokens_per_s:{run.train_log_every * run.train_batch_tokens / max(now - logged_at, 1e-9):.0f} "
-                f"epoch:{stream.epoch(trainer.step):.2f} train_s:{now:.1f} eta_s:{eta(now, progress):.0f}")
+                f"epoch:{stream.epoch(trainer.step):.2f} train_s:{now:.1f} eta_s:{now / max(progress, 1e-9) - now:.0f}")
             logged_at = now
         if run.val_loss_every and trainer.step % run.val_loss_every == 0:
             with watch.phase("validate"):
@@ -1449,10 +1442,6 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
     if pending is not None:
         check_loss(pending.item(), trainer.step, stream.vocab_size)
     return history
-
-
-def eta(seconds: float, progress: float) -> float:
-    return seconds * (1 - progress) / progress if progress > 0 else 0.0
 
 
 # -----------------------------------------------------------------------------
@@ -1885,7 +1874,8 @@ def forward_scored(model: GPT, tokens: Tensor, targets: Tensor, segments: Segmen
 
 
 class StreamLearner:
-    """What adapts along a stream of text: the weights themselves, or one set of corrections for all of it."""
+    """What adapts along a stream of text: the weights themselves, or one set of corrections for all of it. The ranks of
+    `dist` share every chunk."""
 
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.model, self.run, self.dist = model, run, dist
@@ -1927,9 +1917,9 @@ class StreamLearner:
             total = None if total is None else total + entropy
         return total
 
-    def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None, dist: Dist) -> None:
-        """Steps on a chunk of this many targets, all of them scored; `dist` are the ranks that share it."""
-        entropy = None if entropy is None else dist.sum_(entropy) / targets
+    def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None) -> None:
+        """Steps on a chunk of this many targets, all of them scored."""
+        dist, entropy = self.dist, None if entropy is None else self.dist.sum_(entropy) / targets
         for epoch in range(self.run.ttt_epochs):
             grads = [torch.zeros_like(leaf) for leaf in self.leaves]
             for row in rows:
@@ -1966,22 +1956,22 @@ def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterato
         yield pieces
 
 
-def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], dist: Dist, tally: Tally,
+def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], tally: Tally,
                 may_learn: Callable[[], bool] = lambda: True) -> int:
-    """Score these documents one after another, learning from every chunk once it is scored; the ranks of `dist` share
-    each chunk. When `may_learn` turns false, what is left is only scored -> documents that had not begun by then."""
+    """Score these documents one after another, learning from every chunk once it is scored. When `may_learn` turns
+    false, what is left is only scored -> documents that had not begun by then."""
     run, learning, frozen_from = learner.run, True, len(chosen)
     place, last = {i: n for n, i in enumerate(chosen)}, (chosen[-1], docs.lengths[chosen[-1]])
     for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
         if learning and not may_learn():
             learning, frozen_from = False, place[pieces[0][0]] + (pieces[0][1] > 0)
         plan = (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride))
-        rows = list(my_rows(docs, plan, run, dist))
+        rows = list(my_rows(docs, plan, run, learner.dist))
         entropy = learner.score(rows, tally)
         scored_of_first = pieces[0][2]  # a document's own count: under TTT_SCOPE=document a chunk is one piece
         if learning and scored_of_first >= run.ttt_min_doc_tokens and (pieces[-1][0], pieces[-1][2]) != last:
-            learner.learn(rows, sum(end - begin for _, begin, end in pieces), entropy, dist)
-            if dist.main:
+            learner.learn(rows, sum(end - begin for _, begin, end in pieces), entropy)
+            if learner.dist.main:
                 tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
     return len(chosen) - frozen_from
 
@@ -2037,24 +2027,24 @@ class Evaluation:
             adapt_side_by_side(self.model, docs, everyone, self.run, alone, Tally(docs))
         else:
             learner = StreamLearner(self.model, self.run, alone)
-            adapt_along(learner, docs, everyone, alone, Tally(docs))
+            adapt_along(learner, docs, everyone, Tally(docs))
             learner.reset()
 
     def score(self) -> Tally:
         """Every target of every document -> the tally of all ranks."""
         if not self.run.ttt_enabled:
             score_static(self.model, self.docs, range(len(self.docs)), self.run, self.dist, self.tally)
-        elif self.run.ttt_scope == "stream":
-            learner = StreamLearner(self.model, self.run, self.dist)
-            everyone = range(len(self.docs))
-            self.degraded = adapt_along(learner, self.docs, everyone, self.dist, self.tally, self._time_left)
-            learner.reset()
+        elif self.run.batched_ttt:
+            self._score_documents(None)
         else:
-            alone = Dist(device=self.dist.device)
-            learner = None if self.run.batched_ttt else StreamLearner(self.model, self.run, alone)
-            self._score_documents(learner)
-            if learner is not None:
-                learner.reset()
+            shared = self.run.ttt_scope == "stream"  # by all ranks; else every rank has documents of its own
+            learner = StreamLearner(self.model, self.run, self.dist if shared else Dist(device=self.dist.device))
+            if shared:
+                everyone = range(len(self.docs))
+                self.degraded = adapt_along(learner, self.docs, everyone, self.tally, self._time_left)
+            else:
+                self._score_documents(learner)
+            learner.reset()
         return self.tally.gathered(self.dist)
 
     def _time_left(self, next_seconds: float = 0.0, rest: float = 0.0) -> bool:
@@ -2079,23 +2069,17 @@ class Evaluation:
                     learner.reset()
                 score_static(self.model, self.docs, rest, run, dist, self.tally)
                 return
-            self._score_group(groups[dist.rank], learner)
+            if learner is None and groups[dist.rank]:
+                adapt_side_by_side(self.model, self.docs, groups[dist.rank], run, dist, self.tally)
+            for i in groups[dist.rank] if learner is not None else ():
+                learner.reset()
+                adapt_along(learner, self.docs, [i], self.tally)
             spent += costs[n]
             if self.seconds() - told > 10:
                 told = self.seconds()
                 left = (self.seconds() - began) * (sum(costs) / spent - 1)
                 self.log(f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
                          f"eval_s:{told:.0f} eta_s:{left:.0f}")
-
-    def _score_group(self, group: Sequence[int], learner: StreamLearner | None) -> None:
-        if learner is None:
-            if group:
-                adapt_side_by_side(self.model, self.docs, group, self.run, self.dist, self.tally)
-            return
-        for i in group:
-            learner.reset()
-            adapt_along(learner, self.docs, [i], learner.dist, self.tally)
-
 
 # -----------------------------------------------------------------------------
 # main: check, train, quantise, pack, read back from the disk, score.
@@ -2170,8 +2154,7 @@ def check_setup(plan: Plan, log: Log) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    threads = torch.get_num_threads()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {threads} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def memory_bytes(device: torch.device) -> int:
@@ -2331,7 +2314,7 @@ def prepare_torch(run: RunConfig, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
-LOGS = Path("logs")
+LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
 
 
 def run_all(only_check: bool) -> None:
@@ -2391,9 +2374,6 @@ def end_quickly(folder: Path, grace_s: float = 3.0) -> None:
         os._exit(INTERRUPTED)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str]) -> int:

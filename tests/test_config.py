@@ -14,6 +14,13 @@ from train_gpt import ConfigError, ModelConfig, RunConfig, read_env
 
 KNOBS = {f.name.upper(): (f, get_type_hints(kind)[f.name]) for kind in (ModelConfig, RunConfig) for f in fields(kind)}
 NUMBERS = [name for name, (_, kind) in KNOBS.items() if kind in (int, float)]
+EFFECT = {  # without which a knob has none
+    "TTT_MOMENTUM": {"TTT_OPTIMIZER": "sgd"}, "TTT_BETA1": {"TTT_OPTIMIZER": "adamw"},
+    "TTT_BETA2": {"TTT_OPTIMIZER": "adamw"}, "TTT_BATCH_DOCS": {"TTT_PARAMS": "lora"},
+    "TTT_LORA_RANK": {"TTT_PARAMS": "lora"}, "TTT_LORA_ALPHA": {"TTT_PARAMS": "lora"},
+    "TTT_LORA_TARGETS": {"TTT_PARAMS": "lora"}, "TTT_FREEZE_BLOCKS": {"TTT_PARAMS": "full"},
+    "TTT_LR_MULT_MLP_OUT": {"TTT_PARAMS": "full"}, "TTT_LR_MULT_IN": {"TTT_PARAMS": "full"},
+}  # fmt: skip
 ENOUGH = {  # what one knob, changed alone, needs from others
     "ARTIFACT": {}, "NUM_KV_HEADS": {"NUM_HEADS": "8"}, "LOOP_START": {"LOOP_END": "9"},
     "TRAIN_BATCH_TOKENS": {"TRAIN_ROW_TOKENS": "8"}, "MICRO_BATCH_TOKENS": {"TRAIN_BATCH_TOKENS": "8192",
@@ -46,8 +53,7 @@ def value_of(configs: tuple[ModelConfig, RunConfig], name: str):
 
 
 def needed(name: str) -> dict[str, str]:
-    only = KNOBS[name][0].metadata["only"]
-    return ({only[0].upper(): only[1]} if only else {}) | ENOUGH.get(name, {})
+    return EFFECT.get(name, {}) | ENOUGH.get(name, {})
 
 
 def refusal(env: dict[str, str]) -> str:
@@ -272,7 +278,7 @@ def test_help_lists_every_knob_with_default_unit_and_doc(capsys):
         (line,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
         shown = [meta["doc"], *get_args(kind), f"[{meta['unit']}]" if meta["unit"] else "", str(meta["default"])]
         shown += [f"(full: {meta['full']})"] if meta["full"] is not None else []
-        shown += [f"{meta['only'][0].upper()}={meta['only'][1]}"] if meta["only"] else []
+        shown += [f"{other}={value}" for other, value in EFFECT.get(name, {}).items()]
         assert all(part in line for part in shown), line
         assert not meta["group"] or f"\n{meta['group']}\n" in out
 

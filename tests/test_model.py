@@ -38,6 +38,14 @@ def packed(tokens: torch.Tensor, starts: list[int], longest: int = 32) -> g.Segm
     return g.pack_row(text, text, np.array(starts), longest, torch.device("cpu")).segments
 
 
+def embedded(model: g.GPT, tokens: torch.Tensor) -> torch.Tensor:
+    """What enters the first block."""
+    seen: list[torch.Tensor] = []
+    with model.input.register_forward_hook(lambda module, arguments, output: seen.append(output)):
+        model.hidden(tokens)
+    return seen[0]
+
+
 # ---- who sees what ----------------------------------------------------------
 
 
@@ -95,10 +103,10 @@ def test_bos_never_smears_the_document_before():
     changed[:, :9] = some_tokens(2, 20, seed=1)[:, :9]
     same = changed[:, 8] == tokens[:, 8]
     assert not same.any()
-    first, second = (model.input(t, model.embed, torch.float32) for t in (tokens, changed))
+    first, second = (embedded(model, t) for t in (tokens, changed))
     assert torch.equal(first[:, 9:], second[:, 9:])
     changed[:, 10] = 2 + (tokens[:, 10] - 1) % 62  # any other token does see the one before it
-    third = model.input(changed, model.embed, torch.float32)
+    third = embedded(model, changed)
     assert (third[:, 11] != second[:, 11]).any(-1).all() and torch.equal(third[:, 12:], second[:, 12:])
 
 
@@ -221,7 +229,7 @@ def test_the_input_is_its_formula():
     e, w = model.embed[tokens[0]].double().numpy(), model.input.smear.double().numpy()
     gate = model.input.smear_gain.item() * sigmoid(e[:, :6] @ w) * (tokens[0].numpy() != g.BOS)
     want = rms(e + gate[:, None] * np.concatenate([e[:1] * 0, e[:-1]]))
-    np.testing.assert_allclose(model.input(tokens, model.embed, torch.float32)[0].numpy(), want, atol=1e-5)
+    np.testing.assert_allclose(embedded(model, tokens)[0].numpy(), want, atol=1e-5)
 
 
 def test_the_head_is_its_formula():
@@ -237,7 +245,7 @@ def test_the_trunk_is_wired_as_planned():
     """The seven visits of this configuration, written out."""
     model, tokens = lively(), some_tokens(2, 16)
     blocks, rope = model.blocks, g.rotary(torch.arange(16), 4, 10000.0)
-    x0 = model.input(tokens, model.embed, torch.float32)
+    x0 = embedded(model, tokens)
 
     def taken_back(x, saved, row):
         part = model.skip_gate[row].sigmoid()

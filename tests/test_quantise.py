@@ -1,4 +1,4 @@
-"""From weights to integers and back: GPTQ against a plain reference, ranges that fit a budget, calibration on all text."""
+"""From weights to integers and back: GPTQ against a plain twin, ranges fitted to bytes, calibration on alltext."""
 
 import math
 
@@ -244,12 +244,14 @@ def test_what_is_stored_is_restored():
 
 
 def test_a_quantised_network_predicts_nearly_as_before():
-    model, tokens = a_model(), a_batch(3)[0]
-    before = model(*tokens).detach()
-    stored = g.quantise(model, hessians_of(model), g.RunConfig(matrix_bits=8, embed_bits=8), g.Dist(), widen=0.5)
-    _, unpacked = g.unpack(g.pack({}, stored, level=3), "it")
-    g.restore(model, unpacked, "it")
-    assert 0 < (model(*tokens) - before).abs().max() < 0.1
+    model, twin, tokens = a_model(), a_model(), a_batch(3)[0]
+    hessians, errors = hessians_of(model), []
+    for bits in (8, 4):
+        stored = g.quantise(model, hessians, g.RunConfig(matrix_bits=bits, embed_bits=bits), g.Dist(), widen=0.5)
+        _, unpacked = g.unpack(g.pack({}, stored, level=3), "it")
+        g.restore(twin, unpacked, "it")
+        errors.append((twin(*tokens) - model(*tokens)).abs().mean().item())
+    assert 0 < 5 * errors[0] < errors[1] and errors[0] < 0.1
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape", "type", "infinite"])

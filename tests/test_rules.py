@@ -1,6 +1,7 @@
 """The rules that no score may break, as audits that see only what is scored and what it was scored with. The program
 must pass them, and a program with any known cheat built in must not."""
 
+import functools
 import hashlib
 import io
 import itertools
@@ -19,29 +20,34 @@ import train_gpt
 
 SOURCE = Path(train_gpt.__file__).read_text(encoding="utf-8")
 BOS, VOCAB, CONTEXT, STRIDE, CHUNK = 1, 32, 24, 8, 8
-MODEL = dict(vocab_size=VOCAB, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2, rope_dims=4,
-             attn_gate_width=8, smear_width=8, unet_skips=1, parallel_start_layer=2, num_loops=0)  # fmt: skip
-RUN = dict(device="cpu", train_row_tokens=32, train_batch_tokens=32, micro_batch_tokens=96, eval_seq_len=CONTEXT,
+MODEL = dict(vocab_size=VOCAB, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2, rope_dims=4,
+             attn_gate_width=8, smear_width=8, unet_skips=1, parallel_start_layer=1, num_loops=0)  # fmt: skip
+RUN = dict(device="cpu", train_row_tokens=32, train_batch_tokens=32, micro_batch_tokens=48, eval_seq_len=CONTEXT,
            eval_stride=STRIDE, ttt_chunk_tokens=CHUNK, eval_seconds=0)  # fmt: skip
 LORA = RUN | dict(ttt_lora_rank=4, ttt_lora_alpha=4.0, ttt_epochs=2, ttt_weight_decay=0.1)
 SYSTEMS = {
     "static": RUN | dict(ttt_enabled=0),
     "adamw": LORA | dict(ttt_lr=0.01, ttt_grad_clip=0.5, ttt_entropy_low=2.8, ttt_entropy_high=2.9),
-    "sgd": LORA | dict(ttt_optimizer="sgd", ttt_lr=0.1, ttt_ns_steps=2, ttt_min_doc_tokens=5, ttt_cosine=1),
+    "sgd": LORA | dict(ttt_optimizer="sgd", ttt_lr=0.1, ttt_cosine=1, ttt_ns_steps=2, ttt_lora_targets="k,o,mlp"),
     "full": RUN | dict(ttt_params="full", ttt_lr=0.01, ttt_epochs=2, ttt_freeze_blocks=1),
 }
 
 
-def build(monkeypatch, *changes: tuple[str, str]) -> ModuleType:
-    """train_gpt with these lines changed, as a module of its own."""
+@functools.cache
+def compiled(*changes: tuple[str, str]):
     source = SOURCE
     for old, new in changes:
         assert source.count(old) == 1, f"this cheat changes a line that is not there, or not once: {old}"
         source = source.replace(old, new)
-    module = ModuleType("audited_train_gpt")
+    return compile(source, train_gpt.__file__, "exec")
+
+
+def build(monkeypatch, *changes: tuple[str, str]) -> ModuleType:
+    """train_gpt with these lines changed, as a module of its own."""
+    (code,) = compiled(*changes), ModuleType("audited_train_gpt")
     module.__file__ = train_gpt.__file__
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(source, train_gpt.__file__, "exec"), module.__dict__)
+    exec(code, module.__dict__)
     return module
 
 
@@ -137,10 +143,10 @@ def audit_score_before_update(g: ModuleType, knobs: dict) -> None:
 
 def audit_independence(g: ModuleType, knobs: dict) -> None:
     """A document scores the same alone, in its batch, in another batch and in another order."""
-    texts = [text(n, seed=n) for n in (41, 9, 30, 17)] + [[2, 3] * 12]
+    texts = [text(n, seed=n) for n in (41, 9, 30)] + [[2, 3] * 8]
     expected = [score(g, [t, [5]], knobs)[0].nats for t in texts]
     batches = [{}] if "ttt_lora_rank" not in knobs else [dict(ttt_batch_docs=64), dict(ttt_batch_docs=2)]
-    for batch, order in itertools.product(batches, (range(5), (4, 2, 0, 3, 1))):
+    for batch, order in itertools.product(batches, (range(4), (2, 0, 3, 1))):
         together = score(g, [*(texts[i] for i in order), [5]], knobs | batch)
         for i, heard in zip(order, together, strict=False):
             assert len(heard.nats) == len(texts[i]) + 1

@@ -1,0 +1,529 @@
+"""Test-time training: each system does what its knobs say, helps, and leaves nothing behind for the next document."""
+
+import hashlib
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train_gpt as g
+
+CONFIG = g.ModelConfig(
+    vocab_size=48, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2, rope_dims=4, attn_gate_width=8,
+    smear_width=8, unet_skips=1, parallel_start_layer=2, num_loops=1, loop_start=1, loop_end=1
+)  # fmt: skip
+CHUNK, CONTEXT = 8, 24
+LORA = dict(ttt_lr=0.02, ttt_weight_decay=0.0)
+FULL = dict(ttt_params="full", ttt_lr=0.02, ttt_epochs=1, ttt_chunk_tokens=CHUNK, ttt_freeze_blocks=1)
+SGD = dict(ttt_optimizer="sgd", ttt_lr=0.3, ttt_weight_decay=0.0)
+STREAM = dict(ttt_scope="stream")
+SYSTEMS = {
+    "lora, adamw": LORA,
+    "lora, sgd": SGD,
+    "lora, sgd, epochs, cosine": SGD | dict(ttt_epochs=2, ttt_cosine=1),
+    "lora, adamw, beta1, decay": LORA | dict(ttt_beta1=0.9, ttt_weight_decay=0.5),
+    "lora, Newton-Schulz": SGD | dict(ttt_lr=0.02, ttt_ns_steps=5, ttt_momentum=0.0),
+    "lora, entropy window": LORA | dict(ttt_entropy_low=1.0, ttt_entropy_high=2.5),
+    "lora, clipped": SGD | dict(ttt_grad_clip=0.5),
+    "lora, after 20 tokens": LORA | dict(ttt_min_doc_tokens=20),
+    "lora, stream": LORA | STREAM,
+    "full, document": FULL,
+    "full, document, adamw": FULL | dict(ttt_optimizer="adamw", ttt_lr=0.01),
+    "full, document, Newton-Schulz": FULL | dict(ttt_ns_steps=5, ttt_lr=0.005, ttt_momentum=0.5),
+    "full, stream": FULL | STREAM | dict(ttt_epochs=2),
+}
+PER_DOCUMENT = [name for name, knobs in SYSTEMS.items() if "ttt_scope" not in knobs]
+
+
+def run_config(**knobs) -> g.RunConfig:
+    small = dict(device="cpu", train_row_tokens=32, train_batch_tokens=64, micro_batch_tokens=64, eval_seconds=0,
+                 eval_seq_len=CONTEXT, eval_stride=8, ttt_chunk_tokens=CHUNK)  # fmt: skip
+    lora = {} if knobs.get("ttt_params") == "full" else dict(ttt_lora_rank=4, ttt_lora_alpha=4.0)
+    return g.RunConfig(**small | lora | knobs)
+
+
+def random_model() -> g.GPT:
+    """Every mechanism away from its neutral start."""
+    random, model = torch.Generator().manual_seed(0), g.GPT(CONFIG)
+    for name, p in model.named_parameters():
+        p.data = (p.detach() if g.param_role(name) == "scalar" else 0.0) + 0.2 * torch.randn(p.shape, generator=random)
+    return model
+
+
+def document(length: int, seed: int = 0, period: int = 5) -> list[int]:
+    """A phrase that comes again and again: there is something to learn."""
+    return (np.random.default_rng(seed).integers(2, 48, period).tolist() * length)[:length]
+
+
+def documents(*texts: list[int]) -> g.Documents:
+    tokens = np.array([t for text in texts for t in (g.BOS, *text)], np.uint16)
+    return g.split_documents(tokens, (tokens != g.BOS).astype(np.int64))
+
+
+MIXED = documents(*(document(n, seed=n) for n in (61, 9, 40, 1, 0, 33)))
+
+
+class Recorder(g.Tally):
+    """Keeps every target's nats in the order of their booking, and what `state` gives at each booking."""
+
+    def __init__(self, docs, state=lambda: None):
+        super().__init__(docs)
+        self.by_document, self.states, self.state = [np.zeros(0) for _ in range(len(docs))], [], state
+
+    def add(self, documents, nats):
+        super().add(documents, nats)
+        self.states.append(self.state())
+        for i in np.unique(documents):
+            self.by_document[i] = np.append(self.by_document[i], nats[documents == i])
+
+
+def evaluation(docs: g.Documents, dist=None, model=None, seconds=lambda: 0.0, **knobs) -> g.Evaluation:
+    """An evaluation that records; what it says goes into `said`."""
+    said = []
+    made = g.Evaluation(model or random_model(), docs, run_config(**knobs), dist or g.Dist(), said.append, seconds)
+    made.tally, made.said = Recorder(docs), said
+    return made
+
+
+def score(docs: g.Documents, **knobs) -> Recorder:
+    return evaluation(docs, **knobs).score()
+
+
+def bits(tally: g.Tally) -> np.ndarray:
+    """Bits per byte of every document; a byte a token, and one more so that none divides by zero."""
+    return tally.nats / math.log(2) / (tally.docs.target_bytes() + 1)
+
+
+@pytest.fixture(scope="module")
+def static() -> Recorder:
+    return score(MIXED, ttt_enabled=0)
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[SimpleNamespace]:
+    """Every step of adaptation: learning rates, gradients, and the tensors before and after."""
+    taken, step = [], g.AdaptRule.step
+
+    def watched(rule, tensors, grads, lr):
+        before, given = [t.detach().clone() for t in tensors], [x.clone() for x in grads]
+        step(rule, tensors, grads, lr)
+        change = [t.detach() - b for t, b in zip(tensors, before, strict=True)]
+        taken.append(SimpleNamespace(lr=lr.clone(), grads=given, before=before, change=change, rule=rule))
+
+    monkeypatch.setattr(g.AdaptRule, "step", watched)
+    return taken
+
+
+# ---- every system -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_adapting_helps_and_every_target_is_scored_once(static, name):
+    tally = score(MIXED, **SYSTEMS[name])
+    assert [len(nats) for nats in tally.by_document] == MIXED.lengths.tolist()
+    assert tally.updates.sum() > 0 and np.isfinite(tally.nats).all()
+    assert tally.bits_per_byte < 0.99 * static.bits_per_byte
+
+
+@pytest.mark.parametrize("name", PER_DOCUMENT)
+def test_the_first_chunk_is_scored_by_the_artifact_alone(static, name):
+    for nats, still in zip(score(MIXED, **SYSTEMS[name]).by_document, static.by_document, strict=True):
+        np.testing.assert_allclose(nats[:CHUNK], still[:CHUNK], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", PER_DOCUMENT)
+def test_a_document_scores_the_same_alone_and_in_any_batch_or_order(name):
+    texts, knobs = [MIXED.span(i)[1:].tolist() for i in (0, 1, 2)], SYSTEMS[name]
+    alone = [bits(score(documents(text, [7]), **knobs))[0] for text in ([t for t in x if t != g.BOS] for x in texts)]
+    small = dict(ttt_batch_docs=2) if "ttt_params" not in knobs else {}
+    np.testing.assert_allclose(bits(score(MIXED, **knobs))[:3], alone, rtol=0, atol=1e-6)
+    turned = documents(*([t for t in MIXED.span(i)[1:].tolist() if t != g.BOS] for i in (3, 2, 5, 0, 1, 4)))
+    np.testing.assert_allclose(bits(score(turned, **knobs, **small))[[3, 4, 1]], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["full, document", "full, stream", "lora, stream"])
+def test_the_artifacts_weights_are_back_after_the_evaluation(name):
+    model = random_model()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    score(MIXED, model=model, **SYSTEMS[name])
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())
+
+
+def test_a_stream_goes_on_learning_from_one_document_to_the_next(static):
+    again = documents(document(40), document(40))
+    still = score(again, ttt_enabled=0)
+    for name in ("lora, stream", "full, stream"):
+        tally = score(again, **SYSTEMS[name])
+        assert tally.by_document[1][:CHUNK].sum() < still.by_document[1][:CHUNK].sum()
+    first, second = (nats[:40] for nats in score(again, **LORA).by_document)
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-6)
+
+
+# ---- against the plainest possible adaptation -------------------------------
+
+
+def plain_lora(text: list[int], make_optimizer, epochs: int, clip: float) -> np.ndarray:
+    """One document, one adapter, torch's own optimizer: the meaning of chunked, score-first adaptation."""
+    model, nats = random_model().requires_grad_(False), []
+    adapter = g.Adapter(CONFIG, run_config(), 1, torch.device("cpu"))
+    optimizer, tokens = make_optimizer(adapter.tensors()), torch.tensor([[g.BOS, *text]])
+    for first in range(0, len(text), CHUNK):
+        end = min(first + CHUNK, len(text))
+        seen = tokens[:, max(0, first + CHUNK - CONTEXT) : end]
+        for epoch in range(epochs):
+            loss = model(seen, tokens[:, first + 1 : end + 1], None, adapter)
+            if epoch == 0:
+                nats += loss[0].tolist()
+            optimizer.zero_grad()
+            loss.mean().backward()
+            if clip:
+                torch.nn.utils.clip_grad_norm_(adapter.tensors(), clip)
+            optimizer.step()
+    return np.array(nats)
+
+
+@pytest.mark.parametrize("knobs, make_optimizer", [
+    (dict(ttt_lr=0.01, ttt_weight_decay=0.5, ttt_beta1=0.8, ttt_beta2=0.95),
+     lambda t: torch.optim.AdamW(t, lr=0.01, weight_decay=0.5, betas=(0.8, 0.95), eps=1e-10)),
+    (dict(ttt_optimizer="sgd", ttt_lr=0.2, ttt_momentum=0.8, ttt_weight_decay=0.0, ttt_grad_clip=0.3, ttt_epochs=2),
+     lambda t: torch.optim.SGD(t, lr=0.2, momentum=0.8)),
+], ids=["adamw", "sgd, clipped, 2 epochs"])  # fmt: skip
+def test_adaptation_is_that_of_torchs_own_optimizer(knobs, make_optimizer):
+    text = document(44, period=7)
+    expected = plain_lora(text, make_optimizer, knobs.get("ttt_epochs", 1), knobs.get("ttt_grad_clip", 0.0))
+    np.testing.assert_allclose(score(documents(text), **knobs).by_document[0], expected, rtol=0, atol=2e-4)
+
+
+def plain_full(text: list[int], epochs: int, lr: float, momentum: float) -> np.ndarray:
+    """The same for the whole model, whose chunks are scored in windows."""
+    model, nats = random_model(), []
+    factor = {n: {"q": 0.5, "k": 0.5, "v": 0.5, "up": 0.5, "down": 3.0}.get(n.split(".")[-2] if "." in n else n, 1.0)
+              for n, _ in model.named_parameters()}  # fmt: skip
+    moving = [dict(params=[p], lr=lr * factor[n]) for n, p in model.named_parameters() if not n.startswith("blocks.0.")]
+    optimizer, tokens = torch.optim.SGD(moving, momentum=momentum), torch.tensor([[g.BOS, *text]])
+    for first in range(0, len(text), CHUNK):
+        end = min(first + CHUNK, len(text))
+        seen = tokens[:, max(0, first + CHUNK - CONTEXT) : end]  # stride and chunk are equal: a window is a chunk
+        for epoch in range(epochs):
+            loss = model(seen, tokens[:, first + 1 : end + 1])
+            if epoch == 0:
+                nats += loss[0].tolist()
+            optimizer.zero_grad()
+            loss.mean().backward()
+            optimizer.step()
+    return np.array(nats)
+
+
+def test_full_adaptation_is_that_of_torchs_own_sgd():
+    text = document(44, period=7)
+    knobs = dict(ttt_params="full", ttt_lr=0.005, ttt_momentum=0.7, ttt_epochs=2, ttt_freeze_blocks=1, ttt_cosine=0)
+    nats = score(documents(text), **knobs, ttt_grad_clip=0.0).by_document[0]
+    np.testing.assert_allclose(nats, plain_full(text, 2, 0.005, 0.7), rtol=0, atol=2e-4)
+
+
+# ---- score before update, and causality, to the last bit --------------------
+
+
+def digest(tensors) -> str:
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in tensors)).hexdigest()
+
+
+def states(docs: g.Documents, monkeypatch, **knobs) -> tuple[list[np.ndarray], list[str]]:
+    """Scores of the first document, alone, and a digest of all that adapts as each chunk is booked."""
+    adapters, model, run, plain = [], random_model(), run_config(**knobs), g.Adapter
+
+    def remembered(*arguments):
+        adapters.append(plain(*arguments))
+        return adapters[-1]
+
+    monkeypatch.setattr(g, "Adapter", remembered)
+    tally = Recorder(docs, lambda: digest([t[:1] for t in adapters[-1].tensors()] if adapters else model.parameters()))
+    made = g.Evaluation(model, docs, run, g.Dist(), print, lambda: 0.0)
+    made.tally = tally
+    made._score_group([0], None if run.batched_ttt else g.StreamLearner(model, run, g.Dist()))
+    monkeypatch.setattr(g, "Adapter", plain)
+    return tally.by_document[0], tally.states
+
+
+@pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw", "full, document"])
+def test_a_chunk_is_scored_with_what_a_replay_that_stops_before_it_has_learnt(name, monkeypatch):
+    text = document(5 * CHUNK, period=7)
+    nats, seen = states(documents(text), monkeypatch, **SYSTEMS[name])
+    assert len(seen) == len(set(seen)) == 5, "every chunk but the last is learnt from"
+    for k in range(5):
+        cut, replayed = states(documents(text[: k * CHUNK + 1]), monkeypatch, **SYSTEMS[name])
+        assert replayed[k] == seen[k], f"chunk {k}"
+
+
+@pytest.mark.parametrize("cut", [2 * CHUNK, 2 * CHUNK + 3, 3 * CHUNK - 1, 4 * CHUNK + 1],
+                         ids=["a chunk's first token", "inside", "its last token", "beyond the context"])  # fmt: skip
+@pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw", "full, document"])
+def test_earlier_scores_are_the_same_to_the_last_bit(name, cut, monkeypatch):
+    """Whether other tokens follow, or the document ends earlier or later."""
+    text, knobs = document(44, period=7), SYSTEMS[name]
+    whole, _ = states(documents(text), monkeypatch, **knobs)
+    other = [(t - 1) % 46 + 2 for t in text[cut:]]
+    for texts in ([text[:cut] + other], [text[:cut]], [text[:cut], other], [text[:cut] + other * 3]):
+        nats, _ = states(documents(*texts), monkeypatch, **knobs)
+        exact = cut if "lora" in name or texts[0][cut:] == other else cut // CHUNK * CHUNK
+        np.testing.assert_array_equal(nats[:exact], whole[:exact])
+        np.testing.assert_allclose(nats[:cut], whole[:cut], rtol=0, atol=1e-6)
+        assert len(nats) == cut or nats[cut] != whole[cut]
+
+
+# ---- knobs ------------------------------------------------------------------
+
+
+def test_entropy_scales_the_rate_in_proportion_outside_the_window():
+    run = run_config(ttt_lr=0.5, ttt_entropy_low=2.0, ttt_entropy_high=4.0)
+    rate = g.chunk_rate(run, 0, torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0]))
+    assert rate.tolist() == pytest.approx([0.0, 0.125, 0.25, 0.5, 0.5, 0.5, 0.25])
+    only_high = run_config(ttt_lr=0.5, ttt_entropy_high=4.0)
+    assert g.chunk_rate(only_high, 0, torch.tensor([0.1, 8.0])).tolist() == pytest.approx([0.5, 0.25])
+    only_low = run_config(ttt_lr=0.5, ttt_entropy_low=2.0)
+    assert g.chunk_rate(only_low, 0, torch.tensor([1.0, 80.0])).tolist() == pytest.approx([0.25, 0.5])
+    assert not g.wants_entropy(run_config()) and g.wants_entropy(only_high) and g.wants_entropy(only_low)
+
+
+@pytest.mark.parametrize("system", [LORA, FULL], ids=["lora", "full"])
+def test_the_rate_of_a_chunk_follows_the_entropy_of_its_own_document(steps, system):
+    low = 3.2  # between the entropies of the first chunks
+    score(MIXED, **system | dict(ttt_entropy_low=low))
+    model, entropies = random_model().requires_grad_(False), []
+    for i in (0, 2, 5):  # longest first; document 1 has one full chunk and another follows
+        text = torch.from_numpy(MIXED.span(i).astype(np.int64))[None, :CHUNK]
+        log_p = model.head.logits(model.hidden(text), model.embed, None).log_softmax(-1)
+        entropies.append(-(log_p.exp() * log_p).sum(-1).mean().item())
+    order = [0, 2, 5] if "ttt_params" not in system else None
+    expected = [system["ttt_lr"] * min(1.0, e / low) for e in entropies]
+    assert min(expected) < system["ttt_lr"]
+    if order:
+        assert steps[0].lr[:3].tolist() == pytest.approx([expected[order.index(i)] for i in (0, 2, 5)], rel=1e-4)
+    else:
+        assert steps[0].lr.item() == pytest.approx(expected[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("least", [0, 1, CHUNK, CHUNK + 1, 3 * CHUNK, 1000])
+@pytest.mark.parametrize("system", [LORA, FULL], ids=["lora", "full"])
+def test_learning_starts_once_enough_tokens_are_scored(static, system, least):
+    tally = score(MIXED, **system | dict(ttt_min_doc_tokens=least))
+    skipped = max(0, -(-least // CHUNK) - 1)  # chunks that end before so many are scored
+    for i, length in enumerate(MIXED.lengths.tolist()):
+        assert tally.updates[i] == max(0, -(-length // CHUNK) - 1 - skipped)
+        first = (skipped + 1) * CHUNK  # the first target that can be scored by something learnt
+        np.testing.assert_allclose(tally.by_document[i][:first], static.by_document[i][:first], rtol=0, atol=2e-5)
+        assert length <= first or abs(tally.by_document[i][first:] - static.by_document[i][first:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("system", [SGD, FULL], ids=["lora", "full"])
+def test_the_rate_falls_by_a_cosine_over_the_epochs_of_every_chunk(steps, system):
+    score(documents(document(3 * CHUNK)), **system | dict(ttt_epochs=4, ttt_cosine=1))
+    cosine = [system["ttt_lr"] * (1 + math.cos(math.pi * e / 4)) / 2 for e in range(4)]
+    assert [s.lr[0].item() for s in steps] == pytest.approx(cosine * 2)
+
+
+@pytest.mark.parametrize("system", [LORA, FULL], ids=["lora", "full"])
+def test_every_epoch_is_a_step_on_fresh_gradients(steps, system):
+    tally = score(documents(document(3 * CHUNK)), **system | dict(ttt_epochs=3))
+    assert len(steps) == tally.updates.sum() == 6  # nothing follows the last chunk
+    assert not any(torch.equal(a, b) for a, b in zip(steps[0].grads, steps[1].grads, strict=True) if a.any())
+
+
+def test_a_large_gradient_is_shortened_document_by_document(steps):
+    clip = 0.4
+    score(MIXED, **SGD | dict(ttt_momentum=0.0, ttt_grad_clip=clip))
+    for s in steps:
+        norms = sum(x.flatten(1).square().sum(1) for x in s.grads).sqrt()
+        moved = sum(x.flatten(1).square().sum(1) for x in s.change).sqrt() / s.lr
+        np.testing.assert_allclose(moved, norms.clamp(max=clip), rtol=1e-3, atol=1e-6)
+    assert any((sum(x.flatten(1).square().sum(1) for x in s.grads).sqrt() > clip).any() for s in steps)
+
+
+def test_newton_schulz_makes_every_documents_update_orthogonal(steps):
+    score(MIXED, **SGD | dict(ttt_lr=1.0, ttt_momentum=0.0, ttt_ns_steps=5))
+    for x, update in zip(steps[0].grads, steps[0].change, strict=True):
+        alive = x.flatten(1).norm(dim=1) > 1e-4
+        for before, after in zip(torch.linalg.svdvals(x[alive]), torch.linalg.svdvals(update[alive]), strict=True):
+            strong = before > 0.02 * before[0]  # the iteration cannot lift what is almost nothing
+            assert ((0.6 < after[strong]) & (after[strong] < 1.4)).all()
+
+
+def changes_of_full(steps, **knobs) -> dict[str, torch.Tensor]:
+    steps.clear()
+    run = FULL | dict(ttt_momentum=0.0, ttt_grad_clip=0.0) | knobs
+    score(documents(document(2 * CHUNK)), **run)
+    names = [n for n, _ in random_model().named_parameters()]
+    frozen = tuple(f"blocks.{i}." for i in range(run["ttt_freeze_blocks"]))
+    return dict(zip((n for n in names if not n.startswith(frozen)), steps[0].change, strict=True)) if frozen else dict(
+        zip(names, steps[0].change, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_frozen_blocks_keep_their_weights_and_all_else_learns(blocks, monkeypatch):
+    model, before = random_model(), dict(random_model().named_parameters())
+    monkeypatch.setattr(g.StreamLearner, "reset", lambda self: None)
+    score(documents(document(3 * CHUNK)), model=model, **FULL | dict(ttt_freeze_blocks=blocks))
+    kept = {n for n, p in model.named_parameters() if p.equal(before[n])}
+    assert kept == {n for n in before if n.startswith(tuple(f"blocks.{i}." for i in range(blocks)))}
+
+
+def test_multipliers_scale_the_rates_of_their_matrices(steps):
+    plain = changes_of_full(steps, ttt_lr_mult_mlp_out=1.0, ttt_lr_mult_in=1.0)
+    scaled = changes_of_full(steps, ttt_lr_mult_mlp_out=3.0, ttt_lr_mult_in=0.5)
+    for name, change in scaled.items():
+        kind = name.split(".")[-2] if name.endswith(".weight") else ""
+        factor = {"down": 3.0, "q": 0.5, "k": 0.5, "v": 0.5, "up": 0.5}.get(kind, 1.0)
+        torch.testing.assert_close(change, factor * plain[name], rtol=1e-3, atol=3e-7)
+
+
+@pytest.mark.parametrize("targets", ["q", "k", "v", "o", "mlp", "head", "q,v", "k,o,head"])
+def test_any_choice_of_targets_adapts_and_helps(static, targets):
+    run = run_config(ttt_lora_targets=targets)
+    adapter = g.Adapter(CONFIG, run, 2, torch.device("cpu"))
+    visits, chosen = len(g.layer_plan(CONFIG, looping=True)), targets.split(",")
+    assert len(adapter.tensors()) == 2 * sum(1 if t == "head" else visits for t in chosen)
+    assert {t for t in g.Deltas._fields if getattr(adapter.visits[0], t) is not None} == set(chosen) - {"head"}
+    tally = score(MIXED, **LORA | dict(ttt_lora_targets=targets, ttt_epochs=2))
+    assert tally.bits_per_byte < static.bits_per_byte - 1e-4
+
+
+# ---- the start of an adapter ------------------------------------------------
+
+
+def test_an_adapter_starts_from_the_seed_alone():
+    torch.manual_seed(1)
+    one = g.Adapter(CONFIG, run_config(), 1, torch.device("cpu")).tensors()
+    torch.manual_seed(2)
+    many = g.Adapter(CONFIG, run_config(), 7, torch.device("cpu")).tensors()
+    other = g.Adapter(CONFIG, run_config(seed=5), 1, torch.device("cpu")).tensors()
+    for a, b in zip(one, many, strict=True):
+        assert b.equal(a.expand_as(b))
+    assert all(down.any() and not up.any() for down, up in zip(one[::2], one[1::2], strict=True))
+    assert not any(a.equal(b) for a, b in zip(one[::2], other[::2], strict=True))
+    for i, a in enumerate(one[::2]):
+        assert not any(a.equal(b) for b in one[2 * i + 2 :: 2]), "every matrix has a start of its own"
+
+
+def test_a_new_adapter_changes_nothing_to_the_last_bit():
+    model, tokens = random_model().requires_grad_(False), torch.tensor([[g.BOS, *document(20)]] * 3)
+    adapter = g.Adapter(CONFIG, run_config(), 3, torch.device("cpu"))
+    plain, adapted = (model(tokens[:, :-1], tokens[:, 1:], None, a) for a in (None, adapter))
+    assert torch.equal(plain, adapted)
+
+
+# ---- who scores what --------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(0, 500), min_size=1, max_size=40), world=st.integers(1, 9), batch=st.integers(1, 9))
+def test_the_plan_has_every_document_once_and_reads_only_lengths(lengths, world, batch):
+    rounds = g.ttt_plan(np.array(lengths), world, batch)
+    assert all(len(groups) == world for groups in rounds)
+    assert all(len(group) <= batch for groups in rounds for group in groups)
+    planned = [i for groups in rounds for group in groups for i in group]
+    assert sorted(planned) == list(range(len(lengths)))
+    assert [lengths[i] for i in planned] == sorted(lengths, reverse=True), "longest first, alike side by side"
+    assert rounds == g.ttt_plan(np.array(lengths), world, batch)
+
+
+@given(lengths=st.lists(st.integers(0, 500), min_size=1, max_size=40), chunk=st.integers(1, 200))
+def test_a_stream_is_cut_into_equal_chunks_that_hold_every_target_once(lengths, chunk):
+    docs = documents(*([2] * n for n in lengths))
+    chunks = list(g.stream_chunks(docs, range(len(docs)), chunk))
+    sizes = [sum(end - begin for _, begin, end in pieces) for pieces in chunks]
+    assert all(size == chunk for size in sizes[:-1]) and all(0 < size <= chunk for size in sizes)
+    held = [(i, t) for pieces in chunks for i, begin, end in pieces for t in range(begin, end)]
+    assert held == [(i, t) for i, n in enumerate(docs.lengths) for t in range(n)]
+
+
+# ---- the deadline -----------------------------------------------------------
+
+
+def clock(calls: int):
+    """Time stands still for so many questions, then all is over."""
+    asked = iter([0.0] * calls)
+    return lambda: next(asked, 1e9)
+
+
+@pytest.mark.parametrize("name", ["lora, adamw", "full, document"])
+def test_documents_that_have_not_begun_in_time_are_scored_as_they_are(static, name):
+    knobs, seen = SYSTEMS[name] | dict(eval_seconds=10.0), set()
+    if "lora" in name:
+        knobs = knobs | dict(ttt_batch_docs=1)
+    adapted = score(MIXED, **SYSTEMS[name])
+    for calls in (0, 5, 9, 10_000):
+        late = evaluation(MIXED, seconds=clock(calls), **knobs)
+        tally = late.score()  # refuses a target that is missing or twice
+        seen.add(late.degraded)
+        for place, i in enumerate(np.argsort(-MIXED.lengths, kind="stable")):
+            reference = adapted if place < len(MIXED) - late.degraded else static
+            np.testing.assert_allclose(tally.by_document[i], reference.by_document[i], rtol=0, atol=1e-4)
+            assert tally.updates[i] == (adapted.updates[i] if reference is adapted else 0)
+        assert bool(late.said) == (late.degraded > 0)
+    assert {0, len(MIXED)} < seen, "none, all, and something between"
+
+
+def test_a_stream_that_runs_out_of_time_goes_on_scoring(static):
+    late = evaluation(MIXED, seconds=clock(0), eval_seconds=10.0, **SYSTEMS["full, stream"])
+    np.testing.assert_allclose(late.score().nats, static.nats, rtol=1e-5)
+    assert late.degraded == len(MIXED)
+    later = evaluation(MIXED, seconds=clock(9), eval_seconds=10.0, **SYSTEMS["full, stream"])
+    assert 0 < later.score().updates.sum() and 0 < later.degraded < len(MIXED)
+
+
+def test_the_time_left_reserves_the_score_of_the_rest():
+    """At 100 tokens a second, 12 seconds are too few for 61 + 9 + 40 + ... tokens, each at twice its price."""
+    made = evaluation(MIXED, eval_seconds=1.0, **LORA)
+    made.static_rate = 100.0
+    made.score()
+    assert made.degraded == len(MIXED)
+    made = evaluation(MIXED, eval_seconds=1000.0, **LORA)
+    made.static_rate = 100.0
+    made.score()
+    assert made.degraded == 0
+
+
+# ---- two ranks --------------------------------------------------------------
+
+RANKED = {name: SYSTEMS[name] for name in ("lora, adamw", "full, document", "lora, stream", "full, stream")}
+RANKED |= {"static": dict(ttt_enabled=0), "small batches": LORA | dict(ttt_batch_docs=2)}
+
+
+def everything(dist: g.Dist) -> dict:
+    """What one rank finds: bits, updates and degraded documents of every system, with time and without."""
+    found = {}
+    for name, knobs in RANKED.items():
+        made = evaluation(MIXED, dist, **knobs)
+        tally = made.score()
+        found[name] = [bits(tally).tolist(), tally.updates.tolist(), made.degraded]
+    for name in ("small batches", "full, document", "full, stream"):  # the ranks' clocks differ
+        made = evaluation(MIXED, dist, seconds=clock(7 + 4 * dist.rank), **RANKED[name] | dict(eval_seconds=10.0))
+        made.score()
+        found[f"{name}, late"] = made.degraded
+    found["start"] = digest(g.Adapter(CONFIG, run_config(), 3 + dist.rank, torch.device("cpu")).tensors()[0][:1])
+    return found
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    found = everything(g.Dist(rank, 2))
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(found, file)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_find_what_one_finds(tmp_path):
+    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second, "the ranks agree on everything"
+    alone = everything(g.Dist())
+    assert first["start"] == alone["start"]
+    for name in RANKED:
+        np.testing.assert_allclose(first[name][0], alone[name][0], rtol=0, atol=1e-6, err_msg=name)
+        assert first[name][1:] == alone[name][1:], name
+    assert all(0 < first[f"{name}, late"] < len(MIXED) for name in ("small batches", "full, document", "full, stream"))
