@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import struct
@@ -64,12 +65,11 @@ class DataError(UserError):
 # -----------------------------------------------------------------------------
 # Config: every knob once, with its default, its unit and a line of doc. Nothing else reads the environment.
 
-
 def knob(default: Any, doc: str, *, group: str = "", unit: str = "", low: float | None = None,
-         high: float | None = None, full: Any = None, only: tuple[str, str] | None = None) -> Any:
-    """A field of a config. `full` is the default under TTT_PARAMS=full where it differs; `only` names the knob and the
-    value without which this one has no effect, so that setting it then is refused. `group` opens a group of --help."""
-    meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, full=full, only=only)
+         high: float | None = None, full: Any = None, only: Mapping[str, str] | None = None) -> Any:
+    """A field of a config. `full` is the default under TTT_PARAMS=full where it differs; `only` names the knobs and
+    values without which this one has no effect, so that setting it then is refused. `group` opens a group of --help."""
+    meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, full=full, only=only or {})
     return field(default=default if full is None else None, metadata=meta)
 
 
@@ -77,11 +77,11 @@ def knob(default: Any, doc: str, *, group: str = "", unit: str = "", low: float 
 class ModelConfig:
     """What the artifact carries to rebuild the network that it holds. A width, count or scale of 0 turns a part off."""
     vocab_size: int = knob(8192, "pieces of the tokenizer", group="Model", unit="tokens", low=4, high=65536)
-    num_layers: int = knob(11, "distinct blocks", low=1)
-    model_dim: int = knob(512, "width of the residual stream", low=8)
+    num_layers: int = knob(11, "distinct blocks", low=1, high=1024)
+    model_dim: int = knob(512, "width of the residual stream", low=8, high=16384)
     num_heads: int = knob(8, "query heads", low=1)
     num_kv_heads: int = knob(4, "key/value heads, each shared by a group of query heads", low=1)
-    mlp_mult: int = knob(4, "hidden width of the MLP", unit="x MODEL_DIM", low=1)
+    mlp_mult: int = knob(4, "hidden width of the MLP", unit="x MODEL_DIM", low=1, high=64)
     mlp_leaky_slope: float = knob(0.5, "the activation is LeakyReLU(slope), squared; 0 = ReLU squared", low=0, high=1)
     rope_dims: int = knob(16, "dimensions of a head that are rotated by position, 0 = none", low=0)
     rope_base: float = knob(10000.0, "wavelength base of the rotation", low=1)
@@ -94,7 +94,7 @@ class ModelConfig:
     logit_softcap: float = knob(30.0, "logits are squashed into +-cap by tanh, 0 = not", low=0)
     unet_skips: int = knob(8, "most skip connections from the first half of the visits to the second, 0 = none", low=0)
     parallel_start_layer: int = knob(8, "first block with separate lanes for attention and MLP, 0 = none", low=0)
-    num_loops: int = knob(2, "further runs of the blocks LOOP_START..LOOP_END, 0 = none", low=0)
+    num_loops: int = knob(2, "further runs of the blocks LOOP_START..LOOP_END, 0 = none", low=0, high=64)
     loop_start: int = knob(3, "first block of the loop", low=0)
     loop_end: int = knob(5, "last block of the loop", low=0)
 
@@ -120,8 +120,8 @@ class ModelConfig:
         return self.head_dim * self.num_kv_heads
 
 
-LORA, FULL = ("ttt_params", "lora"), ("ttt_params", "full")
-SGD, ADAMW = ("ttt_optimizer", "sgd"), ("ttt_optimizer", "adamw")
+LORA, FULL = {"ttt_params": "lora"}, {"ttt_params": "full"}
+SGD, ADAMW = {"ttt_optimizer": "sgd"}, {"ttt_optimizer": "adamw"}
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class RunConfig:
     ttt_entropy_low: float = knob(0.0, "predictive entropy under which the rate is scaled down", unit="nats", low=0)
     ttt_entropy_high: float = knob(0.0, "entropy over which the rate is scaled down, 0 = no limit", unit="nats", low=0)
     ttt_min_doc_tokens: int = knob(0, "learning starts once a document has so many scored tokens", unit="tokens", low=0)
-    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=LORA)
+    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=LORA | {"ttt_scope": "document"})
     ttt_lora_rank: int = knob(80, "rank of the corrections", low=1, only=LORA)
     ttt_lora_alpha: float = knob(144.0, "corrections are scaled by alpha / rank", low=0, only=LORA)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "what is corrected: any of q,k,v,o,mlp,head", only=LORA)
@@ -250,9 +250,9 @@ CONFIGS = (ModelConfig, RunConfig)
 OUR_FAMILIES = ("TTT_", "MUON_", "GPTQ_", "QUANT_", "XSA_", "ROPE_", "LOOP_", "SMEAR_", "ATTN_GATE_", "UNET_", "EVAL_")
 
 
-def require(ok: bool, message: str) -> None:
+def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> None:
     if not ok:
-        raise ConfigError(message)
+        raise error(message)
 
 
 def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
@@ -294,19 +294,22 @@ def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfi
     model, run = (kind(**values[kind]) for kind in CONFIGS)
     for name in values[RunConfig]:
         f = by_name[name.upper()][0]
-        require(applies(f, run), f"{name.upper()} has no effect here: it needs "
-                f"{(f.metadata['only'] or ('', ''))[0].upper()}={(f.metadata['only'] or ('', ''))[1]}")
+        require(applies(f, run), f"{name.upper()} has no effect here: it needs {needs(f)}")
     return model, run
 
 
 def applies(f: dataclasses.Field, config: Any) -> bool:
-    only = f.metadata["only"]
-    return only is None or getattr(config, only[0]) == only[1]
+    return all(getattr(config, name) == value for name, value in f.metadata["only"].items())
+
+
+def needs(f: dataclasses.Field) -> str:
+    return " and ".join(f"{name.upper()}={value}" for name, value in f.metadata["only"].items())
 
 
 def settings(*configs: Any) -> str:
     """The configs as lines NAME=value, ready to paste into a shell; knobs without effect are left out."""
-    return "\n".join(f"{f.name.upper()}={getattr(c, f.name)}" for c in configs for f in fields(c) if applies(f, c))
+    lines = ((f.name.upper(), str(getattr(c, f.name))) for c in configs for f in fields(c) if applies(f, c))
+    return "\n".join(f"{name}={shlex.quote(value) if value else ''}" for name, value in lines)
 
 
 def describe_knobs() -> str:
@@ -318,7 +321,7 @@ def describe_knobs() -> str:
             lines.append(f"\n{m['group']}")
         default = str(m["default"]) if m["full"] is None else f"{m['default']} (full: {m['full']})"
         unit = f" [{m['unit']}]" if m["unit"] else ""
-        only = f" (with {m['only'][0].upper()}={m['only'][1]})" if m["only"] else ""
+        only = f" (with {needs(f)})" if m["only"] else ""
         choices = get_args(get_type_hints(ModelConfig if f in fields(ModelConfig) else RunConfig)[f.name])
         which = f" ({' | '.join(choices)})" if choices else ""
         lines.append(f"  {f.name.upper():26} {default or '-':24} {m['doc']}{which}{unit}{only}")
@@ -327,7 +330,6 @@ def describe_knobs() -> str:
 
 # -----------------------------------------------------------------------------
 # Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
-
 
 class Dist:
     """The ranks of a run. Device tensors travel by NCCL on GPUs; small decisions travel by gloo, from host to host, so
@@ -553,11 +555,10 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
         raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; set TOKENIZER_PATH") from None
     except RuntimeError:
         raise DataError(f"{path}: not a SentencePiece model; set TOKENIZER_PATH to one") from None
-    if size != vocab_size:
-        raise DataError(f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE={vocab_size}; set VOCAB_SIZE={size} "
-                        "or another TOKENIZER_PATH")
-    if processor.bos_id() != BOS:
-        raise DataError(f"{path}: the tokenizer's BOS is {processor.bos_id()}, expected {BOS}: use another tokenizer")
+    require(size == vocab_size, f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE={vocab_size}; "
+            f"set VOCAB_SIZE={size} or another TOKENIZER_PATH", DataError)
+    require(processor.bos_id() == BOS, f"{path}: BOS is {processor.bos_id()}, expected {BOS}: use another tokenizer",
+            DataError)
     return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor)
 
 
@@ -613,13 +614,16 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
                             "made with another tokenizer")
     sidecars = [p.with_name(p.name.replace("fineweb_val_", "fineweb_val_bytes_")) for p in paths]
     tokens = np.concatenate(shards)
-    if not any(p.exists() for p in sidecars):
-        return split_documents(tokens, contest_bytes(tokens, piece_bytes(tokenizer.processor)))
-    counts = [read_shard(p) for p in sidecars]
-    for path, shard, count in zip(sidecars, shards, counts, strict=True):
-        if len(shard) != len(count):
-            raise DataError(f"{path}: {len(count)} entries for {len(shard)} tokens; prepare the data again")
-    return split_documents(tokens, np.concatenate(counts).astype(np.int64))
+    if any(p.exists() for p in sidecars):
+        counts = [read_shard(p) for p in sidecars]
+        for path, shard, count in zip(sidecars, shards, counts, strict=True):
+            require(len(shard) == len(count), f"{path}: {len(count)} entries for {len(shard)} tokens; prepare the data "
+                    "again", DataError)
+        docs = split_documents(tokens, np.concatenate(counts).astype(np.int64))
+    else:
+        docs = split_documents(tokens, contest_bytes(tokens, piece_bytes(tokenizer.processor)))
+    require(docs.target_bytes().sum() > 0, f"DATA_PATH={folder}: validation stands for no text at all", DataError)
+    return docs
 
 
 class Segments(NamedTuple):
@@ -673,9 +677,10 @@ class TrainingStream:
         self.rows_per_pass, self.passes = deal_rows(run, dist.world)
         self.worker = ThreadPoolExecutor(1)
         self.next: tuple[int, Future] | None = None
-        if self.total <= run.train_row_tokens:
-            raise DataError(f"DATA_PATH={run.data_path}: {self.total} training tokens are less than one row "
-                            f"(TRAIN_ROW_TOKENS={run.train_row_tokens}); prepare more data or lower TRAIN_ROW_TOKENS")
+        require(BOS in self.shards[0][:1 << 24], f"{self.paths[0]}: no BOS ({BOS}): documents cannot be told apart; "
+                "prepare the data again", DataError)
+        require(self.total > run.train_row_tokens, f"DATA_PATH={run.data_path}: {self.total} training tokens are less "
+                f"than a row, TRAIN_ROW_TOKENS={run.train_row_tokens}: prepare more data or lower it", DataError)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from any position of the endless stream: (count,) uint16."""
@@ -697,9 +702,6 @@ class TrainingStream:
         packed = []
         for i in range(self.passes):
             text = self.read(first + i * rows, rows + 1)
-            if batch == 0 and BOS not in text:
-                raise DataError(f"{self.paths[0]}: no BOS ({BOS}) in the first {len(text)} tokens: documents cannot be "
-                                "told apart; prepare the data again")
             starts = segment_starts(text[:-1], self.run.train_row_tokens, self.run.train_seq_len)
             packed.append(pack_row(text[:-1], text[1:], starts, self.run.train_seq_len, self.dist.device))
         return packed
@@ -711,10 +713,6 @@ class TrainingStream:
         got = self.next[1].result()
         self.next = (number + 1, self.worker.submit(self._load, number + 1))
         return got
-
-    def epoch(self, batch: int) -> float:
-        """How often the data has been read when this many batches are done."""
-        return batch * self.run.train_batch_tokens / self.total
 
 
 def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
@@ -774,7 +772,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # -----------------------------------------------------------------------------
 # Model: one forward pass for training, scoring and adaptation; an adapter adds its corrections where the weights are.
-
 
 class LowRank(NamedTuple):
     """Corrections of one matrix, one per document: x -> scale * up(down(x))."""
@@ -1211,15 +1208,16 @@ def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
     """A container's checked bytes -> (its header, where the tensors begin)."""
     body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     at = len(CONTAINER_MAGIC) + 4
-    if body[:at - 4] != CONTAINER_MAGIC:
-        raise DataError(f"{what}: not a file of this program: it begins with {body[:8]!r}, not {CONTAINER_MAGIC!r}")
+    require(body[:at - 4] == CONTAINER_MAGIC, f"{what}: not a file of this program, it begins with {body[:8]!r}",
+            DataError)
     if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != digest:
         raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
     with believing_nothing(what):
         end = at + struct.unpack("<I", body[at - 4:at])[0]
         header = json.loads(decompress(body[at:end], MAX_HEADER_BYTES))
-        require_data(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
-        require_data(end + sum(entry[3] for entry in header["tensors"]) == len(body), "sizes do not add up")
+        require(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
+        require(isinstance(header["meta"], dict), "meta is not a table")
+        require(end + sum(entry[3] for entry in header["tensors"]) == len(body), "sizes do not add up")
         return header, end
 
 
@@ -1229,7 +1227,7 @@ def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     tensors: dict[str, Tensor] = {}
     with believing_nothing(what):
         for name, kind, shape, size in header["tensors"]:
-            require_data(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
+            require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
             tensors[name] = read_tensor(data[at:at + size], kind, shape, header["zstd"])
             at += size
         return dict(header["meta"]), tensors
@@ -1240,34 +1238,28 @@ def believing_nothing(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is the file's fault."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, struct.error, zstandard.ZstdError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, struct.error, zstandard.ZstdError) as error:
         raise DataError(f"{what}: the contents are not what the format promises ({error})") from error
-
-
-def require_data(ok: bool, message: str) -> None:
-    if not ok:
-        raise DataError(message)
 
 
 def decompress(frame: bytes, most: int) -> bytes:
     size = zstandard.get_frame_parameters(frame).content_size
-    require_data(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
+    require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
 
 
 def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool) -> Tensor:
     dtype = STORED_TYPES[kind]
-    require_data(all(isinstance(n, int) and n >= 0 for n in shape), f"shape {shape}")
+    require(all(isinstance(n, int) and 0 <= n < MAX_TENSOR_BYTES for n in shape), f"shape {shape}")
     expected = math.prod(shape) * dtype.itemsize
-    require_data(expected <= MAX_TENSOR_BYTES, f"shape {shape} is too large")
+    require(expected <= MAX_TENSOR_BYTES, f"shape {shape} is too large")
     raw = decompress(blob, expected) if compressed else blob
-    require_data(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
+    require(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
 
 
 # -----------------------------------------------------------------------------
 # Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
-
 
 def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
     """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
@@ -1365,13 +1357,12 @@ class Trainer:
 
     def load(self, path: str) -> None:
         meta, tensors = unpack(read_file(path), path)
-        if meta.get("kind") != "checkpoint":
-            raise DataError(f"RESUME={path}: a file of kind {meta.get('kind')!r}, expected a checkpoint")
-        for key, value in self.identity.items():
-            if meta.get(key) != value:
-                raise DataError(f"RESUME={path}: its {key} is {meta.get(key)}, this run's is {value}")
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in self.tensors().items()}:
-            raise DataError(f"RESUME={path}: its tensors are not those of this run")
+        kind = meta.get("kind")
+        require(kind == "checkpoint", f"RESUME={path}: a file of kind {kind!r}, expected a checkpoint", DataError)
+        for key, ours in self.identity.items():
+            require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
+        shapes, ours = ({name: t.shape for name, t in ts.items()} for ts in (tensors, self.tensors()))
+        require(shapes == ours, f"RESUME={path}: its tensors are not those of this run", DataError)
         self.put(tensors, meta["step"])
         self.step, self.progress, self.seconds_before = meta["step"], meta["progress"], meta["seconds"]
 
@@ -1434,7 +1425,8 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
             history.append((trainer.step, now, value))
             log(f"step:{trainer.step} loss:{value:.4f} progress:{progress:.3f} loop:{int(looping)} "
                 f"tokens_per_s:{run.train_log_every * run.train_batch_tokens / max(now - logged_at, 1e-9):.0f} "
-                f"epoch:{stream.epoch(trainer.step):.2f} train_s:{now:.1f} eta_s:{now / max(progress, 1e-9) - now:.0f}")
+                f"epoch:{trainer.step * run.train_batch_tokens / stream.total:.2f} train_s:{now:.1f} "
+                f"eta_s:{now / max(progress, 1e-9) - now:.0f}")
             logged_at = now
         if run.val_loss_every and trainer.step % run.val_loss_every == 0:
             with watch.phase("validate"):
@@ -1446,7 +1438,6 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
 
 # -----------------------------------------------------------------------------
 # Quantise: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
-
 
 @torch.no_grad()
 def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> dict[str, Tensor]:
@@ -1557,21 +1548,27 @@ def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: D
     return {name: dist.sum_(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())}
 
 
+def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -> None:
+    """Names, types and shapes must be those that `quantise` stores of this network; takes no memory for it."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+    expected = {name: (torch.float16, shape) for name, shape in shapes.items() if param_role(name) == "scalar"}
+    for name in shapes.keys() - expected.keys():
+        expected |= {name: (torch.int8, shapes[name][::-1]), f"{name}.scale": (torch.float16, shapes[name][:1])}
+    found = {name: (t.dtype, t.shape) for name, t in stored.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise DataError(f"{what}: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
+
+
 @torch.no_grad()
 def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> None:
-    """Fill the model from what `quantise` stored; names, types and shapes must fit exactly."""
-    expected = {name: p.shape for name, p in model.named_parameters()}
-    quantised = {name for name in expected if param_role(name) != "scalar"}
-    if set(stored) != set(expected) | {f"{name}.scale" for name in quantised}:
-        raise DataError(f"{what}: its tensors are not those of the network that its configuration describes")
+    """Fill the model with what `quantise` stored."""
+    check_stored(model.config, stored, what)
     for name, p in model.named_parameters():
-        value = stored[name].mT if name in quantised else stored[name]
-        if value.shape != p.shape or (value.dtype == torch.int8) != (name in quantised):
-            raise DataError(f"{what}: {name} is {value.dtype} {tuple(value.shape)}, expected {tuple(p.shape)}")
-        value = value.to(p.device).float()
-        p.copy_(value * stored[f"{name}.scale"].to(p.device).float()[:, None] if name in quantised else value)
-        if not p.isfinite().all():
-            raise DataError(f"{what}: {name} holds values that are not finite")
+        scale = stored.get(f"{name}.scale")
+        p.copy_(stored[name] if scale is None else (stored[name].mT.float() * scale.float()[:, None]))
+        require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
 
 
 def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, watch: Stopwatch,
@@ -1606,7 +1603,6 @@ def code() -> bytes:
 
 # -----------------------------------------------------------------------------
 # Score: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
-
 
 class Tally:
     """Nats, scored targets and adaptation steps of every document."""
@@ -1707,8 +1703,6 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
 # -----------------------------------------------------------------------------
 # Test-time training: a chunk is scored, then learnt from. What adapts starts anew at every document, or in a stream.
 
-TTT_ADAM_EPS = 1e-10
-
 
 class Adapter:
     """The corrections of B documents: one set for every visit of the trunk, and one for the head. Their start is drawn
@@ -1774,7 +1768,7 @@ class AdaptRule:
             factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
             grads = [g * per_document(factor, g) for g in grads]
         if run.ttt_optimizer == "adamw":
-            rule = AdamRule(run.ttt_beta1, run.ttt_beta2, TTT_ADAM_EPS)
+            rule = AdamRule(run.ttt_beta1, run.ttt_beta2, eps=1e-10)
             directions = adam_directions(grads, self.first, self.second, self.steps_done, rule)
         else:
             torch._foreach_mul_(self.first, run.ttt_momentum)
@@ -2084,7 +2078,6 @@ class Evaluation:
 # -----------------------------------------------------------------------------
 # main: check, train, quantise, pack, read back from the disk, score.
 
-
 class Plan(NamedTuple):
     """What is known before anything is paid for."""
     model: ModelConfig
@@ -2133,8 +2126,7 @@ def check_setup(plan: Plan, log: Log) -> None:
     model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
     free = shutil.disk_usage(".").free
     need = 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
-    if free < need:
-        raise UserError(f"{free >> 20} MiB are free on this disk, {need >> 20} MiB are needed: free some space")
+    require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some space", UserError)
     log(f"devices: {dist.world} x {device_name(dist.device)}, {memory_bytes(dist.device) / 2**30:.0f} GiB each")
     log(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
     if plan.stream is None:
@@ -2169,21 +2161,30 @@ def versions() -> str:
             f"sentencepiece:{sentencepiece.__version__} zstandard:{zstandard.__version__}")
 
 
+def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
+    """The network's configuration that an artifact carries, checked like the environment's."""
+    require(meta.get("kind") == "artifact", f"{what}: of kind {meta.get('kind')!r}, expected an artifact", DataError)
+    values, hints = meta.get("model"), get_type_hints(ModelConfig)
+    try:
+        require(isinstance(values, dict) and values.keys() == hints.keys(), "other knobs than this program's")
+        for f in fields(ModelConfig):
+            require(type(values[f.name]) in {int, hints[f.name]}, f"{f.name} is {values[f.name]!r}")
+            parse_knob(f.name.upper(), str(values[f.name]), hints[f.name], f.metadata)
+        return ModelConfig(**values)
+    except ConfigError as error:
+        raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
+
+
 def load_artifact(path: Path, plan: Plan) -> GPT:
     """The model that a file holds, built from that file alone."""
     meta, stored = unpack(read_file(path), str(path))
-    if meta.get("kind") != "artifact":
-        raise DataError(f"{path}: a file of kind {meta.get('kind')!r}, expected an artifact")
-    try:
-        config = ModelConfig(**meta["model"])
-    except (TypeError, ConfigError) as error:
-        raise DataError(f"{path}: its configuration is not one of ours: {error}") from error
-    if meta["tokenizer"] != plan.tokenizer.sha256:
-        raise DataError(f"{path}: made for another tokenizer (sha256 {meta['tokenizer'][:12]}…) than "
-                        f"{plan.tokenizer.path} ({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH")
-    model = GPT(config)
+    config, tokenizer = stored_config(meta, str(path)), str(meta.get("tokenizer"))
+    require(tokenizer == plan.tokenizer.sha256, f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
+            f"{plan.tokenizer.path} ({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH", DataError)
+    check_stored(config, stored, str(path))
+    model = GPT(config).to(plan.dist.device)
     restore(model, stored, str(path))
-    return model.to(plan.dist.device)
+    return model
 
 
 def static_bpb(model: GPT, plan: Plan, looping: bool = True) -> float:
@@ -2228,7 +2229,6 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
     with watch.phase("train"):
         history = train(trainer, stream, log, watch, reserve,
                         lambda: static_bpb(model, plan, trainer.looping(trainer.progress)), path.with_suffix(".ckpt"))
-    log(f"trained {trainer.step} steps, {trainer.step * run.train_batch_tokens} tokens")
     with watch.phase("validate"):
         last_bpb = static_bpb(model, plan)
     with trainer.average.applied():
@@ -2243,9 +2243,9 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         if dist.main:
             write_atomically(path, [blob])
         dist.barrier()
-    return {"steps": trainer.step, "train_tokens": trainer.step * run.train_batch_tokens,
-            "epochs": stream.epoch(trainer.step), "last_bpb": last_bpb, "prequant_bpb": prequant_bpb,
-            "history": history, "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK)}
+    tokens, seconds = trainer.step * run.train_batch_tokens, trainer.seconds_before + watch.total(*TRAINING_CLOCK)
+    return {"steps": trainer.step, "train_tokens": tokens, "epochs": tokens / stream.total, "last_bpb": last_bpb,
+            "prequant_bpb": prequant_bpb, "history": history, "train_seconds": seconds}
 
 
 def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
@@ -2296,8 +2296,8 @@ def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> No
 def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
     """Open and check all that the run will read."""
     if run.artifact:  # its own configuration counts, whatever the environment says of the model
-        meta, _ = unpack(read_file(run.artifact), run.artifact)
-        model = dataclasses.replace(model, vocab_size=int(meta.get("model", {}).get("vocab_size", model.vocab_size)))
+        header, _ = read_header(read_file(run.artifact), run.artifact)
+        model = stored_config(header["meta"], run.artifact)
     tokenizer = load_tokenizer(run, model.vocab_size)
     validation = load_validation(run.data_path, model.vocab_size, tokenizer)
     stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)

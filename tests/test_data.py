@@ -316,7 +316,7 @@ def test_batches_are_the_contiguous_stream_whatever_the_number_of_ranks(tiny_dat
         at = np.arange(number * 256, (number + 1) * 256)
         inputs, targets = whole_batch(ranks, number)
         assert (inputs == stream[at % 1500]).all() and (targets == stream[(at + 1) % 1500]).all()
-    assert ranks[0].total == 1500 and ranks[0].epoch(6) == pytest.approx(6 * 256 / 1500)
+    assert ranks[0].total == 1500
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

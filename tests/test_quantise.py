@@ -1,4 +1,4 @@
-"""From weights to integers and back: GPTQ against a plain twin, ranges fitted to bytes, calibration on alltext."""
+"""From weights to integers and back: GPTQ against a plain twin, ranges fitted to bytes, calibration on all text."""
 
 import math
 

