@@ -920,12 +920,12 @@ class Input(nn.Module):
         self.smear = nn.Parameter(torch.zeros(c.smear_width)) if c.smear_width else None
         self.smear_gain = nn.Parameter(torch.zeros(1)) if c.smear_width else None
 
-    def forward(self, tokens: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T), (V, D) -> (B, T, D)"""
+    def forward(self, tokens: Tensor, positions: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T), place of every token in its segment (T,), (V, D) -> (B, T, D)"""
         e = F.embedding(tokens, embedding)
         if self.smear is not None:
             gate = self.smear_gain * (e[..., :self.width] @ self.smear).sigmoid()
-            gate = gate * (tokens != BOS)  # a document never sees the end of the one before it
+            gate = gate * ((tokens != BOS) & (positions > 0))  # nothing passes into a document, nor into a segment
             e = torch.cat([e[:, :1], e[:, 1:] + gate[:, 1:, None] * e[:, :-1]], 1)
         return norm(e).to(dtype)
 
@@ -990,7 +990,7 @@ class GPT(nn.Module):
         attention restarts at every segment, without them every row is one document or the end of one."""
         positions = torch.arange(tokens.size(1), device=tokens.device) if segments is None else segments.positions
         rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
-        x0 = self.input(tokens, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
+        x0 = self.input(tokens, positions, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
         a, m = x0.clone(), None  # m: the second lane, once there is one; a clone, lest a visit sees one tensor twice
         saved: list[Tensor] = []
         for i, visit in enumerate(layer_plan(self.config, looping)):

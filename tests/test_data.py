@@ -307,10 +307,11 @@ def whole_batch(streams: list[TrainingStream], number: int) -> tuple[np.ndarray,
     return tuple(torch.cat([part[i][0] for part in parts]).numpy() for i in (0, 1))
 
 
+@pytest.mark.parametrize("micro_batch_tokens", [64, 128])
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_batches_are_the_contiguous_stream_whatever_the_number_of_ranks(tiny_data, tiny_run, world):
+def test_batches_are_the_contiguous_stream_whatever_the_ranks(tiny_data, tiny_run, world, micro_batch_tokens):
     """1,500 tokens in batches of 256: batch 1 crosses a shard's edge, batches 5 and 11 the end of an epoch."""
-    run, stream = tiny_run(), training_tokens(tiny_data)
+    run, stream = tiny_run(micro_batch_tokens=micro_batch_tokens), training_tokens(tiny_data)
     ranks = [TrainingStream(run, VOCAB, Dist(rank, world)) for rank in range(world)]
     for number in range(13):
         at = np.arange(number * 256, (number + 1) * 256)
