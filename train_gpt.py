@@ -660,8 +660,7 @@ def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, longes
     if device.type == "cuda":
         parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
         torch._dynamo.mark_dynamic(parts[2], 0)  # the number of segments differs in every batch: never recompile for it
-    x, y, bounds_t, positions_t = parts
-    return Packed(x[None], y[None], Segments(bounds_t, positions_t, longest))
+    return Packed(parts[0][None], parts[1][None], Segments(parts[2], parts[3], longest))
 
 
 class TrainingStream:
@@ -981,8 +980,8 @@ class GPT(nn.Module):
         lanes_from = c.parallel_start_layer or c.num_layers
         self.blocks = nn.ModuleList((LaneBlock if i >= lanes_from else Block)(c, i) for i in range(c.num_layers))
         pairs = sum(v.saves for v in layer_plan(c, looping=True))
-        self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim))
-        self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim))
+        self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim)) if pairs else None
+        self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
 
     def hidden(self, tokens: Tensor, segments: Segments | None = None, adapter: Adapter | None = None,
                looping: bool = True) -> Tensor:
@@ -1126,8 +1125,9 @@ class MuonAdam:
             shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
         flat = self.dist.sum_(torch.cat([p.grad.flatten() for p in self.dense]))
         dense = [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in self.dense]), self.dense, strict=True)]
-        square = self.dist.sum_(sum(g.square().sum() for g in shares)) + flat.square().sum()
-        return shares, dense, square.sqrt()
+        each = [self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[:len(ps)]  # matrix by matrix,
+                for g, ps in zip(shares, self.stacks, strict=True)]  # so that the sum's order knows no ranks
+        return shares, dense, torch.cat([*each, flat.norm()[None]]).norm()
 
     @torch.no_grad()
     def step(self, lr_scale: float, mu: float) -> Tensor:
@@ -1407,7 +1407,7 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
         (seconds,) = dist.agree(trainer.seconds_before + watch.total(*TRAINING_CLOCK))
         progress = progress_at(run, trainer.step, seconds, reserve)
         if trainer.step:
-            trainer.average.update(progress - trainer.progress)
+            trainer.average.update(max(0.0, progress - trainer.progress))  # a resumed run may have a larger budget
         trainer.progress = progress
         if run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds:
             trainer.save(checkpoint, seconds)
@@ -1579,10 +1579,10 @@ def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, di
     weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
     scalars = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
     limit = run.artifact_bytes - len(code())
-    ratio, size = 1.025, 0  # real bytes per byte of entropy: zstd's Huffman codes and GPTQ's wider integers
+    budget, size = (limit * 0.999 - scalars) / 1.025, 0  # 1.025: zstd's Huffman codes, and GPTQ's wider integers
     for attempt in (1, 2):
         with watch.phase("quantise"):
-            widen = fit_ranges(weights, run, (limit * 0.999 - scalars) / ratio)
+            widen = fit_ranges(weights, run, budget)
             stored = quantise(model, hessians, run, dist, widen)
         with watch.phase("pack"):
             blob = pack(meta, stored, level=22) if dist.main else b""
@@ -1591,7 +1591,7 @@ def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, di
         log(f"pack {attempt}: ranges x{widen:.4f}, {size} bytes, entropy of rounded weights {estimate:.0f} bytes")
         if size <= limit:
             return blob
-        ratio = (size - scalars) / estimate * 1.0005
+        budget = (limit - (size - estimate)) * 0.998 - 500  # what was not entropy stays, for all we know
     raise UserError(f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
                     f"ARTIFACT_BYTES={run.artifact_bytes}: raise *_CLIP_SIGMAS, lower *_BITS or use a smaller model")
 

@@ -493,6 +493,31 @@ def test_the_time_left_reserves_the_score_of_the_rest():
 
 # ---- two ranks --------------------------------------------------------------
 
+
+class Part(g.Dist):
+    """One of two ranks, alone: nothing is added up."""
+
+    def sum_(self, x):
+        return x
+
+    def largest(self, value):
+        return value
+
+
+@pytest.mark.parametrize("name", ["lora, adamw", "full, document"])
+def test_the_shares_of_two_ranks_are_the_whole(name):
+    shares = []
+    for rank in range(2):
+        made = evaluation(MIXED, Part(rank, 2), **SYSTEMS[name])
+        with pytest.raises(AssertionError, match="not once each"):
+            made.score()
+        shares.append(made.tally)
+    assert all(0 < share.counted.sum() < len(MIXED.tokens) - 1 for share in shares)
+    assert (sum(share.counted for share in shares) == MIXED.lengths).all()
+    assert (sum(share.updates for share in shares) == of_mixed(name).updates).all()
+    np.testing.assert_allclose(sum(bits(share) for share in shares), bits(of_mixed(name)), rtol=0, atol=1e-6)
+
+
 RANKED = {name: SYSTEMS[name] for name in ("full, document", "lora, stream", "full, stream")}
 RANKED |= {"static": dict(ttt_enabled=0), "lora": LORA | dict(ttt_batch_docs=2)}
 
@@ -521,6 +546,7 @@ def one_rank(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path):
     torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
