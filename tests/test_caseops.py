@@ -10,28 +10,32 @@ from hypothesis import strategies as st
 from data.prepare import caseops_bytes, decode_caseops, encode_caseops, utf8_sizes
 
 T, A, C, E = TITLE, ALLCAPS, CAPNEXT, ESCAPE = "\ue001\ue002\ue003\ue004"
-TEXT = st.text(st.one_of(st.sampled_from(f"aAbBzZ {T}{A}{C}{E}\u2581éÉ0_'\n\0"),
-                         st.characters(exclude_categories=["Cs"])))
+TEXT = st.text(
+    st.one_of(st.sampled_from(f"aAbBzZ {T}{A}{C}{E}\u2581éÉ0_'\n\0"), st.characters(exclude_categories=["Cs"]))
+)
 
 
-@pytest.mark.parametrize("text, encoded", [
-    ("", ""),
-    ("word", "word"),
-    ("Word", f"{T}word"),
-    ("WORD", f"{A}word"),
-    ("A", f"{T}a"),
-    ("AB", f"{A}ab"),
-    ("iPhone", f"i{C}phone"),
-    ("McDonald", f"{T}mc{C}donald"),
-    ("ABc", f"{T}a{C}bc"),
-    ("aBC", f"a{C}b{C}c"),
-    ("U.S.A.", f"{T}u.{T}s.{T}a."),
-    ("X1Y", f"{T}x1{T}y"),
-    ("Élan ÉLAN", f"É{'lan'} É{A}lan"),
-    ("naïveTest", f"naïve{C}test"),
-    (f"a{T}B", f"a{E}{T}{T}b"),
-    (f"{E}{E}", f"{E}{E}{E}{E}"),
-])
+@pytest.mark.parametrize(
+    "text, encoded",
+    [
+        ("", ""),
+        ("word", "word"),
+        ("Word", f"{T}word"),
+        ("WORD", f"{A}word"),
+        ("A", f"{T}a"),
+        ("AB", f"{A}ab"),
+        ("iPhone", f"i{C}phone"),
+        ("McDonald", f"{T}mc{C}donald"),
+        ("ABc", f"{T}a{C}bc"),
+        ("aBC", f"a{C}b{C}c"),
+        ("U.S.A.", f"{T}u.{T}s.{T}a."),
+        ("X1Y", f"{T}x1{T}y"),
+        ("Élan ÉLAN", f"É{'lan'} É{A}lan"),
+        ("naïveTest", f"naïve{C}test"),
+        (f"a{T}B", f"a{E}{T}{T}b"),
+        (f"{E}{E}", f"{E}{E}{E}{E}"),
+    ],
+)
 def test_spelling(text, encoded):
     assert encode_caseops(text) == encoded
     assert decode_caseops(encoded) == text

@@ -74,8 +74,10 @@ def published(models, tmp_path_factory):  # noqa: F811
     """Folders as the contest publishes them: plain, lossy, without side-car; and CaseOps with one. Training documents
     straddle shards."""
     root = tmp_path_factory.mktemp("published")
-    for kind, dataset, repo in (("lossy", "fineweb10B_sp400", prepare.PLAIN_REPOSITORY),
-                                ("caseops", CASEOPS, prepare.REPOSITORIES["caseops"])):
+    for kind, dataset, repo in (
+        ("lossy", "fineweb10B_sp400", prepare.PLAIN_REPOSITORY),
+        ("caseops", CASEOPS, prepare.REPOSITORIES["caseops"]),
+    ):
         folder = root / HUB_ROOT.format(repo=repo)
         shards = folder / "datasets" / dataset
         for path in (shards, folder / "tokenizers"):
@@ -92,10 +94,20 @@ def published(models, tmp_path_factory):  # noqa: F811
         for i, tokens in enumerate(np.array_split(train, 3)):
             prepare.write_shard(shards / f"fineweb_train_{i:06d}.bin", [tokens])
         stats = {"files_train": 3, "files_val": 2}
-        (folder / "manifest.json").write_text(json.dumps({
-            "datasets": [{"name": "fineweb10B_byte260", "tokenizer_name": "b", "stats": stats},
-                         {"name": dataset, "tokenizer_name": kind, "stats": stats}],
-            "tokenizers": [{"name": kind, "model_path": f"tokenizers/{kind}.model"}, {"name": "b", "path": "b.json"}]}))
+        (folder / "manifest.json").write_text(
+            json.dumps(
+                {
+                    "datasets": [
+                        {"name": "fineweb10B_byte260", "tokenizer_name": "b", "stats": stats},
+                        {"name": dataset, "tokenizer_name": kind, "stats": stats},
+                    ],
+                    "tokenizers": [
+                        {"name": kind, "model_path": f"tokenizers/{kind}.model"},
+                        {"name": "b", "path": "b.json"},
+                    ],
+                }
+            )
+        )
     return root
 
 
@@ -106,8 +118,9 @@ def contest(hub, published, tmp_path):
 
     def run(*arguments):
         hub.requests.clear()
-        return prepare.main(["contest", "--base-url", hub.url, "--out", str(tmp_path / "out"), "--workers", "1",
-                             *map(str, arguments)])
+        return prepare.main(
+            ["contest", "--base-url", hub.url, "--out", str(tmp_path / "out"), "--workers", "1", *map(str, arguments)]
+        )
 
     run.hub, run.datasets = hub, tmp_path / "out" / "datasets"
     run.remote = hub.root / HUB_ROOT.format(repo=prepare.REPOSITORIES["caseops"]) / "datasets" / CASEOPS
@@ -145,8 +158,12 @@ def test_caseops_shards_arrive_with_their_sidecar(contest):
 def test_plain_shards_are_weighed_by_the_formula(contest, models):  # noqa: F811
     assert contest("--variant", "sp400", "--train-shards", 1) == 0
     folder = contest.datasets / "fineweb10B_sp400"
-    assert names(folder) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin", "fineweb_val_000001.bin",
-                             "manifest.json"]
+    assert names(folder) == [
+        "fineweb_train_000000.bin",
+        "fineweb_val_000000.bin",
+        "fineweb_val_000001.bin",
+        "manifest.json",
+    ]
     facts = json.loads((folder / "manifest.json").read_text())["splits"]["val"]
     encoder = prepare.load_encoder(models["lossy"], False)
     measures = np.array([prepare.encode_document(encoder, t, False)[2] for t in TEXTS[:50]]).sum(0).tolist()
@@ -170,13 +187,16 @@ def test_a_full_disk_is_noticed_before_the_download(contest, monkeypatch, capsys
     assert "no space for " in capsys.readouterr().err and not asked(contest.hub, ".bin")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--train-shards", 4], "--train-shards 4: romeerp/parameter-golf-caseops-v1 has 3 of fineweb10B_sp8192"),
-    (["--variant", "sp1024"], "no fineweb10B_sp1024; it has fineweb10B_byte260, fineweb10B_sp400; choose another"),
-    (["--variant", "byte260"], "does not describe fineweb10B_byte260 and its SentencePiece model"),
-    (["--repo", "some/one"], "HTTP 404 Not Found; see --variant, --repo and --base-url"),
-    (["--caseops"], "--tokenizer and --caseops go with --documents"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--train-shards", 4], "--train-shards 4: romeerp/parameter-golf-caseops-v1 has 3 of fineweb10B_sp8192"),
+        (["--variant", "sp1024"], "no fineweb10B_sp1024; it has fineweb10B_byte260, fineweb10B_sp400; choose another"),
+        (["--variant", "byte260"], "does not describe fineweb10B_byte260 and its SentencePiece model"),
+        (["--repo", "some/one"], "HTTP 404 Not Found; see --variant, --repo and --base-url"),
+        (["--caseops"], "--tokenizer and --caseops go with --documents"),
+    ],
+)
 def test_what_is_not_published_is_refused(contest, capsys, arguments, message):
     assert contest("--train-shards", 1, *arguments) == 2
     error = capsys.readouterr().err
@@ -186,8 +206,13 @@ def test_what_is_not_published_is_refused(contest, capsys, arguments, message):
 
 def test_a_manifest_that_is_none_is_refused(contest, capsys):
     path = contest.remote.parent.parent / "manifest.json"
-    for content in ("<html>", "[]", '{"datasets": 1}', '{"datasets": [{}], "tokenizers": []}',
-                    path.read_text().replace('"files_val": 2', '"files_val": 0')):
+    for content in (
+        "<html>",
+        "[]",
+        '{"datasets": 1}',
+        '{"datasets": [{}], "tokenizers": []}',
+        path.read_text().replace('"files_val": 2', '"files_val": 0'),
+    ):
         path.write_text(content)
         assert contest("--train-shards", 1) == 2
         assert "does not describe" in capsys.readouterr().err
@@ -201,18 +226,22 @@ def change_tokens(position: int, value: int):
         tokens = train_gpt.read_shard(path).copy()
         tokens[position] = value
         prepare.write_shard(path, [tokens])
+
     return change
 
 
-@pytest.mark.parametrize("name, change, message", [
-    ("fineweb_train_000001.bin", change_tokens(7, 420), "its largest token is 420, the vocabulary has 420"),
-    ("fineweb_val_000000.bin", change_tokens(0, 300), "no BOS (1) where a document must begin"),
-    ("fineweb_train_000000.bin", lambda p: prepare.write_shard(p, [np.full(9, 300, np.uint16)]), "no BOS (1)"),
-    ("fineweb_train_000000.bin", lambda p: prepare.write_shard(p, []), "its largest token is 0"),
-    ("fineweb_val_bytes_000001.bin", lambda p: prepare.write_shard(p, [np.zeros(9, np.uint16)]), "9 entries for "),
-    ("fineweb_val_000001.bin", lambda p: p.write_bytes(p.read_bytes()[:-2]), "truncated or damaged"),
-    ("fineweb_train_000002.bin", lambda p: p.write_bytes(b"<html>" * 500), "not a shard"),
-])
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("fineweb_train_000001.bin", change_tokens(7, 420), "its largest token is 420, the vocabulary has 420"),
+        ("fineweb_val_000000.bin", change_tokens(0, 300), "no BOS (1) where a document must begin"),
+        ("fineweb_train_000000.bin", lambda p: prepare.write_shard(p, [np.full(9, 300, np.uint16)]), "no BOS (1)"),
+        ("fineweb_train_000000.bin", lambda p: prepare.write_shard(p, []), "its largest token is 0"),
+        ("fineweb_val_bytes_000001.bin", lambda p: prepare.write_shard(p, [np.zeros(9, np.uint16)]), "9 entries for "),
+        ("fineweb_val_000001.bin", lambda p: p.write_bytes(p.read_bytes()[:-2]), "truncated or damaged"),
+        ("fineweb_train_000002.bin", lambda p: p.write_bytes(b"<html>" * 500), "not a shard"),
+    ],
+)
 def test_a_bad_shard_is_refused_and_fetched_again(contest, capsys, name, change, message):
     good = (contest.remote / name).read_bytes()
     change(contest.remote / name)
@@ -270,6 +299,7 @@ def busy(code: int):
         handler.send_response(code)
         handler.send_header("Retry-After", "0")
         handler.end_headers()
+
     return answer
 
 
@@ -335,6 +365,7 @@ def test_the_digest_that_the_hub_names_is_checked(hub, tmp_path):
             handler.send_header("X-Linked-Etag", f'"{digest}"')
             handler.send_header("Content-Length", "0")
             handler.end_headers()
+
         return answer
 
     hub.faults["large"] = [redirect(hashlib.sha256(b"content").hexdigest()), redirect("0" * 64)]
@@ -373,8 +404,10 @@ def test_documents_are_encoded_with_a_tokenizer_of_ours(contest, documents, caps
     assert "1 documents left out" in output.out and "warning: --val-docs 40: documents up to the 50,000th" in output.err
 
 
-@pytest.mark.parametrize("facts, message", [
-    ({"docs_sha256": "0" * 64}, "has not the published SHA-256 0000"), ({}, "names no docs"), ([], "names no docs")])
+@pytest.mark.parametrize(
+    "facts, message",
+    [({"docs_sha256": "0" * 64}, "has not the published SHA-256 0000"), ({}, "names no docs"), ([], "names no docs")],
+)
 def test_documents_with_another_digest_are_refused(contest, documents, capsys, facts, message):
     (documents / "docs_selected.source_manifest.json").write_text(json.dumps(facts))
     assert contest("--documents") == 2

@@ -28,8 +28,14 @@ from data import prepare
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKERS = "\ue001\ue002\ue003\ue004"
-NASTY = ["  two  spaces, tabs\t\tand lines\n\n\r\n ", "½ ﬁne … Ⅳ ﷺ e\u0301 é 😀\u200b\ufeff",
-         f"a\u2581b {MARKERS} \ue004A\u2581", "<s> </s> <unk> <0x41>\0\x7f", "Mixed iPhone McDonald NASA U.S.A. É", " "]
+NASTY = [
+    "  two  spaces, tabs\t\tand lines\n\n\r\n ",
+    "½ ﬁne … Ⅳ ﷺ e\u0301 é 😀\u200b\ufeff",
+    f"a\u2581b {MARKERS} \ue004A\u2581",
+    "<s> </s> <unk> <0x41>\0\x7f",
+    "Mixed iPhone McDonald NASA U.S.A. É",
+    " ",
+]
 
 
 def sentences(count: int, seed: int) -> list[str]:
@@ -58,11 +64,25 @@ def models(tmp_path_factory) -> dict[str, bytes]:
     part = prepare.Part(str(write_lines(folder / "text.jsonl", TEXTS)))
     lossy = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=lossy, model_type="bpe", vocab_size=400, byte_fallback=True,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
-        minloglevel=3)
-    return {"caseops": prepare.train_tokenizer([part], 420, True), "plain": prepare.train_tokenizer([part], 400, False),
-            "lossy": lossy.getvalue(), "part": part}
+        sentence_iterator=iter(TEXTS),
+        model_writer=lossy,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        minloglevel=3,
+    )
+    return {
+        "caseops": prepare.train_tokenizer([part], 420, True),
+        "plain": prepare.train_tokenizer([part], 400, False),
+        "lossy": lossy.getvalue(),
+        "part": part,
+    }
 
 
 def run(*arguments: object) -> int:
@@ -99,7 +119,7 @@ def recounted(encoder: prepare.Encoder, tokens: list[int]) -> list[int]:
         stream += [(b, i) for b in (bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("\u2581", " ").encode())]
     counts, escaped, at = [0] * len(tokens), False, 0
     for character in bytes(b for b, _ in stream).decode():
-        for _, token in stream[at:at + len(character.encode())]:
+        for _, token in stream[at : at + len(character.encode())]:
             counts[token] += not encoder.caseops or character not in MARKERS or escaped
         at += len(character.encode())
         escaped = encoder.caseops and character == MARKERS[3] and not escaped
@@ -112,7 +132,7 @@ def test_exact_tokenizers_keep_every_character(models, kind):
     assert encoder.exact
     every = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     for i in range(0, len(every), 50_000):
-        prepare.encode_document(encoder, "".join(every[i:i + 50_000]), False)  # raises where a character is lost
+        prepare.encode_document(encoder, "".join(every[i : i + 50_000]), False)  # raises where a character is lost
     some = "".join(every[:0x400] + every[0x400::97])
     tokens, sidecar, measures = prepare.encode_document(encoder, some, True)
     assert measures[:3] == [len(some.encode())] * 3
@@ -129,10 +149,14 @@ def test_sidecar_of_exact_tokenizers(models, kind, text):
     assert sidecar.sum() == len(text.encode()) == measures[0]
 
 
-@given(text=st.text(st.one_of(st.sampled_from("ab AB\n\u2581½ﬁ " + MARKERS), st.characters(exclude_categories=["Cs"])),
-                    min_size=1))
-@pytest.mark.parametrize("kind, caseops", [("caseops", True), ("plain", False), ("plain", True), ("lossy", False),
-                                           ("lossy", True)])
+@given(
+    text=st.text(
+        st.one_of(st.sampled_from("ab AB\n\u2581½ﬁ " + MARKERS), st.characters(exclude_categories=["Cs"])), min_size=1
+    )
+)
+@pytest.mark.parametrize(
+    "kind, caseops", [("caseops", True), ("plain", False), ("plain", True), ("lossy", False), ("lossy", True)]
+)
 def test_sidecar_adds_up_for_any_text(models, kind, caseops, text):
     encoder = prepare.load_encoder(models[kind], caseops)
     tokens, sidecar, measures = prepare.encode_document(encoder, text, True)
@@ -189,12 +213,18 @@ def test_hostile_models_are_refused(models, tmp_path):
     trained = []
     for options in ({"vocab_size": 100}, {"vocab_size": 400, "byte_fallback": True, "bos_id": 2, "eos_id": 1}):
         model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe",
-                                                 minloglevel=3, **options)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe", minloglevel=3, **options
+        )
         trained.append(model.getvalue())
-    cases = [(b"", "not a SentencePiece model"), (b"junk" * 100, "not a SentencePiece model"),
-             (models["plain"][:-5], "not a SentencePiece model"), (trained[0], "byte_fallback=true"),
-             (trained[1], "its BOS is 2, expected 1"), (more_pieces(models["plain"], 1 << 16), "at most 65,536")]
+    cases = [
+        (b"", "not a SentencePiece model"),
+        (b"junk" * 100, "not a SentencePiece model"),
+        (models["plain"][:-5], "not a SentencePiece model"),
+        (trained[0], "byte_fallback=true"),
+        (trained[1], "its BOS is 2, expected 1"),
+        (more_pieces(models["plain"], 1 << 16), "at most 65,536"),
+    ]
     for model, message in cases:
         with pytest.raises(train_gpt.DataError, match=message):
             prepare.load_encoder(model, False, "given.model")
@@ -228,7 +258,7 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path, capsys):
 
 def pack(kind: str, content: bytes) -> bytes:
     """Two members one after another, as parallel packers write them."""
-    halves = content[:len(content) // 2], content[len(content) // 2:]
+    halves = content[: len(content) // 2], content[len(content) // 2 :]
     packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.ZstdCompressor().compress}
     return b"".join(map(packers[kind], halves)) if kind in packers else content
 
@@ -248,7 +278,11 @@ def test_text_comes_back_from_shards(tmp_path, suffix, caseops):
     for split, texts in (("train", TEXTS[60:]), ("val", validation)):
         facts, size = manifest["splits"][split], sum(len(t.encode()) for t in texts)
         assert (facts["documents"], facts["original_bytes"], facts["decoded_bytes"], facts["smaller_bytes"]) == (
-            len(texts), size, size, size)
+            len(texts),
+            size,
+            size,
+            size,
+        )
         assert facts["tokens"] == sum(s["tokens"] for s in facts["shards"])
         assert len(facts["shards"]) > 2 and all(s["tokens"] <= 2000 for s in facts["shards"])
         for entry in facts["shards"] + facts["sidecars"]:
@@ -284,8 +318,13 @@ def test_a_lossy_tokenizer_is_weighed_and_reported(models, tmp_path, capsys):
     assert val_facts["contest_bytes"] == val_facts["decoded_bytes"]  # here: no document begins with a space
     excess = val_facts["contest_bytes"] - val_facts["smaller_bytes"]
     assert f"{excess:,} more than the smaller of original and decoded text" in capsys.readouterr().out
-    assert facts["tokenizer"] | {"path": ""} == {"path": "", "sha256": prepare.file_sha256(model), "vocab_size": 400,
-                                                 "exact": False, "transform": "none"}
+    assert facts["tokenizer"] | {"path": ""} == {
+        "path": "",
+        "sha256": prepare.file_sha256(model),
+        "vocab_size": 400,
+        "exact": False,
+        "transform": "none",
+    }
     assert read_back(tmp_path / "datasets" / "jsonl", "val")[1] == [a for a, _ in sizes]
 
 
@@ -351,16 +390,19 @@ def test_the_split_by_digest_is_a_property_of_the_text(models, tmp_path):
 # ---- bad input --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line, message", [
-    (b"nonsense", "not JSON"),
-    (b"", "not JSON"),
-    (b'"\xff"', "not JSON"),
-    (b"[" * 100_000, "not JSON"),
-    (b"17", 'b\'17\'; expected a JSON string, or an object with a string "text"'),
-    (b'{"txet": "a"}', "expected a JSON string, or an object"),
-    (b'{"text": null}', "expected a JSON string, or an object"),
-    (b'"a\\ud800b"', "no UTF-8 for character 1"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        (b"nonsense", "not JSON"),
+        (b"", "not JSON"),
+        (b'"\xff"', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"17", "b'17'; expected a JSON string, or an object with a string \"text\""),
+        (b'{"txet": "a"}', "expected a JSON string, or an object"),
+        (b'{"text": null}', "expected a JSON string, or an object"),
+        (b'"a\\ud800b"', "no UTF-8 for character 1"),
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, capsys, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'"good"\n' + line + b'\n"good too"\n')
@@ -374,21 +416,24 @@ def test_a_bad_line_is_named(tmp_path, capsys, line, message):
 def test_a_damaged_file_is_named(tmp_path, capsys, suffix):
     whole = pack(suffix, write_lines(tmp_path / "lines", TEXTS * 9).read_bytes())
     path = tmp_path / f"a{suffix}"
-    for damaged in (b"no such format" * 9, whole[:len(whole) * 2 // 3]):
+    for damaged in (b"no such format" * 9, whole[: len(whole) * 2 // 3]):
         path.write_bytes(damaged)
         assert run(path, "--out", tmp_path) == 2
         assert capsys.readouterr().err.startswith(f"prepare: {path}:")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["missing.jsonl"], "missing.jsonl: no such file"),
-    (["missing*.jsonl"], "missing*.jsonl: no such file"),
-    (["a.jsonl", "a.jsonl"], "a.jsonl: given 2 times"),
-    (["a.jsonl", "--val-fraction", "1"], "--val-fraction 1.0: expected a number between 0 and 1"),
-    (["a.jsonl", "--tokenizer", "missing.model"], "missing.model: No such file"),
-    (["a.jsonl", "--val", "empty.jsonl"], "no document is for val"),
-    (["empty.jsonl", "--val", "a.jsonl"], "no tokenizer can be trained on this text"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing.jsonl"], "missing.jsonl: no such file"),
+        (["missing*.jsonl"], "missing*.jsonl: no such file"),
+        (["a.jsonl", "a.jsonl"], "a.jsonl: given 2 times"),
+        (["a.jsonl", "--val-fraction", "1"], "--val-fraction 1.0: expected a number between 0 and 1"),
+        (["a.jsonl", "--tokenizer", "missing.model"], "missing.model: No such file"),
+        (["a.jsonl", "--val", "empty.jsonl"], "no document is for val"),
+        (["empty.jsonl", "--val", "a.jsonl"], "no tokenizer can be trained on this text"),
+    ],
+)
 def test_bad_arguments_get_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "a.jsonl", TEXTS)
@@ -399,8 +444,9 @@ def test_bad_arguments_get_one_line(tmp_path, monkeypatch, capsys, arguments, me
     assert not list((tmp_path / "out").glob("*/*"))
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--workers", "0"], ["--name", "../up"], ["--name", ".hidden"], ["--shard-tokens", "x"]])
+@pytest.mark.parametrize(
+    "arguments", [["--workers", "0"], ["--name", "../up"], ["--name", ".hidden"], ["--shard-tokens", "x"]]
+)
 def test_bad_options_are_refused_by_the_command_line(arguments):
     with pytest.raises(SystemExit) as stop:
         run("a.jsonl", *arguments)
@@ -431,11 +477,13 @@ def test_a_finished_preparation_is_used_again(small, capsys):
     assert "already prepared" not in capsys.readouterr().out
     assert run(*arguments) == 0
     assert "already prepared" in capsys.readouterr().out and folder.stat().st_ino == born
-    for spoil in (lambda: (folder / "fineweb_train_000000.bin").unlink(),
-                  lambda: os.truncate(folder / "fineweb_val_bytes_000000.bin", 2000),
-                  lambda: (folder.parent.parent / "tokenizers" / "jsonl.model").write_bytes(b"other"),
-                  lambda: (folder / "manifest.json").write_text("[]"),
-                  lambda: write_lines(Path(arguments[0]), TEXTS[1:])):
+    for spoil in (
+        lambda: (folder / "fineweb_train_000000.bin").unlink(),
+        lambda: os.truncate(folder / "fineweb_val_bytes_000000.bin", 2000),
+        lambda: (folder.parent.parent / "tokenizers" / "jsonl.model").write_bytes(b"other"),
+        lambda: (folder / "manifest.json").write_text("[]"),
+        lambda: write_lines(Path(arguments[0]), TEXTS[1:]),
+    ):
         spoil()
         assert run(*arguments) == 0
         assert "already prepared" not in capsys.readouterr().out
@@ -509,7 +557,9 @@ def test_a_signal_ends_it_within_seconds(tmp_path, sent):
 
 
 def test_sources_are_parsed_not_run(tmp_path):
-    package, module = tmp_path / "pack", '''
+    package, module = (
+        tmp_path / "pack",
+        '''
 """Module."""
 class C:
   """Class."""
@@ -524,17 +574,31 @@ async def f():
 if True:
   def g():
     """No."""
-'''
+''',
+    )
     no = '"""No."""'
-    for name, code in {"__init__": '"""Package."""\nraise SystemExit("this was run")', "good": module, "_private": no,
-                       "other": f"{no}\nprint 1", "tests/one": no, "idlelib": no, "__main__": no,
-                       "sub/__init__": '"""Sub."""'}.items():
+    for name, code in {
+        "__init__": '"""Package."""\nraise SystemExit("this was run")',
+        "good": module,
+        "_private": no,
+        "other": f"{no}\nprint 1",
+        "tests/one": no,
+        "idlelib": no,
+        "__main__": no,
+        "sub/__init__": '"""Sub."""',
+    }.items():
         path = package / f"{name}.py"
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(code)
     found = dict(prepare.parsed_docstrings(package, "pack"))
-    assert found == {"pack": "Package.", "pack.good": "Module.", "pack.good.C": "Class.", "pack.good.C.m": "Method.",
-                     "pack.good.f": "Function \\d.", "pack.sub": "Sub."}
+    assert found == {
+        "pack": "Package.",
+        "pack.good": "Module.",
+        "pack.good.C": "Class.",
+        "pack.good.C.m": "Method.",
+        "pack.good.f": "Function \\d.",
+        "pack.sub": "Sub.",
+    }
     (package / "string.py").write_text('"""Of the standard library."""')
     assert dict(prepare.parsed_docstrings(package, "")) == {"string": "Of the standard library."}  # only its modules
 
@@ -548,14 +612,20 @@ def test_compiled_documentation():
 
 def test_installed_documents_are_masked_deduplicated_and_sorted(monkeypatch):
     long = "Of some length. " * 20
-    sources = {"": [("os.b", f"ours 2 {long}")], "torch": [("torch.short", "ours, too short")],
-               "numpy": [("numpy.z", f"ours 2 {long}"), ("numpy.a", f"ours 1 <f at 0x7f12ab34cd56> {long}")]}
+    sources = {
+        "": [("os.b", f"ours 2 {long}")],
+        "torch": [("torch.short", "ours, too short")],
+        "numpy": [("numpy.z", f"ours 2 {long}"), ("numpy.a", f"ours 1 <f at 0x7f12ab34cd56> {long}")],
+    }
     monkeypatch.setattr(prepare, "parsed_docstrings", lambda root, package: sources[package])
     monkeypatch.setattr(prepare, "compiled_docstrings", lambda name: [(f"{name}.compiled", f"ours 3 {long}")])
     texts = prepare.installed_documents()
     assert len(texts) > 50 and "The standard type hierarchy" in "".join(texts)  # pydoc's topics
     assert [t for t in texts if t.startswith("ours")] == [
-        f"ours 3 {long}", f"ours 1 <f at 0x0> {long}", f"ours 2 {long}"]  # array.compiled, numpy.a, numpy.z
+        f"ours 3 {long}",
+        f"ours 1 <f at 0x0> {long}",
+        f"ours 2 {long}",
+    ]  # array.compiled, numpy.a, numpy.z
 
 
 def test_installed_validation_is_chosen_by_digest(monkeypatch, tmp_path, capsys):
@@ -608,10 +678,13 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("stream, times, expected", [
-    (io.StringIO, (0, 9, 20, 25), "encoding: 20 s, 20 MB, 1.0 MB/s, 20%, 80 s left\n"),
-    (Terminal, (0, 0.5, 2), "\r\x1b[Kencoding: 2 s, 20 MB, 10.0 MB/s, 20%, 8 s left\r"),
-])
+@pytest.mark.parametrize(
+    "stream, times, expected",
+    [
+        (io.StringIO, (0, 9, 20, 25), "encoding: 20 s, 20 MB, 1.0 MB/s, 20%, 80 s left\n"),
+        (Terminal, (0, 0.5, 2), "\r\x1b[Kencoding: 2 s, 20 MB, 10.0 MB/s, 20%, 8 s left\r"),
+    ],
+)
 def test_progress_tells_how_long_still(monkeypatch, stream, times, expected):
     clock, out = iter(times), stream()
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
