@@ -1123,7 +1123,8 @@ class MuonAdam:
             g = torch.stack([p.grad for p in ps])
             padding = n * self.dist.world - len(ps)
             shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
-        flat = self.dist.sum_(torch.cat([p.grad.flatten() for p in self.dense]))
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.dense]  # a pass may use no skip
+        flat = self.dist.sum_(torch.cat([g.flatten() for g in grads]))
         dense = [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in self.dense]), self.dense, strict=True)]
         each = [self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[:len(ps)]  # matrix by matrix,
                 for g, ps in zip(shares, self.stacks, strict=True)]  # so that the sum's order knows no ranks
@@ -1702,7 +1703,6 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
 
 # -----------------------------------------------------------------------------
 # Test-time training: a chunk is scored, then learnt from. What adapts starts anew at every document, or in a stream.
-
 
 class Adapter:
     """The corrections of B documents: one set for every visit of the trunk, and one for the head. Their start is drawn

@@ -192,11 +192,17 @@ def identities(parameters) -> list[int]:
     return sorted(id(p) for p in parameters)
 
 
-@pytest.mark.parametrize("knob", ["unet_skips", "smear_width", "attn_gate_width", "parallel_start_layer", "num_loops"])
-def test_a_mechanism_that_is_off_needs_no_gradient(knob):
+OFF = ("unet_skips", "smear_width", "attn_gate_width", "parallel_start_layer", "num_loops")
+
+
+@pytest.mark.parametrize(
+    "changes", [*({knob: 0} for knob in OFF), dict(num_layers=1, loop_start=0, loop_end=0)], ids=str
+)
+def test_what_a_pass_does_not_use_needs_no_gradient(changes):
+    """A mechanism that is off; and the skips of a single block, which come with its loop."""
     config = dict(vocab_size=64, model_dim=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4)
     config |= dict(parallel_start_layer=2, num_loops=1, loop_start=1, loop_end=1)
-    model = g.GPT(g.ModelConfig(**config | {knob: 0}))
+    model = g.GPT(g.ModelConfig(**config | changes))
     g.init_weights(model, seed=0)
     optimizer, text = g.MuonAdam(model, g.RunConfig(), g.Dist()), torch.randint(2, 64, (1, 17))
     for looping in (False, True):
