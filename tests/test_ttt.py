@@ -571,6 +571,8 @@ def test_two_ranks_find_what_one_finds(tmp_path):
     alone = everything(g.Dist())
     assert first["start"] == alone["start"]
     for name in RANKED:
-        np.testing.assert_allclose(first[name][0], alone[name][0], rtol=0, atol=1e-6, err_msg=name)
+        # the ranks of a stream add up gradients in another order, and learn on
+        exact = 1e-5 if "stream" in name else 1e-6
+        np.testing.assert_allclose(first[name][0], alone[name][0], rtol=0, atol=exact, err_msg=name)
         assert first[name][1:] == alone[name][1:], name
     assert all(0 < first[f"{name}, late"] < len(MIXED) for name in ("lora", "full, document", "full, stream"))
