@@ -128,10 +128,10 @@ def test_a_row_holds_its_windows_and_counts_their_targets_alone(lengths, tokens)
 
 # ---- the static score -------------------------------------------------------
 
-LENGTHS = (50, 1, 0, 33, 120, 31, 32, 8)
+LENGTHS = (45, 1, 0, 33, 64, 31, 32, 8)
 
 
-@pytest.mark.parametrize("stride", [1, STRIDE, CONTEXT])
+@pytest.mark.parametrize("stride", [1, STRIDE])
 def test_static_scores_equal_a_direct_forward_of_every_window(model, stride):
     docs = documents(*LENGTHS)
     for i, nats in enumerate(static(model, docs, eval_stride=stride)):
