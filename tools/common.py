@@ -1,0 +1,78 @@
+"""What the tools share: an artifact opened as the run that scores it opens it, and how a tool ends."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import train_gpt
+
+SYSTEM = ("TTT_PARAMS", "TTT_SCOPE", "TTT_OPTIMIZER")  # they decide which other TTT_ knobs mean anything
+
+
+class Opened(NamedTuple):
+    """An artifact, ready to score."""
+
+    env: dict[str, str]  # the environment under which `python train_gpt.py` scores it just so
+    plan: train_gpt.Plan  # knobs, device, tokenizer and validation
+    model: train_gpt.GPT
+
+
+def open_artifact(path: Path | str, changes: Mapping[str, str] | None = None) -> Opened:
+    """Open an artifact and the validation it is scored on. A knob is what `changes` says ({"DEVICE": "cpu", ...}), else
+    the environment, else the result of the run beside the artifact, else its default. Raises UserError."""
+    path = Path(path)
+    env = knobs_of_run(path, os.environ) | dict(os.environ) | {"RESUME": ""} | dict(changes or {})
+    env["ARTIFACT"] = str(path)
+    config, run = train_gpt.read_env(env)
+    dist = train_gpt.Dist.from_env(run.device)
+    plan = train_gpt.make_plan(config, run, dist)
+    model = train_gpt.load_artifact(path, plan)
+    if dist.device.type == "cuda" and run.compile:
+        train_gpt.compile_parts(model, dynamic=True)
+    return Opened(env, plan, model)
+
+
+def read_result(artifact: Path) -> dict | None:
+    """The result of the run that wrote an artifact, logs/RUN.json for logs/RUN.ptz; None where there is none."""
+    path = artifact.with_suffix(".json")
+    if not path.exists():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise train_gpt.DataError(f"{path}: not JSON ({error}); remove it or run again") from None
+    train_gpt.require(isinstance(result, dict), f"{path}: not the result of a run; remove it", train_gpt.DataError)
+    return result
+
+
+def knobs_of_run(artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """The knobs that the result beside an artifact names; no TTT_ ones where `env` chooses another system, for which
+    they may mean nothing."""
+    knobs = (read_result(artifact) or {}).get("knobs", {})
+    fit = isinstance(knobs, dict) and all(isinstance(value, str) for value in knobs.values())
+    train_gpt.require(fit, f"{artifact.with_suffix('.json')}: its knobs are not texts by name", train_gpt.DataError)
+    another = any(env.get(name, knobs.get(name)) != knobs.get(name) for name in SYSTEM)
+    return {name: value for name, value in knobs.items() if not (another and name.startswith("TTT_"))}
+
+
+def find_artifact(given: str | None) -> Path:
+    """The artifact that an argument names, else the environment's ARTIFACT, else the newest of logs/*.ptz."""
+    named = given or os.environ.get("ARTIFACT")
+    found = [Path(named)] if named else sorted(train_gpt.LOGS.glob("*.ptz"), key=lambda path: path.stat().st_mtime)
+    train_gpt.require(bool(found), f"no artifact is named, and {train_gpt.LOGS}/ holds none", train_gpt.UserError)
+    return found[-1]
+
+
+def end_in_a_line(work: Callable[[], int]) -> int:
+    """-> exit status: that of `work`; 2 and a line for what a user can mend, 130 when interrupted."""
+    try:
+        return work()
+    except (train_gpt.UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return train_gpt.INTERRUPTED
