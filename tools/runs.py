@@ -258,3 +258,9 @@ def ratio_intervals(parts: np.ndarray, size: np.ndarray, seed: int, resamples: i
         ratios[begin : begin + rows] = sums[:, :k] / np.maximum(sums[:, k:], 1.0)
     low, high = np.percentile(ratios, (2.5, 97.5), axis=0)
     return [Interval(*map(float, triple)) for triple in zip(parts.sum(0) / size.sum(), low, high, strict=True)]
+
+
+def length_groups(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Documents by length, (documents,) targets -> (label, mask) of every octave that holds any."""
+    octaves = np.floor(np.log2(np.maximum(tokens, 1))).astype(int)
+    return [(f"{1 << i}-{(2 << i) - 1}", octaves == i) for i in np.unique(octaves).tolist()]

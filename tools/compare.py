@@ -1,0 +1,131 @@
+"""
+What two runs differ by, document by document.
+
+    ./run.sh compare A B [--out PICTURE]
+
+A and B: RUN_IDs, or paths of their .json. Differences are those of B to A: below zero, B is better. Intervals are
+paired 95 % bootstrap intervals: documents are drawn anew, 10,000 times. They say how much the difference depends on
+which documents these are; how far another seed would move either run, they cannot tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tools.common import end_in_a_line
+from tools.plot import COLOURS, by_length, label_lengths, picture
+from tools.runs import Interval, Run, bits_per_byte, differences, length_groups, load_run, require_same_documents
+from train_gpt import LOGS
+
+FEWEST = 10  # documents of a group; a bootstrap of fewer would pretend to know
+
+
+class Group(NamedTuple):
+    """Documents of similar length, in both runs."""
+
+    label: str  # tokens, from-to
+    documents: int
+    tokens: float  # mean of a document
+    bpb: tuple[float, float]  # of A, of B
+    gap: Interval | None  # B - A; None where there are too few documents
+    better: int  # documents that B predicts better
+    worse: int
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("a", metavar="A")
+    parser.add_argument("b", metavar="B")
+    parser.add_argument("--out", type=Path, metavar="PICTURE", help=f"[{LOGS}/compare/A_B.png]")
+    options = parser.parse_args(arguments)
+    a, b = load_run(options.a), load_run(options.b)
+    require_same_documents(a, b)
+    groups = compare_by_length(a, b)
+    print("\n".join(describe(a, b, groups)))
+    path = options.out or LOGS / "compare" / f"{a.name}_{b.name}.png".replace("/", "-")
+    draw(a, b, groups, path)
+    print(path)
+    return 0
+
+
+def compare_by_length(a: Run, b: Run) -> list[Group]:
+    """Groups of documents that hold text, by octaves of their length."""
+    groups = []
+    for label, mask in length_groups(a.tokens):
+        size = a.bytes[mask]
+        if not size.sum():
+            continue
+        gap = differences(a, [b], chosen=mask)[0] if len(size) >= FEWEST else None
+        bpb = bits_per_byte(a.nats[mask], size), bits_per_byte(b.nats[mask], size)
+        groups.append(Group(label, len(size), float(a.tokens[mask].mean()), bpb, gap, *better_worse(a, b, mask)))
+    return groups
+
+
+def better_worse(a: Run, b: Run, mask: np.ndarray) -> tuple[int, int]:
+    """Documents that B predicts better than A, and worse; equal ones are neither."""
+    return int((b.nats < a.nats)[mask].sum()), int((b.nats > a.nats)[mask].sum())
+
+
+def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
+    """The comparison in words and tables."""
+    overall = differences(a, [b])[0]
+    static = differences(as_static(a), [as_static(b)])[0]
+    better, worse = better_worse(a, b, np.ones(len(a.nats), bool))
+    same = len(a.nats) - better - worse
+    lines = [
+        f"A {a.name}: {a.bpb:.5f} bpb, {a.static_bpb:.5f} without adaptation",
+        f"B {b.name}: {b.bpb:.5f} bpb, {b.static_bpb:.5f} without adaptation",
+        f"B - A: {overall} bpb, without adaptation {static}",
+        verdict(overall),
+        f"of {len(a.nats)} documents B predicts {better} better, {worse} worse, {same} the same",
+        "",
+        "| tokens of a document | documents | A | B | B - A, 95 % interval | better | worse |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for g in groups:
+        gap = g.gap or f"{g.bpb[1] - g.bpb[0]:+.5f}, too few documents"
+        lines.append(
+            f"| {g.label} | {g.documents} | {g.bpb[0]:.5f} | {g.bpb[1]:.5f} | {gap} | {g.better} | {g.worse} |"
+        )
+    return lines
+
+
+def as_static(run: Run) -> Run:
+    """The same run, had nothing adapted."""
+    return dataclasses.replace(run, nats=run.static_nats)
+
+
+def verdict(gap: Interval) -> str:
+    if gap.low <= 0 <= gap.high:
+        return "the interval holds zero: these documents do not tell the runs apart"
+    return f"the interval excludes zero: on documents like these {'B' if gap.high < 0 else 'A'} is better"
+
+
+def draw(a: Run, b: Run, groups: list[Group], path: Path) -> None:
+    """Both runs' bits per byte against length, and what B gains."""
+    with picture(path, 420, columns=2) as (both, gain):
+        for name, run, colour in (("A", a, COLOURS[0]), ("B", b, COLOURS[1])):
+            both.plot(*by_length(run, run.nats), "o-", color=colour, label=f"{name} {run.name}: {run.bpb:.4f}")
+        at = [g.tokens for g in groups]
+        gaps = [g.gap or Interval(*[g.bpb[1] - g.bpb[0]] * 3) for g in groups]
+        reach = [[i.value - i.low for i in gaps], [i.high - i.value for i in gaps]]
+        gain.axhline(0, color="#555555", linewidth=1)
+        gain.errorbar(at, [-i.value for i in gaps], reach[::-1], fmt="o-", capsize=4, color=COLOURS[2])
+        for axes in (both, gain):
+            label_lengths(axes, [a])
+        both.set(ylabel="bits per byte")
+        gain.set(ylabel="gain of B: bpb of A - bpb of B", title="with 95 % intervals")
+        both.legend()
+
+
+if __name__ == "__main__":
+    sys.exit(end_in_a_line(main))

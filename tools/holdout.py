@@ -1,0 +1,111 @@
+"""
+Held-out training documents as a validation set, so that whatever is chosen is not chosen on validation.
+
+HOLDOUT_TOKENS keeps the end of the training shards out of training. Here the whole documents of that stretch become the
+validation shard of a folder on which the entry runs as it is; the training shards are linked into it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.prepare import caseops_bytes, decode_caseops, load_encoder, token_bytes, workspace, write_shard
+from train_gpt import (
+    BOS,
+    ConfigError,
+    DataError,
+    Tokenizer,
+    find_shards,
+    manifest_value,
+    read_file,
+    read_shard,
+    require,
+)
+
+NAMES = ("fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin")
+
+
+def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder: Path) -> dict:
+    """Make `folder` from the prepared data in `source`, or find it made -> what its manifest says under "holdout".
+
+    The folder appears whole or not at all. Raises ConfigError when nothing is held out, DataError when the stretch
+    holds no whole document or the bytes of its text cannot be told."""
+    require(holdout_tokens > 0, "HOLDOUT_TOKENS=0 keeps no training document to choose on; set it, or choose with "
+            "--on validation", ConfigError)  # fmt: skip
+    paths = find_shards(str(source), "train")
+    transform = transform_of(source)
+    documents = whole_documents(last_tokens(paths, holdout_tokens), holdout_tokens)
+    facts = {
+        "holdout_tokens": holdout_tokens, "documents": int((documents == BOS).sum()), "tokens": len(documents),
+        "sha256": hashlib.sha256(documents.tobytes()).hexdigest(), "tokenizer": tokenizer.sha256,
+        "transform": transform, "train": [[str(path.resolve()), path.stat().st_size] for path in paths],
+    }  # fmt: skip
+    if manifest_value(folder, "holdout") == facts:
+        return facts
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with workspace(folder) as partial:
+        write_shard(partial / NAMES[0], [documents])
+        if transform == "caseops":
+            write_shard(partial / NAMES[1], [caseops_sidecar(documents, tokenizer)])
+        for path in paths:
+            (partial / path.name).symlink_to(path.resolve())
+        (partial / "tokenizer.model").write_bytes(read_file(tokenizer.path))
+        named = {"path": "tokenizer.model", "sha256": tokenizer.sha256, "transform": transform}
+        manifest = {"tokenizer": named, "holdout": facts}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return facts
+
+
+def transform_of(source: Path) -> str:
+    """What was done to the text before the tokenizer: "none" or "caseops", as the manifest says. A folder without side-
+    cars needs none to say it: the contest's formula is what counts there."""
+    transform = manifest_value(source, "tokenizer", "transform")
+    if transform is None and not list(source.glob("fineweb_val_bytes_*.bin")):
+        return "none"
+    require(transform in ("none", "caseops"), f"{source}: no manifest.json of data/prepare.py says how its text was "
+            f"transformed (found {transform!r}), so the bytes of a training document cannot be told; prepare the data "
+            "again, or choose with --on validation", DataError)  # fmt: skip
+    return str(transform)
+
+
+def last_tokens(paths: list[Path], count: int) -> np.ndarray:
+    """The last `count` tokens of consecutive shards, (count,) uint16."""
+    parts, missing = [], count
+    for path in reversed(paths):
+        shard = read_shard(path)
+        parts.append(shard[max(0, len(shard) - missing) :])
+        missing -= len(parts[-1])
+        if not missing:
+            return np.concatenate(parts[::-1])
+    raise DataError(f"HOLDOUT_TOKENS={count}: {paths[0].parent} holds {count - missing} training tokens; lower it")
+
+
+def whole_documents(stretch: np.ndarray, holdout_tokens: int) -> np.ndarray:
+    """From the first BOS up to the last, which may begin a document that goes on elsewhere."""
+    starts = np.flatnonzero(stretch == BOS)
+    require(len(starts) > 1, f"HOLDOUT_TOKENS={holdout_tokens}: the last {holdout_tokens} training tokens hold no "
+            "whole document; raise it", DataError)  # fmt: skip
+    return stretch[starts[0] : starts[-1]]
+
+
+def caseops_sidecar(documents: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Bytes of original text behind every token, (n,) uint16, by decoding the tokens and undoing the transform: the
+    same as the side-car that data/prepare.py writes for validation."""
+    encoder = load_encoder(read_file(tokenizer.path), True, str(tokenizer.path))
+    sidecar, starts = np.zeros(len(documents), np.uint16), np.flatnonzero(documents == BOS)
+    for begin, end in zip(starts, [*starts[1:], len(documents)], strict=True):
+        tokens = documents[begin + 1 : end]
+        if not len(tokens):
+            continue
+        inner = encoder.processor.decode(tokens.tolist())
+        counts = token_bytes(encoder, inner, caseops_bytes(inner), tokens)
+        original = len(decode_caseops(inner).encode())
+        if counts.sum() != original or counts.min() < 0 or counts.max() > np.iinfo(np.uint16).max:
+            raise DataError(f"training document at token {begin} of the held-out ones: its tokens add up to "
+                            f"{counts.sum()} bytes of {original}; choose with --on validation")  # fmt: skip
+        sidecar[begin + 1 : end] = counts
+    return sidecar

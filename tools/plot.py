@@ -1,0 +1,175 @@
+"""
+Pictures of finished runs, one question a picture.
+
+    ./run.sh plot logs/A.json logs/B.json ... [--out FOLDER]
+
+loss.png     training and validation loss against time and against tokens (of runs that trained)
+phases.png   where the time went
+lengths.png  bits per byte against document length, with and without test-time training
+bytes.png    what the artifact's bytes are spent on
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tools.common import end_in_a_line
+from tools.runs import Run, bits_per_byte, length_groups, load_run
+from train_gpt import EVALUATION_CLOCK, LOGS, TRAINING_CLOCK, UserError, require, write_atomically
+
+WIDTH, DPI = 900, 100  # pixels of every picture, as wide as a README
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#000000")  # Okabe & Ito 2008
+HATCHES = ("", "///", "...", "xxx")  # tell parts apart once the colours are used up
+STYLE = {
+    "font.size": 12, "axes.titlesize": 13, "legend.fontsize": 11, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 2,
+    "hatch.color": "white", "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+}  # fmt: skip
+MOST_RUNS = len(COLOURS)
+
+
+@contextlib.contextmanager
+def picture(path: Path, height: int, columns: int = 1) -> Iterator[list[Axes]]:
+    """The one style: axes side by side on WIDTH x `height` pixels, written as a PNG when the block ends well."""
+    with matplotlib.rc_context(STYLE):
+        figure, out = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, layout="constrained"), io.BytesIO()
+        yield figure.subplots(1, columns, squeeze=False)[0].tolist()
+        figure.savefig(out, format="png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, [out.getvalue()])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="./run.sh plot", description="Pictures of finished runs.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="logs/RUN_ID.json, or RUN_ID alone")
+    parser.add_argument("--out", type=Path, default=LOGS / "plots", metavar="FOLDER", help="[%(default)s]")
+    options = parser.parse_args(arguments)
+    for path in draw_all([load_run(name) for name in options.runs], options.out):
+        print(path)
+    return 0
+
+
+def draw_all(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Every picture of these runs -> their paths; no loss.png where no run trained."""
+    require(
+        len(runs) <= MOST_RUNS, f"{len(runs)} runs: more than {MOST_RUNS} cannot be told apart; give fewer", UserError
+    )
+    paths = {name: folder / f"{name}.png" for name in ("loss", "phases", "lengths", "bytes")}
+    if any(run.trained for run in runs):
+        draw_loss([run for run in runs if run.trained], paths["loss"])
+    else:
+        del paths["loss"]
+    draw_phases(runs, paths["phases"])
+    draw_lengths(runs, paths["lengths"])
+    draw_bytes(runs, paths["bytes"])
+    return list(paths.values())
+
+
+def draw_loss(runs: Sequence[Run], path: Path) -> None:
+    """Nats a token against the training clock and against tokens: lines of training, dots of validation."""
+    with picture(path, 420, columns=2) as (by_time, by_tokens):
+        for run, colour in zip(runs, COLOURS, strict=False):
+            steps, seconds, losses = np.array(run.result["history"], float).reshape(-1, 3).T
+            tokens_a_step = run.result["train_tokens"] / max(run.result["steps"], 1)
+            tested, nats = validation_losses(run)
+            axis = (by_time, seconds, np.interp(tested, steps, seconds) if len(steps) else tested * math.nan)
+            for axes, x, at in (axis, (by_tokens, steps * tokens_a_step / 1e6, tested * tokens_a_step / 1e6)):
+                axes.plot(x, losses, color=colour, alpha=0.6, label=f"{run.name}: training")
+                axes.plot(at, nats, "o", color=colour, markersize=6, label=f"{run.name}: validation, not adapted")
+        by_time.set(xlabel="training clock (s)", ylabel="loss (nats a token)")
+        by_tokens.set(xlabel="tokens (millions)", ylim=by_time.get_ylim())
+        by_tokens.legend()
+
+
+def validation_losses(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (n,) and nats a token (n,) of every validation without adaptation, that of the last iterate included."""
+    measured = [*run.validations(), (run.result["steps"], run.result["last_bpb"])]
+    steps, bpb = np.array(measured, float).T
+    return steps, bpb * math.log(2) * run.result["bytes"] / run.result["tokens"]
+
+
+def draw_phases(runs: Sequence[Run], path: Path) -> None:
+    """Three bars a run: the training clock, the evaluation clock, and what neither counts."""
+    bars = []
+    for run in runs:
+        phases = run.result["phases"]
+        other = [name for name in phases if name not in TRAINING_CLOCK + EVALUATION_CLOCK]
+        for clock, names in (("training", TRAINING_CLOCK), ("evaluation", EVALUATION_CLOCK), ("neither", other)):
+            parts = {name: phases[name] for name in names if name in phases}
+            if parts:
+                bars.append((f"{run.name}\n{clock}", parts, f"{sum(parts.values()):,.1f} s"))
+    draw_bars(bars, path, "seconds, by the clock that counts them", 1.0)
+
+
+def draw_bytes(runs: Sequence[Run], path: Path) -> None:
+    """The artifact's parts and the source, of the bytes allowed."""
+    bars = []
+    for run in runs:
+        allowed = run.result["knobs"].get("ARTIFACT_BYTES")
+        end = f"{run.result['total_bytes']:,}" + (f" of {int(allowed):,}" if allowed else "")
+        bars.append((run.name, run.result["artifact_parts"] | {"code": run.result["code_bytes"]}, end))
+    draw_bars(bars, path, "bytes (MB)", 1e-6)
+
+
+def draw_bars(bars: list[tuple[str, dict[str, float], str]], path: Path, unit: str, factor: float) -> None:
+    """Stacked bars of (label, parts by name, words at the end); parts of one name look the same in every bar."""
+    names = list(dict.fromkeys(name for _, parts, _ in bars for name in parts))
+    with picture(path, 170 + 25 * -(-len(names) // 4) + 48 * len(bars)) as (axes,):
+        longest, left = max(sum(parts.values()) for _, parts, _ in bars) * factor, np.zeros(len(bars))
+        for i, name in enumerate(names):
+            width = np.array([parts.get(name, 0.0) for _, parts, _ in bars]) * factor
+            look = dict(color=COLOURS[i % len(COLOURS)], hatch=HATCHES[i // len(COLOURS) % len(HATCHES)])
+            axes.barh(range(len(bars)), width, left=left, height=0.65, label=name, **look)
+            left += width
+        for i, (_, _, end) in enumerate(bars):
+            axes.text(left[i] + longest / 100, i, end, va="center")
+        axes.set(xlabel=unit, xlim=(0, longest * 1.25), yticks=range(len(bars)))
+        axes.set_yticklabels([label for label, _, _ in bars])
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.figure.legend(loc="outside lower center", ncols=4)
+
+
+def draw_lengths(runs: Sequence[Run], path: Path) -> None:
+    """Bits per byte of documents by length: with adaptation a line, without it a dashed one."""
+    with picture(path, 460) as (axes,):
+        for run, colour in zip(runs, COLOURS, strict=False):
+            at, bpb = by_length(run, run.nats)
+            axes.plot(at, bpb, "o-", color=colour, label=f"{run.name}: {run.bpb:.4f}")
+            if run.result["adaptation_steps"]:
+                axes.plot(at, by_length(run, run.static_nats)[1], "s--", color=colour, markerfacecolor="white",
+                          label=f"{run.name}, not adapted: {run.static_bpb:.4f}")  # fmt: skip
+        label_lengths(axes, runs)
+        axes.set(ylabel="bits per byte")
+        axes.legend()
+
+
+def by_length(run: Run, nats: np.ndarray) -> tuple[list[float], list[float]]:
+    """Mean length in tokens and bits per byte of every group of documents that holds text."""
+    groups = [mask for _, mask in length_groups(run.tokens) if run.bytes[mask].sum()]
+    return [float(run.tokens[m].mean()) for m in groups], [bits_per_byte(nats[m], run.bytes[m]) for m in groups]
+
+
+def label_lengths(axes: Axes, runs: Sequence[Run]) -> None:
+    """A logarithmic axis of tokens, marked at the powers of two that the documents span."""
+    tokens = np.concatenate([run.tokens for run in runs])
+    first, last = (int(math.log2(max(1, length))) for length in (tokens.min(), tokens.max()))
+    ticks = [1 << i for i in range(first, last + 2)]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45 if len(ticks) > 10 else 0)
+    axes.set_xlabel("length of the document (tokens; groups of one octave)")
+
+
+if __name__ == "__main__":
+    sys.exit(end_in_a_line(main))
