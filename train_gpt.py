@@ -7,7 +7,8 @@ Train a small GPT, pack it into 16 MB, read it back and score it in bits per byt
     python train_gpt.py --check-setup                         what would be run, and whether it can be
     ARTIFACT=logs/RUN.ptz python train_gpt.py                 score an artifact; no training data needed
 
-A run leaves logs/<RUN_ID>.txt (its source, settings, progress and result), .json (the result) and .ptz (the artifact).
+A run leaves logs/<RUN_ID>.txt (its source, settings, progress and result), .json (the result), .docs.npz (the score of
+every document) and .ptz (the artifact).
 
 Sections, in the order of the run: Config, Distributed and log, Data, Attention, Model, Optimizer, Training, Quantise,
 Pack, Score, Test-time training, main.
@@ -21,6 +22,7 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
@@ -121,6 +123,7 @@ class ModelConfig:
 
 
 LORA, FULL = {"ttt_params": "lora"}, {"ttt_params": "full"}
+SIDE_BY_SIDE = LORA | {"ttt_scope": "document"}
 SGD, ADAMW = {"ttt_optimizer": "sgd"}, {"ttt_optimizer": "adamw"}
 
 
@@ -147,6 +150,7 @@ class RunConfig:
     train_row_tokens: int = knob(32_768, "a batch is a list of rows of this size, dealt to ranks", unit="tokens", low=8)
     micro_batch_tokens: int = knob(98_304, "most tokens of one forward pass on one device", unit="tokens", low=8)
     train_seq_len: int = knob(2048, "longest context in training", unit="tokens", low=2)
+    holdout_tokens: int = knob(1 << 20, "last tokens of the training shards, kept to choose on", unit="tokens", low=0)
     train_log_every: int = knob(50, "steps between two lines of progress", unit="steps", low=1)
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0 = only at the end", unit="steps", low=0)
 
@@ -199,7 +203,9 @@ class RunConfig:
     ttt_entropy_low: float = knob(0.0, "predictive entropy under which the rate is scaled down", unit="nats", low=0)
     ttt_entropy_high: float = knob(0.0, "entropy over which the rate is scaled down, 0 = no limit", unit="nats", low=0)
     ttt_min_doc_tokens: int = knob(0, "learning starts once a document has so many scored tokens", unit="tokens", low=0)
-    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=LORA | {"ttt_scope": "document"})
+    ttt_context: Literal["cache", "window"] = knob("cache", "a chunk sees the keys and values that earlier ones left, "
+                                                   "or encodes its window anew", only=SIDE_BY_SIDE)
+    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=SIDE_BY_SIDE)
     ttt_lora_rank: int = knob(80, "rank of the corrections", low=1, only=LORA)
     ttt_lora_alpha: float = knob(144.0, "corrections are scaled by alpha / rank", low=0, only=LORA)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "what is corrected: any of q,k,v,o,mlp,head", only=LORA)
@@ -243,6 +249,11 @@ class RunConfig:
     def batched_ttt(self) -> bool:
         """Many documents adapt side by side, each with corrections of its own."""
         return self.ttt_params == "lora" and self.ttt_scope == "document"
+
+    @property
+    def cached_ttt(self) -> bool:
+        """A step of adaptation costs a chunk, not a window: small passes, which need no compiled code."""
+        return self.batched_ttt and self.ttt_context == "cache"
 
 
 LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
@@ -306,10 +317,9 @@ def needs(f: dataclasses.Field) -> str:
     return " and ".join(f"{name.upper()}={value}" for name, value in f.metadata["only"].items())
 
 
-def settings(*configs: Any) -> str:
-    """The configs as lines NAME=value, ready to paste into a shell; knobs without effect are left out."""
-    lines = ((f.name.upper(), str(getattr(c, f.name))) for c in configs for f in fields(c) if applies(f, c))
-    return "\n".join(f"{name}={shlex.quote(value) if value else ''}" for name, value in lines)
+def settings(*configs: Any) -> dict[str, str]:
+    """The knobs of these configs as an environment would give them; those without effect are left out."""
+    return {f.name.upper(): str(getattr(c, f.name)) for c in configs for f in fields(c) if applies(f, c)}
 
 
 def describe_knobs() -> str:
@@ -591,6 +601,10 @@ class Documents(NamedTuple):
         """Document i with its closing BOS: (lengths[i] + 1,)."""
         return self.tokens[self.starts[i]:self.starts[i + 1] + 1]
 
+    def sha256(self) -> str:
+        """Tells this validation set from any other."""
+        return hashlib.sha256(self.tokens.astype("<u2").tobytes() + self.bytes.astype("<i8").tobytes()).hexdigest()
+
     def target_bytes(self) -> np.ndarray:
         """Bytes of every document's targets (documents,)."""
         ahead = np.concatenate([[0], np.cumsum(self.bytes[1:], dtype=np.int64)])  # ahead[t]: bytes of targets 1..t
@@ -672,14 +686,15 @@ class TrainingStream:
         self.paths = find_shards(run.data_path, "train")
         self.shards = [read_shard(p) for p in self.paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
-        self.total = int(self.ends[-1])
+        self.total = int(self.ends[-1]) - run.holdout_tokens  # what is chosen is chosen on text that nobody trains on
         self.rows_per_pass, self.passes = deal_rows(run, dist.world)
         self.worker = ThreadPoolExecutor(1)
         self.next: tuple[int, Future] | None = None
         require(BOS in self.shards[0][:1 << 24], f"{self.paths[0]}: no BOS ({BOS}): documents cannot be told apart; "
                 "prepare the data again", DataError)
-        require(self.total > run.train_row_tokens, f"DATA_PATH={run.data_path}: {self.total} training tokens are less "
-                f"than a row, TRAIN_ROW_TOKENS={run.train_row_tokens}: prepare more data or lower it", DataError)
+        require(self.total > run.train_row_tokens, f"DATA_PATH={run.data_path}: {self.ends[-1]} training tokens "
+                f"less HOLDOUT_TOKENS={run.holdout_tokens} are no more than a row, TRAIN_ROW_TOKENS="
+                f"{run.train_row_tokens}: prepare more data or lower these", DataError)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from any position of the endless stream: (count,) uint16."""
@@ -687,7 +702,7 @@ class TrainingStream:
         while filled < count:
             i = int(np.searchsorted(self.ends, at, side="right"))
             inside = at - (int(self.ends[i]) - len(self.shards[i]))
-            part = self.shards[i][inside:inside + count - filled]
+            part = self.shards[i][inside:inside + min(count - filled, self.total - at)]
             if int(part.max()) >= self.vocab_size:
                 raise DataError(f"{self.paths[i]}: token {int(part.max())} is not below VOCAB_SIZE={self.vocab_size}: "
                                 "the shards were made with another tokenizer")
@@ -732,15 +747,43 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
 VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
-    """Causal attention inside every segment, or inside every row where there are none.
+class Past:
+    """What a visit keeps of the chunks before: their keys and values, (B, P, K, h) each, as those chunks left them."""
+
+    def __init__(self):
+        self.kept: tuple[Tensor, Tensor] | None = None
+        self.latest: tuple[Tensor, Tensor] | None = None
+
+    def before(self, k: Tensor, v: Tensor) -> list[Tensor]:
+        """Keys and values up to and with those of a chunk, (B, C, K, h) twice -> (B, P + C, K, h) twice."""
+        self.latest = k.detach(), v.detach()
+        return [k, v] if self.kept is None else [torch.cat(pair, 1) for pair in zip(self.kept, (k, v), strict=True)]
+
+    def move_on(self, room: int) -> None:
+        """The latest chunk is final; keep the last `room` tokens."""
+        self.kept = tuple(t[:, max(0, t.size(1) - room):] for t in self.before(*self.latest))
+
+    def keep(self, rows: Tensor) -> None:
+        self.kept = None if self.kept is None else tuple(t[rows] for t in self.kept)
+
+
+class Chunk(NamedTuple):
+    """The place of a chunk of C tokens in its documents: what the forward pass needs of the chunks before."""
+    positions: Tensor  # (1 + C,) int64, of the token before it and of its own
+    visits: list[Past]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, place: Segments | Past | None) -> Tensor:
+    """Causal attention inside every segment, or after what is past, or else inside every row.
     (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h); with segments B is 1."""
-    if segments is None:
+    if isinstance(place, Past):
+        return attend_after(q, *place.before(k, v))
+    if place is None:
         return attend_rows(q, k, v)
     if q.is_cuda:
-        bounds, longest = segments.starts, segments.longest
+        bounds, longest = place.starts, place.longest
         return varlen_attn(q[0], k[0], v[0], bounds, bounds, longest, longest, window_size=(-1, 0), **VARLEN_GQA)[None]
-    sizes = segments.starts.diff().tolist()
+    sizes = place.starts.diff().tolist()
     parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
     return torch.cat([attend_rows(*part) for part in parts], 1)
 
@@ -752,6 +795,17 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+
+
+def attend_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The queries of the last C of P + C tokens: (B, C, H, h), (B, P + C, K, h) twice -> (B, C, H, h). The queries that
+    share a key head stand in one list, so that keys are not copied for them."""
+    B, C, H, h = q.shape
+    K, T = k.size(2), k.size(1)
+    q = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h)  # (B, K, H / K * C, h)
+    seen = torch.ones(C, T, dtype=torch.bool, device=q.device).tril(T - C).repeat(H // K, 1)
+    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen)
+    return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h)
 
 
 def rotary(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
@@ -824,14 +878,14 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
 
-    def forward(self, n: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None, d: Deltas) -> Tensor:
+    def forward(self, n: Tensor, rope: tuple[Tensor, Tensor], place: Segments | Past | None, d: Deltas) -> Tensor:
         """Normalised input (B, T, D) -> (B, T, D)"""
         B, T, D = n.shape
         q = norm(self.q(n, d.q).view(B, T, self.heads, self.head_dim))
         k = norm(self.k(n, d.k).view(B, T, self.kv_heads, self.head_dim))
         v = self.v(n, d.v).view(B, T, self.kv_heads, self.head_dim)
         q, k = rotate(q, *rope) * self.q_gain.to(q.dtype)[:, None], rotate(k, *rope)
-        y = attend(q, k, v, segments)
+        y = attend(q, k, v, place)
         if self.exclusive:  # drop what a token says of itself: the part of y along its own value, per KV group
             own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
             y = y.reshape(B, T, self.kv_heads, -1, self.head_dim)
@@ -872,17 +926,17 @@ class Block(nn.Module):
         mix = self.input_mix.to(x.dtype)
         return mix[0] * x + mix[1] * x0
 
-    def attend_to(self, x: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None, d: Deltas) -> Tensor:
-        return self.attn_scale.to(x.dtype) * self.attention(norm(x) * self.input_scale.to(x.dtype), rope, segments, d)
+    def attend_to(self, x: Tensor, rope: tuple[Tensor, Tensor], place: Segments | Past | None, d: Deltas) -> Tensor:
+        return self.attn_scale.to(x.dtype) * self.attention(norm(x) * self.input_scale.to(x.dtype), rope, place, d)
 
     def think_on(self, x: Tensor, d: Deltas) -> Tensor:
         return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.input_scale.to(x.dtype), d.mlp)
 
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None,
+    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], place: Segments | Past | None,
                 d: Deltas) -> Tensor:
         """Stream and normalised embeddings (B, T, D) twice -> (B, T, D)"""
         x = self.mixed(x, x0)
-        x = x + self.attend_to(x, rope, segments, d)
+        x = x + self.attend_to(x, rope, place, d)
         return x + self.think_on(x, d)
 
 
@@ -895,9 +949,9 @@ class LaneBlock(Block):
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
         self.lane_mix = nn.Parameter(torch.ones(2, 2))        # [lane written][attention, MLP]
 
-    def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], segments: Segments | None,
+    def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], place: Segments | Past | None,
                 d: Deltas) -> tuple[Tensor, Tensor]:
-        attn, mlp = self.attend_to(self.mixed(a, x0), rope, segments, d), self.think_on(m, d)
+        attn, mlp = self.attend_to(self.mixed(a, x0), rope, place, d), self.think_on(m, d)
         keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
         return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
 
@@ -983,25 +1037,30 @@ class GPT(nn.Module):
         self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim)) if pairs else None
         self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
 
-    def hidden(self, tokens: Tensor, segments: Segments | None = None, adapter: Adapter | None = None,
+    def hidden(self, tokens: Tensor, place: Segments | Chunk | None = None, adapter: Adapter | None = None,
                looping: bool = True) -> Tensor:
         """Tokens (B, T) -> normalised states before the head (B, T, D). Rows are causal; with segments (then B is 1)
-        attention restarts at every segment, without them every row is one document or the end of one."""
-        positions = torch.arange(tokens.size(1), device=tokens.device) if segments is None else segments.positions
-        rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
+        attention restarts at every segment, without them every row is one document or the end of one. With the place of
+        a chunk, tokens are the one before it and its own, and the states are those of its own, (B, T - 1, D)."""
+        positions = torch.arange(tokens.size(1), device=tokens.device) if place is None else place.positions
         x0 = self.input(tokens, positions, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
+        chunk = place if isinstance(place, Chunk) else None
+        if chunk is not None:  # the token before was only needed for its embedding
+            x0, positions = x0[:, 1:], positions[1:]
+        rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
         a, m = x0.clone(), None  # m: the second lane, once there is one; a clone, lest a visit sees one tensor twice
         saved: list[Tensor] = []
         for i, visit in enumerate(layer_plan(self.config, looping)):
             block, deltas = self.blocks[visit.block], NO_DELTAS if adapter is None else adapter.visits[i]
+            past = place if chunk is None else chunk.visits[i]
             if block.lanes and m is None:
                 m = a
             if visit.skip is not None:
                 a = self.skip(a, saved.pop(), self.skip_weight[visit.skip], self.skip_gate[visit.skip])
             if block.lanes:
-                a, m = block(a, m, x0, rope, segments, deltas)
+                a, m = block(a, m, x0, rope, past, deltas)
             else:
-                a = block(a, x0, rope, segments, deltas)
+                a = block(a, x0, rope, past, deltas)
             if visit.saves:
                 saved.append(a)
         return norm(a if m is None else 0.5 * (a + m))
@@ -1576,7 +1635,8 @@ def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, di
                   tokenizer_sha256: str, log: Log) -> bytes:
     """Quantise and pack so that code and artifact fit ARTIFACT_BYTES: ranges come from an entropy estimate, and the
     second and last try corrects it by what the first one really took."""
-    meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256}
+    meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256,
+            "holdout_tokens": run.holdout_tokens}
     weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
     scalars = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
     limit = run.artifact_bytes - len(code())
@@ -1723,13 +1783,6 @@ class Adapter:
 
         self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
         self.head = low_rank("head")
-        self._fix_sizes()
-
-    def _fix_sizes(self) -> None:
-        """Compiled code may count on all sizes of an adapter but the number of documents."""
-        for t in self.tensors():
-            torch._dynamo.mark_static(t, 1)
-            torch._dynamo.mark_static(t, 2)
 
     def tensors(self) -> list[Tensor]:
         """All that adapts, documents first: (B, ...) each."""
@@ -1744,7 +1797,6 @@ class Adapter:
             return LowRank(*(t.detach()[rows].requires_grad_() for t in part[:2]), part.scale)
         self.visits = [Deltas(*map(kept, visit)) for visit in self.visits]
         self.head = kept(self.head)
-        self._fix_sizes()
 
 
 class AdaptRule:
@@ -1760,9 +1812,10 @@ class AdaptRule:
         self.first, self.second = ([t[rows] for t in moments] for moments in (self.first, self.second))
 
     @torch.no_grad()
-    def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor) -> None:
-        """Tensors and gradients (B, ...), lr (B,); tensors change in place."""
+    def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor | float) -> None:
+        """Tensors and gradients (B, ...), learning rate (B,) or of all; tensors change in place."""
         run, self.steps_done = self.run, self.steps_done + 1
+        lr = torch.zeros(len(tensors[0]), device=tensors[0].device) + lr
         if run.ttt_grad_clip:
             norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (B,)
             factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
@@ -1800,48 +1853,86 @@ def wants_entropy(run: RunConfig) -> bool:
     return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
 
 
+class SideBySide:
+    """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
+    learns from it. Nothing that a row does reaches another. Earlier chunks are seen in one of two ways: as the keys and
+    values that they left when it was their turn (TTT_CONTEXT=cache: a step costs a chunk), or encoded anew under the
+    present corrections (window: a step costs a window, and learning reaches through it)."""
+
+    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
+        self.model, self.run, self.done = model, run, 0  # done: tokens of every document that lie behind
+        self.chunk: tuple[Tensor, ...] = ()  # inputs, targets, states and nats of the chunk that was scored last
+        self.adapter = Adapter(model.config, run, documents, device)
+        self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
+        self.cached, self.room = run.ttt_context == "cache", run.eval_seq_len - run.ttt_chunk_tokens
+        self.past = [Past() for _ in self.adapter.visits] if self.cached else []
+        self.ahead = 1 if self.cached else self.room  # most tokens that are fed in ahead of a chunk's own
+        self.before = torch.full((documents, int(self.cached)), BOS, device=device)  # these tokens
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
+        inputs, place = torch.cat([self.before, tokens], 1), None
+        if self.cached:
+            place = Chunk(torch.arange(-1, tokens.size(1), device=tokens.device) + self.done, self.past)
+        return self.model.hidden(inputs, place, self.adapter)[:, -tokens.size(1):].contiguous()
+
+    def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
+        """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
+        with torch.set_grad_enabled(to_learn):
+            x = self.hidden(tokens)
+            nll = self.model.head(x, targets, self.model.embed, self.adapter.head)
+        self.chunk = (tokens, targets, x, nll)
+        return nll.detach()
+
+    def learn(self, counted: Tensor) -> None:
+        """Steps on the chunk that was scored last; which of its targets count: (B, C)."""
+        (tokens, targets, x, nll), run, head = self.chunk, self.run, self.adapter.head
+        count = counted.sum(1).clamp(min=1)
+        entropy = entropy_sum(self.model, x, head, counted) / count if wants_entropy(run) else None
+        for epoch in range(run.ttt_epochs):
+            nll = self.model.head(self.hidden(tokens), targets, self.model.embed, head) if epoch else nll
+            loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
+            grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
+            self.rule.step(self.adapter.tensors(), grads, chunk_rate(run, epoch, entropy))
+
+    def move_on(self) -> None:
+        """The chunk that was scored last is past."""
+        tokens, self.chunk = self.chunk[0], ()
+        for past in self.past:
+            past.move_on(self.room)
+        self.before = torch.cat([self.before, tokens], 1)
+        self.before = self.before[:, max(0, self.before.size(1) - self.ahead):]
+        self.done += tokens.size(1)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all documents but these."""
+        self.before = self.before[rows]
+        for part in (self.adapter, self.rule, *self.past):
+            part.keep(rows)
+
+
 def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist,
                        tally: Tally) -> None:
-    """Score a group of documents, each with corrections of its own, chunk by chunk: first the score of a chunk is
-    final, then its document learns from it. A row ends with its document; nothing a row does reaches another."""
+    """Score a group of documents that adapt side by side. A row ends with its document."""
     chunk, lengths = run.ttt_chunk_tokens, docs.lengths
-    rows, longest = with_idle_row(np.array(group)), int(lengths[group].max())  # rows: each one's document, -1 for none
+    rows, longest = np.array(group), int(lengths[group].max())  # rows: each one's document
     tokens = padded(docs, rows, -(-longest // chunk) * chunk).to(dist.device)  # (B, T + 1)
-    adapter = Adapter(model.config, run, len(rows), dist.device)
-    rule = AdaptRule(adapter.tensors(), [1.0] * len(adapter.tensors()), run)
+    learners = SideBySide(model, run, len(rows), dist.device)
     for first in range(0, longest, chunk):
-        end, start = first + chunk, max(0, first + chunk - run.eval_seq_len)
-        left = np.where(rows < 0, 0, lengths[rows] - first)  # (B,) targets from here on
-        if (left > 0).sum() <= len(rows) // 2 > 1:  # drop the rows of documents that have ended
-            kept = with_idle_row(np.flatnonzero(left > 0))
-            rows, left = np.where(kept < 0, -1, rows[kept]), np.where(kept < 0, 0, left[kept])
-            index = torch.from_numpy(kept.clip(min=0)).to(dist.device)
-            tokens = tokens[index]
-            adapter.keep(index)
-            rule.keep(index)
-        inputs, targets = tokens[:, start:end], tokens[:, first + 1:end + 1]
+        end, left = first + chunk, lengths[rows] - first  # left: (B,) targets from here on
+        if (left > 0).sum() <= len(rows) // 2:  # drop the rows of documents that have ended
+            kept = np.flatnonzero(left > 0)
+            index = torch.from_numpy(kept).to(dist.device)
+            rows, left, tokens = rows[kept], left[kept], tokens[index]
+            learners.keep(index)
         inside = np.arange(chunk) < left[:, None]  # (B, chunk)
-        counted = torch.from_numpy(inside).to(dist.device)
-        nll, entropy = forward_scored(model, inputs, targets, None, adapter, counted, wants_entropy(run))
-        tally.add(np.repeat(rows, inside.sum(1)), nll.detach().cpu().numpy()[inside])
-        if end < run.ttt_min_doc_tokens or left.max() <= chunk:
-            continue
-        count = counted.sum(1).clamp(min=1)
-        entropy = None if entropy is None else entropy / count
-        for epoch in range(run.ttt_epochs):
-            if epoch:
-                nll, _ = forward_scored(model, inputs, targets, None, adapter, counted, False)
-            loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
-            tensors = adapter.tensors()
-            grads = list(torch.autograd.grad(loss, tensors))
-            lr = torch.zeros(len(rows), device=dist.device) + chunk_rate(run, epoch, entropy)
-            rule.step(tensors, grads, lr)
-            tally.updates[rows[left > chunk]] += 1
-
-
-def with_idle_row(rows: np.ndarray) -> np.ndarray:
-    """At least two rows, -1 standing for nothing: compiled code for many rows does not serve a single one."""
-    return rows if len(rows) > 1 else np.append(rows, -1)
+        learn = end >= run.ttt_min_doc_tokens and bool(left.max() > chunk)
+        nats = learners.score(tokens[:, first:end], tokens[:, first + 1:end + 1], to_learn=learn)
+        tally.add(np.repeat(rows, inside.sum(1)), nats.cpu().numpy()[inside])
+        if learn:
+            learners.learn(torch.from_numpy(inside).to(dist.device))
+            tally.updates[rows[left > chunk]] += run.ttt_epochs
+        learners.move_on()
 
 
 def padded(docs: Documents, group: np.ndarray, longest: int) -> Tensor:
@@ -1854,17 +1945,10 @@ def padded(docs: Documents, group: np.ndarray, longest: int) -> Tensor:
     return torch.from_numpy(rows)
 
 
-def forward_scored(model: GPT, tokens: Tensor, targets: Tensor, segments: Segments | None, adapter: Adapter | None,
-                   counted: Tensor, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """Tokens (B, T), targets of the last n and which of them count (B, n) -> their nats (B, n) and, if the learning
-    rate depends on it, the entropy of the counted predictions, summed by row (B,)."""
-    x = model.hidden(tokens, segments, adapter)[:, -targets.size(1):].contiguous()
-    delta = None if adapter is None else adapter.head
-    nll = model.head(x, targets, model.embed, delta)
-    if not want_entropy:
-        return nll, None
-    with torch.no_grad():
-        return nll, (model.head.entropy(x, model.embed, delta) * counted).sum(1)
+@torch.no_grad()
+def entropy_sum(model: GPT, x: Tensor, delta: LowRank | None, counted: Tensor) -> Tensor:
+    """States (B, C, D) and which of their predictions count (B, C) -> sum of these predictions' entropies (B,) nats."""
+    return (model.head.entropy(x, model.embed, delta) * counted).sum(1)
 
 
 class StreamLearner:
@@ -1874,6 +1958,7 @@ class StreamLearner:
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.model, self.run, self.dist = model, run, dist
         self.adapter = Adapter(model.config, run, 1, dist.device) if run.ttt_params == "lora" else None
+        self.delta = None if self.adapter is None else self.adapter.head
         if self.adapter is not None:
             self.leaves = self.adapter.tensors()
             self.tensors, multipliers = self.leaves, [1.0] * len(self.leaves)
@@ -1894,22 +1979,23 @@ class StreamLearner:
             t.copy_(value)
         self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)
 
-    def forward(self, row: Scored, want_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Nats of a row's targets (N,), which of them count (N,), and the sum of their entropies (1,) if wanted."""
-        counted = torch.from_numpy(row.counted).to(self.dist.device)
+    def forward(self, row: Scored) -> tuple[Tensor, Tensor, Tensor]:
+        """States of a row's tokens (1, N, D), nats of its targets and which of them count, (1, N) each."""
         tokens, targets, segments = row.packed
-        nll, entropy = forward_scored(self.model, tokens, targets, segments, self.adapter, counted[None], want_entropy)
-        return nll[0], counted, entropy
+        x = self.model.hidden(tokens, segments, self.adapter)
+        counted = torch.from_numpy(row.counted).to(self.dist.device)[None]
+        return x, self.model.head(x, targets, self.model.embed, self.delta), counted
 
     @torch.no_grad()
     def score(self, rows: Sequence[Scored], tally: Tally) -> Tensor | None:
         """Score this rank's rows of a chunk -> sum of entropies (1,), if wanted."""
-        total = torch.zeros(1, device=self.dist.device) if wants_entropy(self.run) else None
+        total = torch.zeros(1, device=self.dist.device)
         for row in rows:
-            nll, _, entropy = self.forward(row, total is not None)
-            tally.add(row.documents[row.counted], nll.cpu().numpy()[row.counted])
-            total = None if total is None else total + entropy
-        return total
+            x, nll, counted = self.forward(row)
+            tally.add(row.documents[row.counted], nll[0].cpu().numpy()[row.counted])
+            if wants_entropy(self.run):
+                total += entropy_sum(self.model, x, self.delta, counted)
+        return total if wants_entropy(self.run) else None
 
     def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None) -> None:
         """Steps on a chunk of this many targets, all of them scored."""
@@ -1917,12 +2003,11 @@ class StreamLearner:
         for epoch in range(self.run.ttt_epochs):
             grads = [torch.zeros_like(leaf) for leaf in self.leaves]
             for row in rows:
-                nll, counted, _ = self.forward(row, False)
+                _, nll, counted = self.forward(row)
                 loss = (nll * counted).sum() / targets
                 torch._foreach_add_(grads, list(torch.autograd.grad(loss, self.leaves, materialize_grads=True)))
             grads = [dist.sum_(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
-            lr = torch.zeros(1, device=self.dist.device) + chunk_rate(self.run, epoch, entropy)
-            self.rule.step(self.tensors, grads, lr)
+            self.rule.step(self.tensors, grads, chunk_rate(self.run, epoch, entropy))
 
 
 def full_multiplier(name: str, run: RunConfig) -> float:
@@ -1980,14 +2065,17 @@ def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]
     return [groups[i:i + world] for i in range(0, len(groups), world)]
 
 
+LEAST_STEP = 4096  # tokens of a pass under which a GPU's time is that of launching it
+
+
 def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
-    """Token passes of documents (B,) that adapt side by side, to foretell seconds: window by window, rows dropped as in
+    """Token passes of documents (B,) that adapt side by side, to foretell seconds: chunk by chunk, rows dropped as in
     adapt_side_by_side. Also serves documents that adapt one by one."""
     rows, total, chunk = len(lengths), 0.0, run.ttt_chunk_tokens
     for first in range(0, int(lengths.max(initial=0)), chunk):
         left = int((lengths > first).sum())
-        rows = max(left, 2) if left <= rows // 2 > 1 else rows
-        total += rows * min(first + chunk, run.eval_seq_len)
+        rows = left if left <= rows // 2 else rows
+        total += max(LEAST_STEP, rows * (chunk if run.cached_ttt else min(first + chunk, run.eval_seq_len)))
     return total
 
 
@@ -2078,6 +2166,9 @@ class Evaluation:
 # -----------------------------------------------------------------------------
 # main: check, train, quantise, pack, read back from the disk, score.
 
+LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
+
+
 class Plan(NamedTuple):
     """What is known before anything is paid for."""
     model: ModelConfig
@@ -2131,8 +2222,8 @@ def check_setup(plan: Plan, log: Log) -> None:
     log(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
     if plan.stream is None:
         return
-    log(f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens; a step reads "
-        f"{run.train_batch_tokens}, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows on every rank")
+    log(f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
+        f"{run.train_batch_tokens} a step, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows per rank")
     size = predicted_bytes(model, run)
     log(f"predicted artifact: about {size:.0f} bytes before its ranges are fitted, {len(code())} bytes of code, "
         f"limit {run.artifact_bytes}")
@@ -2187,10 +2278,18 @@ def load_artifact(path: Path, plan: Plan) -> GPT:
     return model
 
 
-def static_bpb(model: GPT, plan: Plan, looping: bool = True) -> float:
+def static_tally(model: GPT, plan: Plan, looping: bool = True) -> Tally:
     tally = Tally(plan.validation)
     score_static(model, plan.validation, range(len(plan.validation)), plan.run, plan.dist, tally, looping)
-    return tally.gathered(plan.dist).bits_per_byte
+    return tally.gathered(plan.dist)
+
+
+def write_documents(path: Path, tally: Tally, static: Tally) -> None:
+    """What every document scored, in the order of the validation set, for those who compare runs."""
+    out, docs = io.BytesIO(), tally.docs
+    np.savez_compressed(out, nats=tally.nats, static_nats=static.nats, tokens=docs.lengths, bytes=docs.target_bytes(),
+                        updates=tally.updates.astype(np.int64), validation=np.array(docs.sha256()))
+    write_atomically(path, [out.getvalue()])
 
 
 def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
@@ -2228,12 +2327,13 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
 
     with watch.phase("train"):
         history = train(trainer, stream, log, watch, reserve,
-                        lambda: static_bpb(model, plan, trainer.looping(trainer.progress)), path.with_suffix(".ckpt"))
+                        lambda: static_tally(model, plan, trainer.looping(trainer.progress)).bits_per_byte,
+                        path.with_suffix(".ckpt"))
     with watch.phase("validate"):
-        last_bpb = static_bpb(model, plan)
+        last_bpb = static_tally(model, plan).bits_per_byte
     with trainer.average.applied():
         with watch.phase("validate"):
-            prequant_bpb = static_bpb(model, plan)
+            prequant_bpb = static_tally(model, plan).bits_per_byte
         log(f"before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}")
         with watch.phase("calibrate"):
             batches = (stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
@@ -2248,12 +2348,12 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
             "prequant_bpb": prequant_bpb, "history": history, "train_seconds": seconds}
 
 
-def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
+def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
     """Read an artifact from the disk and score it -> what the result says of it."""
     run, dist, docs = plan.run, plan.dist, plan.validation
     with watch.phase("unpack"):
         model = load_artifact(path, plan)
-        if dist.device.type == "cuda" and run.compile:
+        if dist.device.type == "cuda" and run.compile and not (run.ttt_enabled and run.cached_ttt):
             compile_parts(model, dynamic=True)
         evaluation = Evaluation(model, docs, run, dist, log, lambda: watch.total(*EVALUATION_CLOCK))
     with watch.phase("evaluate: warm-up"):
@@ -2266,15 +2366,18 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, An
         strict = tally.bits_per_byte * counted_bytes / strict_bytes
         log(f"this tokenizer is lossy: over the {strict_bytes} bytes that survive it, val_bpb is {strict:.5f}")
     with watch.phase("score without adaptation"):
-        static = static_bpb(model, plan) if run.ttt_enabled else tally.bits_per_byte
+        static = static_tally(model, plan) if run.ttt_enabled else tally
+    if dist.main:
+        write_documents(LOGS / f"{run_id}.docs.npz", tally, static)
     adapted = f" ttt_bpb:{tally.bits_per_byte:.5f}" if run.ttt_enabled else ""
-    log(f"artifact {path}: static_bpb:{static:.5f}{adapted}")
+    log(f"artifact {path}: static_bpb:{static.bits_per_byte:.5f}{adapted}")
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
     val_loss = float(tally.nats.sum() / tally.counted.sum())
-    return {"val_bpb": tally.bits_per_byte, "val_loss": val_loss, "static_bpb": static,
-            "documents": len(docs), "tokens": int(tally.counted.sum()), "bytes": counted_bytes,
-            "adaptation_steps": int(tally.updates.sum()), "doc_independent": int(independent),
-            "degraded_documents": evaluation.degraded, "eval_seconds": watch.total(*EVALUATION_CLOCK)}
+    return {"val_bpb": tally.bits_per_byte, "val_loss": val_loss, "static_bpb": static.bits_per_byte,
+            "validation": docs.sha256(), "documents": len(docs), "tokens": int(tally.counted.sum()),
+            "bytes": counted_bytes, "adaptation_steps": int(tally.updates.sum()),
+            "doc_independent": int(independent), "degraded_documents": evaluation.degraded,
+            "eval_seconds": watch.total(*EVALUATION_CLOCK)}
 
 
 RESULT_KEYS = ("val_bpb", "static_bpb", "prequant_bpb", "artifact_bytes", "code_bytes", "total_bytes", "steps",
@@ -2314,8 +2417,6 @@ def prepare_torch(run: RunConfig, device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
-LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
-
 
 def run_all(only_check: bool) -> None:
     model, run = read_env()
@@ -2325,16 +2426,18 @@ def run_all(only_check: bool) -> None:
     log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
     with watch.phase("load"):
         log(code().decode(), screen=False)
-        log(f"{settings(model, run)}\n{versions()} {platform.platform()}", screen=False)
+        knobs = settings(model, run)
+        pasteable = (f"{name}={shlex.quote(value) if value else ''}" for name, value in knobs.items())
+        log("\n".join([*pasteable, f"{versions()} {platform.platform()}"]), screen=False)
         plan = make_plan(model, run, dist)
         check_setup(plan, log)
     if only_check:
         return dist.close()
-    result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
+    result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest(), "knobs": knobs}
     artifact = Path(run.artifact) if run.artifact else LOGS / f"{run_id}.ptz"
     if not run.artifact:
         result |= train_and_pack(plan, log, watch, artifact)
-    result |= evaluate(plan, log, watch, artifact)
+    result |= evaluate(plan, log, watch, artifact, run_id)
     size = artifact.stat().st_size
     result |= {"artifact_bytes": size, "code_bytes": len(code()), "total_bytes": size + len(code()),
                "artifact_parts": part_bytes(artifact), "world_size": dist.world, "device": device_name(dist.device),

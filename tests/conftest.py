@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import random
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -65,8 +64,8 @@ def tiny_run(tmp_path) -> Callable[..., train_gpt.RunConfig]:
     tiny = dict(
         run_id="tiny", device="cpu", data_path=str(tmp_path / "data"), iterations=3, max_wallclock_seconds=0.0,
         eval_seconds=0.0, warmup_steps=1, train_batch_tokens=256, train_row_tokens=64, micro_batch_tokens=128,
-        train_seq_len=32, train_log_every=1, gptq_calibration_batches=1, eval_seq_len=32, eval_stride=8,
-        ttt_chunk_tokens=8, ttt_batch_docs=4, ttt_lora_rank=2)  # fmt: skip
+        train_seq_len=32, holdout_tokens=0, train_log_every=1, gptq_calibration_batches=1, eval_seq_len=32,
+        eval_stride=8, ttt_chunk_tokens=8, ttt_batch_docs=4, ttt_lora_rank=2)  # fmt: skip
     return lambda **overrides: train_gpt.RunConfig(**(tiny | overrides))
 
 
@@ -140,8 +139,7 @@ def tiny_env(tiny_config, tiny_run) -> Callable[..., dict[str, str]]:
     changes; a value of None takes a variable out."""
 
     def environment(**changes: str | None) -> dict[str, str]:
-        lines = shlex.split(train_gpt.settings(tiny_config, tiny_run()))
-        env = dict(os.environ) | dict(line.split("=", 1) for line in lines) | changes
+        env = dict(os.environ) | train_gpt.settings(tiny_config, tiny_run()) | changes
         return {name: value for name, value in env.items() if value is not None}
 
     return environment

@@ -28,7 +28,10 @@ LORA = RUN | dict(ttt_lora_rank=4, ttt_lora_alpha=4.0, ttt_epochs=2, ttt_weight_
 SYSTEMS = {
     "static": RUN | dict(ttt_enabled=0),
     "adamw": LORA | dict(ttt_lr=0.01, ttt_grad_clip=0.5, ttt_entropy_low=2.8, ttt_entropy_high=2.9),
-    "sgd": LORA | dict(ttt_optimizer="sgd", ttt_lr=0.1, ttt_cosine=1, ttt_ns_steps=2, ttt_lora_targets="k,o,mlp"),
+    "sgd": LORA
+    | dict(
+        ttt_optimizer="sgd", ttt_context="window", ttt_lr=0.1, ttt_cosine=1, ttt_ns_steps=2, ttt_lora_targets="k,o,mlp"
+    ),
     "full": RUN | dict(ttt_params="full", ttt_lr=0.01, ttt_epochs=2, ttt_freeze_blocks=1),
 }
 
@@ -159,14 +162,38 @@ def audit_single_pass(g: ModuleType, knobs: dict) -> None:
     swapped. The BOS that closes a document is a target; nothing closes the last."""
     texts = [text(n, seed=n) for n in (41, 0, 3, 8, 20)]
     heard = score(g, texts, knobs | dict(ttt_lr=0.0))
-    model, losses = random_model(g).requires_grad_(False), []
-    for i, t in enumerate(texts):
-        tokens = torch.tensor([[BOS, *t, BOS]])
-        for at in range(len(t) + (i < len(texts) - 1)):
-            edge = CONTEXT + max(0, -(-(at + 1 - CONTEXT) // CHUNK)) * CHUNK  # STRIDE is the same
-            seen = slice(edge - CONTEXT, at + 1)
-            losses.append(model(tokens[:, seen], tokens[:, at + 1 : at + 2]).item())
-    np.testing.assert_allclose(np.concatenate([h.nats for h in heard]), losses, rtol=0, atol=3e-5)
+    model, plain = random_model(g).requires_grad_(False), plain_windows
+    if "ttt_lora_rank" in knobs and knobs.get("ttt_context") != "window":
+        plain = plain_bands
+    losses = [plain(g, model, [BOS, *t, BOS][: len(t) + 1 + (i < len(texts) - 1)]) for i, t in enumerate(texts)]
+    np.testing.assert_allclose(np.concatenate([h.nats for h in heard]), np.concatenate(losses), rtol=0, atol=3e-5)
+
+
+def plain_windows(g: ModuleType, model: torch.nn.Module, document: list[int]) -> np.ndarray:
+    """Target by target, a forward pass over the window that it is scored in."""
+    tokens, losses = torch.tensor([document]), []
+    for at in range(len(document) - 1):
+        edge = CONTEXT + max(0, -(-(at + 1 - CONTEXT) // CHUNK)) * CHUNK  # STRIDE is the same
+        losses.append(model(tokens[:, edge - CONTEXT : at + 1], tokens[:, at + 1 : at + 2]).item())
+    return np.array(losses)
+
+
+def plain_bands(g: ModuleType, model: torch.nn.Module, document: list[int]) -> np.ndarray:
+    """One forward pass over the whole document, whose attention reaches back to where the chunk's window begins."""
+
+    def attend(q, k, v, _place):
+        at = torch.arange(q.size(1))
+        seen = (at <= at[:, None]) & (at >= (at[:, None] // CHUNK + 1) * CHUNK - CONTEXT)
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+    tokens, ours = torch.tensor([document]), g.attend
+    try:
+        g.attend = attend
+        return model(tokens[:, :-1], tokens[:, 1:])[0].numpy()
+    finally:
+        g.attend = ours
 
 
 def audit_normalised(g: ModuleType, knobs: dict) -> None:
@@ -216,19 +243,18 @@ class Cheat(NamedTuple):
 
 
 REMEMBER = ("LORA_TARGETS = (", "KEPT = {}\nLORA_TARGETS = (")
-SCORE_CHUNK = (
-    "        nll, entropy = forward_scored(model, inputs, targets, None, adapter, counted, wants_entropy(run))\n"
-)
-BOOK_CHUNK = "        tally.add(np.repeat(rows, inside.sum(1)), nll.detach().cpu().numpy()[inside])\n"
-RATE = "lr = torch.zeros(len(rows), device=dist.device) + chunk_rate(run, epoch, entropy)"
-LEARN_FIRST = """        early, _ = forward_scored(model, inputs, targets, None, adapter, counted, False)
-        slopes = list(torch.autograd.grad((early * counted).sum(), adapter.tensors()))
-        rule.step(adapter.tensors(), slopes, torch.full((len(rows),), run.ttt_lr))
+SCORE_CHUNK = "        with torch.set_grad_enabled(to_learn):\n            x = self.hidden(tokens)\n"
+BOOK_CHUNK = "        tally.add(np.repeat(rows, inside.sum(1)), nats.cpu().numpy()[inside])\n"
+STEP = "        nats = learners.score("
+LEARN_FIRST = """        with torch.enable_grad():
+            early = self.model.head(self.hidden(tokens), targets, self.model.embed, self.adapter.head)
+            slopes = list(torch.autograd.grad(early.sum(), self.adapter.tensors()))
+        self.rule.step(self.adapter.tensors(), slopes, self.run.ttt_lr)
 """
-NEW_ADAPTER = "    adapter = Adapter(model.config, run, len(rows), dist.device)\n"
-WARM_START = """    for t, old in zip(adapter.tensors(), KEPT.get("adapter", []), strict=False):
-        t.data[:] = old[:1]
-    KEPT["adapter"] = adapter.tensors()
+NEW_ADAPTER = "        self.adapter = Adapter(model.config, run, documents, device)\n"
+WARM_START = """        for t, old in zip(self.adapter.tensors(), KEPT.get("adapter", []), strict=False):
+            t.data[:] = old[:1]
+        KEPT["adapter"] = self.adapter.tensors()
 """
 MOMENTS = "self.first = [torch.zeros_like(t) for t in tensors]"
 NEW_RULE = "self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)"
@@ -246,7 +272,8 @@ CHEATS = [
           [("        entropy = learner.score(rows, tally)\n",
             "        learner.learn(rows, 8, None)\n        entropy = learner.score(rows, tally)\n")]),
     Cheat("book the better of two scores", audit_normalised, "sgd",
-          [(SCORE_CHUNK, SCORE_CHUNK + "        nll = nll.minimum(model(inputs, targets))\n")]),
+          [("        return nll.detach()\n",
+            "        return nll.minimum(self.model(torch.cat([self.before, tokens], 1), targets)).detach()\n")]),
     Cheat("moments kept between documents", audit_independence, "sgd",
           [REMEMBER, (MOMENTS, MOMENTS.replace("=", "= KEPT.setdefault(str([t.shape for t in tensors]),") + ")")]),
     Cheat("momentum of the whole model kept", audit_independence, "full", [(NEW_RULE, "pass")]),
@@ -259,13 +286,18 @@ CHEATS = [
     Cheat("gradient norm of the batch", audit_independence, "adamw",
           [("run.ttt_grad_clip / (norms + 1e-6)", "run.ttt_grad_clip / (norms.norm() + 1e-6)")]),
     Cheat("entropy of the batch", audit_independence, "adamw",
-          [("else entropy / count\n", "else (entropy / count).mean().expand(len(rows))\n")]),
+          [("= entropy_sum(self.model, x, head, counted) / count if",
+            "= (entropy_sum(self.model, x, head, counted) / count).mean() if")]),
     Cheat("mean over the batch", audit_independence, "sgd",
           [("((nll * counted).sum(1) / count).sum()", "((nll * counted).sum(1) / count).mean()")]),
     Cheat("chunks by the document's length", audit_causality, "sgd",
           [("chunk, lengths = run.ttt_chunk_tokens, docs.lengths",
             "chunk, lengths = run.ttt_chunk_tokens * (1 + int(docs.lengths[group].max() < 30)), docs.lengths")]),
-    Cheat("rate decays over the document", audit_causality, "adamw", [(RATE, RATE + " * (1 - first / longest)")]),
+    Cheat("rate decays over the document", audit_causality, "adamw",
+          [(STEP, "        learners.rule.multipliers = [1 - first / longest] * len(learners.rule.first)\n" + STEP)]),
+    Cheat("the cache shows the token ahead", audit_causality, "adamw", [(".tril(T - C)", ".tril(T - C + 1)")]),
+    Cheat("a cache for the whole batch", audit_independence, "adamw",
+          [("t[:, max(0, t.size(1) - room):] for t", "(t + t.mean(0))[:, max(0, t.size(1) - room):] for t")]),
     Cheat("short documents skipped", audit_single_pass, "adamw",
           [("order = np.argsort(-lengths, kind=\"stable\").tolist()",
             "order = [i for i in np.argsort(-lengths).tolist() if lengths[i] > 9]")]),
@@ -279,7 +311,7 @@ CHEATS = [
     Cheat("a chunk counted twice", audit_single_pass, "sgd",
           [(BOOK_CHUNK, BOOK_CHUNK + BOOK_CHUNK.replace("tally", "if first == 8: tally", 1))]),
     Cheat("attention across BOS", audit_independence, "static",
-          [("if segments is None:\n        return attend_rows", "if not q.is_cuda:\n        return attend_rows")]),
+          [("if place is None:\n        return attend_rows", "if not q.is_cuda:\n        return attend_rows")]),
     Cheat("smeared with another document", audit_independence, "static",
           [("e[:, 1:] + gate[:, 1:, None] * e[:, :-1]", "e[:, 1:] + self.smear_gain * e[:, :-1]")]),
     Cheat("attention to the token ahead", audit_causality, "static",

@@ -49,7 +49,9 @@ def write_data(folder: Path) -> Path:
 def settings(tmp_path):
     """settings(**overrides): a run of eight steps of 256 tokens, four rows of 64 each."""
     tiny = dict(data_path=str(write_data(tmp_path / "data")), iterations=8, max_wallclock_seconds=0.0)
-    tiny |= dict(train_batch_tokens=256, train_row_tokens=64, micro_batch_tokens=128, train_seq_len=32)
+    tiny |= dict(
+        train_batch_tokens=256, train_row_tokens=64, micro_batch_tokens=128, train_seq_len=32, holdout_tokens=0
+    )
     tiny |= dict(eval_seq_len=32, eval_stride=8, ttt_chunk_tokens=8, train_log_every=1, warmup_steps=1)
     return lambda **overrides: g.RunConfig(**tiny | overrides)
 
