@@ -115,16 +115,20 @@ def draw(a: Run, b: Run, groups: list[Group], path: Path) -> None:
     with picture(path, 420, columns=2) as (both, gain):
         for name, run, colour in (("A", a, COLOURS[0]), ("B", b, COLOURS[1])):
             both.plot(*by_length(run, run.nats), "o-", color=colour, label=f"{name} {run.name}: {run.bpb:.4f}")
-        at = [g.tokens for g in groups]
-        gaps = [g.gap or Interval(*[g.bpb[1] - g.bpb[0]] * 3) for g in groups]
-        reach = [[i.value - i.low for i in gaps], [i.high - i.value for i in gaps]]
         gain.axhline(0, color="#555555", linewidth=1)
-        gain.errorbar(at, [-i.value for i in gaps], reach[::-1], fmt="o-", capsize=4, color=COLOURS[2])
+        known = [(g.tokens, g.gap) for g in groups if g.gap]
+        reach = [[gap.high - gap.value for _, gap in known], [gap.value - gap.low for _, gap in known]]
+        gain.errorbar([at for at, _ in known], [-gap.value for _, gap in known], reach, fmt="o-", capsize=4,
+                      color=COLOURS[2], label="with 95 % interval")  # fmt: skip
+        few = [g for g in groups if not g.gap]
+        gain.plot([g.tokens for g in few], [g.bpb[0] - g.bpb[1] for g in few], "o", color=COLOURS[2],
+                  markerfacecolor="white", label=f"fewer than {FEWEST} documents")  # fmt: skip
         for axes in (both, gain):
             label_lengths(axes, [a])
         both.set(ylabel="bits per byte")
-        gain.set(ylabel="gain of B: bpb of A - bpb of B", title="with 95 % intervals")
+        gain.set(ylabel="gain of B (bits per byte)")
         both.legend()
+        gain.legend()
 
 
 if __name__ == "__main__":

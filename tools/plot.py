@@ -79,6 +79,7 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Path]:
 def draw_loss(runs: Sequence[Run], path: Path) -> None:
     """Nats a token against the training clock and against tokens: lines of training, dots of validation."""
     with picture(path, 420, columns=2) as (by_time, by_tokens):
+        shown = 0.0
         for run, colour in zip(runs, COLOURS, strict=False):
             steps, seconds, losses = np.array(run.result["history"], float).reshape(-1, 3).T
             tokens_a_step = run.result["train_tokens"] / max(run.result["steps"], 1)
@@ -87,7 +88,9 @@ def draw_loss(runs: Sequence[Run], path: Path) -> None:
             for axes, x, at in (axis, (by_tokens, steps * tokens_a_step / 1e6, tested * tokens_a_step / 1e6)):
                 axes.plot(x, losses, color=colour, alpha=0.6, label=f"{run.name}: training")
                 axes.plot(at, nats, "o", color=colour, markersize=6, label=f"{run.name}: validation, not adapted")
+            shown = max(shown, *losses[len(losses) // 20 :], *nats)
         by_time.set(xlabel="training clock (s)", ylabel="loss (nats a token)")
+        by_time.set_ylim(top=1.02 * shown)  # the first steps, off the scale, would flatten the rest
         by_tokens.set(xlabel="tokens (millions)", ylim=by_time.get_ylim())
         by_tokens.legend()
 
@@ -134,7 +137,7 @@ def draw_bars(bars: list[tuple[str, dict[str, float], str]], path: Path, unit: s
             left += width
         for i, (_, _, end) in enumerate(bars):
             axes.text(left[i] + longest / 100, i, end, va="center")
-        axes.set(xlabel=unit, xlim=(0, longest * 1.25), yticks=range(len(bars)))
+        axes.set(xlabel=unit, xlim=(0, longest * 1.4), yticks=range(len(bars)))
         axes.set_yticklabels([label for label, _, _ in bars])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
@@ -167,8 +170,8 @@ def label_lengths(axes: Axes, runs: Sequence[Run]) -> None:
     first, last = (int(math.log2(max(1, length))) for length in (tokens.min(), tokens.max()))
     ticks = [1 << i for i in range(first, last + 2)]
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45 if len(ticks) > 10 else 0)
-    axes.set_xlabel("length of the document (tokens; groups of one octave)")
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)
+    axes.set_xlabel("document length (tokens)")
 
 
 if __name__ == "__main__":

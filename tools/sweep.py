@@ -1,0 +1,589 @@
+"""
+Try combinations of knobs, each a run of its own, and rank them on held-out training documents.
+
+    ./run.sh sweep TTT_LR=5e-5,1e-4,2e-4 TTT_CHUNK_TOKENS=32,48 --eval logs/RUN.ptz     score one artifact in every way
+    ./run.sh sweep MATRIX_LR=0.02,0.026,0.03 SEED=0,1,2                                 train and score every one
+    ./run.sh sweep --file combinations.txt                                              one NAME=value ... a line
+
+Values are separated by commas, or by semicolons where values hold commas: 'TTT_LORA_TARGETS=q,v;q,k,v,o'. Combinations
+that differ in SEED alone share a line of the result. All other knobs are those of the environment, and with --eval
+those of the artifact's run.
+
+Leaves logs/sweeps/<name>/: results.md, results.csv, results.png, and the files of every run. Finished combinations are
+not run again (same knobs, source, data and artifact), so an interrupted sweep is gone on with by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import train_gpt
+from tools.common import end_in_a_line, knobs_of_run
+from tools.holdout import make_holdout
+from tools.plot import COLOURS, picture
+from tools.runs import Interval, Run, differences, load_run
+from train_gpt import LOGS, ConfigError, DataError, UserError, require
+
+SWEEPS = LOGS / "sweeps"
+APART = {  # knobs that no sweep may vary, and why
+    "RUN_ID": "every combination gets one of its own",
+    "ARTIFACT": "give it as --eval ARTIFACT",
+    "RESUME": "every combination starts anew",
+} | dict.fromkeys(
+    ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "HOLDOUT_TOKENS"),
+    "all combinations must score the same documents; set it in the environment",
+)
+ONLY_TRAINING = ("Model", "Budget", "Data", "Optimizer", "Quantisation")  # groups of knobs
+STOP_SECONDS = 10.0  # a run that was told to end has so long
+
+
+# -----------------------------------------------------------------------------
+# What to run
+
+
+@dataclass
+class Job:
+    """One combination: its run, and how far it is."""
+
+    knobs: dict[str, str]  # what the sweep says
+    env: dict[str, str]
+    run_id: str = ""
+    source: str = ""  # sha256 of the train_gpt.py that it is for
+    state: str = "waiting"  # waiting | running | done | failed
+    at: str = ""  # how far, in words
+    bpb: float | None = None  # the latest that the log says
+    eta: float | None = None  # seconds, of the running phase
+    run: Run | None = None  # once it is done
+
+    @property
+    def label(self) -> str:
+        return shell_words(self.knobs)
+
+    def file(self, suffix: str) -> Path:
+        return LOGS / f"{self.run_id}{suffix}"
+
+
+def shell_words(knobs: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={shlex.quote(value)}" for name, value in knobs.items())
+
+
+def parse_grid(words: Sequence[str]) -> list[dict[str, str]]:
+    """NAME=v,w ... -> every combination, the last name varying fastest."""
+    names, choices = [], []
+    for word in words:
+        name, equals, values = word.partition("=")
+        require(equals == "=" and name.isidentifier(), f"{word!r}: expected NAME=value,value,...", ConfigError)
+        require(name not in names, f"{name} is given twice", ConfigError)
+        names.append(name)
+        choices.append(values.split(";" if ";" in values else ","))
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*choices)]
+
+
+def parse_file(path: Path) -> list[dict[str, str]]:
+    """Lines of NAME=value ..., quoted as in a shell; # begins a comment."""
+    found = []
+    for number, line in enumerate(train_gpt.read_file(path).decode("utf-8", "replace").splitlines(), 1):
+        try:
+            words = shlex.split(line, comments=True)
+            require(all(re.match(r"[A-Za-z_]\w*=", word) for word in words), "expected NAME=value ...", ConfigError)
+        except ValueError as error:  # ConfigError is one
+            raise ConfigError(f"{path}:{number}: {error}") from None
+        if words:
+            found.append(dict(word.split("=", 1) for word in words))
+    require(bool(found), f"{path}: no combination in it", ConfigError)
+    require(all(found[0].keys() == other.keys() for other in found), f"{path}: every line must name the same knobs, so "
+            "that they can be compared", ConfigError)  # fmt: skip
+    return found
+
+
+def training_knobs() -> set[str]:
+    """Knobs that change nothing when an artifact is scored."""
+    group, names = "", {"ARTIFACT_BYTES", "CHECKPOINT_SECONDS"}
+    for field in (*fields(train_gpt.ModelConfig), *fields(train_gpt.RunConfig)):
+        group = field.metadata["group"] or group
+        if group in ONLY_TRAINING:
+            names.add(field.name.upper())
+    return names - {"MICRO_BATCH_TOKENS", "EVAL_SECONDS"}
+
+
+def check_names(names: Sequence[str], artifact: str | None) -> None:
+    """Refuse what no sweep, or none of an artifact's evaluation, can vary."""
+    known = {field.name.upper() for kind in train_gpt.CONFIGS for field in fields(kind)}
+    train_gpt.refuse_unknown(dict.fromkeys(names, ""), known)
+    for name in names:
+        require(name in known, f"{name} is not a knob (./run.sh help lists all)")
+        require(name not in APART, f"{name} cannot be swept: {APART.get(name)}")
+        require(not artifact or name not in training_knobs(), f"{name} is for training, and --eval trains nothing")
+
+
+def make_jobs(combinations: list[dict[str, str]], artifact: str | None, gpus: int) -> list[Job]:
+    """A job a combination, its environment read and checked as its run will."""
+    for name in ("ARTIFACT", "RESUME"):
+        require(not os.environ.get(name), f"{name} is set in the environment: {APART[name]}")
+    check_names(list(combinations[0]), artifact)
+    jobs = []
+    for knobs in combinations:
+        env = dict(os.environ) | knobs
+        if artifact:
+            env = knobs_of_run(Path(artifact), env) | env | {"ARTIFACT": artifact, "RESUME": ""}
+        try:
+            _, run = train_gpt.read_env(env)
+            if not artifact:
+                train_gpt.deal_rows(run, gpus)
+        except ConfigError as error:
+            raise ConfigError(f"{shell_words(knobs)}: {error}") from None
+        jobs.append(Job(knobs, env))
+    return jobs
+
+
+class Scored(NamedTuple):
+    """The documents of a sweep."""
+
+    words: str  # which, for people
+    validation: bool  # they are the validation set
+    facts: dict  # what tells them, the training data and the tokenizer from others
+
+
+def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scored:
+    """Point every job at the documents that it is to score, and open all as the first run will."""
+    config, run = train_gpt.read_env(jobs[0].env)
+    held = run.holdout_tokens
+    if on == "training":
+        if run.artifact:
+            config, held = what_artifact_says(run.artifact)
+        make_holdout(Path(run.data_path), train_gpt.load_tokenizer(run, config.vocab_size), held, folder / "data")
+        for job in jobs:
+            job.env |= {"DATA_PATH": str(folder / "data")}
+    config, run = train_gpt.read_env(jobs[0].env)
+    plan = train_gpt.make_plan(config, run, train_gpt.Dist(world=world))
+    count = f"{len(plan.validation):,} documents ({plan.validation.target_bytes().sum():,} bytes)"
+    shards = [] if plan.stream is None else [[str(p.resolve()), p.stat().st_size] for p in plan.stream.paths]
+    facts = {"validation": plan.validation.sha256(), "tokenizer": plan.tokenizer.sha256, "train": shards}
+    if on == "training":
+        return Scored(f"{count} of the last {held:,} training tokens, held out of training", False, facts)
+    return Scored(f"validation, {count}: not for choosing", True, facts)
+
+
+def what_artifact_says(artifact: str) -> tuple[train_gpt.ModelConfig, int]:
+    """Its network, and how many tokens at the end of its training data it does not know."""
+    header, _ = train_gpt.read_header(train_gpt.read_file(artifact), artifact)
+    held = header["meta"].get("holdout_tokens", 0)
+    why = f"{artifact}: held no training documents back (holdout_tokens is {held!r}): it may have learnt them; "
+    require(type(held) is int and held > 0, why + "train again with HOLDOUT_TOKENS, or use --on validation", DataError)
+    return train_gpt.stored_config(header["meta"], artifact), held
+
+
+def name_runs(jobs: list[Job], folder: Path, facts: dict, gpus: int) -> None:
+    """Every job's run_id: its knobs with effect, the source, the data and the artifact in a hash. Finished ones have a
+    run of that name already."""
+    source = hashlib.sha256(train_gpt.code()).hexdigest()
+    seen: dict[str, Job] = {}
+    for job in jobs:
+        model, run = train_gpt.read_env(job.env)
+        knobs, ineffective = train_gpt.settings(model, run), {*APART} - {"VOCAB_SIZE", "HOLDOUT_TOKENS"}
+        artifact = ""
+        if run.artifact:
+            ineffective |= training_knobs()
+            artifact = hashlib.sha256(train_gpt.read_file(run.artifact)).hexdigest()
+        knobs = {name: value for name, value in knobs.items() if name not in ineffective}
+        identity = json.dumps([knobs, source, facts, artifact, gpus], sort_keys=True)
+        job.run_id = f"{folder.relative_to(LOGS)}/{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        job.env |= {"RUN_ID": job.run_id}
+        job.source = source
+        twin = seen.setdefault(job.run_id, job)
+        require(twin is job, f"{twin.label} and {job.label} are the same combination")
+        with contextlib.suppress(DataError):  # not run yet, or cut off
+            job.run = load_run(job.run_id)
+            job.state, job.at, job.bpb = "done", "done before", job.run.bpb
+
+
+# -----------------------------------------------------------------------------
+# Running
+
+
+def device_slots(device: str, gpus: int, env: Mapping[str, str] = os.environ) -> list[str | None]:
+    """Where jobs can run at the same time: the CUDA_VISIBLE_DEVICES of each, or None for the one CPU."""
+    found = 0 if device == "cpu" else torch.cuda.device_count()
+    if not found:
+        require(gpus == 1, f"--gpus {gpus}: there is no GPU here, or DEVICE=cpu")
+        return [None]
+    require(gpus <= found, f"--gpus {gpus}: there are {found} here")
+    visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))
+    names = visible.split(",")[:found]
+    return [",".join(names[i : i + gpus]) for i in range(0, found - gpus + 1, gpus)]
+
+
+class Running(NamedTuple):
+    job: Job
+    process: subprocess.Popen
+    slot: str | None
+    began: float
+    log: Tail
+
+
+class Tail:
+    """New whole lines of a log that grows, after the source at its beginning."""
+
+    def __init__(self, path: Path):
+        self.path, self.at, self.rest = path, len(train_gpt.code()), b""
+
+    def lines(self) -> list[str]:
+        try:
+            with open(self.path, "rb") as log:
+                log.seek(self.at)
+                new = log.read()
+        except FileNotFoundError:
+            return []
+        self.at += len(new)
+        *whole, self.rest = (self.rest + new).split(b"\n")
+        return [line.decode("utf-8", "replace") for line in whole]
+
+
+def note_progress(job: Job, line: str) -> None:
+    """What a line of the log says of how far the run is."""
+    figures = dict(re.findall(r"(\w+):(\d[\d./]*)", line))
+    if line.startswith("step:"):
+        job.at = f"step {figures['step']}"
+    elif line.startswith("adapted documents:"):
+        job.at = f"{figures['documents']} documents"
+    elif line.startswith(("before quantisation", "artifact ")):
+        job.at, job.eta = "packing" if line[0] == "b" else "scored", None
+    for name in ("val_bpb", "ttt_bpb"):
+        if name in figures:
+            job.bpb = float(figures[name])
+    if "eta_s" in figures:
+        job.eta = float(figures["eta_s"])
+
+
+class Sweep:
+    """Runs jobs, as many at once as there are slots, and shows how far they are."""
+
+    def __init__(self, jobs: list[Job], slots: list[str | None], gpus: int, screen: Screen):
+        self.jobs, self.free, self.gpus, self.screen = jobs, list(slots), gpus, screen
+        self.width, self.running, self.took = len(slots), [], []
+
+    def run_all(self) -> None:
+        """Until every job is done or has failed. On KeyboardInterrupt all runs are ended first."""
+        try:
+            while self.running or any(job.state == "waiting" for job in self.jobs):
+                for job in self.jobs:
+                    if self.free and job.state == "waiting":
+                        self.start(job)
+                for one in list(self.running):
+                    self.look_after(one)
+                self.screen.show(self.seconds_left())
+                time.sleep(0.1)
+        finally:
+            self.stop()
+        self.screen.show(0.0, last=True)
+
+    def start(self, job: Job) -> None:
+        slot, program = self.free.pop(0), [sys.executable]
+        if self.gpus > 1:
+            program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
+        env = job.env if slot is None else job.env | {"CUDA_VISIBLE_DEVICES": slot}
+        for suffix in (".json", ".docs.npz", ".txt"):  # of an attempt that was cut off
+            job.file(suffix).unlink(missing_ok=True)
+        with open(job.file(".err"), "wb") as errors:
+            process = subprocess.Popen([*program, train_gpt.__file__], env=env, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, stderr=errors)  # fmt: skip
+        job.state, job.at = "running", "starting"
+        self.running.append(Running(job, process, slot, time.monotonic(), Tail(job.file(".txt"))))
+
+    def look_after(self, one: Running) -> None:
+        """Read its log; when it has ended, see what came of it and free its place."""
+        status = one.process.poll()
+        for line in one.log.lines():
+            note_progress(one.job, line)
+        if status is None:
+            return
+        self.running.remove(one)
+        self.free.append(one.slot)
+        self.took.append(time.monotonic() - one.began)
+        conclude(one.job, status)
+
+    def seconds_left(self) -> float | None:
+        """Of the whole sweep, from how long jobs took so far; None until one is done."""
+        if not self.took:
+            return None
+        each, now = sum(self.took) / len(self.took), time.monotonic()
+        waiting = sum(job.state == "waiting" for job in self.jobs)
+        begun = sum(max(0.0, each - (now - one.began)) for one in self.running)
+        return (begun + waiting * each) / self.width
+
+    def stop(self) -> None:
+        """End what runs: after Ctrl-C the runs have heard of it themselves, else they are told."""
+        deadline = time.monotonic() + STOP_SECONDS
+        for one in self.running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.process.wait(1.0)
+            if one.process.poll() is None:
+                one.process.terminate()
+        for one in self.running:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                one.process.wait(max(0.1, deadline - time.monotonic()))
+            if one.process.poll() is None:
+                one.process.kill()
+                one.process.wait()
+            one.job.file(".err").unlink(missing_ok=True)
+            for partial in one.job.file("").parent.glob(".*.partial"):
+                partial.unlink()
+
+
+def conclude(job: Job, status: int) -> None:
+    """A job whose process has ended is done if its run can be read, else it has failed, and `at` says why."""
+    job.eta = None
+    try:
+        require(status == 0, reason_of(job.file(".err"), status), UserError)
+        run = load_run(job.run_id)
+        require(run.result["code_sha256"] == job.source, "train_gpt.py was changed meanwhile; start the sweep again")
+        job.run, job.state, job.at, job.bpb = run, "done", f"{run.result['eval_seconds']:.0f} s of evaluation", run.bpb
+        job.file(".err").unlink()
+    except UserError as error:
+        job.state, job.at = "failed", str(error)
+
+
+def reason_of(path: Path, status: int) -> str:
+    """The last line of an error output that says what is wrong, or its last one at all."""
+    lines = [line for line in train_gpt.read_file(path).decode("utf-8", "replace").splitlines() if line.strip()]
+    named = [line for line in lines if line.startswith("error: ")]
+    return (named or lines or [f"exit status {status}, no message"])[-1].removeprefix("error: ")
+
+
+class Screen:
+    """The live table: redrawn on a terminal, elsewhere a line a change (progress at most every ten seconds a job)."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs, self.terminal = jobs, sys.stdout.isatty()
+        self.drawn, self.at = 0, 0.0
+        self.told: dict[str, tuple[str, str, float]] = {}  # run_id -> state, progress, when
+
+    def show(self, seconds_left: float | None, last: bool = False) -> None:
+        if not self.terminal:
+            self.tell_changes()
+        elif last or time.monotonic() - self.at > 0.5:
+            self.redraw(seconds_left)
+
+    def tell_changes(self) -> None:
+        for job in self.jobs:
+            state, at, when = self.told.get(job.run_id, ("waiting", "", 0.0))
+            now = time.monotonic()
+            if job.state != state or (job.at != at and now - when > 10):
+                self.told[job.run_id] = job.state, job.at, now
+                print(self.line(job), flush=True)
+
+    def line(self, job: Job) -> str:
+        figures = [f"bpb {job.bpb:.5f}"] if job.bpb is not None else []
+        figures += [f"ETA {job.eta:.0f} s"] if job.eta is not None else []
+        return "  ".join([job.label, job.state, *figures, job.at])
+
+    def redraw(self, seconds_left: float | None) -> None:
+        """The whole table; what runs or has failed comes first where not all lines fit."""
+        width, height = shutil.get_terminal_size()
+        order = ("running", "failed", "done", "waiting")
+        done = sum(job.state in {"done", "failed"} for job in self.jobs)
+        eta = "" if seconds_left is None else f", {seconds_left:.0f} s left"
+        shown = sorted(self.jobs, key=lambda job: order.index(job.state))[: max(1, height - 3)]
+        lines = [f"{done} of {len(self.jobs)} combinations{eta}", *map(self.line, shown)]
+        if len(shown) < len(self.jobs):
+            lines.append(f"... and {len(self.jobs) - len(shown)} more")
+        up = f"\x1b[{self.drawn}A" if self.drawn else ""
+        print(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[J", end="", flush=True)
+        self.drawn, self.at = len(lines), time.monotonic()
+
+
+# -----------------------------------------------------------------------------
+# What came of it
+
+
+class Row(NamedTuple):
+    """A combination without its seed; nats of a document are the mean over seeds."""
+
+    knobs: dict[str, str]
+    run: Run  # of the first seed, with these nats
+    runs: list[Run]
+    gap: Interval | None  # bpb less that of the first row; None in the first
+
+
+def rank(jobs: list[Job]) -> list[Row]:
+    """Finished combinations, the best first."""
+    by_knobs: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.run is not None:
+            by_knobs.setdefault(shell_words(without_seed(job.knobs)), []).append(job)
+    rows = []
+    for group in by_knobs.values():
+        runs = [job.run for job in group]
+        mean = dataclasses.replace(
+            runs[0],
+            nats=np.mean([run.nats for run in runs], axis=0),
+            static_nats=np.mean([run.static_nats for run in runs], axis=0),
+        )
+        rows.append(Row(without_seed(group[0].knobs), mean, runs, None))
+    rows.sort(key=lambda row: row.run.bpb)
+    gaps = differences(rows[0].run, [row.run for row in rows[1:]]) if len(rows) > 1 else []
+    return rows[:1] + [row._replace(gap=gap) for row, gap in zip(rows[1:], gaps, strict=True)]
+
+
+def without_seed(knobs: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in knobs.items() if name != "SEED"}
+
+
+def write_results(folder: Path, jobs: list[Job], rows: list[Row], scored: Scored, command: str) -> str:
+    """results.csv, results.md and results.png -> the text of results.md."""
+    text = "\n".join(results_table(folder.name, jobs, rows, scored, command)) + "\n"
+    train_gpt.write_atomically(folder / "results.csv", [results_csv(jobs).encode()])
+    train_gpt.write_atomically(folder / "results.md", [text.encode()])
+    draw(rows, scored, folder / "results.png")
+    return text
+
+
+def results_csv(jobs: list[Job]) -> str:
+    """A line a run, failed ones included."""
+    out, figures = io.StringIO(), ("val_bpb", "static_bpb", "val_loss", "train_seconds", "eval_seconds",
+                                   "degraded_documents", "doc_independent", "total_bytes")  # fmt: skip
+    table = csv.writer(out, lineterminator="\n")
+    table.writerow([*jobs[0].knobs, "state", *figures, "run_id"])
+    for job in jobs:
+        result = job.run.result if job.run else {}
+        table.writerow([*job.knobs.values(), job.state, *(result.get(name, "") for name in figures), job.run_id])
+    return out.getvalue()
+
+
+def results_table(name: str, jobs: list[Job], rows: list[Row], scored: Scored, command: str) -> list[str]:
+    knobs = list(without_seed(jobs[0].knobs))
+    mark = "**VALIDATION. Nothing may be chosen from this table.** " if scored.validation else ""
+    lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.words}. Differences are those to "
+             "the first row, with paired 95 % bootstrap intervals over documents.", "",
+             f"| {' | '.join([*knobs, 'bpb', 'difference', 'without adaptation', 'seeds', 'eval. s', 'notes'])} |",
+             f"|{'---|' * (len(knobs) + 6)}"]  # fmt: skip
+    for row in rows:
+        seeds = " ".join(str(run.result["seed"]) for run in row.runs)
+        seconds = np.mean([run.result["eval_seconds"] for run in row.runs])
+        cells = [*row.knobs.values(), bpb_of(row), row.gap or "", f"{row.run.static_bpb:.5f}", seeds, f"{seconds:.1f}"]
+        lines.append(f"| {' | '.join(map(str, [*cells, notes(row)]))} |")
+    failed = [f"- `{job.label}`: {job.at}" for job in jobs if job.state == "failed"]
+    return [*lines, "", "Failed:", "", *failed] if failed else lines
+
+
+def bpb_of(row: Row) -> str:
+    """Mean, and standard deviation over seeds where there are several."""
+    several = [run.bpb for run in row.runs]
+    return f"{row.run.bpb:.5f}" + (f" ± {np.std(several, ddof=1):.5f}" if len(several) > 1 else "")
+
+
+def notes(row: Row) -> str:
+    """Why a row may not be comparable."""
+    degraded = sum(run.result["degraded_documents"] for run in row.runs)
+    if degraded:
+        return f"time was short: {degraded} documents without adaptation"
+    return "" if all(run.result["doc_independent"] for run in row.runs) else "depends on the order of documents"
+
+
+def draw(rows: list[Row], scored: Scored, path: Path, most: int = 40) -> None:
+    """The best combinations and how far they are from the first."""
+    shown = rows[:most]
+    gaps = [row.gap or Interval(0.0, 0.0, 0.0) for row in shown]
+    with picture(path, 130 + 26 * len(shown)) as (axes,):
+        reach = [[gap.value - gap.low for gap in gaps], [gap.high - gap.value for gap in gaps]]
+        axes.errorbar([gap.value for gap in gaps], range(len(shown)), xerr=reach, fmt="o", capsize=4, color=COLOURS[0])
+        axes.set(xlabel="bits per byte more than the first row, with 95 % interval", yticks=range(len(shown)))
+        axes.set_yticklabels([f"{shell_words(row.knobs) or 'SEED'}  {row.run.bpb:.5f}" for row in shown], fontsize=10)
+        axes.set_title("VALIDATION: not for choosing" if scored.validation else "held-out training documents")
+        axes.invert_yaxis()
+
+
+# -----------------------------------------------------------------------------
+# Command line
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """No second process sweeps into the same folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another sweep runs there; wait for it, or give another --name") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grid", nargs="*", metavar="NAME=value,value")
+    parser.add_argument("--file", type=Path, help="combinations, one a line, instead of a grid")
+    parser.add_argument("--eval", metavar="ARTIFACT", help="train nothing; score this artifact with every combination")
+    documents = "score held-out training documents, or validation, which marks the table [%(default)s]"
+    parser.add_argument("--on", choices=("training", "validation"), default="training", help=documents)
+    parser.add_argument("--name", help="folder in logs/sweeps [the names of the knobs, or the file's]")
+    parser.add_argument("--gpus", type=int, default=1, help="of one job; as many jobs at once as fit [%(default)s]")
+    return parser
+
+
+def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) -> str:
+    own = options.file.stem if options.file else "-".join(combinations[0]).lower()
+    name = options.name or own + "-eval" * bool(options.eval) + "-validation" * (options.on == "validation")
+    require(bool(re.fullmatch(r"\w[\w.-]*", name, re.ASCII)), f"--name {name!r}: expected letters, digits, _ . -")
+    return name
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """-> exit status: 1 when a combination failed."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    options = command_line().parse_intermixed_args(arguments)
+    require(bool(options.grid) != bool(options.file), "give a grid, NAME=value,value ..., or --file FILE")
+    require(options.gpus > 0, f"--gpus {options.gpus}: at least 1")
+    combinations = parse_file(options.file) if options.file else parse_grid(options.grid)
+    jobs = make_jobs(combinations, options.eval, options.gpus)
+    slots = device_slots(train_gpt.read_env(jobs[0].env)[1].device, options.gpus)
+    folder = SWEEPS / sweep_name(options, combinations)
+    with locked(folder):
+        scored = choose_documents(jobs, options.on, folder, options.gpus)
+        name_runs(jobs, folder, scored.facts, options.gpus)
+        print(f"{len(jobs)} combinations, {len(slots)} at a time, scored on {scored.words}", flush=True)
+        try:
+            Sweep(jobs, slots, options.gpus, Screen(jobs)).run_all()
+        except KeyboardInterrupt:
+            done = sum(job.state == "done" for job in jobs)
+            print(f"{done} of {len(jobs)} combinations are done; the same command goes on with the rest", flush=True)
+            raise
+        rows = rank(jobs)
+        require(bool(rows), f"every combination failed, the first: {jobs[0].at}", UserError)
+        print("\n" + write_results(folder, jobs, rows, scored, shlex.join(["./run.sh", "sweep", *arguments])))
+    print(f"{folder}/results.md, results.csv, results.png\nthe best:\n{shell_words(rows[0].knobs)}")
+    return int(any(job.state == "failed" for job in jobs))
+
+
+if __name__ == "__main__":
+    sys.exit(end_in_a_line(main))
