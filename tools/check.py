@@ -1,0 +1,372 @@
+"""
+Check a record as an organiser would: every number of it against its logs, and the logs against each other.
+
+    ./run.sh check records/TRACK/DATE_NAME ... [--artifact SEED=FILE ...] [--no-evaluation]
+
+README.md, submission.json and requirements.txt are derived again from the runs (train_seed*.log, .json, .docs.npz) and
+compared; results are compared with the logs and with the scores of the documents; the source with what the logs begin
+with; sizes and times with the limits. That runs no code of the record. Then, where the artifact of a seed is at hand
+(named, or logs/<RUN_ID>.ptz), the record's own train_gpt.py evaluates it once more, on DATA_PATH of the environment or
+else of the record, without a time limit: the score must come within 1e-4 bpb.
+Exit status: 0 all agrees, 1 something does not (it is listed), 2 for what you can mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import train_gpt
+from tools import claims
+from tools.claims import Baseline, Facts
+from tools.common import end_in_a_line
+from tools.runs import Run, beside, disagreements, read_documents, read_result
+from train_gpt import LOGS, DataError, UserError, read_file, require
+
+RECORDS = Path("records")
+SAME_SCORE = 1e-4  # bpb, between two machines
+OF_THE_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "COMPILE")  # whoever checks has these elsewhere
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    wrong = 0
+    for folder in options.folders:
+        found = examine(folder)
+        if not found and not options.no_evaluation:
+            found = evaluate_all(folder, options.artifact)
+        for line in found:
+            print(f"{folder}: {line}")
+        if not found:
+            print(f"{folder}: all agrees")
+        wrong += bool(found)
+    return 1 if wrong else 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a record")
+    parser.add_argument("--artifact", action="append", default=[], metavar="SEED=FILE", help="evaluate this one")
+    parser.add_argument("--no-evaluation", action="store_true", help="compare what is written, and evaluate nothing")
+    options = parser.parse_args(arguments)
+    for folder in options.folders:
+        require((folder / "submission.json").is_file(), f"{folder}: no record: it has no submission.json", UserError)
+    require(not options.artifact or (len(options.folders) == 1 and not options.no_evaluation),
+            "--artifact is for the evaluation of one record", UserError)  # fmt: skip
+    options.artifact = dict(map(named_artifact, options.artifact))
+    return options
+
+
+def named_artifact(text: str) -> tuple[int, Path]:
+    seed, _, path = text.partition("=")
+    require(seed.isdecimal() and path != "", f"--artifact {text}: expected SEED=FILE", UserError)
+    return int(seed), Path(path)
+
+
+def find_records(root: Path = RECORDS) -> list[Path]:
+    """Every record under a folder; what a writer is still building, or left behind, begins with a dot and is none."""
+    return sorted(p.parent for p in root.glob("*/*/submission.json") if not p.parent.name.startswith("."))
+
+
+# -----------------------------------------------------------------------------
+# Reading a record: all of it is hostile until checked
+
+
+@dataclass(frozen=True)
+class RecordedRun(Run):
+    """A run as a record keeps it: train_seed<SEED>.json with .docs.npz and .log beside it."""
+
+    @property
+    def log(self) -> Path:
+        return beside(self.path, ".log")
+
+
+class Record(NamedTuple):
+    folder: Path
+    stated: dict[str, Any]  # submission.json as it stands
+    facts: Facts
+    runs: list[RecordedRun]  # by seed; their files may still contradict each other
+
+
+def read_record(folder: Path) -> Record:
+    """Open all parts of a record. Raises UserError where one is missing or cannot be what it should be."""
+    try:
+        stated = json.loads(read_file(folder / "submission.json"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"submission.json is not JSON: {error}") from None
+    return Record(folder, stated, read_facts(stated, read_text(folder / "README.md")), read_runs(folder))
+
+
+def read_text(path: Path) -> str:
+    try:
+        return read_file(path).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name} is not text: {error}") from None
+
+
+def read_facts(stated: Any, readme: str) -> Facts:
+    """The facts that submission.json states; the text of what changed is the README's."""
+    try:
+        baseline = None if stated["baseline"] is None else Baseline(**stated["baseline"])
+        plain = {name: stated[name] for name in ("author", "github_id", "name", "date", "track")}
+        limits = {name: stated["limits"][name] for name in ("train_seconds", "eval_seconds")}
+        allowed = tuple(stated["allowed"])
+        return Facts(**plain, **limits, what=claims.what_of(readme), allowed=allowed, baseline=baseline)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"submission.json is not one of ours: {type(error).__name__} {error}") from None
+
+
+def read_runs(folder: Path) -> list[RecordedRun]:
+    """The runs that lie in a record, by seed."""
+    found = {int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"train_seed(\d{1,10})\..*", p.name))}
+    require(bool(found), "no train_seed*.json: no run is here", DataError)
+    paths = [folder / f"train_seed{seed}.json" for seed in sorted(found)]
+    return [RecordedRun(p, read_result(p), **read_documents(beside(p, ".docs.npz"))) for p in paths]
+
+
+# -----------------------------------------------------------------------------
+# What contradicts what
+
+
+def examine(folder: Path) -> list[str]:
+    """Everything in a record that does not follow from its runs, and everything that speaks against these. No code of
+    the record runs."""
+    try:
+        record = read_record(folder)
+        return [*misplaced(record), *contradictions(record)]
+    except UserError as error:
+        return [str(error)]
+
+
+def misplaced(record: Record) -> Iterator[str]:
+    if record.folder.resolve().parts[-2:] != tuple(record.facts.folder.split("/")):
+        yield f"it lies in {record.folder}, and says that it is {record.facts.folder}"
+
+
+def contradictions(record: Record) -> list[str]:
+    """What is wrong in a record, wherever it lies."""
+    folder, _, facts, runs = record
+    wrong = [f"{run.path.name}: {line}" for run in runs for line in against_files(run, folder)]
+    if wrong:  # what follows from such runs says nothing
+        return wrong
+    return [
+        *claims.objections(runs, facts),
+        *against_submission(record),
+        *differing_lines("README.md", read_text(folder / "README.md"), claims.readme(runs, facts)),
+        *differing_lines("requirements.txt", read_text(folder / "requirements.txt"), claims.requirements(runs[0])),
+        *against_baseline(facts),
+        *(f"{name} is missing" for name in needed_files(runs) if not (folder / name).is_file()),
+        *(f"{path.name}: artifacts are not kept in a record" for path in sorted(folder.rglob("*.ptz"))),
+    ]
+
+
+def against_files(run: Run, folder: Path) -> Iterator[str]:
+    """A run's files against each other, and against the source that the record shows."""
+    if run.path.name != f"train_seed{run.result['seed']}.json":
+        yield f"it is of seed {run.result['seed']}"
+    if not read_file(run.log).startswith(read_file(folder / "train_gpt.py") + b"\n"):
+        yield f"{run.log.name} does not begin with train_gpt.py as it lies here"
+    yield from disagreements(run)
+    yield from against_log(run)
+
+
+def needed_files(runs: Sequence[Run]) -> list[str]:
+    return [*claims.PLOTS, *(f"audit_seed{run.result['seed']}.txt" for run in runs)]
+
+
+def against_log(run: Run) -> Iterator[str]:
+    """A result against every line of the log that says something of it."""
+    result, lines = run.result, run.log_lines
+    last = lines[-1] if lines else ""
+    if not last.startswith("result "):
+        yield f"the log does not end with a result, but with {last[:60]!r}"
+    shown = [pair.partition(":") for pair in last.split()[1:]]
+    shown += [pair for line in lines for pair in spoken_of(line)]
+    for name, _, text in shown:
+        if name not in result or not says(text, result[name]):
+            yield f"the log says {name}:{text}, the result {result.get(name)}"
+    logged = {name: seconds for name, (seconds, _) in claims.phases(run).items()}
+    if logged.keys() != result["phases"].keys() or any(abs(logged[n] - s) > 0.006 for n, s in result["phases"].items()):
+        yield f"the log's table of phases is {logged}, the result's {result['phases']}"
+    for clock, name in (("training", "train_seconds"), ("evaluation", "eval_seconds")):
+        total = sum(result["phases"].get(p, 0.0) for p, (_, c) in claims.phases(run).items() if c == clock)
+        if abs(total - result.get(name, 0.0)) > 0.01:
+            yield f"{name} is {result.get(name)}, the phases of that clock take {total:.3f} s"
+    if logged_knobs(lines) != result["knobs"]:
+        yield "the settings in the log are not its knobs"
+    if logged_history(lines) != [(n, f"{loss:.4f}", f"{at:.1f}") for n, at, loss in result.get("history", [])]:
+        yield "the losses in the log are not its history"
+
+
+def spoken_of(line: str) -> Iterator[tuple[str, str, str]]:
+    """(name, "", text) of the results that a line of progress gives away."""
+    patterns = {
+        r"devices: (\d+) x (.+), \d+ GiB each": ("world_size", "device"),
+        r"validation: (\d+) documents, (\d+) targets, (\d+) bytes": ("documents", "tokens", "bytes"),
+        r"before quantisation, .*val_bpb:([\d.]+), last iterate ([\d.]+)": ("prequant_bpb", "last_bpb"),
+        r"(python:\S+ .*zstandard:\S+) .*": ("versions",),
+    }
+    for pattern, names in patterns.items():
+        if match := re.fullmatch(pattern, line):
+            yield from ((name, "", text) for name, text in zip(names, match.groups(), strict=True))
+
+
+def says(text: str, value: Any) -> bool:
+    """Whether a log's text gives this value, to as many decimals as it shows."""
+    if not isinstance(value, float):
+        return text == str(value)
+    return text == f"{value:.{len(text.partition('.')[2])}f}"
+
+
+def logged_knobs(lines: Sequence[str]) -> dict[str, str]:
+    try:
+        words = [shlex.split(line)[0] for line in lines if re.match("[A-Z][A-Z0-9_]*=", line)]
+    except ValueError:  # an unclosed quote
+        return {}
+    return dict(word.split("=", 1) for word in words)
+
+
+def logged_history(lines: Sequence[str]) -> list[tuple[int, str, str]]:
+    """(step, loss, seconds) of every line of training."""
+    found = (re.match(r"step:(\d+) loss:(\S+) .*train_s:(\S+)", line) for line in lines)
+    return [(int(m[1]), m[2], m[3]) for m in found if m]
+
+
+def against_submission(record: Record) -> Iterator[str]:
+    derived = claims.submission(record.runs, record.facts)
+    stated, expected = dict(flat(record.stated)), dict(flat(derived))
+    for name in [*expected, *(stated.keys() - expected.keys())]:
+        if stated.get(name) != expected.get(name):
+            yield f"submission.json: {name} is {stated.get(name)}, the runs give {expected.get(name)}"
+    if stated == expected and read_text(record.folder / "submission.json") != claims.as_json(derived):
+        yield "submission.json is written in another way (a name twice, another order) than its content would be"
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """("seed_results.42.steps", "1500") of every leaf, an empty table or list being one."""
+    if isinstance(value, dict | list) and value:
+        parts = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in parts:
+            yield from flat(part, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, json.dumps(value)
+
+
+def differing_lines(name: str, stated: str, expected: str) -> Iterator[str]:
+    lines = difflib.unified_diff(stated.split("\n"), expected.split("\n"), n=0, lineterm="")
+    for line in itertools.islice(lines, 2, None):  # after the names of two files
+        if not line.startswith("@@"):
+            yield f"{name} {'says' if line[0] == '-' else 'should say'} {line[1:]!r}"
+
+
+def against_baseline(facts: Facts) -> list[str]:
+    """The baseline against the record that it is taken from, where that is at hand."""
+    source = Path(facts.baseline.source) if facts.baseline else None
+    if source is None or not (source / "submission.json").is_file():
+        return []
+    stated, actual = asdict(facts.baseline), asdict(baseline_of(source))
+    return [
+        f"submission.json: baseline.{name} is {stated[name]}, {source} gives {actual[name]}"
+        for name in stated
+        if stated[name] != actual[name]
+    ]
+
+
+def baseline_of(folder: Path) -> Baseline:
+    """The scores of a record, from its runs. Raises UserError where that record disagrees with itself."""
+    record = read_record(folder)
+    wrong = [*misplaced(record), *(f"{r.path.name}: {line}" for r in record.runs for line in against_files(r, folder))]
+    require(not wrong, f"the baseline {folder} disagrees with itself: {'; '.join(wrong)}", DataError)
+    stated, first = claims.submission(record.runs, record.facts), record.runs[0].result
+    std = stated["val_bpb_std"] or 0.0
+    return Baseline(folder.as_posix(), stated["val_bpb"], std, len(record.runs), first["bytes"] / first["tokens"])
+
+
+# -----------------------------------------------------------------------------
+# The evaluation again
+
+
+def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
+    """Score again every artifact that is at hand -> what differs."""
+    runs, wrong = read_record(folder).runs, []
+    unknown = named.keys() - {run.result["seed"] for run in runs}
+    require(not unknown, f"--artifact: the record has no seed {sorted(unknown)}", UserError)
+    for run in runs:
+        seed = run.result["seed"]
+        artifact = named.get(seed) or LOGS / f"{run.name}.ptz"
+        if seed not in named and not (artifact.is_file() and artifact.stat().st_size == run.result["artifact_bytes"]):
+            print(f"{folder}: seed {seed}: its artifact is not at hand ({artifact}); not evaluated again")
+        elif run.result["degraded_documents"]:
+            print(f"{folder}: seed {seed}: what a deadline left unadapted cannot be repeated; not evaluated again")
+        else:
+            wrong += [f"seed {seed}: {line}" for line in evaluate_again(folder, run, artifact)]
+    return wrong
+
+
+def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
+    """Score an artifact with the record's train_gpt.py, in a folder of its own."""
+    size = len(read_file(artifact))
+    if size != run.result["artifact_bytes"]:
+        yield f"{artifact} holds {size} bytes, the run's artifact {run.result['artifact_bytes']}: it is another one"
+        return
+    print(f"{folder}: seed {run.result['seed']}: evaluating {artifact} again", flush=True)
+    env = evaluation_environment(run, artifact, os.environ)
+    with tempfile.TemporaryDirectory() as work:
+        status = run_entry((folder / "train_gpt.py").resolve(), env, Path(work))
+        require(status == 0, f"the evaluation of {artifact} ended with status {status}: see above", UserError)
+        again = read_result(Path(work) / "logs" / f"{run.name}.json")
+    require(again["validation"] == run.result["validation"],
+            f"{env['DATA_PATH']} holds another validation set than the record's: set DATA_PATH", UserError)  # fmt: skip
+    for name in ("val_bpb", "static_bpb"):
+        print(f"{folder}: seed {run.result['seed']}: {name} {again[name]:.6f}, in the record {run.result[name]:.6f}")
+        if abs(again[name] - run.result[name]) > SAME_SCORE:
+            yield f"{name} is {again[name]:.6f} when evaluated again, {run.result[name]:.6f} in the record"
+
+
+def evaluation_environment(run: Run, artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the run, for another machine: no knob of the caller's counts, but where its data lie and on
+    what it runs."""
+    knobs = dict(run.result["knobs"])
+    knobs |= {name: env[name] for name in OF_THE_MACHINE if name in env}
+    knobs |= {name: str(Path(knobs[name]).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH") if knobs[name]}
+    knobs |= {"ARTIFACT": str(artifact.resolve()), "RESUME": "", "EVAL_SECONDS": "0"}
+    ours = {f.name.upper() for kind in train_gpt.CONFIGS for f in fields(kind)} | knobs.keys()
+    return {name: value for name, value in env.items() if name not in ours} | knobs
+
+
+def ranks(env: Mapping[str, str]) -> int:
+    """Processes of a run: one a GPU, or one."""
+    return 1 if env.get("DEVICE") == "cpu" else max(1, torch.cuda.device_count())
+
+
+def run_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
+    """Start a train_gpt.py on all GPUs, as run.sh does, its output on the screen -> its exit status. When interrupted,
+    the run is given the time to end by itself."""
+    count = ranks(env)
+    spread = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
+    process = subprocess.Popen([sys.executable, *spread, str(script)], cwd=folder, env=dict(env))
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(end_in_a_line(main))

@@ -1,0 +1,273 @@
+"""
+Train and evaluate every seed, audit the artifacts, and write a record that checks itself.
+
+    MATRIX_LR=0.028 ./run.sh record NAME --seeds 42,0,1234 --what "one line, or a file with more" [--baseline ...]
+
+Knobs come from the environment, as in any run; seed S runs with SEED=S and RUN_ID=NAME_seedS, and is skipped if
+logs/ holds it finished with the same code, knobs and validation. The record is records/<track>/<date>_NAME/. It is
+refused, with the reason, if a seed breaks a limit, if the seeds are not alike, if the hardware or the validation is not
+what the track asks for, or if the audit (./run.sh prove) of an artifact fails.
+AUTHOR and GITHUB_ID name who submits; without them git's user.name and github.user do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import train_gpt
+from tools import claims
+from tools.check import RECORDS, against_log, baseline_of, contradictions, ranks, read_record, run_entry
+from tools.claims import CONTEST, CONTEST_SECONDS, DEPENDENT, MOST_BYTES, NON_RECORD, OWN_TOKENIZER, Baseline, Facts
+from tools.common import end_in_a_line
+from tools.plot import MOST_RUNS, draw_all
+from tools.runs import Run, beside, load_run
+from train_gpt import LOGS, DataError, RunConfig, UserError, read_env, read_file, require, write_atomically
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    facts = gather_facts(options, os.environ)
+    jobs = [job_for(seed, facts, os.environ) for seed in options.seeds]
+    check_before(jobs, facts)
+    runs: list[Run] = []
+    for i, job in enumerate(jobs):
+        print(f"seed {job.run.seed} ({i + 1} of {len(jobs)})", flush=True)
+        runs.append(job.finished or start(job))
+        refuse(claims.objections(runs, facts))  # as soon as one seed speaks against it, and not after the last
+    audits = {run.result["seed"]: audit(run) for run in runs}
+    print(write_record(runs, audits, facts))
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("name", metavar="NAME", help="of letters, digits and ._-")
+    add("--seeds", required=True, metavar="S,S,...", help="such as 42,0,1234")
+    add("--what", metavar="TEXT|FILE", help="what changed; its first paragraph is the blurb")
+    add("--baseline", metavar="FOLDER|MEAN,STD,N[,BYTES]", help="the scores to beat: a record, or bpb, deviation, "
+        "the number of seeds (and bytes a token)")  # fmt: skip
+    add("--non-record", action="store_true", help=f"for the track {NON_RECORD}: any hardware, any validation")
+    for clock, name in (("train", "training"), ("eval", "evaluation")):
+        add(f"--{clock}-seconds", type=float, default=CONTEST_SECONDS, metavar="S",
+            help=f"limit of {name} [%(default)g]; another one makes it --non-record")  # fmt: skip
+    add("--allow-dependent", action="store_true", help="accept TTT_SCOPE=stream, or documents that a deadline left "
+        "unadapted; the record says so")  # fmt: skip
+    add("--own-tokenizer", action="store_true", help="accept the contest's validation text in tokens of our own; the "
+        "record says so")  # fmt: skip
+    options = parser.parse_args(arguments)
+    options.seeds = seed_list(options.seeds)
+    return options
+
+
+def seed_list(text: str) -> list[int]:
+    """Sorted, as the record lists them."""
+    parts = text.split(",")
+    require(all(part.isdecimal() for part in parts) and len(set(map(int, parts))) == len(parts),
+            f"--seeds {text}: expected different whole numbers, such as 42,0,1234", UserError)  # fmt: skip
+    return sorted(map(int, parts))
+
+
+# -----------------------------------------------------------------------------
+# Facts
+
+
+def gather_facts(options: argparse.Namespace, env: Mapping[str, str]) -> Facts:
+    """What the record will say and no run knows. Raises UserError, naming all that is missing."""
+    author, github_id = env.get("AUTHOR") or git("user.name"), env.get("GITHUB_ID") or git("github.user")
+    ways = {
+        "AUTHOR (or git config user.name)": author,
+        "GITHUB_ID (or git config github.user)": github_id,
+        "--what TEXT or FILE: what changed": options.what,
+    }
+    missing = [way for way, value in ways.items() if not value]
+    require(not missing, f"a record must say who and what; set {'; '.join(missing)}", UserError)
+    usual = options.train_seconds == options.eval_seconds == CONTEST_SECONDS
+    allowed = {DEPENDENT: options.allow_dependent, OWN_TOKENIZER: options.own_tokenizer}
+    return Facts(
+        author, github_id, options.name, time.strftime("%Y-%m-%d", time.gmtime()), text_of(options.what),
+        NON_RECORD if options.non_record or not usual else CONTEST, options.train_seconds, options.eval_seconds,
+        tuple(sorted(name for name, given in allowed.items() if given)),
+        parse_baseline(options.baseline) if options.baseline else None)  # fmt: skip
+
+
+def git(name: str) -> str:
+    """A value of git's configuration; empty where there is none, or no git."""
+    if not shutil.which("git"):
+        return ""
+    return subprocess.run(["git", "config", name], capture_output=True, text=True).stdout.strip()
+
+
+def text_of(what: str) -> str:
+    """The text, or that of the file it names."""
+    if "\n" in what or not Path(what).is_file():
+        return what.strip()
+    try:
+        return Path(what).read_text(encoding="utf-8").strip()
+    except ValueError as error:
+        raise DataError(f"--what {what}: not a text: {error}") from None
+
+
+def parse_baseline(text: str) -> Baseline:
+    if Path(text).is_dir():
+        return baseline_of(Path(text))
+    try:
+        mean, std, seeds, *width = text.split(",")
+        require(len(width) <= 1, "", UserError)
+        return Baseline("given", float(mean), float(std), int(seeds), float(width[0]) if width else None)
+    except ValueError as error:
+        hint = "expected the folder of a record, or MEAN,STD,N in bpb, such as 1.0563,0.0003,3; a fourth: bytes a token"
+        raise UserError(f"--baseline {text}: {hint} {error}".strip()) from None
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+
+class Job(NamedTuple):
+    """One seed: what to run, and its result if it has run already."""
+
+    env: dict[str, str]
+    run: RunConfig
+    finished: Run | None
+
+
+def job_for(seed: int, facts: Facts, env: Mapping[str, str]) -> Job:
+    env = dict(env) | {"SEED": str(seed), "RUN_ID": f"{facts.name}_seed{seed}"}
+    model, run = read_env(env)
+    return Job(env, run, find_finished(run, train_gpt.settings(model, run)))
+
+
+def find_finished(run: RunConfig, knobs: dict[str, str]) -> Run | None:
+    """The run of that name, if it is complete and of this code and these knobs."""
+    path = LOGS / f"{run.run_id}.json"
+    if not path.exists():
+        return None
+    try:
+        found = load_run(path)
+    except DataError as error:
+        reasons = [str(error)]
+    else:
+        had = found.result["knobs"]
+        reasons = [f"{name} was {had.get(name)}, is {knobs.get(name)}" for name in knobs | had
+                   if had.get(name) != knobs.get(name)]  # fmt: skip
+        if found.source != train_gpt.code():
+            reasons.append("train_gpt.py has changed")
+        reasons += against_log(found)
+    if not reasons:
+        print(f"{path}: finished, not run again")
+        return found
+    print(f"{path}: will be run again: {'; '.join(reasons)}")
+    return None
+
+
+def check_before(jobs: Sequence[Job], facts: Facts) -> None:
+    """Refuse, before anything is paid for, what could not become a record."""
+    run = jobs[0].run
+    require(not run.artifact and not run.resume, "a record trains from the start: unset ARTIFACT and RESUME", UserError)
+    require(run.artifact_bytes <= MOST_BYTES, f"ARTIFACT_BYTES={run.artifact_bytes}: a record has {MOST_BYTES} bytes; "
+            "unset it", UserError)  # fmt: skip
+    for knob, limit, option in (("max_wallclock_seconds", facts.train_seconds, "--train-seconds"),
+                                ("eval_seconds", facts.eval_seconds, "--eval-seconds")):  # fmt: skip
+        require(getattr(run, knob) <= limit, f"{knob.upper()}={getattr(run, knob):g} is over the limit of {limit:g} s; "
+                f"lower it, or raise {option} (then the track is {NON_RECORD})", UserError)  # fmt: skip
+    if (RECORDS / facts.folder).exists():
+        raise UserError(f"{RECORDS / facts.folder} exists: remove it, or take another name")
+    model, _ = read_env(jobs[0].env)
+    docs = train_gpt.load_validation(run.data_path, model.vocab_size, train_gpt.load_tokenizer(run, model.vocab_size))
+    reasons = list(claims.against_totals(len(docs), int(docs.lengths.sum()), int(docs.target_bytes().sum()), facts))
+    for job in jobs:
+        if job.finished and job.finished.validation != docs.sha256():
+            reasons.append(f"{job.finished.path}: scored another validation set than {run.data_path} holds; remove it")
+    if not all(job.finished for job in jobs):
+        reasons += claims.against_track(ranks(jobs[0].env), device_here(jobs[0].env), facts)
+    refuse(reasons)
+
+
+def device_here(env: Mapping[str, str]) -> str:
+    gpu = env.get("DEVICE") != "cpu" and torch.cuda.is_available()
+    return train_gpt.device_name(torch.device("cuda" if gpu else "cpu"))
+
+
+def start(job: Job) -> Run:
+    """Train and evaluate a seed -> its run."""
+    status = run_entry(Path(train_gpt.__file__).resolve(), job.env, Path.cwd())
+    require(status == 0, f"{job.run.run_id} ended with status {status}: see above; finished seeds are kept", UserError)
+    return load_run(LOGS / f"{job.run.run_id}.json")
+
+
+def refuse(reasons: Sequence[str]) -> None:
+    if reasons:
+        raise UserError("no record: " + "; ".join(reasons))
+
+
+def audit(run: Run) -> str:
+    """What `python -m tools.prove` says of a run's artifact, also on the screen. Raises UserError if it fails."""
+    artifact = beside(run.path, ".ptz")
+    require(artifact.is_file() and artifact.stat().st_size == run.result["artifact_bytes"],
+            f"{artifact}: not the artifact of {run.name}, which has {run.result['artifact_bytes']} bytes; remove "
+            f"{run.path}, and it is made again", UserError)  # fmt: skip
+    print(f"auditing {artifact}", flush=True)
+    env, lines = dict(os.environ) | run.result["knobs"], []
+    process = subprocess.Popen([sys.executable, "-m", "tools.prove", str(artifact)], env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    with process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    require(process.returncode == 0, f"no record: the audit of {artifact} failed: see above", UserError)
+    return "".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# The folder
+
+
+def write_record(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -> Path:
+    """Build the folder beside its place, check it there, and let it appear whole or not at all -> its path."""
+    folder = RECORDS / facts.folder
+    beside_it = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    beside_it.mkdir(parents=True)
+    try:
+        for name, content in content_of(runs, audits, facts).items():
+            write_atomically(beside_it / name, [content])
+        draw_all(runs[:MOST_RUNS], beside_it)
+        refuse(contradictions(read_record(beside_it)))
+        require(not folder.exists(), f"{folder} exists: remove it, or take another name", UserError)
+        os.replace(beside_it, folder)
+    finally:
+        shutil.rmtree(beside_it, ignore_errors=True)
+    return folder
+
+
+def content_of(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -> dict[str, bytes]:
+    """Every file of a record but its pictures: name -> bytes. Files of the runs are kept byte for byte."""
+    files = {
+        "README.md": claims.readme(runs, facts).encode(),
+        "submission.json": claims.as_json(claims.submission(runs, facts)).encode(),
+        "requirements.txt": claims.requirements(runs[0]).encode(),
+        "train_gpt.py": runs[0].source,
+    }
+    for run in runs:
+        seed = run.result["seed"]
+        files[f"train_seed{seed}.log"] = read_file(run.log)
+        files[f"train_seed{seed}.json"] = read_file(run.path)
+        files[f"train_seed{seed}.docs.npz"] = read_file(beside(run.path, ".docs.npz"))
+        files[f"audit_seed{seed}.txt"] = audits[seed].encode()
+    return files
+
+
+if __name__ == "__main__":
+    sys.exit(end_in_a_line(main))
