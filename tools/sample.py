@@ -1,0 +1,107 @@
+"""
+Let an artifact write: it continues a prompt, without adaptation.
+
+    python -m tools.sample                     from the beginning of a document
+    python -m tools.sample "def main("         from a prompt; `-` reads it from standard input
+
+The text ends where the model ends its document, or after --tokens. The same seed gives the same text on one computer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import train_gpt
+from data.prepare import ALLCAPS, CAPNEXT, ESCAPE, TITLE
+from tools import codec
+from tools.common import end_in_a_line, find_artifact
+from train_gpt import BOS
+
+UNFINISHED = TITLE + ALLCAPS + CAPNEXT + ESCAPE + "\ufffd"  # a text that ends so will read otherwise when it goes on
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """A token drawn from the likeliest ones whose probabilities (V,) add up to top_p; temperature 0 takes the first."""
+    if temperature == 0:
+        return int(logits.argmax())
+    odds, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    odds[odds.cumsum(-1) - odds >= top_p] = 0
+    return int(order[torch.multinomial(odds, 1, generator=generator)])
+
+
+@torch.no_grad()
+def continued(
+    predictor: codec.Predictor, tokens: list[int], temperature: float, top_p: float, seed: int
+) -> Iterator[int]:
+    """What follows these tokens of a document, without end. Every pass is over the new ones alone: keys and values of
+    those before are kept, as many as EVAL_SEQ_LEN says."""
+    model, generator = predictor.model, torch.Generator().manual_seed(seed)
+    past = [train_gpt.Past() for _ in train_gpt.layer_plan(model.config, looping=True)]
+    new, done = [BOS, BOS, *tokens], 0  # the first of the new ones is the token before them
+    while True:
+        place = train_gpt.Chunk(torch.arange(done - 1, done + len(new) - 1), past)
+        states = model.hidden(torch.tensor([new]), place)[:, -1:]
+        for visit in past:
+            visit.move_on(predictor.run.eval_seq_len)
+        done += len(new) - 1
+        token = pick(model.head.logits(states, model.embed, None)[0, 0], temperature, top_p, generator)
+        yield token
+        new = [new[-1], token]
+
+
+def print_text(predictor: codec.Predictor, prompt: list[int], tokens: Iterator[int]) -> None:
+    """The prompt and what follows, as it comes."""
+    caseops, seen, shown = codec.uses_caseops(predictor), [*prompt, BOS], 0
+    for token in tokens:
+        seen[-1:] = [token, BOS]
+        text = codec.to_bytes(predictor, caseops, seen).decode()
+        ready = text.rstrip(UNFINISHED)
+        print(ready[shown:], end="", flush=True)
+        shown = max(shown, len(ready))
+    print(codec.to_bytes(predictor, caseops, seen).decode()[shown:])
+
+
+def within(low: float, high: float, kind: type = float) -> Callable[[str], float]:
+    """A checker of an argument."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise ValueError
+        return value
+
+    parse.__name__ = f"number from {low} to {high}"  # argparse says "invalid <name> value"
+    return parse
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("prompt", nargs="?", default="", metavar="PROMPT")
+    add("--artifact", help="[ARTIFACT in the environment, else the newest logs/*.ptz]")
+    add("--tokens", type=within(0, 1 << 20, int), default=200, metavar="N", help="most tokens to add [%(default)s]")
+    add("--temperature", type=within(0, 100), default=0.8, metavar="T",
+        help="0: always the likeliest; 1: as predicted [%(default)s]")  # fmt: skip
+    add("--top-p", type=within(0, 1), default=0.95, metavar="P",
+        help="choose among the likeliest tokens that have this share of the probability [%(default)s]")  # fmt: skip
+    add("--seed", type=within(0, 1 << 31, int), default=0, metavar="S", help="of the choices [%(default)s]")
+    args = parser.parse_args(arguments)
+    predictor = codec.open_predictor(find_artifact(args.artifact))
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = codec.to_tokens(predictor, codec.uses_caseops(predictor), text)[:-1]
+    tokens = continued(predictor, prompt, args.temperature, args.top_p, args.seed)
+    until_the_end = itertools.takewhile(lambda token: token != BOS, itertools.islice(tokens, args.tokens))
+    print_text(predictor, prompt, until_the_end)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(end_in_a_line(lambda: main(sys.argv[1:])))
