@@ -217,7 +217,7 @@ def name_runs(jobs: list[Job], folder: Path, facts: dict, gpus: int) -> None:
         require(twin is job, f"{twin.label} and {job.label} are the same combination")
         with contextlib.suppress(DataError):  # not run yet, or cut off
             job.run = load_run(job.run_id)
-            job.state, job.at, job.bpb = "done", "done before", job.run.bpb
+            job.state, job.at, job.bpb = "done", "before", job.run.bpb
 
 
 # -----------------------------------------------------------------------------
@@ -406,7 +406,10 @@ class Screen:
         order = ("running", "failed", "done", "waiting")
         done = sum(job.state in {"done", "failed"} for job in self.jobs)
         eta = "" if seconds_left is None else f", {seconds_left:.0f} s left"
-        shown = sorted(self.jobs, key=lambda job: order.index(job.state))[: max(1, height - 3)]
+        room = max(1, height - 3)
+        shown = (
+            self.jobs if len(self.jobs) <= room else sorted(self.jobs, key=lambda job: order.index(job.state))[:room]
+        )
         lines = [f"{done} of {len(self.jobs)} combinations{eta}", *map(self.line, shown)]
         if len(shown) < len(self.jobs):
             lines.append(f"... and {len(self.jobs) - len(shown)} more")
@@ -513,7 +516,7 @@ def draw(rows: list[Row], scored: Scored, path: Path, most: int = 40) -> None:
         axes.set(xlabel="bits per byte more than the first row, with 95 % interval", yticks=range(len(shown)))
         axes.set_yticklabels([f"{shell_words(row.knobs) or 'SEED'}  {row.run.bpb:.5f}" for row in shown], fontsize=10)
         axes.set_title("VALIDATION: not for choosing" if scored.validation else "held-out training documents")
-        axes.invert_yaxis()
+        axes.set_ylim(len(shown) - 0.5, -0.5)
 
 
 # -----------------------------------------------------------------------------
@@ -558,8 +561,6 @@ def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> exit status: 1 when a combination failed."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = command_line().parse_intermixed_args(arguments)
     require(bool(options.grid) != bool(options.file), "give a grid, NAME=value,value ..., or --file FILE")
@@ -586,4 +587,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # runs are ended as after Ctrl-C
     sys.exit(end_in_a_line(main))

@@ -1,0 +1,75 @@
+"""Pictures of runs: PNGs of the stated size, and what they show."""
+
+import contextlib
+
+import pytest
+from test_runs import fabricate
+
+from tools import plot
+from tools.runs import load_run
+from train_gpt import UserError
+
+
+def png_size(path) -> tuple[int, int]:
+    """Width and height of a whole PNG."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and data[-8:-4] == b"IEND"
+    return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+
+
+@pytest.fixture
+def shown(monkeypatch) -> dict:
+    """The axes of every picture as they were when it was done, by the name of its file."""
+    seen, original = {}, plot.picture
+
+    @contextlib.contextmanager
+    def watched(path, height, columns=1):
+        with original(path, height, columns) as axes:
+            yield axes
+        seen[path.stem] = axes
+
+    monkeypatch.setattr(plot, "picture", watched)
+    return seen
+
+
+def test_one_picture_a_question_of_the_stated_width(tmp_path, capsys):
+    paths = [fabricate(tmp_path, name, own=i) for i, name in enumerate(("one", "two"))]
+    assert plot.main([*map(str, paths), "--out", str(tmp_path / "plots")]) == 0
+    names = ["loss.png", "phases.png", "lengths.png", "bytes.png"]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "plots" / name) for name in names]
+    sizes = [png_size(tmp_path / "plots" / name) for name in names]
+    assert [width for width, _ in sizes] == [900] * 4
+    assert all(200 <= height <= 900 for _, height in sizes)
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == sorted(names)
+
+
+def test_runs_that_only_scored_have_no_loss(tmp_path):
+    run = load_run(fabricate(tmp_path, "scored", trained=False))
+    assert [path.name for path in plot.draw_all([run], tmp_path)] == ["phases.png", "lengths.png", "bytes.png"]
+
+
+def test_the_pictures_show_the_numbers_of_the_runs(tmp_path, shown):
+    run = load_run(fabricate(tmp_path, knobs={"ARTIFACT_BYTES": "16000000"}))
+    plot.draw_all([run], tmp_path)
+    by_time, by_tokens = shown["loss"]
+    assert by_time.lines[0].get_xydata().tolist() == [[2, 4], [4, 3], [8, 2.5]]
+    assert by_tokens.lines[0].get_xdata().tolist() == [1e-4, 2e-4, 4e-4]
+    (seconds, nats), (end, _) = by_time.lines[1].get_xydata().tolist()
+    assert (seconds, end) == (4, 8)  # of the validation at step 2, and of the last
+    assert nats == pytest.approx(1.9 * 0.6931 * run.result["bytes"] / run.result["tokens"], rel=1e-3)
+    assert sum(bar.get_width() for bar in shown["phases"][0].patches) == pytest.approx(
+        sum(run.result["phases"].values())
+    )
+    widths = sum(bar.get_width() for bar in shown["bytes"][0].patches)
+    assert widths == pytest.approx(run.result["total_bytes"] / 1e6)
+    assert f"{run.result['total_bytes']:,} of 16,000,000" in [text.get_text() for text in shown["bytes"][0].texts]
+    adapted, static = shown["lengths"][0].lines
+    assert static.get_ydata() == pytest.approx(1.02 * adapted.get_ydata())
+    for axes in (by_time, by_tokens, shown["lengths"][0]):
+        assert axes.get_xlabel().endswith(")"), "units"
+
+
+def test_more_runs_than_colours_are_refused(tmp_path):
+    run = load_run(fabricate(tmp_path))
+    with pytest.raises(UserError, match="9 runs"):
+        plot.draw_all([run] * 9, tmp_path)
