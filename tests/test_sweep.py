@@ -1,0 +1,424 @@
+"""Sweeps: what is held out, what is refused, what is run and what is not run again.
+
+Most run a stand-in for the entry that takes no time; the slow test runs the entry itself.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_plot import png_size
+from test_runs import fabricate
+
+import train_gpt
+from data import prepare
+from tools import sweep
+from tools.common import end_in_a_line
+from tools.holdout import caseops_sidecar, make_holdout
+from tools.runs import load_run
+
+HELD = 300  # of the 1,500 training tokens of tiny_data
+
+
+# ---- held-out documents -----------------------------------------------------
+
+
+def training_tokens(folder: Path) -> np.ndarray:
+    return np.concatenate([train_gpt.read_shard(path) for path in train_gpt.find_shards(str(folder), "train")])
+
+
+def tokenizer_of(folder: Path, vocab_size: int = 64) -> train_gpt.Tokenizer:
+    return train_gpt.load_tokenizer(train_gpt.RunConfig(data_path=str(folder)), vocab_size)
+
+
+def test_the_documents_are_the_held_out_ones_and_training_never_reads_them(tiny_data, tiny_run, tmp_path):
+    facts = make_holdout(tiny_data, tokenizer_of(tiny_data), HELD, tmp_path / "held")
+    whole, run = training_tokens(tiny_data), tiny_run(data_path=str(tmp_path / "held"), holdout_tokens=HELD)
+    docs = train_gpt.load_validation(run.data_path, 64, tokenizer_of(tmp_path / "held"))
+    starts = np.flatnonzero(whole == train_gpt.BOS)
+    inside = starts[starts >= len(whole) - HELD]
+    assert docs.tokens.tolist() == whole[inside[0] : inside[-1]].tolist()
+    assert len(docs) == facts["documents"] == len(inside) - 1 > 3
+    stream = train_gpt.TrainingStream(run, 64, train_gpt.Dist())
+    assert stream.read(0, 3 * len(whole)).tolist() == np.resize(whole[:-HELD], 3 * len(whole)).tolist()
+    text = tokenizer_of(tiny_data).processor.decode(docs.tokens[1 : docs.starts[1]].tolist())
+    assert docs.target_bytes()[0] == len(text.encode())
+    assert [p for p in (tmp_path / "held").iterdir() if "bytes" in p.name] == []
+
+
+def test_a_finished_folder_is_kept_and_another_hold_out_replaces_it(tiny_data, tmp_path):
+    held, tokenizer = tmp_path / "held", tokenizer_of(tiny_data)
+    make_holdout(tiny_data, tokenizer, HELD, held)
+    before = (held / "manifest.json").stat()
+    make_holdout(tiny_data, tokenizer, HELD, held)
+    assert (held / "manifest.json").stat() == before
+    tokens = len(train_gpt.read_shard(held / "fineweb_val_000000.bin"))
+    make_holdout(tiny_data, tokenizer, 2 * HELD, held)
+    assert len(train_gpt.read_shard(held / "fineweb_val_000000.bin")) > tokens + HELD / 2
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_with_caseops_a_document_weighs_its_original_bytes(tmp_path):
+    chance = random.Random(0)
+    words = ["Word", "wORD", "NASA", "\ue001x", "naïve", "\u2581", "one\n two"]
+    texts = [f"{i} " + " ".join(chance.choices(words, k=chance.randint(1, 60))) for i in range(120)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    (tmp_path / "val.jsonl").write_text(json.dumps("A text FOR Validation") + "\n")
+    command = ["jsonl", str(tmp_path / "texts.jsonl"), "--val", str(tmp_path / "val.jsonl"), "--vocab-size", "320"]
+    assert prepare.main([*command, "--out", str(tmp_path), "--workers", "1"]) == 0
+    data, held = tmp_path / "datasets" / "jsonl", tmp_path / "held"
+    tokenizer, tokens = tokenizer_of(data, 320), train_gpt.read_shard(data / "fineweb_val_000000.bin")
+    written = train_gpt.read_shard(data / "fineweb_val_bytes_000000.bin")
+    assert caseops_sidecar(np.asarray(tokens), tokenizer).tolist() == written.tolist()
+    make_holdout(data, tokenizer, 2000, held)
+    docs = train_gpt.load_validation(str(held), 320, tokenizer_of(held, 320))
+    last = texts[-len(docs) - 1 : -1]
+    assert len(docs) > 5 and docs.target_bytes().tolist() == [len(text.encode()) for text in last]
+
+
+@pytest.mark.parametrize("held, words", [(0, "HOLDOUT_TOKENS=0"), (1501, "holds 1500"), (2, "no whole document")])
+def test_a_hold_out_that_cannot_be_made_is_refused(tiny_data, tmp_path, held, words):
+    with pytest.raises(train_gpt.UserError, match=words):
+        make_holdout(tiny_data, tokenizer_of(tiny_data), held, tmp_path / "held")
+    assert not (tmp_path / "held").exists()
+
+
+def test_bytes_of_transformed_text_are_not_guessed(tiny_data, tmp_path, write_shard):
+    write_shard(tiny_data / "fineweb_val_bytes_000000.bin", [1])
+    with pytest.raises(train_gpt.DataError, match="how its text was transformed"):
+        make_holdout(tiny_data, tokenizer_of(tiny_data), HELD, tmp_path / "held")
+
+
+# ---- sweeps of a stand-in ---------------------------------------------------
+
+STAND_IN = """
+import hashlib, json, os, pathlib, shutil, sys, time
+
+lr, source = os.environ["TTT_LR"], pathlib.Path(__file__).read_bytes()
+out = pathlib.Path("logs", os.environ["RUN_ID"])
+with open("started", "a") as started:
+    print(lr, os.environ.get("SEED", "-"), os.environ.get("CUDA_VISIBLE_DEVICES", "-"), file=started)
+out.with_suffix(".txt").write_bytes(source + b"\\nstep:2 loss:3.0 eta_s:5\\n")
+if lr == "0.5":
+    sys.exit("error: planted failure")
+while lr == "0.25" and not os.path.exists("go on"):
+    time.sleep(0.01)
+made = pathlib.Path("made", lr + "-" + os.environ.get("SEED", "1"))
+result = json.loads(made.with_suffix(made.suffix + ".json").read_text())
+shutil.copy(f"{made}.docs.npz", f"{out}.docs.npz")
+result |= dict(run_id=os.environ["RUN_ID"], code_sha256=hashlib.sha256(source).hexdigest(), code_bytes=len(source))
+result["total_bytes"] = result["artifact_bytes"] + len(source)
+out.with_suffix(".json").write_text(json.dumps(result))
+"""
+
+
+class StandIn:
+    """A folder in which sweeps run the stand-in."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def makes(self, lr: str, seed: int = 1, **how) -> None:
+        fabricate(self.folder / "made", f"{lr}-{seed}", seed=seed, **how)
+
+    def started(self) -> list[list[str]]:
+        path = self.folder / "started"
+        return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+    def artifact(self, config: train_gpt.ModelConfig, **meta) -> str:
+        """The path of an artifact without weights: sweeps read its description only."""
+        tokenizer = hashlib.sha256((self.folder / "data/tokenizer.model").read_bytes()).hexdigest()
+        meta = dict(kind="artifact", model=dataclasses.asdict(config), tokenizer=tokenizer) | meta
+        (self.folder / "given.ptz").write_bytes(train_gpt.pack(meta, {}, None))
+        return "given.ptz"
+
+
+@pytest.fixture
+def stand_in(tmp_path, tiny_data, tiny_config, tiny_run, monkeypatch) -> StandIn:
+    for name, value in train_gpt.settings(tiny_config, tiny_run(holdout_tokens=HELD)).items():
+        if value and name != "TTT_LR":
+            monkeypatch.setenv(name, value)
+    for name in ("SEED", "ARTIFACT", "RESUME", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "entry.py").write_text(STAND_IN)
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "entry.py"))
+    monkeypatch.chdir(tmp_path)
+    return StandIn(tmp_path)
+
+
+def test_a_sweep_ranks_what_it_ran_and_runs_nothing_twice(stand_in, capsys):
+    stand_in.makes("0.1", gap=0.01, own=1)
+    stand_in.makes("0.2", gap=0.0, own=2)
+    assert sweep.main(["TTT_LR=0.1,0.2", "TTT_EPOCHS=1,2", "--name", "first"]) == 0
+    out = capsys.readouterr().out
+    assert sorted(lr for lr, *_ in stand_in.started()) == ["0.1", "0.1", "0.2", "0.2"]
+    assert "held out of training" in out and out.splitlines()[-1] == "TTT_LR=0.2 TTT_EPOCHS=1"
+    folder = stand_in.folder / "logs/sweeps/first"
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    assert [(row["TTT_LR"], row["TTT_EPOCHS"], row["state"]) for row in rows] == [
+        (lr, epochs, "done") for lr in ("0.1", "0.2") for epochs in ("1", "2")
+    ]
+    table = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("| 0")]
+    best, worst = load_run(rows[2]["run_id"]), load_run(rows[0]["run_id"])
+    assert table[0].startswith(f"| 0.2 | 1 | {best.bpb:.5f} |  |")
+    assert f"| {worst.bpb - best.bpb:+.5f} [+0.0" in table[3], "the interval excludes zero"
+    assert float(rows[0]["val_bpb"]) == worst.bpb and rows[0]["run_id"].startswith("sweeps/first/")
+    width, height = png_size(folder / "results.png")
+    assert width == 900 and height > 100
+    assert sweep.main(["TTT_LR=0.2,0.1,0.3", "TTT_EPOCHS=1", "--name", "first"]) == 1, "0.3 has failed"
+    assert len(stand_in.started()) == 5 and stand_in.started()[-1][0] == "0.3"
+
+
+def test_a_failing_combination_is_reported_and_the_rest_goes_on(stand_in, capsys):
+    stand_in.makes("0.1")
+    stand_in.makes("0.2", gap=-0.01)
+    assert sweep.main(["TTT_LR=0.1,0.5,0.2"]) == 1
+    out = capsys.readouterr().out
+    assert [lr for lr, *_ in stand_in.started()] == ["0.1", "0.5", "0.2"]
+    assert "TTT_LR=0.5  failed" in out and "planted failure" in out and out.splitlines()[-1] == "TTT_LR=0.2"
+    results = (stand_in.folder / "logs/sweeps/ttt_lr/results.md").read_text()
+    assert "- `TTT_LR=0.5`: planted failure" in results
+    assert sweep.main(["TTT_LR=0.1,0.5,0.2"]) == 1
+    assert [lr for lr, *_ in stand_in.started()][3:] == ["0.5"], "a failed one is tried again, the others are not"
+    assert end_in_a_line(lambda: sweep.main(["TTT_LR=0.5"])) == 2
+    assert "every combination failed, the first: planted failure" in capsys.readouterr().err
+
+
+def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, capsys):
+    stand_in.makes("0.1")
+    stand_in.makes("0.25")
+
+    def press_ctrl_c():
+        while len(stand_in.started()) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=press_ctrl_c, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        sweep.main(["TTT_LR=0.1,0.25", "--name", "cut"])
+    assert "1 of 2 combinations are done" in capsys.readouterr().out
+    folder = stand_in.folder / "logs/sweeps/cut"
+    files = {path: path.stat() for path in folder.glob("*.json")}
+    assert len(files) == 1 and list(folder.glob(".*")) == list(folder.glob("*.err")) == []
+    (stand_in.folder / "go on").touch()
+    assert sweep.main(["TTT_LR=0.1,0.25", "--name", "cut"]) == 0
+    assert [lr for lr, *_ in stand_in.started()] == ["0.1", "0.25", "0.25"]
+    assert all(path.stat() == before for path, before in files.items())
+
+
+def test_another_source_another_artifact_and_other_knobs_are_other_combinations(stand_in, tiny_config, monkeypatch):
+    stand_in.makes("0.1")
+    artifact = stand_in.artifact(tiny_config, holdout_tokens=HELD)
+    command = ["TTT_LR=0.1", "--eval", artifact]
+
+    def runs_it() -> bool:
+        before = len(stand_in.started())
+        assert sweep.main(command) == 0
+        return len(stand_in.started()) > before
+
+    assert runs_it() and not runs_it()
+    monkeypatch.setenv("MATRIX_LR", "0.5")
+    monkeypatch.setenv("TTT_EPOCHS", "1")
+    assert not runs_it(), "a knob of training, and a default: nothing differs"
+    monkeypatch.setenv("TTT_EPOCHS", "2")
+    assert runs_it()
+    stand_in.artifact(tiny_config, holdout_tokens=HELD, other=1)
+    assert runs_it()
+    (stand_in.folder / "entry.py").write_text(STAND_IN + "# changed\n")
+    assert runs_it() and not runs_it()
+
+
+def test_seeds_share_a_row_and_values_may_hold_commas(stand_in, capsys):
+    for seed in (0, 2):
+        stand_in.makes("0.1", seed=seed, own=seed)
+        stand_in.makes("0.2", seed=seed, own=seed, gap=0.1)
+    assert sweep.main(["TTT_LR=0.2,0.1", "SEED=0,2", "TTT_LORA_TARGETS=q,v;head"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "TTT_LR=0.1 TTT_LORA_TARGETS=q,v"
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| 0.")]
+    assert [(row[0], row[1], row[5]) for row in rows] == [
+        ("| 0.1", "q,v", "0 2"), ("| 0.1", "head", "0 2"), ("| 0.2", "q,v", "0 2"), ("| 0.2", "head", "0 2"),
+    ]  # fmt: skip
+    done = [
+        load_run(path)
+        for path in (stand_in.folder / "logs/sweeps").rglob("*.json")
+        if path.name[0] in "0123456789abcdef"
+    ]
+    mean = np.mean(sorted(run.bpb for run in done)[:4])
+    assert rows[0][2].startswith(f"{mean:.5f} ± ") and rows[1][3].startswith("+0.00000 [")
+
+
+def test_a_file_gives_one_combination_a_line(stand_in, capsys):
+    stand_in.makes("0.1")
+    stand_in.makes("0.2", gap=-0.1)
+    (stand_in.folder / "two.txt").write_text("TTT_LR=0.1 TTT_EPOCHS=3\n# none\n\nTTT_LR=0.2 TTT_EPOCHS=2\n")
+    assert sweep.main(["--file", "two.txt"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "TTT_LR=0.2 TTT_EPOCHS=2"
+    assert (stand_in.folder / "logs/sweeps/two/results.md").exists()
+
+
+def test_gpus_are_dealt_to_jobs(stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    assert sweep.device_slots("auto", 1, {}) == ["0", "1", "2"]
+    assert sweep.device_slots("auto", 1, {"CUDA_VISIBLE_DEVICES": "4,6,7"}) == ["4", "6", "7"]
+    assert sweep.device_slots("cuda", 2, {"CUDA_VISIBLE_DEVICES": "4,6,7"}) == ["4,6"]
+    assert sweep.device_slots("cpu", 1, {}) == [None]
+    with pytest.raises(train_gpt.ConfigError, match="there are 3"):
+        sweep.device_slots("auto", 4, {})
+    monkeypatch.setenv("DEVICE", "auto")
+    for lr in ("0.1", "0.2", "0.3"):
+        stand_in.makes(lr)
+    assert sweep.main(["TTT_LR=0.1,0.2,0.3"]) == 0
+    assert sorted(stand_in.started()) == [["0.1", "-", "0"], ["0.2", "-", "1"], ["0.3", "-", "2"]]
+    assert "3 at a time" in capsys.readouterr().out
+
+
+def test_validation_is_marked_and_needs_no_hold_out(stand_in, tiny_config, capsys):
+    stand_in.makes("0.1")
+    artifact = stand_in.artifact(tiny_config, holdout_tokens=0)
+    assert end_in_a_line(lambda: sweep.main(["TTT_LR=0.1", "--eval", artifact])) == 2
+    assert "held no training documents back (holdout_tokens is 0)" in capsys.readouterr().err
+    assert stand_in.started() == []
+    assert sweep.main(["TTT_LR=0.1", "--eval", artifact, "--on", "validation"]) == 0
+    assert "**VALIDATION. Nothing may be chosen from this table.**" in capsys.readouterr().out
+    assert (stand_in.folder / "logs/sweeps/ttt_lr-eval-validation/results.md").exists()
+
+
+@pytest.mark.parametrize("command, words", [
+    ("TTT_LRR=0.1", "did you mean TTT_LR?"),
+    ("PATH=0.1", "PATH is not a knob"),
+    ("TTT_LR=0.1,fast", "TTT_LR=fast"),
+    ("TTT_LR=0.1,0.10", "are the same combination"),
+    ("TTT_LR=0.1 TTT_LR=0.2", "given twice"),
+    ("TTT_LR", "expected NAME=value"),
+    ("TTT_LR=0.1 TTT_PARAMS=lora,full", "TTT_PARAMS=full: TTT_"),
+    ("TTT_OPTIMIZER=adamw TTT_MOMENTUM=0.9", "TTT_MOMENTUM has no effect"),
+    ("TRAIN_BATCH_TOKENS=256,300", "TRAIN_BATCH_TOKENS=300 must be a multiple"),
+    ("RUN_ID=a,b", "RUN_ID cannot be swept"),
+    ("DATA_PATH=a,b", "must score the same documents"),
+    ("HOLDOUT_TOKENS=1,2", "must score the same documents"),
+    ("TTT_LR=0.1 --gpus 2", "--gpus 2"),
+    ("TTT_LR=0.1 --name ../x", "--name"),
+    ("", "give a grid"),
+    ("TTT_LR=0.1 --eval absent.ptz", "absent.ptz: cannot be read"),
+    ("MATRIX_LR=0.1 --eval absent.ptz", "MATRIX_LR is for training"),
+    ("--file absent.txt", "absent.txt: cannot be read"),
+])  # fmt: skip
+def test_what_cannot_be_run_is_refused_in_one_line_before_anything_ran(stand_in, capsys, command, words):
+    assert end_in_a_line(lambda: sweep.main(command.split())) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.err.count("\n") == 1 and said.out == ""
+    assert stand_in.started() == []
+
+
+@pytest.mark.parametrize("lines, words", [
+    ("TTT_LR=0.1\nfast\n", ":2: expected NAME=value"), ("TTT_LR='0.1\n", ":1: No closing quotation"),
+    ("TTT_LR=0.1\nTTT_EPOCHS=2\n", "the same knobs"), ("# none\n", "no combination"),
+])  # fmt: skip
+def test_a_file_that_is_no_list_of_combinations_is_refused(stand_in, capsys, lines, words):
+    (stand_in.folder / "bad.txt").write_text(lines)
+    assert end_in_a_line(lambda: sweep.main(["--file", "bad.txt"])) == 2
+    assert words in capsys.readouterr().err and stand_in.started() == []
+
+
+def test_no_two_sweeps_share_a_folder(stand_in, capsys):
+    with sweep.locked(stand_in.folder / "logs/sweeps/ttt_lr"):
+        assert end_in_a_line(lambda: sweep.main(["TTT_LR=0.1"])) == 2
+    assert "another sweep runs there" in capsys.readouterr().err and stand_in.started() == []
+
+
+def test_a_run_of_a_source_that_was_changed_meanwhile_does_not_count(stand_in, capsys):
+    stand_in.makes("0.1")
+    job = sweep.Job({"TTT_LR": "0.1"}, {}, run_id="one", source="0" * 64)
+    fabricate(stand_in.folder / "logs", "one")
+    job.file(".err").touch()
+    sweep.conclude(job, 0)
+    assert job.state == "failed" and "changed meanwhile" in job.at
+
+
+@pytest.mark.parametrize("line, at, bpb, eta", [
+    ("step:50 loss:3.1 progress:0.5 train_s:9.5 eta_s:12", "step 50", None, 12),
+    ("step:50 val_bpb:1.50000 (last iterate, without adaptation)", "step 50", 1.5, None),
+    ("before quantisation, without adaptation: val_bpb:1.40000, last iterate 1.45", "packing", 1.4, None),
+    ("adapted documents:12/64 eval_s:20 eta_s:30", "12/64 documents", None, 30),
+    ("artifact logs/a.ptz: static_bpb:1.41000 ttt_bpb:1.39000", "scored", 1.39, None),
+    ("VOCAB_SIZE=64", "", None, None),
+])  # fmt: skip
+def test_progress_is_read_from_the_lines_of_the_log(line, at, bpb, eta):
+    job = sweep.Job({}, {})
+    sweep.note_progress(job, line)
+    assert (job.at, job.bpb, job.eta) == (at, bpb, eta)
+
+
+def test_on_a_terminal_the_table_is_redrawn_within_the_screen(monkeypatch, capsys):
+    jobs = [sweep.Job({"TTT_LR": str(i)}, {}, state="done" if i < 9 else "running") for i in range(10)]
+    screen = sweep.Screen(jobs)
+    screen.terminal = True
+    monkeypatch.setattr(sweep.shutil, "get_terminal_size", lambda: os.terminal_size((40, 8)))
+    screen.show(12.0)
+    screen.show(12.0)  # too soon
+    screen.show(0.0, last=True)
+    first, second = capsys.readouterr().out.split("\x1b[J")[:2]
+    assert first.count("\n") == second.count("\n") == 7 and second.startswith("\x1b[7A")
+    assert "9 of 10 combinations, 12 s left" in first and "TTT_LR=9  running" in first and "... and 5 more" in first
+    assert all(len(line.replace("\x1b[2K", "")) < 40 for line in first.splitlines())
+
+
+# ---- the entry itself -------------------------------------------------------
+
+
+@contextlib.contextmanager
+def sweeping(folder: Path, env: dict[str, str], *arguments: str):
+    """`python -m tools.sweep` in a process group of its own; whatever is left of it is ended."""
+    env = env | {"PYTHONPATH": str(Path(train_gpt.__file__).parent)}
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", "tools.sweep", *arguments], cwd=folder, env=env, **pipe)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_runs_is_cut_off_and_gone_on_with(tiny_data, tiny_env, tmp_path):
+    env = tiny_env(HOLDOUT_TOKENS=str(HELD), RUN_ID=None, TTT_LR=None)
+    command = ["TTT_LR=0.001,0.01", "--name", "two"]
+    with sweeping(tmp_path, env, *command) as process:
+        for line in process.stdout:
+            if line.startswith("TTT_LR=0.01  running"):
+                break
+        time.sleep(1.0)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        rest, _ = process.communicate(timeout=30)
+        assert process.returncode == 130 and "1 of 2 combinations are done" in rest
+        with pytest.raises(ProcessLookupError):  # no run is left behind
+            os.killpg(process.pid, 0)
+    assert list(tmp_path.rglob("*.partial")) == []
+    (first,) = (tmp_path / "logs/sweeps/two").glob("*.json")
+    before = first.stat()
+    with sweeping(tmp_path, env, *command) as process:
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert "TTT_LR=0.001  done" in out and "TTT_LR=0.001  running" not in out and first.stat() == before
+    trained = {run.result["knobs"]["TTT_LR"]: run for run in map(load_run, first.parent.glob("*.json"))}
+    assert set(trained) == {"0.001", "0.01"}
+    with sweeping(tmp_path, env, "TTT_LR=0.01", "--eval", str(trained["0.001"].path.with_suffix(".ptz"))) as process:
+        out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    (scored,) = map(load_run, (tmp_path / "logs/sweeps/ttt_lr-eval").glob("*.json"))
+    assert scored.bpb == trained["0.01"].bpb and not scored.trained
