@@ -1,0 +1,763 @@
+"""
+Does the scorer keep the rules on this artifact? One line a property; exit status 1 if one fails.
+
+    python -m tools.prove [ARTIFACT] [--seed N] [--seconds S]
+
+ARTIFACT is logs/RUN.ptz (default: the environment's ARTIFACT, else the newest). It is scored as the run beside it was,
+unless the environment says otherwise: TTT_ENABLED=0 proves the score without adaptation. The documents looked at are
+the shortest, the median and the longest validation document that fits the time, and some chosen by the seed. The lines
+are also left in logs/RUN.prove.json.
+
+The scorer is a black box: it is given streams of tokens, and heard at three places: what it books to a document
+(Tally), what its output layer gave (Head), and what had been learnt by then (the weights, and the latest Adapter).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import sentencepiece
+import torch
+from torch import Tensor, nn
+
+import train_gpt
+from data import prepare
+from tools import common
+from tools.runs import load_run
+
+# -----------------------------------------------------------------------------
+# Listening: what the scorer books, traced to the pass through the output layer that gave it.
+
+
+class State(NamedTuple):
+    """What had been learnt, in short."""
+
+    digest: str  # of every bit
+    sketch: np.ndarray  # (tensors, 2) float64: norms, and products with a fixed direction
+
+
+class Call(NamedTuple):
+    """One pass through the output layer, whose targets are here in its order."""
+
+    nats: list[float]
+    targets: list[int]
+    state: State | None  # what had been learnt by then
+    sums: list[float]  # of the probabilities of the whole vocabulary, at sampled places
+    strays: list[float]  # there: the target's nats less those that it has among the whole vocabulary's
+
+
+@functools.cache
+def direction(size: int, device: torch.device) -> Tensor:
+    return torch.arange(size, device=device).double().cos()
+
+
+def state_of(tensors: Iterable[Tensor]) -> State:
+    digest, sketch = hashlib.blake2b(), []
+    for t in tensors:
+        flat = t.detach().flatten().double()
+        digest.update(t.detach().cpu().contiguous().numpy().tobytes())
+        sketch.append([flat.norm().item(), (flat @ direction(len(flat), flat.device)).item()])
+    return State(digest.hexdigest(), np.array(sketch))
+
+
+class Ear(nn.Module):
+    """Stands before the output layer and notes what passes; if `closely`, also what had been learnt and, in some calls,
+    what every entry of the vocabulary would have scored."""
+
+    def __init__(self, head: nn.Module, vocab: int, learnt: Callable[[], list[Tensor]], closely: bool, seed: int):
+        super().__init__()
+        self.head, self.vocab, self.learnt, self.closely = head, vocab, learnt, closely
+        self.chance, self.passes, self.calls = np.random.default_rng(seed), 0, []
+
+    def __getattr__(self, name: str):
+        """The rest of the layer is as it was."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("head"), name)
+
+    def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta=None) -> Tensor:
+        nats, looks, state = self.head(x, targets, embedding, delta), [], None
+        if self.closely:
+            state = state_of(self.learnt())
+            if self.passes & (self.passes - 1) == 0:  # the first and every power of two: more often at the start
+                looks = [self.look(x, targets, nats, embedding, delta) for _ in range(2)]
+        self.passes += 1
+        sums, strays = zip(*looks, strict=True) if looks else ([], [])
+        self.calls.append(
+            Call(nats.detach().flatten().tolist(), targets.flatten().tolist(), state, list(sums), list(strays))
+        )
+        return nats
+
+    @torch.no_grad()
+    def look(self, x: Tensor, targets: Tensor, nats: Tensor, embedding: Tensor, delta) -> tuple[float, float]:
+        """One hidden state of (B, T, D) with every entry of the vocabulary as its target -> Call.sums, Call.strays."""
+        row, place = (int(self.chance.integers(size)) for size in targets.shape)
+        own = None if delta is None else delta._replace(down=delta.down[row : row + 1], up=delta.up[row : row + 1])
+        every = [
+            self.head(x[row, place].expand(1, len(part), -1), part[None], embedding, own)[0]
+            for part in torch.arange(self.vocab, device=x.device).split(1024)
+        ]
+        every = torch.cat(every).double()
+        return every.neg().exp().sum().item(), (nats[row, place] - every[targets[row, place]]).item()
+
+
+class Heard(NamedTuple):
+    """What was booked for a stream of n tokens: [j] is of the target tokens[j + 1]."""
+
+    nats: np.ndarray  # (n - 1,) float64, NaN where nothing was booked
+    states: list[State | None]  # (n - 1,) what had been learnt when the target was scored, if listened closely
+    calls: list[Call]  # those that the bookings came from, in order
+    strange: list[str]  # bookings that the output layer did not give
+    misplaced: list[str]  # bookings of targets that are not there, or not in order
+
+
+class Ledger:
+    """Finds the targets that a booking is of, and the call that it came from."""
+
+    def __init__(self, tokens: np.ndarray, ear: Ear):
+        starts, targets = np.flatnonzero(tokens == train_gpt.BOS), len(tokens) - 1
+        self.next, self.end = starts.tolist(), [*starts[1:].tolist(), targets]  # of every document's targets
+        self.tokens, self.ear = tokens.tolist(), ear
+        self.heard = Heard(np.full(targets, np.nan), [None] * targets, [], [], [])
+
+    def book(self, documents: Sequence[int], nats: Sequence[float]) -> None:
+        places = []
+        for i in documents:
+            places.append(self.next[i])
+            self.next[i] += 1
+        if any(at >= self.end[i] for i, at in zip(documents, places, strict=True)):
+            self.heard.misplaced.append(f"a document of {len(self.tokens)} tokens is booked more targets than it has")
+        else:
+            self.trace(places, nats)
+
+    def trace(self, places: list[int], nats: Sequence[float]) -> None:
+        self.heard.nats[places] = nats
+        pairs = [(value, self.tokens[at + 1]) for value, at in zip(nats, places, strict=True)]
+        calls, self.ear.calls = self.ear.calls, []
+        for call in calls:
+            if in_order(pairs, zip(call.nats, call.targets, strict=True)):
+                self.heard.calls.append(call)
+                for at in places:
+                    self.heard.states[at] = call.state
+                return
+        if any(in_order(nats, call.nats) for call in calls):
+            self.heard.misplaced.append(f"what is booked for target {places[0]} and on is the score of other targets")
+        else:
+            self.heard.strange.append(f"the output layer never gave what is booked for target {places[0]} and on")
+
+
+def in_order(few: Iterable, many: Iterable) -> bool:
+    """Whether all of `few` come in `many`, in this order."""
+    rest = iter(many)
+    return all(any(one == other for other in rest) for one in few)
+
+
+class ScorerError(Exception):
+    """The scorer broke down on a stream that it should score."""
+
+
+class LoneRank(train_gpt.Dist):
+    """One of two ranks, played alone: ranks that score documents apart from each other exchange nothing."""
+
+    def sum_(self, x: Tensor) -> Tensor:
+        raise ScorerError("ranks exchange tensors while they score documents apart from each other")
+
+    reduce_scatter = all_gather = sum_
+
+    def agree(self, *values: float) -> list[float]:
+        return list(values)
+
+    def largest(self, value: float) -> float:
+        return value
+
+
+@contextlib.contextmanager
+def listening(model: nn.Module, closely: bool, seed: int) -> Iterator[Ear]:
+    """An ear before the model's output layer, which also knows the latest adapter."""
+    plain, head, latest = train_gpt.Adapter, model.head, []
+
+    class Adapter(plain):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            latest[:] = [self]
+
+    def learnt() -> list[Tensor]:
+        return [*model.parameters(), *(t for adapter in latest for t in adapter.tensors())]
+
+    try:
+        train_gpt.Adapter = Adapter
+        model.head = Ear(head, model.config.vocab_size, learnt, closely, seed)
+        yield model.head
+    finally:
+        train_gpt.Adapter, model.head = plain, head
+
+
+def hear(
+    model: nn.Module, run: train_gpt.RunConfig, dist: train_gpt.Dist, tokens: np.ndarray, closely: bool = False
+) -> Heard:
+    """Score a stream of tokens (n,) that begins with BOS, and listen. Raises ScorerError."""
+    docs = train_gpt.split_documents(tokens, np.ones(len(tokens), np.int64))
+    with listening(model, closely, run.seed) as ear:
+        ledger = Ledger(tokens, ear)
+
+        class Tally(train_gpt.Tally):
+            def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
+                ledger.book(documents.tolist(), nats.tolist())
+
+            def gathered(self, dist: train_gpt.Dist) -> Tally:
+                return self  # the audit counts for itself
+
+        try:
+            evaluation = train_gpt.Evaluation(model, docs, run, dist, lambda line: None, lambda: 0.0)
+            evaluation.tally = Tally(docs)
+            evaluation.score()
+        except ScorerError:
+            raise
+        except Exception as error:  # whatever a scorer does wrong is a finding
+            raise ScorerError(f"the scorer breaks on {len(tokens)} tokens: {type(error).__name__}: {error}") from error
+    return ledger.heard
+
+
+# -----------------------------------------------------------------------------
+# The audit: what is scored, and how equal scores must be.
+
+
+class Text(NamedTuple):
+    """A stream of tokens that begins with BOS, and the bytes that they stand for."""
+
+    tokens: np.ndarray  # (n,) uint16
+    bytes: np.ndarray  # (n,) int64
+
+
+def joined(texts: Iterable[Text]) -> Text:
+    tokens, sizes = zip(*texts, strict=True)
+    return Text(np.concatenate(tokens), np.concatenate(sizes))
+
+
+def document_starts(tokens: np.ndarray) -> np.ndarray:
+    """(n,) -> (documents + 1,), the last one n"""
+    return np.append(np.flatnonzero(tokens == train_gpt.BOS), len(tokens))
+
+
+class Tolerance(NamedTuple):
+    """How far the same score may be from itself."""
+
+    bpb: float  # of a document, or of that part of it which is compared
+    nats: float  # of a single target
+
+
+TOLERANCES = {"cpu": Tolerance(1e-6, 1e-4), "cuda": Tolerance(1e-3, 0.1)}
+SUM_TOLERANCE = 1e-5  # of probabilities that should add up to one
+
+
+class Widest:
+    """The largest differences between scores that should be the same."""
+
+    def __init__(self, tolerance: Tolerance):
+        self.tolerance, self.nats, self.bpb, self.seen, self.faults = tolerance, 0.0, 0.0, 0, []
+
+    def compare(self, what: str, nats: np.ndarray, expected: np.ndarray, size: np.ndarray) -> None:
+        """Scores of the same targets (n,) twice, and the bytes of these (n,)."""
+        apart = np.nan_to_num(nats - expected, nan=np.inf)
+        most, bpb = float(abs(apart).max(initial=0.0)), abs(float(apart.sum())) / math.log(2) / max(1, int(size.sum()))
+        self.nats, self.bpb, self.seen = max(self.nats, most), max(self.bpb, bpb), self.seen + 1
+        if most > self.tolerance.nats or bpb > self.tolerance.bpb:
+            self.faults.append(f"{what}: {most:.2g} nats at target {int(abs(apart).argmax())}, {bpb:.2g} bpb")
+
+    def __str__(self) -> str:
+        return f"max {self.nats:.1e} nats a target, {self.bpb:.1e} bpb a document"
+
+
+class Audit:
+    """An artifact, the sample of its documents, and what was heard of them."""
+
+    def __init__(self, opened: common.Opened, seed: int, seconds: float, tell: Callable[[str], None]):
+        self.opened, self.seconds, self.tell = opened, seconds, tell
+        self.model, self.run, self.dist = opened.model, opened.plan.run, opened.plan.dist
+        self.chance, self.tolerance = np.random.default_rng(seed), TOLERANCES[self.dist.device.type]
+        self.stream = bool(self.run.ttt_enabled) and self.run.ttt_scope == "stream"
+        self.chunk = self.run.ttt_chunk_tokens if self.run.ttt_enabled else self.run.eval_stride
+        self.strange, self.misplaced = [], []  # of all that was heard
+        self.began, self.told, self.spent, self.planned = time.monotonic(), 0.0, 0.0, math.inf
+        self.starts = document_starts(opened.plan.validation.tokens)
+        self.chosen = self.choose(np.diff(self.starts))
+        self.texts = [self.text(i) for i in self.chosen]
+
+    def text(self, i: int) -> Text:
+        """A validation document, without the BOS that closes it."""
+        docs, span = self.opened.plan.validation, slice(self.starts[i], self.starts[i + 1])
+        return Text(np.array(docs.tokens[span], np.uint16), np.array(docs.bytes[span], np.int64))
+
+    def choose(self, sizes: np.ndarray) -> list[int]:
+        """Tokens of every document -> the sample, in the order of the shard; an audit scores each some 25 times."""
+        order = np.argsort(sizes, kind="stable")
+        order = order[sizes[order] > 2]
+        train_gpt.require(len(order) > 0, "no validation document has two tokens", train_gpt.DataError)
+        shortest, median = int(order[0]), int(order[len(order) // 2])
+        self.score(self.text(shortest))  # the first pass is slow
+        began = time.monotonic()
+        self.score(self.text(median))
+        rate = (time.monotonic() - began) / self.cost(sizes[median])
+        needed = np.array([25 * rate * self.cost(sizes[i]) for i in order])
+        fits, cheap = order[needed <= 0.6 * self.seconds], order[needed <= 0.08 * self.seconds]
+        longest = int(fits[-1]) if len(fits) else shortest
+        chosen = {shortest, median, longest, *(self.chance.choice(cheap, 3).tolist() if len(cheap) else ())}
+        self.spent, self.planned = 0.0, sum(25 * self.cost(sizes[i]) for i in chosen)
+        return sorted(chosen)
+
+    def cost(self, tokens: int) -> float:
+        """Of scoring a document once, in token passes."""
+        return train_gpt.group_cost(np.array([tokens]), self.run) if self.run.ttt_enabled else float(tokens)
+
+    def score(self, text: Text, closely: bool = False, dist: train_gpt.Dist | None = None, **changes: int) -> Heard:
+        """Score a stream, with these knobs changed."""
+        run = dataclasses.replace(self.run, **changes)
+        heard = hear(self.model, run, dist or self.dist, text.tokens, closely)
+        self.strange += heard.strange
+        self.misplaced += heard.misplaced
+        self.spent += sum(map(self.cost, np.diff(document_starts(text.tokens))))
+        elapsed = time.monotonic() - self.began
+        if elapsed - self.told > 10:
+            self.told = elapsed
+            self.tell(f"prove: {elapsed:.0f} s, about {elapsed * max(0.0, self.planned / self.spent - 1):.0f} s left")
+        return heard
+
+    @functools.cached_property
+    def units(self) -> list[Text]:
+        """What is scored by itself: a document, or, of a stream, two in a row."""
+        return [joined([self.texts[i - 1], text]) if self.stream else text for i, text in enumerate(self.texts)]
+
+    @functools.cached_property
+    def alone(self) -> list[Heard]:
+        return [self.score(unit, closely=True) for unit in self.units]
+
+    @functools.cached_property
+    def together(self) -> Heard:
+        return self.score(joined(self.texts))
+
+    @functools.cached_property
+    def by_rank(self) -> list[Heard]:
+        """The documents together, as each of two ranks scores them."""
+        ranks = [LoneRank(rank, 2, self.dist.device) for rank in range(2)]
+        return [self.score(joined(self.texts), dist=rank) for rank in ranks]
+
+    def other(self, tokens: np.ndarray) -> np.ndarray:
+        """Random tokens, none of them that in its place, none BOS."""
+        kinds = self.model.config.vocab_size - 2
+        steps = self.chance.integers(1, kinds, len(tokens))
+        return ((tokens.astype(np.int64) - 2 + steps) % kinds + 2).astype(np.uint16)
+
+
+# -----------------------------------------------------------------------------
+# Properties: each looks for faults, and says what it saw.
+
+
+class Finding(NamedTuple):
+    """What is known of a property."""
+
+    name: str
+    ok: bool | None  # None where it does not apply
+    figures: str
+
+    def __str__(self) -> str:
+        return f"{ {True: 'ok', False: 'FAIL', None: '-'}[self.ok]:5} {self.name:20} {self.figures}"
+
+
+Seen = tuple[Sequence[str] | None, str]  # faults, or None where the property does not apply; and what was seen
+
+
+class Future(NamedTuple):
+    """A stream that begins as another does."""
+
+    what: str
+    tokens: np.ndarray
+    same: int  # its first targets, whose scores must be the same
+
+
+def cuts(audit: Audit, size: int) -> list[int]:
+    """Where the tokens of a stream may begin to differ: at its start, at the first token of a chunk, inside it, at its
+    last token, and beyond the context."""
+    chunk, context, last = audit.chunk, audit.run.eval_seq_len, size - 1
+    inside = audit.chance.integers(1, max(2, chunk - 1), 4).tolist()
+    places = {2, last, context + 1, context + 1 + inside[3]}
+    for n, k in enumerate((0, 1, last // chunk // 2)):
+        places |= {k * chunk + 1, k * chunk + 1 + inside[n], (k + 1) * chunk}
+    return sorted(t for t in places if 2 <= t <= last)
+
+
+def futures(audit: Audit, tokens: np.ndarray) -> Iterator[Future]:
+    """Other tokens, ends that come earlier, and one that comes later."""
+    for t in cuts(audit, len(tokens)):
+        yield Future(f"other tokens from {t} on", np.append(tokens[:t], audit.other(tokens[t:])), t - 1)
+    end = audit.chunk + max(2, min(8, audit.chunk // 2))
+    while end < len(tokens) - 1:
+        yield Future(f"the text ends at {end}", tokens[: end + 1], end)
+        end *= 2
+    planted = tokens.copy()
+    planted[len(tokens) // 2] = train_gpt.BOS
+    yield Future(f"BOS planted at {len(tokens) // 2}", planted, len(tokens) // 2 - 1)
+    longer = np.append(tokens, audit.other(np.resize(tokens, audit.chunk + 1)))
+    yield Future(f"no end before {len(longer)}", longer, len(tokens) - 1)
+
+
+def causality(audit: Audit) -> Seen:
+    """A score depends on no token after its target: neither on which they are, nor on where the document ends."""
+    widest = Widest(audit.tolerance)
+    for n, unit, heard in zip(audit.chosen, audit.units, audit.alone, strict=True):
+        for what, tokens, same in futures(audit, unit.tokens):
+            nats = audit.score(Text(tokens, unit.bytes)).nats
+            widest.compare(f"document {n}, {what}", nats[:same], heard.nats[:same], unit.bytes[1 : same + 1])
+    first, next_one = min(audit.texts, key=lambda text: len(text.tokens)), audit.texts[-1]
+    same, pair = len(first.tokens), joined([first, next_one])
+    changed = np.concatenate([pair.tokens[: same + 1], audit.other(next_one.tokens[1:])])
+    nats, expected = (audit.score(Text(tokens, pair.bytes)).nats[:same] for tokens in (changed, pair.tokens))
+    widest.compare("the next document is another", nats, expected, pair.bytes[1 : same + 1])
+    return widest.faults, f"{widest}; {widest.seen} other futures of {len(audit.texts)} documents"
+
+
+def score_before_update(audit: Audit) -> Seen:
+    """A chunk is scored by what a replay has learnt that stops before it."""
+    faults, seen, updates = [], 0, 0
+    for n, unit, heard in zip(audit.chosen, audit.units, audit.alone, strict=True):
+        last = (len(unit.tokens) - 2) // audit.chunk
+        for k in sorted({0, 1, 2, last // 2, last} & set(range(last + 1))):
+            begin = k * audit.chunk
+            tokens = np.append(unit.tokens[: begin + 1], audit.other(unit.tokens[:2]))
+            replay = audit.score(Text(tokens, unit.bytes), closely=True)
+            seen += 1
+            if not same_state(audit, replay.states[begin], heard.states[begin], heard.states):
+                faults.append(f"document {n}: what scores chunk {k} is not what the chunks before it left")
+        updates += len({state.digest for state in heard.states if state}) - 1
+    faults += hidden_learning(audit) if updates == 0 else []
+    exact = "bit for bit " if audit.dist.device.type == "cpu" else ""
+    return faults, f"{seen} chunks scored {exact}by what a replay left that stops before them; {updates} updates seen"
+
+
+def same_state(audit: Audit, a: State | None, b: State | None, course: Sequence[State | None]) -> bool:
+    """Whether two states are the same: bit for bit on a CPU; on a GPU, which may add in another order, nearer to each
+    other than a tenth of any step of this course of states."""
+    if a is None or b is None:
+        return False
+    if a.digest == b.digest or audit.dist.device.type == "cpu":
+        return a.digest == b.digest
+    sketches = [state.sketch for state in course if state]
+    steps = [abs(after - before).max() for before, after in itertools.pairwise(sketches)]
+    return abs(a.sketch - b.sketch).max() < 0.1 * min((step for step in steps if step), default=0.0)
+
+
+def hidden_learning(audit: Audit) -> list[str]:
+    """Adaptation that changes scores, while nothing in sight has learnt."""
+    if not audit.run.ttt_enabled:
+        return []
+    unit, heard = max(zip(audit.units, audit.alone, strict=True), key=lambda pair: len(pair[0].tokens))
+    reach = min(audit.run.eval_seq_len, int(document_starts(unit.tokens)[1]) - 1)  # beyond it, contexts may differ
+    apart = abs(audit.score(unit, ttt_enabled=0).nats - heard.nats)[:reach].max(initial=0.0)
+    text = f"adaptation changes scores by {apart:.2g} nats, and nothing that could have learnt is in sight"
+    return [text] if apart > audit.tolerance.nats else []
+
+
+def independence(audit: Audit) -> Seen:
+    """A document scores the same alone, in its batch, in another batch and order, and on another rank."""
+    if audit.stream:
+        return None, "TTT_SCOPE=stream: a score depends on the documents before it; results say doc_independent:0"
+    changes = {"ttt_batch_docs": 2 if audit.run.ttt_batch_docs > 2 else 64} if audit.run.batched_ttt else {}
+    wild = audit.texts[-1]._replace(tokens=np.append(train_gpt.BOS, audit.other(audit.texts[-1].tokens[1:])))
+    dull = audit.texts[0]._replace(tokens=np.append(train_gpt.BOS, np.full(len(audit.texts[0].tokens) - 1, 2)))
+    backward = [wild, *audit.texts[::-1], dull]
+    elsewhere = by_document(backward, audit.score(joined(backward), **changes).nats)[-2:0:-1]
+    batch = by_document(audit.texts, audit.together.nats)
+    ranks = by_document(audit.texts, np.nanmax([heard.nats for heard in audit.by_rank], 0))
+    widest, total = Widest(audit.tolerance), 0.0
+    for i, (text, alone) in enumerate(zip(audit.texts, audit.alone, strict=True)):
+        ways = {"in its batch": batch[i], "in another batch": elsewhere[i], "on one of two ranks": ranks[i]}
+        for way, nats in ways.items():
+            widest.compare(f"document {audit.chosen[i]} {way}, and alone", nats, alone.nats, text.bytes[1:])
+        total += float((elsewhere[i] - alone.nats).sum())
+    bpb = abs(total) / math.log(2) / int(joined(audit.texts).bytes.sum())
+    return widest.faults, f"{widest}, {bpb:.1e} in all; {len(audit.texts)} documents, each in 4 settings"
+
+
+def by_document(texts: Sequence[Text], nats: np.ndarray) -> list[np.ndarray]:
+    """Scores of joined texts -> those of each, its closing BOS left out."""
+    ends = np.cumsum([len(text.tokens) for text in texts])
+    return [nats[end - len(text.tokens) : end - 1] for end, text in zip(ends, texts, strict=True)]
+
+
+def normalised(audit: Audit) -> Seen:
+    """The probabilities of the whole vocabulary add up to one, and what is booked is the target's among them."""
+    looked = [call for heard in audit.alone for call in heard.calls if call.sums]
+    fresh = {heard.calls[0].state.digest for heard in audit.alone if heard.calls}
+    adapted = sum(len(call.sums) for call in looked if call.state.digest not in fresh)
+    off = np.array([total for call in looked for total in call.sums]) - 1
+    strays = np.array([stray for call in looked for stray in call.strays])
+    faults = list(dict.fromkeys(audit.strange))
+    if not len(off) or not (abs(off) <= SUM_TOLERANCE).all():
+        faults.append(f"probabilities add up to 1{off[abs(off).argmax()]:+.2g}" if len(off) else "no score was traced")
+    if not (abs(strays) <= audit.tolerance.nats).all():
+        faults.append(f"a target's nats are {abs(strays).max():.2g} off those that it has among the vocabulary's")
+    most = max(abs(off), default=0.0)
+    return faults, f"max {most:.1e} off one at {len(off)} positions, {adapted} of them after adaptation"
+
+
+def single_pass(audit: Audit) -> Seen:
+    """Every target of every document is booked once, as the output layer scored it, in order."""
+    faults, docs = list(dict.fromkeys(audit.misplaced)), audit.opened.plan.validation
+    arrangements = [("together", [audit.together])] + ([] if audit.stream else [("by two ranks", audit.by_rank)])
+    for how, heard in arrangements:
+        times = sum(np.isfinite(h.nats).astype(int) for h in heard)
+        if (times != 1).any():
+            faults.append(f"scored {how}: {(times == 0).sum()} targets never, {(times > 1).sum()} more than once")
+    shards = sum(len(train_gpt.read_shard(path)) for path in train_gpt.find_shards(audit.run.data_path, "val"))
+    if int(docs.lengths.sum()) != shards - 1:
+        faults.append(f"the scorer sees {docs.lengths.sum()} targets, the shards hold {shards - 1}")
+    return faults, (
+        f"{len(audit.together.nats)} targets of {len(audit.texts)} documents once each, in order; "
+        f"{shards - 1} targets of {len(audit.starts) - 1} documents in the shards"
+    )
+
+
+INSTALLED = ("/usr", "/bin", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", sys.prefix, sys.base_prefix)
+GOES_OUTSIDE = ("socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+
+
+def watched(script: str, report: str) -> None:
+    """Run a Python script as __main__, and leave in `report` the paths that it opened and how else it reached out."""
+    opened = set()
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[0], str | bytes):
+            opened.add(os.path.realpath(os.fsdecode(arguments[0])))
+        elif event in GOES_OUTSIDE:
+            opened.add(f"{event}: {str(arguments[:2])[:200]}")
+
+    sys.argv = [script]
+    sys.addaudithook(hook)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        Path(report).write_text(json.dumps(sorted(opened)))
+
+
+def lay_out(audit: Audit, folder: Path) -> dict[str, str]:
+    """Put into a folder all that an evaluation of the sample may need -> the environment to run it in."""
+    whole, plan = joined(audit.texts), audit.opened.plan
+    shutil.copyfile(train_gpt.__file__, folder / "train_gpt.py")
+    shutil.copyfile(plan.run.artifact, folder / "artifact.ptz")
+    shutil.copyfile(plan.tokenizer.path, folder / "tokenizer.model")
+    prepare.write_shard(folder / "fineweb_val_000000.bin", [whole.tokens])
+    if has_sidecar(audit):
+        prepare.write_shard(folder / "fineweb_val_bytes_000000.bin", [whole.bytes])
+    return audit.opened.env | {
+        "ARTIFACT": str(folder / "artifact.ptz"), "DATA_PATH": str(folder), "TOKENIZER_PATH": "tokenizer.model",
+        "RUN_ID": "prove", "PYTHONPATH": str(Path(common.__file__).resolve().parent.parent), "TMPDIR": str(folder),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton"),
+    }  # fmt: skip
+
+
+def artifact_alone(audit: Audit) -> Seen:
+    """A process that finds program, artifact, tokenizer and validation alone scores the same and opens no more."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(os.path.realpath(name))
+        env, report = lay_out(audit, folder), folder / "opened.json"
+        there = sorted(path.name for path in folder.iterdir())
+        command = "import sys; from tools import prove; prove.watched(*sys.argv[1:])"
+        script = [sys.executable, "-c", command, str(folder / "train_gpt.py"), str(report)]
+        done = subprocess.run(script, cwd=folder, env=env, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            return [f"the evaluation ends with status {done.returncode}: {last}"], ""
+        opened = json.loads(report.read_text())
+        result = json.loads((folder / "logs" / "prove.json").read_text())
+    compiles = audit.dist.device.type == "cuda"
+    used = [name for name in there if str(folder / name) in opened]
+    faults = [f"it opened {path}" for path in opened if not expected(path, folder, compiles)]
+    return faults + wrong_result(audit, result), f"val_bpb {result['val_bpb']:.5f} again, from {', '.join(used)}"
+
+
+def expected(path: str, folder: Path, compiles: bool) -> bool:
+    """Whether an evaluation may open this: its folder, or what is installed. Python asks uname for the platform's name,
+    and a GPU's compiler is started."""
+    if path.startswith(GOES_OUTSIDE):
+        return path.startswith("subprocess.Popen: ('uname'") or (compiles and path.startswith("subprocess.Popen"))
+    if Path(path).name.startswith("fineweb_train_"):
+        return False
+    torch_folder = Path(torch.__file__).resolve().parent.parent
+    return any(Path(path).is_relative_to(os.path.realpath(root)) for root in (folder, torch_folder, *INSTALLED))
+
+
+def wrong_result(audit: Audit, result: dict) -> list[str]:
+    """What the result of an evaluation of the sample gets wrong."""
+    whole = joined(audit.texts)
+    size = int(whole.bytes[1:].sum())
+    truth = {"documents": len(audit.texts), "tokens": len(whole.tokens) - 1, "bytes": size, "degraded_documents": 0}
+    faults = [f"{name} is {result[name]}, counted {value}" for name, value in truth.items() if result[name] != value]
+    bpb = float(audit.together.nats.sum()) / math.log(2) / size
+    if not abs(result["val_bpb"] - bpb) <= audit.tolerance.bpb:
+        faults.append(f"val_bpb is {result['val_bpb']:.7f}, what is booked adds up to {bpb:.7f}")
+    return faults
+
+
+def has_sidecar(audit: Audit) -> bool:
+    return any(Path(audit.run.data_path).glob("fineweb_val_bytes_*.bin"))
+
+
+def bytes_counted(audit: Audit) -> Seen:
+    """Code and weights are as large as their files, and documents have the bytes that their tokens decode to."""
+    plan, faults = audit.opened.plan, []
+    program, artifact = Path(train_gpt.__file__).read_bytes(), Path(plan.run.artifact).stat().st_size
+    if len(program) + artifact > plan.run.artifact_bytes:
+        faults.append(f"code and artifact are {len(program) + artifact} bytes, the limit is {plan.run.artifact_bytes}")
+    result = common.read_result(Path(plan.run.artifact)) or {}
+    sizes = {"artifact_bytes": artifact}
+    if result.get("code_sha256") == hashlib.sha256(program).hexdigest():
+        sizes |= {"code_bytes": len(program), "total_bytes": len(program) + artifact}
+    faults += [f"{name} is {result[name]}, the file has {n}" for name, n in sizes.items() if result.get(name, n) != n]
+    counted, recount = plan.validation.target_bytes(), recounter(audit)
+    decoded = [recount(text.tokens.tolist()) for text in audit.texts]
+    for i, size in zip(audit.chosen, decoded, strict=True):
+        if size is not None and size != counted[i]:
+            faults.append(f"document {i}: {counted[i]} bytes are counted, its tokens decode to {size}")
+    if counted.sum() != plan.validation.bytes[1:].sum():
+        faults.append(f"documents have {counted.sum()} bytes, their tokens {plan.validation.bytes[1:].sum()}")
+    how = f"{sum(counted[audit.chosen])} bytes of {len(decoded)} documents decoded again"
+    if None in decoded:
+        how = "its tokenizer is lossy: original bytes cannot be recounted from tokens"
+    return faults, f"{len(program)} of code + {artifact} of artifact; {counted.sum()} of text; {how}"
+
+
+def recounter(audit: Audit) -> Callable[[list[int]], int | None]:
+    """How to count the bytes of a document from its tokens; by the contest's formula, where there is no side-car."""
+    plan = audit.opened.plan
+    if not has_sidecar(audit):
+        return lambda tokens: contest_size(plan.tokenizer.processor, tokens)
+    caseops = train_gpt.manifest_value(Path(plan.run.data_path), "tokenizer", "transform") == "caseops"
+    encoder = prepare.load_encoder(plan.tokenizer.path.read_bytes(), caseops, str(plan.tokenizer.path))
+    original = prepare.decode_caseops if caseops else str
+    return lambda tokens: len(original(encoder.processor.decode(tokens)).encode()) if encoder.exact else None
+
+
+def contest_size(processor: sentencepiece.SentencePieceProcessor, tokens: list[int]) -> int:
+    """Bytes of the text that tokens spell. A space that follows a control token is not spelt; a space mark inside a
+    piece has its own three bytes."""
+    spelt, bare = b"", True  # bare: no text before
+    for token in tokens:
+        if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
+            bare = True
+            continue
+        piece = processor.id_to_piece(token)
+        space = piece.startswith("\u2581")
+        spelt += bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else (
+            b" " * (space and not bare) + piece.removeprefix("\u2581").encode())  # fmt: skip
+        bare = False
+    return len(spelt)
+
+
+def reported(audit: Audit) -> Seen:
+    """The files of the run beside the artifact agree, and its documents of the sample score the same again."""
+    plan, path = audit.opened.plan, Path(audit.run.artifact).with_suffix(".json")
+    if not path.with_suffix(".docs.npz").exists():
+        return None, f"no {path.with_suffix('.docs.npz').name} beside the artifact"
+    try:
+        run = load_run(path)
+    except train_gpt.UserError as error:
+        return [str(error)], ""
+    knobs = {name: value for name, value in train_gpt.settings(audit.run).items() if name.startswith(SCORING)}
+    device = "cpu" if run.result["device"].startswith("CPU") else "cuda"
+    reasons = {
+        "it was scored by another train_gpt.py": run.result["code_sha256"] != file_sha256(train_gpt.__file__),
+        "it is of other validation documents": run.validation != plan.validation.sha256(),
+        "it was scored with other knobs": any(run.result["knobs"].get(name) != value for name, value in knobs.items()),
+        "it was scored on another device": device != audit.dist.device.type,
+        "it was short of time": run.result["degraded_documents"] > 0,
+        "its scores depend on their order": audit.stream,
+    }
+    for reason in (reason for reason, true in reasons.items() if true):
+        return None, f"{path.name} agrees with its files, but {reason}, so that its scores are not compared"
+    widest, ends = Widest(audit.tolerance), np.cumsum([len(text.tokens) for text in audit.texts])
+    whole = audit.texts if audit.chosen[-1] == len(audit.starts) - 2 else audit.texts[:-1]  # closed as in the shard
+    for i, text, end in zip(audit.chosen, whole, ends, strict=False):
+        nats = audit.together.nats[end - len(text.tokens) : end].sum()
+        widest.compare(f"document {i}, as reported", nats[None], run.nats[i : i + 1], text.bytes)
+    return widest.faults, f"val_bpb {run.bpb:.5f} of {path.name}: {widest} of {widest.seen} documents"
+
+
+SCORING = ("TTT_", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SEED")  # knobs that change a score
+PROPERTIES = {
+    "causality": causality, "score before update": score_before_update, "independence": independence,
+    "normalised": normalised, "single pass": single_pass, "artifact alone": artifact_alone, "bytes": bytes_counted,
+    "reported": reported,
+}  # fmt: skip
+
+
+def file_sha256(path: Path | str) -> str:
+    return hashlib.sha256(train_gpt.read_file(path)).hexdigest()
+
+
+def prove(opened: common.Opened, seed: int, seconds: float, tell: Callable[[str], None]) -> Iterator[Finding]:
+    """Every property in turn; `tell` hears of progress."""
+    audit = Audit(opened, seed, seconds, tell)
+    for name, look in PROPERTIES.items():
+        try:
+            faults, figures = look(audit)
+        except ScorerError as error:
+            faults, figures = [str(error)], ""
+        more = f" (and {len(faults) - 1} more)" if faults and len(faults) > 1 else ""
+        yield Finding(name, None if faults is None else not faults, f"{faults[0]}{more}" if faults else figures)
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prove", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("artifact", nargs="?", help="logs/RUN.ptz; default: ARTIFACT, else the newest in logs/")
+    parser.add_argument("--seed", type=int, default=0, help="chooses documents and what is planted [%(default)s]")
+    parser.add_argument("--seconds", type=float, default=120, help="about how long to look [%(default)g]")
+    return parser
+
+
+def run_prove(arguments: argparse.Namespace) -> int:
+    artifact = common.find_artifact(arguments.artifact)
+    opened = common.open_artifact(artifact, {"EVAL_SECONDS": "0"})
+    run, dist = opened.plan.run, opened.plan.dist
+    train_gpt.prepare_torch(run, dist.device)
+    how = f"TTT_PARAMS={run.ttt_params} TTT_SCOPE={run.ttt_scope}" if run.ttt_enabled else "TTT_ENABLED=0"
+    print(f"{artifact}: {how}, {train_gpt.device_name(dist.device)}", flush=True)
+    findings = []
+    for finding in prove(
+        opened, arguments.seed, arguments.seconds, lambda line: print(line, file=sys.stderr, flush=True)
+    ):
+        print(finding, flush=True)
+        findings.append(finding)
+    ok = all(finding.ok is not False for finding in findings)
+    facts = {"artifact_sha256": file_sha256(artifact), "code_sha256": file_sha256(train_gpt.__file__), "ok": ok,
+             "seed": arguments.seed, "system": how, "device": train_gpt.device_name(dist.device),
+             "properties": [finding._asdict() for finding in findings]}  # fmt: skip
+    train_gpt.write_atomically(artifact.with_suffix(".prove.json"), [json.dumps(facts, indent=1).encode()])
+    return 0 if ok else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """-> exit status: 0, 1 where a property fails, 2 for what a user can mend, 130 when interrupted."""
+    parsed = command_line().parse_args(arguments)
+    return common.end_in_a_line(lambda: run_prove(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
