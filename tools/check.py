@@ -150,7 +150,7 @@ def examine(folder: Path) -> list[str]:
     try:
         record = read_record(folder)
         return [*misplaced(record), *contradictions(record)]
-    except UserError as error:
+    except (UserError, RecursionError) as error:  # the latter from JSON nested without end
         return [str(error)]
 
 
@@ -180,7 +180,7 @@ def against_files(run: Run, folder: Path) -> Iterator[str]:
     """A run's files against each other, and against the source that the record shows."""
     if run.path.name != f"train_seed{run.result['seed']}.json":
         yield f"it is of seed {run.result['seed']}"
-    if not read_file(run.log).startswith(read_file(folder / "train_gpt.py") + b"\n"):
+    if run.source != read_file(folder / "train_gpt.py"):
         yield f"{run.log.name} does not begin with train_gpt.py as it lies here"
     yield from disagreements(run)
     yield from against_log(run)
@@ -210,6 +210,9 @@ def against_log(run: Run) -> Iterator[str]:
             yield f"{name} is {result.get(name)}, the phases of that clock take {total:.3f} s"
     if logged_knobs(lines) != result["knobs"]:
         yield "the settings in the log are not its knobs"
+    data = [m for line in lines if (m := re.match(r"training data: \d+ shards, (\d+) tokens", line))]
+    if "epochs" in result and [round(result["epochs"] * int(m[1])) for m in data] != [result["train_tokens"]]:
+        yield f"epochs is {result['epochs']}, the log says {' '.join(m[0] for m in data) or 'nothing of that'}"
     if logged_history(lines) != [(n, f"{loss:.4f}", f"{at:.1f}") for n, at, loss in result.get("history", [])]:
         yield "the losses in the log are not its history"
 

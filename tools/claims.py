@@ -9,6 +9,7 @@ that no number of theirs is ever copied by hand.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import math
 import re
@@ -255,6 +256,7 @@ def changed_settings(run: Run) -> dict[str, str]:
     return {name: value for name, value in knobs.items() if value != defaults.get(name)}
 
 
+@functools.lru_cache(maxsize=4)
 def declared_defaults(source: bytes, full: bool) -> dict[str, str]:
     """NAME -> default, as text, of every line `name: type = knob(default, ..., full=...)` in a train_gpt.py; of `full`
     under TTT_PARAMS=full."""
