@@ -43,6 +43,7 @@ MAX_BYTES = 1 << 26  # of a text, and of all its edits
 
 DATA_KNOBS = ("DATA_PATH", "TOKENIZER_PATH")  # they say where the tokenizer lies
 CODING_KNOBS = ("EVAL_SEQ_LEN", "SEED")  # they and the TTT_ knobs decide what is predicted
+HERE = {"DEVICE": "cpu", "RESUME": "", "EVAL_STRIDE": "1"}  # no stride is taken, so it shall not forbid a short context
 NO_DOCUMENTS = train_gpt.split_documents(np.zeros(0, np.uint16), np.zeros(0, np.int64))
 
 
@@ -59,7 +60,7 @@ def open_predictor(path: Path, knobs: Mapping[str, str] | None = None) -> Predic
     env = knobs_of_run(path, os.environ) | dict(os.environ)
     if knobs is not None:
         env = {name: env[name] for name in DATA_KNOBS if name in env} | dict(knobs)
-    _, run = train_gpt.read_env(env | {"ARTIFACT": str(path), "RESUME": "", "DEVICE": "cpu"})
+    _, run = train_gpt.read_env(env | {"ARTIFACT": str(path)} | HERE)
     require(run.batched_ttt, "text is coded document by document: TTT_PARAMS=lora and TTT_SCOPE=document are needed")
     blob = train_gpt.read_file(path)
     header, _ = train_gpt.read_header(blob, str(path))
@@ -116,25 +117,26 @@ def to_bytes(predictor: Predictor, caseops: bool, tokens: list[int]) -> bytes:
     return (decode_caseops(text) if caseops else text).encode()
 
 
-class Run(NamedTuple):
-    """A stretch of a document."""
+class Stretch(NamedTuple):
+    """A part of a document."""
 
     text: str
     foreign: bytes  # what follows and is no UTF-8
 
 
-def cut_foreign(document: bytes) -> list[Run]:
+def cut_foreign(document: bytes) -> list[Stretch]:
     """Bytes -> text and what is none; a document with much of the latter is no text at all."""
     parts = re.split("([\udc80-\udcff]+)", document.decode(errors="surrogateescape")) + [""]
-    runs = [Run(t, f.encode(errors="surrogateescape")) for t, f in zip(parts[::2], parts[1::2], strict=True)]
-    if 10 * sum(len(run.foreign) for run in runs) > len(document):
-        return [Run("", document)]
-    return runs
+    stretches = [Stretch(t, f.encode(errors="surrogateescape")) for t, f in zip(parts[::2], parts[1::2], strict=True)]
+    if 10 * sum(len(stretch.foreign) for stretch in stretches) > len(document):
+        return [Stretch("", document)]
+    return stretches
 
 
 # -----------------------------------------------------------------------------
 # Edits: how one string of bytes becomes another.
 
+EDIT_PASSES = 2  # what the tokenizer lost, then what is no UTF-8
 MATCH_BYTES, LOOK_AHEAD = 8, 4096  # two strings are in step again where so many bytes agree, not further off than that
 
 
@@ -180,15 +182,15 @@ def in_step_again(got: bytes, a: int, wanted: bytes, b: int) -> tuple[int, int]:
     return best
 
 
-def foreign_edits(documents: list[list[Run]], split: bytes) -> list[Edit]:
+def foreign_edits(documents: list[list[Stretch]], split: bytes) -> list[Edit]:
     """What puts the foreign bytes back into the text of all documents."""
     edits, same = [], -len(split)
-    for runs in documents:
+    for stretches in documents:
         same += len(split)
-        for run in runs:
-            same += len(run.text.encode())
-            if run.foreign:
-                edits.append(Edit(same, 0, run.foreign))
+        for stretch in stretches:
+            same += len(stretch.text.encode())
+            if stretch.foreign:
+                edits.append(Edit(same, 0, stretch.foreign))
                 same = 0
     return edits
 
@@ -200,6 +202,28 @@ def edited(got: bytes, edits: list[Edit]) -> bytes:
         out += [got[at : at + edit.same], edit.added]
         at += edit.same + edit.dropped
     return b"".join([*out, got[at:]])
+
+
+def to_documents(
+    predictor: Predictor, caseops: bool, parts: list[bytes], split: bytes
+) -> tuple[list[list[int]], list[list[Edit]]]:
+    """Documents -> the tokens of each, and EDIT_PASSES passes of edits that mend what these give back."""
+    stretches = [cut_foreign(part) for part in parts]
+    texts = ["".join(stretch.text for stretch in document) for document in stretches]
+    documents = [to_tokens(predictor, caseops, text) for text in texts]
+    decoded = split.join(to_bytes(predictor, caseops, tokens) for tokens in documents)
+    lost = find_edits(decoded, split.join(text.encode() for text in texts))
+    return documents, [lost, foreign_edits(stretches, split)]
+
+
+def from_documents(
+    predictor: Predictor, caseops: bool, documents: list[list[int]], split: bytes, passes: list[list[Edit]]
+) -> bytes:
+    """The inverse: the bytes of all documents, with `split` between them."""
+    data = split.join(to_bytes(predictor, caseops, tokens) for tokens in documents)
+    for edits in passes:
+        data = edited(data, edits)
+    return data
 
 
 def number(value: int) -> bytes:
@@ -224,19 +248,18 @@ def pack_edits(passes: list[list[Edit]]) -> bytes:
     return min(b"\0" + plain, b"\1" + frame, key=len)
 
 
-def unpack_edits(data: bytes, passes: int) -> list[list[Edit]]:
-    """The inverse. Raises DataError."""
+def unpack_edits(data: bytes) -> list[list[Edit]]:
+    """The inverse. Raises ValueError."""
     if not data:
-        return [[]] * passes
-    with train_gpt.believing_nothing("edits"):
-        require(data[0] in {0, 1}, f"they begin with {data[0]}")
-        reader = Reader(train_gpt.decompress(data[1:], 2 * MAX_BYTES) if data[0] else data[1:])
-        unpacked = [
-            [Edit(reader.number(), reader.number(), reader.take()) for _ in range(reader.number())]
-            for _ in range(passes)
-        ]
-        require(reader.at == len(reader.data), "they end early")
-        return unpacked
+        return [[]] * EDIT_PASSES
+    require(data[0] in {0, 1}, f"edits begin with {data[0]}")
+    reader = Reader(train_gpt.decompress(data[1:], 2 * MAX_BYTES) if data[0] else data[1:])
+    passes = [
+        [Edit(reader.number(), reader.number(), reader.take()) for _ in range(reader.number())]
+        for _ in range(EDIT_PASSES)
+    ]
+    require(reader.at == len(reader.data), "edits end early")
+    return passes
 
 
 class Reader:
@@ -424,11 +447,9 @@ def decode(
 # Files: a header that says what is needed to read the rest.
 
 MAGIC, DIGEST_BYTES, MAX_DOCUMENTS, MAX_HEADER_BYTES = b"PGT\x01", 8, 1 << 20, 1 << 16
-EDIT_PASSES = 2  # what the tokenizer lost, then what is no UTF-8
 HEADER = {
     "artifact": str,
     "build": str,
-    "bytes": int,
     "caseops": bool,
     "documents": int,
     "edits": int,
@@ -439,7 +460,7 @@ HEADER = {
     "tokens": int,
 }
 LIKELY = (  # a part of the format: headers are deflated as if they came after this text
-    b'{"artifact":"0123456789abcdef","build":"torch 2.13.0+cu128, AVX2, AVX512, entry ","bytes":,"caseops":true,'
+    b'{"artifact":"0123456789abcdef","build":"torch 2.13.0+cu128, AVX2, AVX512, entry ","caseops":true,'
     b'"documents":1,"edits":0,"knobs":{"EVAL_SEQ_LEN":"512","TTT_BATCH_DOCS":"16","TTT_CHUNK_TOKENS":"64",'
     b'"TTT_LORA_ALPHA":"16.0","TTT_LORA_RANK":"8","TTT_LR":"0.001"},"split":"","text":"","threads":1,"tokens":'
 )
@@ -476,17 +497,13 @@ def compress(predictor: Predictor, data: bytes, split: bytes = b"") -> Compresse
         f"{len(data)} bytes, {len(parts)} documents: at most {MAX_BYTES} and {MAX_DOCUMENTS} go into a file; cut it up",
         UserError,
     )
-    caseops, runs = uses_caseops(predictor), [cut_foreign(part) for part in parts]
-    texts = ["".join(run.text for run in document) for document in runs]
-    documents = [to_tokens(predictor, caseops, text) for text in texts]
-    decoded = split.join(to_bytes(predictor, caseops, tokens) for tokens in documents)
-    lost = find_edits(decoded, split.join(text.encode() for text in texts))
-    edits, tokens = pack_edits([lost, foreign_edits(runs, split)]), sum(map(len, documents))
+    caseops = uses_caseops(predictor)
+    documents, passes = to_documents(predictor, caseops, parts, split)
+    edits, tokens = pack_edits(passes), sum(map(len, documents))
     coded = encode(predictor, documents, Progress("compressing", tokens))
     header = {
         "artifact": predictor.sha256[:16],
         "build": build(),
-        "bytes": len(data),
         "caseops": caseops,
         "documents": len(documents),
         "edits": len(edits),
@@ -518,17 +535,24 @@ def unpack_file(blob: bytes, what: str) -> Contents:
     )
     with train_gpt.believing_nothing(what):
         (size,) = struct.unpack("<H", body[4:6])
-        header = json.loads(zlib.decompressobj(-15, zdict=LIKELY).decompress(body[6 : 6 + size], MAX_HEADER_BYTES))
+        header = json.loads(inflate(body[6 : 6 + size]))
         check_header(header)
         edits, coded = body[6 + size :][: header["edits"]], body[6 + size + header["edits"] :]
-        return Contents(header, unpack_edits(edits, EDIT_PASSES), coded)
+        return Contents(header, unpack_edits(edits), coded)
+
+
+def inflate(data: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(-15, zdict=LIKELY).decompress(data, MAX_HEADER_BYTES)
+    except zlib.error as error:
+        raise DataError(f"the header is no deflated text: {error}") from None
 
 
 def check_header(header: Any) -> None:
     require(isinstance(header, dict) and header.keys() == HEADER.keys(), "the header has other entries")
     require(all(type(header[name]) is kind for name, kind in HEADER.items()), "an entry is of another kind")
     require(0 < header["documents"] <= min(header["tokens"], MAX_DOCUMENTS), "the number of documents cannot be")
-    require(0 <= header["bytes"] <= MAX_BYTES and header["edits"] >= 0, "sizes cannot be")
+    require(header["edits"] >= 0, "the size of the edits cannot be")
     require(0 < header["threads"] <= 1024, "the number of threads cannot be")
     bytes.fromhex(header["split"])
     for name, value in header["knobs"].items():
@@ -558,10 +582,7 @@ def decompress(path: Path, contents: Contents) -> bytes:
             contents.coded,
             Progress("decompressing", header["tokens"]),
         )
-        split = bytes.fromhex(header["split"])
-        data = split.join(to_bytes(predictor, header["caseops"], tokens) for tokens in documents)
-        for edits in contents.edits:
-            data = edited(data, edits)
+        data = from_documents(predictor, header["caseops"], documents, bytes.fromhex(header["split"]), contents.edits)
         require(digest(data) == header["text"], "the decoded text does not fit its checksum", DataError)
     except DataError as error:
         why = "these predictions are not the encoder's, whose computer may be of another kind"

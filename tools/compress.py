@@ -35,13 +35,18 @@ import train_gpt
 from tools import codec
 from tools.common import end_in_a_line, find_artifact
 
+MAX_SPLIT_BYTES = 255
+
 
 def separator(text: str) -> bytes:
     """'\\n\\n' as typed in a shell -> bytes."""
     try:
-        return text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
+        raw = text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
     except UnicodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}; expected text, with escapes as in Python") from None
+    if not 0 < len(raw) <= MAX_SPLIT_BYTES:
+        raise argparse.ArgumentTypeError(f"{len(raw)} bytes, expected 1 to {MAX_SPLIT_BYTES}")
+    return raw
 
 
 def compress_file(predictor: codec.Predictor, source: Path, out: Path, split: bytes) -> None:

@@ -31,7 +31,7 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     if temperature == 0:
         return int(logits.argmax())
     odds, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    odds[odds.cumsum(-1) - odds >= top_p] = 0
+    odds[odds.cumsum(-1) - odds > top_p] = 0
     return int(order[torch.multinomial(odds, 1, generator=generator)])
 
 
