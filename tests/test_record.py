@@ -15,7 +15,7 @@ import pytest
 from test_end_to_end import Folder
 
 import train_gpt
-from tools import claims, record
+from tools import check, claims, record
 from tools.claims import CONTEST, NON_RECORD, Baseline, Facts
 from tools.common import end_in_a_line
 from tools.runs import load_run
@@ -200,6 +200,30 @@ def test_a_seed_that_fails_ends_the_record_and_keeps_the_others(home, monkeypatc
     assert (home / "logs" / "Tiny_seed0.json").exists() and not (home / "records").exists()
 
 
+def test_a_seed_runs_on_all_gpus_and_is_given_time_to_end(home, facts, monkeypatch):
+    """As run.sh starts it; Ctrl-C reaches the run by itself, which then tidies up before we go."""
+    commands, waits = [], []
+
+    class Process:
+        def __init__(self, command, cwd, env):
+            commands.append(command)
+            assert (env["SEED"], env["RUN_ID"], env["TTT_LR"]) == ("7", "Tiny_seed7", "0.01")
+
+        def wait(self):
+            waits.append(1)
+            if len(waits) == 1:
+                raise KeyboardInterrupt
+            return 0
+
+    monkeypatch.delenv("DEVICE")
+    monkeypatch.setattr(check.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(check.subprocess, "Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        record.start(record.job_for(7, facts, os.environ))
+    assert commands[0][1:-1] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
+    assert commands[0][-1] == train_gpt.__file__ and len(waits) == 2
+
+
 # ---- refusals ---------------------------------------------------------------
 
 
@@ -361,7 +385,7 @@ def test_what_changed_may_be_a_file(home):
     assert found.what == "First line\ngoes on.\n\nSecond paragraph." and found.blurb == "First line goes on."
 
 
-def test_a_record_can_be_the_baseline(recorded, home, runs):
+def test_a_record_can_be_the_baseline(recorded, home, runs, facts):
     shutil.copytree(recorded.parents[1], home / "records")
     source = recorded.relative_to(recorded.parents[2])
     baseline = record.parse_baseline(str(source))
@@ -369,6 +393,10 @@ def test_a_record_can_be_the_baseline(recorded, home, runs):
     assert (baseline.source, baseline.seeds) == (source.as_posix(), 2)
     assert baseline.val_bpb == pytest.approx(expected.mean, abs=1e-8)
     assert baseline.bytes_per_token == runs[0].result["bytes"] / runs[0].result["tokens"]
+    assert claims.objections(runs, dataclasses.replace(facts, baseline=baseline)) == []
+    for other in (dict(documents=11), dict(bytes=baseline.bytes * 2)):
+        text = dataclasses.replace(facts, baseline=dataclasses.replace(baseline, **other))
+        assert ["these scores do not compare" in line for line in claims.objections(runs, text)] == [True]
     (home / source / "train_seed0.json").write_text("{}")
     with pytest.raises(train_gpt.UserError):
         record.parse_baseline(str(source))

@@ -297,8 +297,9 @@ def baseline_of(folder: Path) -> Baseline:
     wrong = [*misplaced(record), *(f"{r.path.name}: {line}" for r in record.runs for line in against_files(r, folder))]
     require(not wrong, f"the baseline {folder} disagrees with itself: {'; '.join(wrong)}", DataError)
     stated, first = claims.submission(record.runs, record.facts), record.runs[0].result
-    std = stated["val_bpb_std"] or 0.0
-    return Baseline(folder.as_posix(), stated["val_bpb"], std, len(record.runs), first["bytes"] / first["tokens"])
+    std, width = stated["val_bpb_std"] or 0.0, first["bytes"] / first["tokens"]
+    seeds, totals = len(record.runs), (first["documents"], first["bytes"])
+    return Baseline(folder.as_posix(), stated["val_bpb"], std, seeds, width, *totals)
 
 
 # -----------------------------------------------------------------------------

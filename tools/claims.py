@@ -29,6 +29,7 @@ REQUIRED_NATS, REQUIRED_P = 0.005, 0.01  # a record beats the one before by so m
 # The contest's validation set. Published totals (151,074,498 bytes of 47,851,520 CaseOps tokens, 151,078,222 bytes of
 # 40,540,160 SP8192 tokens) leave out the tail, up to 2,047 tokens, which is scored here. All CaseOps tokens: published.
 TAIL_TOKENS, TAIL_TOKEN_BYTES = 2_047, 8
+SAME_TEXT = 1e-3  # by so much may two tokenizers differ in the bytes that they count in one text
 CONTEST_DOCUMENTS = 50_000
 CONTEST_BYTES = range(151_074_498, 151_078_222 + TAIL_TOKENS * TAIL_TOKEN_BYTES + 1)
 CONTEST_TOKENS = {
@@ -52,13 +53,15 @@ class Baseline:
     val_bpb: float
     val_bpb_std: float
     seeds: int
-    bytes_per_token: float | None  # None where nobody said: then this record's own
+    bytes_per_token: float | None = None  # None where nobody said: then this record's own
+    documents: int | None = None  # of its validation; None where nobody said
+    bytes: int | None = None
 
     def __post_init__(self):
         """Raises UserError where these are no scores."""
-        width = self.bytes_per_token
         fit = number(self.val_bpb) and number(self.val_bpb_std) and whole(self.seeds) and self.seeds > 0
-        require(fit and isinstance(self.source, str) and (width is None or (number(width) and width > 0)),
+        more = (self.bytes_per_token, self.documents, self.bytes)
+        require(fit and isinstance(self.source, str) and all(x is None or (number(x) and x > 0) for x in more),
                 f"{self}: a baseline is a mean and a deviation in bpb, a number of seeds, perhaps bytes a token",
                 UserError)  # fmt: skip
 
@@ -115,7 +118,8 @@ def objections(runs: Sequence[Run], facts: Facts) -> list[str]:
         *(f"seed {run.result['seed']}: {reason}" for run in runs for reason in against_run(run, facts)),
         *against_set(runs),
         *against_validation(runs[0], facts),
-        *(against_track(runs[0].result["world_size"], runs[0].result["device"], facts)),
+        *against_track(runs[0].result["world_size"], runs[0].result["device"], facts),
+        *against_baseline(runs[0].result["documents"], runs[0].result["bytes"], facts.baseline),
     ]
 
 
@@ -184,6 +188,15 @@ def against_track(gpus: int, device: str, facts: Facts) -> Iterator[str]:
                f"a record of {NON_RECORD}")  # fmt: skip
     if max(facts.train_seconds, facts.eval_seconds) > CONTEST_SECONDS:
         yield f"{CONTEST} allows {CONTEST_SECONDS:g} s of training and as many of evaluation, and no others"
+
+
+def against_baseline(documents: int, size: int, baseline: Baseline | None) -> Iterator[str]:
+    """Scores in bits per byte compare on one text only."""
+    if baseline is None or baseline.documents is None or baseline.bytes is None:
+        return
+    if documents != baseline.documents or not math.isclose(size, baseline.bytes, rel_tol=SAME_TEXT):
+        yield (f"{documents:,} documents of {size:,} bytes are scored here, {baseline.documents:,} of "
+               f"{baseline.bytes:,} in the baseline {baseline.source}: these scores do not compare")  # fmt: skip
 
 
 # -----------------------------------------------------------------------------

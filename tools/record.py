@@ -187,7 +187,11 @@ def check_before(jobs: Sequence[Job], facts: Facts) -> None:
         raise UserError(f"{RECORDS / facts.folder} exists: remove it, or take another name")
     model, _ = read_env(jobs[0].env)
     docs = train_gpt.load_validation(run.data_path, model.vocab_size, train_gpt.load_tokenizer(run, model.vocab_size))
-    reasons = list(claims.against_totals(len(docs), int(docs.lengths.sum()), int(docs.target_bytes().sum()), facts))
+    size = int(docs.target_bytes().sum())
+    reasons = [
+        *claims.against_totals(len(docs), int(docs.lengths.sum()), size, facts),
+        *claims.against_baseline(len(docs), size, facts.baseline),
+    ]
     for job in jobs:
         if job.finished and job.finished.validation != docs.sha256():
             reasons.append(f"{job.finished.path}: scored another validation set than {run.data_path} holds; remove it")
@@ -197,8 +201,11 @@ def check_before(jobs: Sequence[Job], facts: Facts) -> None:
 
 
 def device_here(env: Mapping[str, str]) -> str:
-    gpu = env.get("DEVICE") != "cpu" and torch.cuda.is_available()
-    return train_gpt.device_name(torch.device("cuda" if gpu else "cpu"))
+    """The name of the device a run would take; asked of another process, as asking takes hold of a GPU."""
+    if env.get("DEVICE") == "cpu" or not torch.cuda.device_count():
+        return train_gpt.device_name(torch.device("cpu"))
+    ask = "import torch; print(torch.cuda.get_device_name())"
+    return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def start(job: Job) -> Run:
