@@ -207,8 +207,10 @@ def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, cap
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press_ctrl_c, daemon=True).start()
+    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         sweep.main(["TTT_LR=0.1,0.25", "--name", "cut"])
+    assert time.monotonic() - began < 8, "the run was told to end, not waited for"
     assert "1 of 2 combinations are done" in capsys.readouterr().out
     folder = stand_in.folder / "logs/sweeps/cut"
     files = {path: path.stat() for path in folder.glob("*.json")}
@@ -264,9 +266,13 @@ def test_seeds_share_a_row_and_values_may_hold_commas(stand_in, capsys):
 def test_a_file_gives_one_combination_a_line(stand_in, capsys):
     stand_in.makes("0.1")
     stand_in.makes("0.2", gap=-0.1)
-    (stand_in.folder / "two.txt").write_text("TTT_LR=0.1 TTT_EPOCHS=3\n# none\n\nTTT_LR=0.2 TTT_EPOCHS=2\n")
+    (stand_in.folder / "two.txt").write_text("TTT_LR=0.1 TTT_EPOCHS=3\n# none\n\nTTT_LR=0.2 TTT_COSINE=1\n")
     assert sweep.main(["--file", "two.txt"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "TTT_LR=0.2 TTT_EPOCHS=2"
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1] == "TTT_LR=0.2 TTT_COSINE=1"
+    assert (
+        "| TTT_LR | TTT_EPOCHS | TTT_COSINE | bpb" in out and "| 0.2 |  | 1 | 1." in out and "| 0.1 | 3 |  | 1." in out
+    )
     assert (stand_in.folder / "logs/sweeps/two/results.md").exists()
 
 
@@ -286,15 +292,26 @@ def test_gpus_are_dealt_to_jobs(stand_in, monkeypatch, capsys):
     assert "3 at a time" in capsys.readouterr().out
 
 
-def test_validation_is_marked_and_needs_no_hold_out(stand_in, tiny_config, capsys):
+def test_validation_is_marked_and_needs_no_hold_out(stand_in, tiny_config, monkeypatch, capsys):
     stand_in.makes("0.1")
     artifact = stand_in.artifact(tiny_config, holdout_tokens=0)
     assert end_in_a_line(lambda: sweep.main(["TTT_LR=0.1", "--eval", artifact])) == 2
     assert "held no training documents back (holdout_tokens is 0)" in capsys.readouterr().err
     assert stand_in.started() == []
     assert sweep.main(["TTT_LR=0.1", "--eval", artifact, "--on", "validation"]) == 0
-    assert "**VALIDATION. Nothing may be chosen from this table.**" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "**VALIDATION. Nothing may be chosen from this table.**" in out and "best" not in out
     assert (stand_in.folder / "logs/sweeps/ttt_lr-eval-validation/results.md").exists()
+    make_holdout(stand_in.folder / "data", tokenizer_of(stand_in.folder / "data"), HELD, stand_in.folder / "held")
+    monkeypatch.setenv("DATA_PATH", "held")
+    assert end_in_a_line(lambda: sweep.main(["TTT_LR=0.1", "--on", "validation"])) == 2
+    assert "it holds no validation" in capsys.readouterr().err
+
+
+def test_an_evaluation_is_told_apart_by_every_knob_that_it_reads():
+    ours = {field.name.upper() for field in dataclasses.fields(train_gpt.RunConfig)}
+    assert not {name for name in sweep.training_knobs() if name.startswith(("EVAL_", "TTT_", "MICRO_"))}
+    assert {"SEED", "DEVICE", "COMPILE"} <= ours - sweep.training_knobs()
 
 
 @pytest.mark.parametrize("command, words", [
@@ -326,7 +343,7 @@ def test_what_cannot_be_run_is_refused_in_one_line_before_anything_ran(stand_in,
 
 @pytest.mark.parametrize("lines, words", [
     ("TTT_LR=0.1\nfast\n", ":2: expected NAME=value"), ("TTT_LR='0.1\n", ":1: No closing quotation"),
-    ("TTT_LR=0.1\nTTT_EPOCHS=2\n", "the same knobs"), ("# none\n", "no combination"),
+    ("TTT_LR=0.1\nTTT_LRR=2\n", "did you mean TTT_LR?"), ("# none\n", "no combination"),
 ])  # fmt: skip
 def test_a_file_that_is_no_list_of_combinations_is_refused(stand_in, capsys, lines, words):
     (stand_in.folder / "bad.txt").write_text(lines)

@@ -11,7 +11,7 @@ which documents these are; how far another seed would move either run, they cann
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,20 @@ import numpy as np
 
 from tools.common import end_in_a_line
 from tools.plot import COLOURS, by_length, label_lengths, picture
-from tools.runs import Interval, Run, bits_per_byte, differences, length_groups, load_run, require_same_documents
+from tools.runs import (
+    Interval,
+    Run,
+    bits_per_byte,
+    differences,
+    length_groups,
+    load_run,
+    ratio_intervals,
+    require_same_documents,
+)
 from train_gpt import LOGS
 
 FEWEST = 10  # documents of a group; a bootstrap of fewer would pretend to know
+SEED = 0  # of the draws
 
 
 class Group(NamedTuple):
@@ -64,7 +74,7 @@ def compare_by_length(a: Run, b: Run) -> list[Group]:
         size = a.bytes[mask]
         if not size.sum():
             continue
-        gap = differences(a, [b], chosen=mask)[0] if len(size) >= FEWEST else None
+        gap = differences(a, [b], SEED, mask)[0] if len(size) >= FEWEST else None
         bpb = bits_per_byte(a.nats[mask], size), bits_per_byte(b.nats[mask], size)
         groups.append(Group(label, len(size), float(a.tokens[mask].mean()), bpb, gap, *better_worse(a, b, mask)))
     return groups
@@ -77,8 +87,8 @@ def better_worse(a: Run, b: Run, mask: np.ndarray) -> tuple[int, int]:
 
 def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
     """The comparison in words and tables."""
-    overall = differences(a, [b])[0]
-    static = differences(as_static(a), [as_static(b)])[0]
+    gaps = np.stack([b.nats - a.nats, b.static_nats - a.static_nats], 1) / math.log(2)
+    overall, static = ratio_intervals(gaps, a.bytes, SEED)
     better, worse = better_worse(a, b, np.ones(len(a.nats), bool))
     same = len(a.nats) - better - worse
     lines = [
@@ -97,11 +107,6 @@ def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
             f"| {g.label} | {g.documents} | {g.bpb[0]:.5f} | {g.bpb[1]:.5f} | {gap} | {g.better} | {g.worse} |"
         )
     return lines
-
-
-def as_static(run: Run) -> Run:
-    """The same run, had nothing adapted."""
-    return dataclasses.replace(run, nats=run.static_nats)
 
 
 def verdict(gap: Interval) -> str:

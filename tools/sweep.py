@@ -32,7 +32,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +58,7 @@ APART = {  # knobs that no sweep may vary, and why
 )
 ONLY_TRAINING = ("Model", "Budget", "Data", "Optimizer", "Quantisation")  # groups of knobs
 STOP_SECONDS = 10.0  # a run that was told to end has so long
+LONGEST_LABEL = 60  # characters; longer ones would leave the picture no room
 
 
 # -----------------------------------------------------------------------------
@@ -114,9 +115,12 @@ def parse_file(path: Path) -> list[dict[str, str]]:
         if words:
             found.append(dict(word.split("=", 1) for word in words))
     require(bool(found), f"{path}: no combination in it", ConfigError)
-    require(all(found[0].keys() == other.keys() for other in found), f"{path}: every line must name the same knobs, so "
-            "that they can be compared", ConfigError)  # fmt: skip
     return found
+
+
+def knob_names(combinations: Iterable[Mapping[str, str]]) -> list[str]:
+    """Every knob that a combination names, in the order of their first mention."""
+    return list(dict.fromkeys(name for knobs in combinations for name in knobs))
 
 
 def training_knobs() -> set[str]:
@@ -143,7 +147,7 @@ def make_jobs(combinations: list[dict[str, str]], artifact: str | None, gpus: in
     """A job a combination, its environment read and checked as its run will."""
     for name in ("ARTIFACT", "RESUME"):
         require(not os.environ.get(name), f"{name} is set in the environment: {APART[name]}")
-    check_names(list(combinations[0]), artifact)
+    check_names(knob_names(combinations), artifact)
     jobs = []
     for knobs in combinations:
         env = dict(os.environ) | knobs
@@ -177,6 +181,9 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
         make_holdout(Path(run.data_path), train_gpt.load_tokenizer(run, config.vocab_size), held, folder / "data")
         for job in jobs:
             job.env |= {"DATA_PATH": str(folder / "data")}
+    else:
+        require(train_gpt.manifest_value(Path(run.data_path), "holdout") is None, f"DATA_PATH={run.data_path} is a "
+                "sweep's own: it holds no validation; set DATA_PATH to the prepared data")  # fmt: skip
     config, run = train_gpt.read_env(jobs[0].env)
     plan = train_gpt.make_plan(config, run, train_gpt.Dist(world=world))
     count = f"{len(plan.validation):,} documents ({plan.validation.target_bytes().sum():,} bytes)"
@@ -271,7 +278,7 @@ def note_progress(job: Job, line: str) -> None:
         job.at = f"{figures['documents']} documents"
     elif line.startswith(("before quantisation", "artifact ")):
         job.at, job.eta = "packing" if line[0] == "b" else "scored", None
-    for name in ("val_bpb", "ttt_bpb"):
+    for name in ("val_bpb", "ttt_bpb", "bpb"):
         if name in figures:
             job.bpb = float(figures[name])
     if "eta_s" in figures:
@@ -335,19 +342,17 @@ class Sweep:
         return (begun + waiting * each) / self.width
 
     def stop(self) -> None:
-        """End what runs: after Ctrl-C the runs have heard of it themselves, else they are told."""
-        deadline = time.monotonic() + STOP_SECONDS
+        """End what runs: after Ctrl-C the runs have heard of it themselves, else they are told, and then made to."""
+        processes = [one.process for one in self.running]
+        for seconds, end in ((1.0, subprocess.Popen.terminate), (STOP_SECONDS, subprocess.Popen.kill)):
+            deadline = time.monotonic() + seconds
+            while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            for process in processes:
+                if process.poll() is None:
+                    end(process)
         for one in self.running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                one.process.wait(1.0)
-            if one.process.poll() is None:
-                one.process.terminate()
-        for one in self.running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                one.process.wait(max(0.1, deadline - time.monotonic()))
-            if one.process.poll() is None:
-                one.process.kill()
-                one.process.wait()
+            one.process.wait()
             one.job.file(".err").unlink(missing_ok=True)
             for partial in one.job.file("").parent.glob(".*.partial"):
                 partial.unlink()
@@ -383,17 +388,23 @@ class Screen:
 
     def show(self, seconds_left: float | None, last: bool = False) -> None:
         if not self.terminal:
-            self.tell_changes()
+            self.tell_changes(seconds_left)
         elif last or time.monotonic() - self.at > 0.5:
             self.redraw(seconds_left)
 
-    def tell_changes(self) -> None:
+    def tell_changes(self, seconds_left: float | None) -> None:
         for job in self.jobs:
             state, at, when = self.told.get(job.run_id, ("waiting", "", 0.0))
             now = time.monotonic()
             if job.state != state or (job.at != at and now - when > 10):
                 self.told[job.run_id] = job.state, job.at, now
                 print(self.line(job), flush=True)
+                if job.state in {"done", "failed"}:
+                    print(self.summary(seconds_left), flush=True)
+
+    def summary(self, seconds_left: float | None) -> str:
+        ended = sum(job.state in {"done", "failed"} for job in self.jobs)
+        return f"{ended} of {len(self.jobs)} combinations" + (f", {seconds_left:.0f} s left" if seconds_left else "")
 
     def line(self, job: Job) -> str:
         figures = [f"bpb {job.bpb:.5f}"] if job.bpb is not None else []
@@ -403,14 +414,11 @@ class Screen:
     def redraw(self, seconds_left: float | None) -> None:
         """The whole table; what runs or has failed comes first where not all lines fit."""
         width, height = shutil.get_terminal_size()
-        order = ("running", "failed", "done", "waiting")
-        done = sum(job.state in {"done", "failed"} for job in self.jobs)
-        eta = "" if seconds_left is None else f", {seconds_left:.0f} s left"
-        room = max(1, height - 3)
-        shown = (
-            self.jobs if len(self.jobs) <= room else sorted(self.jobs, key=lambda job: order.index(job.state))[:room]
-        )
-        lines = [f"{done} of {len(self.jobs)} combinations{eta}", *map(self.line, shown)]
+        order, room = ("running", "failed", "done", "waiting"), max(1, height - 3)
+        shown = self.jobs
+        if len(shown) > room:
+            shown = sorted(shown, key=lambda job: order.index(job.state))[:room]
+        lines = [self.summary(seconds_left), *map(self.line, shown)]
         if len(shown) < len(self.jobs):
             lines.append(f"... and {len(self.jobs) - len(shown)} more")
         up = f"\x1b[{self.drawn}A" if self.drawn else ""
@@ -469,25 +477,30 @@ def results_csv(jobs: list[Job]) -> str:
     out, figures = io.StringIO(), ("val_bpb", "static_bpb", "val_loss", "train_seconds", "eval_seconds",
                                    "degraded_documents", "doc_independent", "total_bytes")  # fmt: skip
     table = csv.writer(out, lineterminator="\n")
-    table.writerow([*jobs[0].knobs, "state", *figures, "run_id"])
+    names = knob_names(job.knobs for job in jobs)
+    table.writerow([*names, "state", *figures, "run_id"])
     for job in jobs:
         result = job.run.result if job.run else {}
-        table.writerow([*job.knobs.values(), job.state, *(result.get(name, "") for name in figures), job.run_id])
+        knobs = [job.knobs.get(name, "") for name in names]
+        table.writerow([*knobs, job.state, *(result.get(name, "") for name in figures), job.run_id])
     return out.getvalue()
 
 
 def results_table(name: str, jobs: list[Job], rows: list[Row], scored: Scored, command: str) -> list[str]:
-    knobs = list(without_seed(jobs[0].knobs))
+    """The lines of results.md."""
+    knobs = knob_names(without_seed(job.knobs) for job in jobs)
     mark = "**VALIDATION. Nothing may be chosen from this table.** " if scored.validation else ""
-    lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.words}. Differences are those to "
-             "the first row, with paired 95 % bootstrap intervals over documents.", "",
-             f"| {' | '.join([*knobs, 'bpb', 'difference', 'without adaptation', 'seeds', 'eval. s', 'notes'])} |",
-             f"|{'---|' * (len(knobs) + 6)}"]  # fmt: skip
+    about = ("Differences are those to the first row, with paired 95 % bootstrap intervals over documents; "
+             "± is the standard deviation over seeds.")  # fmt: skip
+    head = [*knobs, "bpb", "difference", "without adaptation", "seeds", "evaluation, s", "notes"]
+    lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.words}. {about}", ""]
+    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         seeds = " ".join(str(run.result["seed"]) for run in row.runs)
         seconds = np.mean([run.result["eval_seconds"] for run in row.runs])
-        cells = [*row.knobs.values(), bpb_of(row), row.gap or "", f"{row.run.static_bpb:.5f}", seeds, f"{seconds:.1f}"]
-        lines.append(f"| {' | '.join(map(str, [*cells, notes(row)]))} |")
+        cells = [row.knobs.get(name, "") for name in knobs]
+        cells += [bpb_of(row), str(row.gap or ""), f"{row.run.static_bpb:.5f}", seeds, f"{seconds:.1f}", notes(row)]
+        lines.append(f"| {' | '.join(cells)} |")
     failed = [f"- `{job.label}`: {job.at}" for job in jobs if job.state == "failed"]
     return [*lines, "", "Failed:", "", *failed] if failed else lines
 
@@ -514,7 +527,9 @@ def draw(rows: list[Row], scored: Scored, path: Path, most: int = 40) -> None:
         reach = [[gap.value - gap.low for gap in gaps], [gap.high - gap.value for gap in gaps]]
         axes.errorbar([gap.value for gap in gaps], range(len(shown)), xerr=reach, fmt="o", capsize=4, color=COLOURS[0])
         axes.set(xlabel="bits per byte more than the first row, with 95 % interval", yticks=range(len(shown)))
-        axes.set_yticklabels([f"{shell_words(row.knobs) or 'SEED'}  {row.run.bpb:.5f}" for row in shown], fontsize=10)
+        names = [shell_words(row.knobs) for row in shown]
+        names = [f"row {i}" for i in range(1, len(shown) + 1)] if max(map(len, names)) > LONGEST_LABEL else names
+        axes.set_yticklabels([f"{name}  {row.run.bpb:.5f}" for name, row in zip(names, shown, strict=True)])
         axes.set_title("VALIDATION: not for choosing" if scored.validation else "held-out training documents")
         axes.set_ylim(len(shown) - 0.5, -0.5)
 
@@ -582,7 +597,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = rank(jobs)
         require(bool(rows), f"every combination failed, the first: {jobs[0].at}", UserError)
         print("\n" + write_results(folder, jobs, rows, scored, shlex.join(["./run.sh", "sweep", *arguments])))
-    print(f"{folder}/results.md, results.csv, results.png\nthe best:\n{shell_words(rows[0].knobs)}")
+    print(f"{folder}/results.md, results.csv, results.png")
+    if not scored.validation:
+        print(f"the best:\n{shell_words(rows[0].knobs)}")
     return int(any(job.state == "failed" for job in jobs))
 
 
