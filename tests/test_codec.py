@@ -284,8 +284,9 @@ def test_the_encoder_notices_predictions_that_vary_with_what_follows(artifact, m
 def test_only_documents_that_adapt_by_themselves_can_be_coded(artifact, monkeypatch):
     monkeypatch.setenv("TTT_SCOPE", "stream")
     monkeypatch.delenv("TTT_BATCH_DOCS")
+    predictor = codec.open_predictor(artifact)
     with pytest.raises(UserError, match="TTT_SCOPE"):
-        codec.open_predictor(artifact)
+        codec.compress(predictor, b"")
 
 
 # -----------------------------------------------------------------------------
@@ -344,7 +345,7 @@ def test_a_sample_follows_from_the_whole_context(artifact):
 
 def test_a_sample_shows_the_prompt_and_repeats_by_its_seed(artifact, monkeypatch, capsys):
     def drawn(*options: str) -> str:
-        monkeypatch.setattr(sys, "stdin", io.StringIO("the Tale of "))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the Tale of ")))
         sample.main(
             ["-", "--artifact", str(artifact), "--tokens", "30", "--temperature", "2", "--top-p", "1", *options]
         )

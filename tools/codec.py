@@ -61,7 +61,6 @@ def open_predictor(path: Path, knobs: Mapping[str, str] | None = None) -> Predic
     if knobs is not None:
         env = {name: env[name] for name in DATA_KNOBS if name in env} | dict(knobs)
     _, run = train_gpt.read_env(env | {"ARTIFACT": str(path)} | HERE)
-    require(run.batched_ttt, "text is coded document by document: TTT_PARAMS=lora and TTT_SCOPE=document are needed")
     blob = train_gpt.read_file(path)
     header, _ = train_gpt.read_header(blob, str(path))
     config = train_gpt.stored_config(header["meta"], str(path))
@@ -308,6 +307,7 @@ class Side(Protocol):
 def walk(predictor: Predictor, documents: range, side: Side) -> None:
     """Code these documents to their ends, adapting to each. Rows of ended documents go as in the scorer."""
     model, run = predictor.model, predictor.run
+    require(run.batched_ttt, "text is coded document by document: TTT_PARAMS=lora and TTT_SCOPE=document are needed")
     require_memory(model.config, run, len(documents))
     learners = train_gpt.SideBySide(model, run, len(documents), torch.device("cpu"))
     rows, first, size = np.array(documents), 0, run.ttt_chunk_tokens

@@ -13,9 +13,10 @@ carries. Elsewhere the last bit of a sum may differ, and with it everything afte
 with a message if the text's checksum is wrong. So this is a proof that bits are bits, and no archive. It runs on the
 CPU, with as many threads as OMP_NUM_THREADS says or there are cores, and the decoder then takes as many.
 
-Speed: decompressing costs a pass over a chunk (TTT_CHUNK_TOKENS) for every token; compressing about five passes for
-every chunk. Progress is told, with the time left. Several documents in one file (--split) are coded side by side,
-TTT_BATCH_DOCS at a time, which is faster. At most 64 MiB go into a file.
+Speed: decompressing costs a pass over a chunk (TTT_CHUNK_TOKENS) for every token, compressing about five for every
+chunk. A CPU core took 0.14 s a token to decompress with the default network and 0.015 s with the small one, and to
+compress 0.02 s and 0.002 s. Progress is told, with the time left. Documents in one file (--split) are coded side
+by side, TTT_BATCH_DOCS at a time, which is faster; memory grows with their number. At most 64 MiB go into a file.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -95,9 +96,9 @@ def main(arguments: list[str]) -> int:
     add("--seed", type=within(0, 1 << 31, int), default=0, metavar="S", help="of the choices [%(default)s]")
     args = parser.parse_args(arguments)
     predictor = codec.open_predictor(find_artifact(args.artifact))
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    prompt = codec.to_tokens(predictor, codec.uses_caseops(predictor), text)[:-1]
-    tokens = continued(predictor, prompt, args.temperature, args.top_p, args.seed)
+    text = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
+    prompt = codec.to_tokens(predictor, codec.uses_caseops(predictor), text.decode(errors="replace"))[:-1]
+    tokens = continued(predictor, prompt[-predictor.run.eval_seq_len :], args.temperature, args.top_p, args.seed)
     until_the_end = itertools.takewhile(lambda token: token != BOS, itertools.islice(tokens, args.tokens))
     print_text(predictor, prompt, until_the_end)
     return 0
