@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import inspect
 import io
 import json
 import math
@@ -47,7 +46,12 @@ import torch.distributed as torch_dist
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU needs none
+    triton = tl = None
 
 BOS = 1  # stands before every document; a constant of the data, not a knob
 
@@ -642,9 +646,8 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
 
 class Segments(NamedTuple):
     """Where attention restarts in a packed row of N tokens."""
-    starts: Tensor     # (S + 1,) int32, first token of every segment, then N
-    positions: Tensor  # (N,) int64, place of every token in its segment
-    longest: int       # no segment is longer
+    positions: Tensor  # (N,) int32, place of every token in its segment
+    ends: Tensor       # (N,) int32, where the segment of every token ends
 
 
 def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
@@ -665,16 +668,15 @@ class Packed(NamedTuple):
     segments: Segments
 
 
-def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, longest: int, device: torch.device) -> Packed:
+def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Packed:
     """Arrays (N,), (N,), (S,) -> device tensors; the copy does not wait for the GPU."""
-    bounds = np.append(starts, len(tokens)).astype(np.int32)
-    positions = np.arange(len(tokens)) - np.repeat(starts, np.diff(bounds))
+    sizes = np.diff(starts, append=len(tokens))
+    positions, ends = np.arange(len(tokens)) - np.repeat(starts, sizes), np.repeat(starts + sizes, sizes)
     parts = [torch.from_numpy(np.ascontiguousarray(a, dtype=t)) for a, t in
-             ((tokens, np.int64), (targets, np.int64), (bounds, np.int32), (positions, np.int64))]
+             ((tokens, np.int64), (targets, np.int64), (positions, np.int32), (ends, np.int32))]
     if device.type == "cuda":
         parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
-        torch._dynamo.mark_dynamic(parts[2], 0)  # the number of segments differs in every batch: never recompile for it
-    return Packed(parts[0][None], parts[1][None], Segments(parts[2], parts[3], longest))
+    return Packed(parts[0][None], parts[1][None], Segments(parts[2], parts[3]))
 
 
 class TrainingStream:
@@ -717,7 +719,7 @@ class TrainingStream:
         for i in range(self.passes):
             text = self.read(first + i * rows, rows + 1)
             starts = segment_starts(text[:-1], self.run.train_row_tokens, self.run.train_seq_len)
-            packed.append(pack_row(text[:-1], text[1:], starts, self.run.train_seq_len, self.dist.device))
+            packed.append(pack_row(text[:-1], text[1:], starts, self.dist.device))
         return packed
 
     def batch(self, number: int) -> list[Packed]:
@@ -743,8 +745,122 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
 
 # -----------------------------------------------------------------------------
 # Attention: the one seam between devices. Nothing above it knows which kernel ran.
+#
+# The kernels work on a packed row: a tile of queries walks over the keys from the start of its first query's segment to
+# itself, a tile of keys over the queries up to the end of its last key's segment. Flash attention, Dao et al. 2022, 2023
+# (arXiv 2205.14135, 2307.08691). q, k, v: (N, H, h), (N, K, h) twice; lse: logarithm to base 2 of a query's sum of
+# exponentials, (H, N) fp32.
 
-VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+jit = triton.jit if triton else lambda kernel: kernel
+TINY = -1e30 if triton is None else tl.constexpr(-1e30)  # a score that counts for nothing, yet is no infinity
+
+
+@jit
+def scores(q, k, query, key, begin, scale):
+    """Scaled scores of queries (M, h) and transposed keys (h, N), in units of log 2."""
+    seen = (key[None, :] <= query[:, None]) & (key[None, :] >= begin[:, None])
+    return tl.where(seen, tl.dot(q, k) * scale, TINY)
+
+
+@jit
+def attention_forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, scale, heads: tl.constexpr,
+                             group: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
+    head, first, d = tl.program_id(1), tl.program_id(0) * rows, tl.arange(0, width)
+    query, kv_row = first + tl.arange(0, rows), heads // group * width
+    inside = query[:, None] < tokens
+    begin = query - tl.load(positions_ptr + query, query < tokens, 0)
+    at = query[:, None] * (heads * width) + head * width + d[None, :]
+    q = tl.load(q_ptr + at, inside, 0.0)
+    most, total = tl.full([rows], TINY, tl.float32), tl.zeros([rows], tl.float32)
+    out = tl.zeros([rows, width], tl.float32)
+    for start in range(first - tl.load(positions_ptr + first), tl.minimum(first + rows, tokens), cols):
+        key = start + tl.arange(0, cols)
+        kv = key[:, None] * kv_row + head // group * width + d[None, :]
+        k, v = (tl.load(k_ptr + kv, key[:, None] < tokens, 0.0), tl.load(v_ptr + kv, key[:, None] < tokens, 0.0))
+        s = scores(q, tl.trans(k), query, key, begin, scale)
+        higher = tl.maximum(most, tl.max(s, 1))
+        p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(most - higher)
+        total, most = total * shrink + tl.sum(p, 1), higher
+        out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+    tl.store(out_ptr + at, (out / total[:, None]).to(q.dtype), inside)
+    tl.store(lse_ptr + head * tokens + query, most + tl.log2(total), query < tokens)
+
+
+@jit
+def attention_query_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, scale, d_out_ptr, drift_ptr,
+                           d_q_ptr, heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
+                           cols: tl.constexpr):
+    """Gradients of a tile of queries; also its drift, sum(out * d_out), which the gradients of keys need."""
+    head, first, d = tl.program_id(1), tl.program_id(0) * rows, tl.arange(0, width)
+    query, kv_row = first + tl.arange(0, rows), heads // group * width
+    inside = query[:, None] < tokens
+    begin = query - tl.load(positions_ptr + query, query < tokens, 0)
+    at = query[:, None] * (heads * width) + head * width + d[None, :]
+    q, d_out = tl.load(q_ptr + at, inside, 0.0), tl.load(d_out_ptr + at, inside, 0.0)
+    lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 0.0)
+    drift = tl.sum(tl.load(out_ptr + at, inside, 0.0).to(tl.float32) * d_out.to(tl.float32), 1)
+    tl.store(drift_ptr + head * tokens + query, drift, query < tokens)
+    d_q = tl.zeros([rows, width], tl.float32)
+    for start in range(first - tl.load(positions_ptr + first), tl.minimum(first + rows, tokens), cols):
+        key = start + tl.arange(0, cols)
+        kv = key[:, None] * kv_row + head // group * width + d[None, :]
+        k, v = (tl.load(k_ptr + kv, key[:, None] < tokens, 0.0), tl.load(v_ptr + kv, key[:, None] < tokens, 0.0))
+        p = tl.exp2(scores(q, tl.trans(k), query, key, begin, scale) - lse[:, None])
+        d_s = p * (tl.dot(d_out, tl.trans(v)) - drift[:, None])
+        d_q += tl.dot(d_s.to(k.dtype), k)
+    tl.store(d_q_ptr + at, (d_q * (scale * 0.6931471805599453)).to(q.dtype), inside)
+
+
+@jit
+def attention_key_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, positions_ptr, ends_ptr, tokens, scale, d_out_ptr, drift_ptr,
+                         d_k_ptr, d_v_ptr, heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr,
+                         rows: tl.constexpr, cols: tl.constexpr):
+    """Gradients of a tile of keys and values, from all query heads that share them."""
+    kv_head, first, d = tl.program_id(1), tl.program_id(0) * cols, tl.arange(0, width)
+    key = first + tl.arange(0, cols)
+    kv = key[:, None] * (heads // group * width) + kv_head * width + d[None, :]
+    k, v = (tl.load(k_ptr + kv, key[:, None] < tokens, 0.0), tl.load(v_ptr + kv, key[:, None] < tokens, 0.0))
+    d_k, d_v = tl.zeros([cols, width], tl.float32), tl.zeros([cols, width], tl.float32)
+    end = tl.load(ends_ptr + tl.minimum(first + cols, tokens) - 1)
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        for start in range(first, end, rows):
+            query = start + tl.arange(0, rows)
+            at, inside = query[:, None] * (heads * width) + head * width + d[None, :], query[:, None] < tokens
+            q, d_out = tl.load(q_ptr + at, inside, 0.0), tl.load(d_out_ptr + at, inside, 0.0)
+            lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 1e30)  # beyond the row: nothing is seen
+            drift = tl.load(drift_ptr + head * tokens + query, query < tokens, 0.0)
+            begin = query - tl.load(positions_ptr + query, query < tokens, 0)
+            p = tl.exp2(scores(q, tl.trans(k), query, key, begin, scale) - lse[:, None])  # (rows, cols)
+            d_v += tl.dot(tl.trans(p.to(q.dtype)), d_out)
+            d_s = p * (tl.dot(d_out, tl.trans(v)) - drift[:, None])
+            d_k += tl.dot(tl.trans(d_s.to(q.dtype)), q)
+    tl.store(d_k_ptr + kv, (d_k * (scale * 0.6931471805599453)).to(k.dtype), key[:, None] < tokens)
+    tl.store(d_v_ptr + kv, d_v.to(v.dtype), key[:, None] < tokens)
+
+
+class PackedAttention(torch.autograd.Function):
+    """The kernels above; `attend` without a GPU is their plain twin."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
+        (N, H, h), group, out = q.shape, q.size(1) // k.size(1), torch.empty_like(q)
+        lse, scale = torch.empty(H, N, device=q.device), 1.4426950408889634 * h**-0.5
+        attention_forward_kernel[(triton.cdiv(N, 128), H)](q, k, v, out, lse, positions, N, scale, H, group, h,
+                                                           rows=128, cols=64, num_warps=4, num_stages=3)
+        ctx.save_for_backward(q, k, v, out, lse, positions, ends)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, positions, ends = ctx.saved_tensors
+        (N, H, h), K, scale = q.shape, k.size(1), 1.4426950408889634 * q.size(2)**-0.5
+        d_out, drift = d_out.contiguous(), torch.empty_like(lse)
+        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        attention_query_kernel[(triton.cdiv(N, 128), H)](q, k, v, out, lse, positions, N, scale, d_out, drift, d_q, H,
+                                                         H // K, h, rows=128, cols=64, num_warps=4, num_stages=3)
+        attention_key_kernel[(triton.cdiv(N, 128), K)](q, k, v, lse, positions, ends, N, scale, d_out, drift, d_k, d_v,
+                                                       H, H // K, h, rows=64, cols=128, num_warps=4, num_stages=3)
+        return d_q, d_k, d_v, None, None
 
 
 class Past:
@@ -781,9 +897,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, place: Segments | Past | None) -> Te
     if place is None:
         return attend_rows(q, k, v)
     if q.is_cuda:
-        bounds, longest = place.starts, place.longest
-        return varlen_attn(q[0], k[0], v[0], bounds, bounds, longest, longest, window_size=(-1, 0), **VARLEN_GQA)[None]
-    sizes = place.starts.diff().tolist()
+        return PackedAttention.apply(q[0].contiguous(), k[0].contiguous(), v[0].contiguous(), *place)[None]
+    return attend_plainly(q, k, v, place)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """What the kernels compute, segment by segment."""
+    sizes = torch.unique_consecutive(segments.ends, return_counts=True)[1].tolist()
     parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
     return torch.cat([attend_rows(*part) for part in parts], 1)
 
@@ -1434,7 +1554,7 @@ def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
     text = generator.integers(2, vocab_size, rows * run.train_row_tokens + 1).astype(np.uint16)
     text[generator.random(len(text)) < 1 / 500] = BOS
     starts = segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len)
-    return [pack_row(text[:-1], text[1:], starts, run.train_seq_len, dist.device)] * passes
+    return [pack_row(text[:-1], text[1:], starts, dist.device)] * passes
 
 
 def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
@@ -1738,7 +1858,7 @@ def fill_row(docs: Documents, row: list[Window], size: int, longest: int, device
         documents[at:at + n], counted[at + w.first - w.start:at + n] = w.document, True
         at += n
     starts.extend(range(at, size, longest))
-    return Scored(pack_row(text, targets, np.array(starts), longest, device), documents, counted)
+    return Scored(pack_row(text, targets, np.array(starts), device), documents, counted)
 
 
 def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:

@@ -30,13 +30,17 @@ def category(kernel: str) -> str:
     return next((name for name, pattern in CATEGORIES.items() if re.search(pattern, kernel, re.I)), "other")
 
 
-def make_trainer(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> g.Trainer:
+def make_model(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> g.GPT:
     model = g.GPT(model_config)
     g.init_weights(model, run.seed)
     for name, p in model.named_parameters():  # as if trained: zero matrices would leave out half of the arithmetic
         if g.param_role(name) == "matrix" and not p.any():
             p.data.normal_(0, 0.02)
-    model.to(dist.device)
+    return model.to(dist.device)
+
+
+def make_trainer(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> g.Trainer:
+    model = make_model(model_config, run, dist)
     if dist.device.type == "cuda" and run.compile:
         g.compile_parts(model, dynamic=False)
     return g.Trainer(model, run, dist, "benchmark")
@@ -63,6 +67,57 @@ def steps(trainer: g.Trainer, looping: bool, count: int) -> None:
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             wall = go(2)
         print_split(trace, wall)
+
+
+def adaptation(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> None:
+    """Time chunks of documents that adapt side by side, at the start of documents and with a full context behind."""
+    model = make_model(model_config, run, dist).requires_grad_(False)
+    chunk = run.ttt_chunk_tokens
+    for documents in (run.ttt_batch_docs, 2):
+        learners = g.SideBySide(model, run, documents, dist.device)
+        tokens = torch.randint(2, model_config.vocab_size, (documents, chunk), device=dist.device)
+        counted = torch.ones_like(tokens, dtype=torch.bool)
+
+        def go(n: int, learners=learners, tokens=tokens, counted=counted) -> float:
+            began = time.perf_counter()
+            for _ in range(n):
+                learners.score(tokens, tokens, to_learn=True)
+                learners.learn(counted)
+                learners.move_on()
+            dist.finish_kernels()
+            return time.perf_counter() - began
+
+        go(2)
+        early = go(4) / 4
+        go(run.eval_seq_len // chunk)
+        late = go(4) / 4
+        print(f"adaptation documents:{documents} chunk:{chunk} step_ms:{1e3 * early:.1f} at the start, "
+              f"{1e3 * late:.1f} with a full context; peak_GiB:{peak_gib(dist):.1f}", flush=True)  # fmt: skip
+        if dist.device.type == "cuda":
+            with profile(activities=[ProfilerActivity.CUDA]) as trace:
+                wall = go(2)
+            print_split(trace, wall)
+
+
+def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
+    """Each kernel's time, forward and backward, beside those of its twin in plain torch."""
+    packed = g.random_batch(run, c.vocab_size, dist)[0]
+    tokens, shape = packed.tokens.size(1), dict(device=dist.device, dtype=torch.bfloat16)
+    q = torch.randn(1, tokens, c.num_heads, c.head_dim, **shape, requires_grad=True)
+    k, v = (torch.randn(1, tokens, c.num_kv_heads, c.head_dim, **shape, requires_grad=True) for _ in range(2))
+    compare("attention", lambda f: f(q, k, v, packed.segments), g.attend, g.attend_plainly, (q, k, v))
+
+
+def compare(name: str, call: Callable, ours: Callable, twin: Callable, inputs: tuple[torch.Tensor, ...]) -> None:
+    times = []
+    for f in (ours, twin):
+        out = call(f)
+        slope = torch.randn_like(out)
+        forward = milliseconds(lambda f=f: call(f))
+        both = milliseconds(lambda f=f, slope=slope: torch.autograd.grad(call(f), inputs, slope))
+        times.append((forward, both))
+    (a, b), (x, y) = times
+    print(f"{name}: forward {a:.3f} ms, with backward {b:.3f}; twin {x:.3f}, {y:.3f}; ratio {x / a:.2f}, {y / b:.2f}")
 
 
 def peak_gib(dist: g.Dist) -> float:
@@ -97,14 +152,18 @@ def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["steps", "kernels"])
+    parser.add_argument("--only", choices=["steps", "kernels", "adaptation"])
     parser.add_argument("--count", type=int, default=4, help="steps to time [4]")
     options = parser.parse_args()
     model_config, run = g.read_env()
     dist = g.Dist.from_env(run.device)
     g.prepare_torch(run, dist.device)
     print(f"{g.device_name(dist.device)} {g.versions()}", flush=True)
-    if options.only != "kernels":
+    if options.only in (None, "kernels") and dist.device.type == "cuda":
+        kernels(run, model_config, dist)
+    if options.only in (None, "adaptation"):
+        adaptation(run, model_config, dist)
+    if options.only in (None, "steps"):
         trainer = make_trainer(run, model_config, dist)
         for looping in (False, True):
             steps(trainer, looping, options.count)
