@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tools.common import end_in_a_line
-from tools.plot import COLOURS, by_length, label_lengths, picture
+from tools.plot import COLOURS, by_length, label_lengths, picture, short
 from tools.runs import (
     Interval,
     Run,
@@ -119,7 +119,7 @@ def draw(a: Run, b: Run, groups: list[Group], path: Path) -> None:
     """Both runs' bits per byte against length, and what B gains."""
     with picture(path, 420, columns=2) as (both, gain):
         for name, run, colour in (("A", a, COLOURS[0]), ("B", b, COLOURS[1])):
-            both.plot(*by_length(run, run.nats), "o-", color=colour, label=f"{name} {run.name}: {run.bpb:.4f}")
+            both.plot(*by_length(run, run.nats), "o-", color=colour, label=f"{name} {short(run)}: {run.bpb:.4f}")
         gain.axhline(0, color="#555555", linewidth=1)
         known = [(g.tokens, g.gap) for g in groups if g.gap]
         reach = [[gap.high - gap.value for _, gap in known], [gap.value - gap.low for _, gap in known]]

@@ -76,9 +76,14 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Path]:
     return list(paths.values())
 
 
+def short(run: Run) -> str:
+    """Its name without the folder, such as that of a sweep."""
+    return run.name.rpartition("/")[2]
+
+
 def draw_loss(runs: Sequence[Run], path: Path) -> None:
     """Nats a token against the training clock and against tokens: lines of training, dots of validation."""
-    with picture(path, 420, columns=2) as (by_time, by_tokens):
+    with picture(path, 400 + 24 * len(runs), columns=2) as (by_time, by_tokens):
         shown = 0.0
         for run, colour in zip(runs, COLOURS, strict=False):
             steps, seconds, losses = np.array(run.result["history"], float).reshape(-1, 3).T
@@ -86,13 +91,14 @@ def draw_loss(runs: Sequence[Run], path: Path) -> None:
             tested, nats = validation_losses(run)
             axis = (by_time, seconds, np.interp(tested, steps, seconds) if len(steps) else tested * math.nan)
             for axes, x, at in (axis, (by_tokens, steps * tokens_a_step / 1e6, tested * tokens_a_step / 1e6)):
-                axes.plot(x, losses, color=colour, alpha=0.6, label=f"{run.name}: training")
-                axes.plot(at, nats, "o", color=colour, markersize=6, label=f"{run.name}: validation, not adapted")
+                axes.plot(x, losses, color=colour, alpha=0.6, label=f"{short(run)}: training")
+                axes.plot(at, nats, "o", color=colour, markersize=6, label=f"{short(run)}: validation, not adapted")
             shown = max(shown, *losses[len(losses) // 20 :], *nats)
         by_time.set(xlabel="training clock (s)", ylabel="loss (nats a token)")
         by_time.set_ylim(top=1.02 * shown)  # the first steps, off the scale, would flatten the rest
         by_tokens.set(xlabel="tokens (millions)", ylim=by_time.get_ylim())
-        by_tokens.legend()
+        by_tokens.locator_params(axis="x", nbins=5)
+        by_time.figure.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
 def validation_losses(run: Run) -> tuple[np.ndarray, np.ndarray]:
@@ -111,7 +117,7 @@ def draw_phases(runs: Sequence[Run], path: Path) -> None:
         for clock, names in (("training", TRAINING_CLOCK), ("evaluation", EVALUATION_CLOCK), ("neither", other)):
             parts = {name: phases[name] for name in names if name in phases}
             if parts:
-                bars.append((f"{run.name}\n{clock}", parts, f"{sum(parts.values()):,.1f} s"))
+                bars.append((f"{short(run)}, {clock}\n{sum(parts.values()):,.1f} s", parts))
     draw_bars(bars, path, "seconds, by the clock that counts them", 1.0)
 
 
@@ -120,26 +126,23 @@ def draw_bytes(runs: Sequence[Run], path: Path) -> None:
     bars = []
     for run in runs:
         allowed = run.result["knobs"].get("ARTIFACT_BYTES")
-        end = f"{run.result['total_bytes']:,}" + (f" of {int(allowed):,}" if allowed else "")
-        bars.append((run.name, run.result["artifact_parts"] | {"code": run.result["code_bytes"]}, end))
+        label = f"{short(run)}\n{run.result['total_bytes']:,}" + (f" of {int(allowed):,}" if allowed else "")
+        bars.append((label, run.result["artifact_parts"] | {"code": run.result["code_bytes"]}))
     draw_bars(bars, path, "bytes (MB)", 1e-6)
 
 
-def draw_bars(bars: list[tuple[str, dict[str, float], str]], path: Path, unit: str, factor: float) -> None:
-    """Stacked bars of (label, parts by name, words at the end); parts of one name look the same in every bar."""
-    names = list(dict.fromkeys(name for _, parts, _ in bars for name in parts))
+def draw_bars(bars: list[tuple[str, dict[str, float]]], path: Path, unit: str, factor: float) -> None:
+    """Stacked bars of (label, parts by name); parts of one name look the same in every bar."""
+    names = list(dict.fromkeys(name for _, parts in bars for name in parts))
     with picture(path, 170 + 25 * -(-len(names) // 4) + 48 * len(bars)) as (axes,):
-        longest, left = max(sum(parts.values()) for _, parts, _ in bars) * factor, np.zeros(len(bars))
+        left = np.zeros(len(bars))
         for i, name in enumerate(names):
-            width = np.array([parts.get(name, 0.0) for _, parts, _ in bars]) * factor
+            width = np.array([parts.get(name, 0.0) for _, parts in bars]) * factor
             look = dict(color=COLOURS[i % len(COLOURS)], hatch=HATCHES[i // len(COLOURS) % len(HATCHES)])
             axes.barh(range(len(bars)), width, left=left, height=0.65, label=name, **look)
             left += width
-        for i, (_, _, end) in enumerate(bars):
-            axes.text(left[i] + longest / 100, i, end, va="center")
-        axes.set(xlabel=unit, xlim=(0, longest * 1.4), yticks=range(len(bars)))
-        axes.set_yticklabels([label for label, _, _ in bars])
-        axes.invert_yaxis()
+        axes.set(xlabel=unit, ylim=(len(bars) - 0.5, -0.5))
+        axes.set_yticks(range(len(bars)), [label for label, _ in bars])
         axes.grid(axis="y", visible=False)
         axes.figure.legend(loc="outside lower center", ncols=4)
 
@@ -149,10 +152,10 @@ def draw_lengths(runs: Sequence[Run], path: Path) -> None:
     with picture(path, 460) as (axes,):
         for run, colour in zip(runs, COLOURS, strict=False):
             at, bpb = by_length(run, run.nats)
-            axes.plot(at, bpb, "o-", color=colour, label=f"{run.name}: {run.bpb:.4f}")
+            axes.plot(at, bpb, "o-", color=colour, label=f"{short(run)}: {run.bpb:.4f}")
             if run.result["adaptation_steps"]:
                 axes.plot(at, by_length(run, run.static_nats)[1], "s--", color=colour, markerfacecolor="white",
-                          label=f"{run.name}, not adapted: {run.static_bpb:.4f}")  # fmt: skip
+                          label=f"{short(run)}, not adapted: {run.static_bpb:.4f}")  # fmt: skip
         label_lengths(axes, runs)
         axes.set(ylabel="bits per byte")
         axes.legend()

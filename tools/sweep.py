@@ -526,10 +526,11 @@ def draw(rows: list[Row], scored: Scored, path: Path, most: int = 40) -> None:
     with picture(path, 130 + 26 * len(shown)) as (axes,):
         reach = [[gap.value - gap.low for gap in gaps], [gap.high - gap.value for gap in gaps]]
         axes.errorbar([gap.value for gap in gaps], range(len(shown)), xerr=reach, fmt="o", capsize=4, color=COLOURS[0])
-        axes.set(xlabel="bits per byte more than the first row, with 95 % interval", yticks=range(len(shown)))
         names = [shell_words(row.knobs) for row in shown]
         names = [f"row {i}" for i in range(1, len(shown) + 1)] if max(map(len, names)) > LONGEST_LABEL else names
-        axes.set_yticklabels([f"{name}  {row.run.bpb:.5f}" for name, row in zip(names, shown, strict=True)])
+        labels = [f"{name}  {row.run.bpb:.5f}" for name, row in zip(names, shown, strict=True)]
+        axes.set_yticks(range(len(shown)), labels, fontsize=10)
+        axes.figure.supxlabel("bits per byte above the first row, with 95 % intervals", fontsize=12)
         axes.set_title("VALIDATION: not for choosing" if scored.validation else "held-out training documents")
         axes.set_ylim(len(shown) - 0.5, -0.5)
 
