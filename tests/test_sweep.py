@@ -243,7 +243,7 @@ def test_another_source_another_artifact_and_other_knobs_are_other_combinations(
     assert runs_it() and not runs_it()
 
 
-def test_seeds_share_a_row_and_values_may_hold_commas(stand_in, capsys):
+def test_seeds_share_a_row_and_values_may_hold_commas(stand_in, monkeypatch, capsys):
     for seed in (0, 2):
         stand_in.makes("0.1", seed=seed, own=seed)
         stand_in.makes("0.2", seed=seed, own=seed, gap=0.1)
@@ -261,6 +261,9 @@ def test_seeds_share_a_row_and_values_may_hold_commas(stand_in, capsys):
     ]
     mean = np.mean(sorted(run.bpb for run in done)[:4])
     assert rows[0][2].startswith(f"{mean:.5f} ± ") and rows[1][3].startswith("+0.00000 [")
+    monkeypatch.setenv("TTT_LR", "0.1")
+    assert sweep.main(["SEED=0,2"]) == 0
+    assert "the best" not in capsys.readouterr().out
 
 
 def test_a_file_gives_one_combination_a_line(stand_in, capsys):

@@ -599,7 +599,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require(bool(rows), f"every combination failed, the first: {jobs[0].at}", UserError)
         print("\n" + write_results(folder, jobs, rows, scored, shlex.join(["./run.sh", "sweep", *arguments])))
     print(f"{folder}/results.md, results.csv, results.png")
-    if not scored.validation:
+    if rows[0].knobs and not scored.validation:  # seeds alone leave nothing to choose
         print(f"the best:\n{shell_words(rows[0].knobs)}")
     return int(any(job.state == "failed" for job in jobs))
 
