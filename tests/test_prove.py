@@ -1,0 +1,293 @@
+"""The audit passes the program, and fails it with any known cheat built in, by the name of the rule that is broken."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import itertools
+import json
+import random
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import test_rules
+import torch
+from sentencepiece import SentencePieceProcessor
+from test_rules import BOOK_CHUNK, MODEL, RUN, SCORE_ALL
+
+import train_gpt
+from data import prepare
+from tools import common, prove
+
+BUDGET = dict(iterations=1, max_wallclock_seconds=0)  # a budget in steps: kernels that repeat
+SYSTEMS = test_rules.SYSTEMS | {
+    "stream": RUN | dict(ttt_params="full", ttt_scope="stream", ttt_lr=0.01, ttt_epochs=1),
+    "lora stream": RUN | dict(ttt_scope="stream", ttt_lora_rank=4, ttt_lr=0.01, ttt_optimizer="sgd"),
+}
+DOCUMENTS = (30, 5, 41)  # tokens after BOS; contexts are 24, chunks 8
+
+
+def environment(folder: Path, knobs: dict) -> dict[str, str]:
+    env = {name.upper(): str(value) for name, value in (knobs | BUDGET).items()}
+    return env | {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(folder / "tokenizer.model")}
+
+
+def make_artifact(path: Path, tokenizer: bytes) -> None:
+    """A small network with every mechanism away from its neutral start, quantised and packed."""
+    random_bits, pieces = (
+        torch.Generator().manual_seed(0),
+        SentencePieceProcessor(model_proto=tokenizer),
+    )
+    config = train_gpt.ModelConfig(**MODEL | dict(vocab_size=pieces.get_piece_size()))
+    model = train_gpt.GPT(config)
+    for name, p in model.named_parameters():
+        start = p.detach() if train_gpt.param_role(name) == "scalar" else 0.0
+        p.data = start + 0.2 * torch.randn(p.shape, generator=random_bits)
+    hessians = {name: torch.eye(p.shape[-1]) for name, p in model.named_parameters()}
+    stored = train_gpt.quantise(model, hessians, train_gpt.RunConfig(**RUN), train_gpt.Dist(), 1.0)
+    digest = hashlib.sha256(tokenizer).hexdigest()
+    meta = {"kind": "artifact", "model": dataclasses.asdict(config), "tokenizer": digest, "holdout_tokens": 0}
+    path.write_bytes(train_gpt.pack(meta, stored, level=3))
+
+
+class Place(NamedTuple):
+    """An artifact, and the folder with its data."""
+
+    artifact: Path
+    data: Path
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, train_tokenizer) -> dict[str, Place]:
+    """`plain`: 64 pieces; `bytes`: 300 pieces, bytes among them; `sidecar`: the same, its bytes counted beside."""
+    chance, found = random.Random(3), {}
+    words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(1, 8))) for _ in range(200)]
+    tokenizers = {"plain": train_tokenizer(), "bytes": train_tokenizer(vocab_size=300, byte_fallback=True)}
+    tokenizers["sidecar"] = tokenizers["bytes"]
+    for name, model in tokenizers.items():
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "tokenizer.model").write_bytes(model)
+        processor = SentencePieceProcessor(model_proto=model)
+        extra = "" if name == "plain" else " \u00e9\u2602"
+        texts = [" ".join(chance.choices(words, k=size)) for size in DOCUMENTS]
+        tokens = [
+            [train_gpt.BOS, *processor.encode(text + extra)][: n + 1] for text, n in zip(texts, DOCUMENTS, strict=True)
+        ]
+        if name == "sidecar":
+            encoder = prepare.load_encoder(model, False)
+            encoded = [prepare.encode_document(encoder, text[:40] + extra, True) for text in texts]
+            tokens = [document for document, _, _ in encoded]
+            prepare.write_shard(folder / "fineweb_val_bytes_000000.bin", [sizes for _, sizes, _ in encoded])
+        prepare.write_shard(folder / "fineweb_val_000000.bin", [np.concatenate(tokens)])
+        prepare.write_shard(folder / "fineweb_train_000000.bin", [np.ones(100, np.uint16)])
+        make_artifact(folder / "small.ptz", model)
+        found[name] = Place(folder / "small.ptz", folder)
+    return found
+
+
+@pytest.fixture
+def audit(monkeypatch, tmp_path) -> Callable[..., prove.Audit]:
+    """audit(place, knobs, changes): an audit of all documents, of a program with these lines changed."""
+    number = itertools.count()
+
+    def begin(place: Place, knobs: dict, changes: Iterable[tuple[str, str]] = ()) -> prove.Audit:
+        program = plant(tmp_path / f"{next(number)}", changes, place) if changes else train_gpt
+        for module in (prove, common):
+            monkeypatch.setattr(module, "train_gpt", program)
+        opened = common.open_artifact(place.artifact, environment(place.data, knobs))
+        return prove.Audit(opened, 0, 1e9, lambda line: None)
+
+    return begin
+
+
+def plant(folder: Path, changes: Iterable[tuple[str, str]], place: Place) -> ModuleType:
+    """train_gpt with these lines changed, as a file and a module of its own. {data} is where the data lies."""
+    source = test_rules.SOURCE
+    for old, new in changes:
+        assert source.count(old) == 1, f"this cheat changes a line that is not there, or not once: {old}"
+        source = source.replace(old, new.replace("{data}", str(place.data)))
+    folder.mkdir()
+    (folder / "train_gpt.py").write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("planted", folder / "train_gpt.py")
+    module = sys.modules["planted"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def faults_of(audit: prove.Audit, name: str) -> list[str]:
+    """What a property is found to be broken by; [] where it is kept, or does not apply."""
+    return list(prove.PROPERTIES[name](audit)[0] or [])
+
+
+# ---- the program keeps the rules --------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", sorted(SYSTEMS.keys() - {"adamw"}))  # which the command is tested with
+def test_the_program_keeps_every_rule(audit, places, system):
+    looked = audit(places["plain"], SYSTEMS[system])
+    assert looked.chosen and {len(text.tokens) - 1 for text in looked.texts} == set(DOCUMENTS)
+    for name in prove.PROPERTIES.keys() - {"artifact alone"}:
+        assert faults_of(looked, name) == [], name
+
+
+@pytest.mark.parametrize("place", ["bytes", "sidecar"])
+def test_bytes_are_counted_again_from_the_tokens(audit, places, place):
+    faults, figures = prove.bytes_counted(audit(places[place], SYSTEMS["static"]))
+    assert faults == [] and "documents decoded again" in figures
+
+
+def test_code_and_artifact_must_fit(audit, places):
+    looked = audit(places["plain"], SYSTEMS["static"] | dict(artifact_bytes=100_000))
+    assert "the limit is 100000" in faults_of(looked, "bytes")[0]
+
+
+def test_a_stream_is_not_called_independent(audit, places):
+    faults, figures = prove.independence(audit(places["plain"], SYSTEMS["lora stream"]))
+    assert faults is None and "doc_independent:0" in figures
+
+
+# ---- the command ------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch, places, capsys):
+    """command(arguments): `python -m tools.prove` in the environment of `adamw` -> status, stdout, stderr"""
+    for name, value in environment(places["plain"].data, SYSTEMS["adamw"]).items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = prove.main(arguments)
+        return status, *capsys.readouterr()
+
+    yield run
+    torch.use_deterministic_algorithms(False)
+
+
+def test_prove_prints_a_line_a_property_and_leaves_them_as_json(command, places):
+    path = places["plain"].artifact
+    status, out, _ = command(str(path), "--seconds", "1000")
+    lines = out.splitlines()
+    assert status == 0, out
+    assert lines[0].startswith(f"{path}: TTT_PARAMS=lora TTT_SCOPE=document")
+    assert [line[6:27].strip() for line in lines[1:]] == list(prove.PROPERTIES)
+    assert [line.split()[0] for line in lines[1:]] == ["ok"] * 7 + ["-"]
+    left = json.loads(path.with_suffix(".prove.json").read_text())
+    assert left["ok"] and [p["name"] for p in left["properties"]] == list(prove.PROPERTIES)
+    assert left["code_sha256"] == prove.file_sha256(train_gpt.__file__)
+
+
+def test_prove_fails_by_its_exit_status(command, places, monkeypatch):
+    monkeypatch.setattr(prove, "PROPERTIES", {"bytes": prove.bytes_counted})
+    monkeypatch.setenv("ARTIFACT_BYTES", "1000")
+    status, out, _ = command(str(places["plain"].artifact))
+    assert status == 1 and out.splitlines()[1].startswith("FAIL  bytes")
+    assert not json.loads(places["plain"].artifact.with_suffix(".prove.json").read_text())["ok"]
+
+
+@pytest.mark.parametrize("name", ["nothing.ptz", "fineweb_val_000000.bin"])
+def test_what_is_no_artifact_is_an_error_in_a_line(command, places, name):
+    status, _, err = command(str(places["plain"].data / name))
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
+
+
+# ---- cheats -----------------------------------------------------------------
+
+
+class Cheat(NamedTuple):
+    name: str
+    rule: str  # the property that must fail
+    system: str
+    changes: list[tuple[str, str]]
+    place: str = "plain"
+
+
+HEAD_SCORE = 'return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)'
+STATIC_SCORE = "nll = model(*row.packed, looping=looping)[0].cpu().numpy()"
+LEARNERS = "learners = SideBySide(model, run, len(rows), dist.device)"
+MOVE_ON = "        learners.move_on()\n"
+SCORE_AGAIN = "        nats = learners.score(tokens[:, first:end], tokens[:, first + 1:end + 1], to_learn=False)\n"
+LEARN_IN_STREAM = "        entropy = learner.score(rows, tally)\n"
+
+
+def while_scoring(*lines: str) -> list[tuple[str, str]]:
+    return [(SCORE_ALL, SCORE_ALL + "".join(f"        {line}\n" for line in lines))]
+
+
+RULE_OF = {
+    test_rules.audit_causality: "causality", test_rules.audit_score_before_update: "score before update",
+    test_rules.audit_independence: "independence", test_rules.audit_normalised: "normalised",
+    test_rules.audit_single_pass: "single pass", test_rules.audit_bytes: "bytes",
+}  # fmt: skip
+CHEATS = [
+    *(Cheat(c.name, RULE_OF[c.audit], c.system, c.changes, "bytes" if c.audit is test_rules.audit_bytes else "plain")
+      for c in test_rules.CHEATS),
+    Cheat("short documents do not learn", "causality", "adamw",
+          [("bool(left.max() > chunk)", "bool(left.max() > chunk) and longest > 30")]),
+    Cheat("learn first, along a stream", "causality", "stream",
+          [(LEARN_IN_STREAM, "        learner.learn(rows, 8, None)\n" + LEARN_IN_STREAM)]),
+    Cheat("the score after learning is booked", "score before update", "adamw",
+          [(BOOK_CHUNK, ""), (MOVE_ON, SCORE_AGAIN + BOOK_CHUNK + MOVE_ON)]),
+    Cheat("learning out of sight", "score before update", "adamw",
+          [("        self.adapter = Adapter(model.config, run, documents, device)\n",
+            "        self.adapter = Adapter.__mro__[1](model.config, run, documents, device)\n")]),
+    Cheat("a bonus for the target's logit", "normalised", "static",
+          [(HEAD_SCORE, f"z = z + 0.1 * F.one_hot(targets, z.size(-1))\n        {HEAD_SCORE}")]),
+    Cheat("a mixture that adds up to more", "normalised", "adamw",
+          [(HEAD_SCORE, HEAD_SCORE + ".neg().exp().add(0.01).log().neg()")]),
+    Cheat("booked scores are shaved", "normalised", "static", [(STATIC_SCORE, STATIC_SCORE + " * 0.99")]),
+    Cheat("each rank has its own A", "independence", "adamw",
+          [(LEARNERS, LEARNERS.replace("run,", "dataclasses.replace(run, seed=run.seed + dist.rank),"))]),
+    Cheat("ranks share their gradients", "independence", "full",
+          [("self.dist if shared else Dist(device=self.dist.device)", "self.dist")]),
+    Cheat("a training shard is read", "artifact alone", "adamw",
+          while_scoring("np.fromfile('{data}/fineweb_train_000000.bin', np.uint16)")),
+    Cheat("something lies beside the artifact", "artifact alone", "adamw",
+          while_scoring("Path('{data}/tokenizer.model').read_bytes()")),
+    Cheat("another process reads a training shard", "artifact alone", "static",
+          while_scoring("import subprocess", "subprocess.run(['cat', '{data}/fineweb_train_000000.bin'])")),
+    Cheat("the network is asked", "artifact alone", "static",
+          while_scoring("import socket", "socket.socket().connect_ex(('127.0.0.1', 9))")),
+    Cheat("less is reported than was booked", "artifact alone", "static",
+          [("return float(self.nats.sum() / math.log(2)", "return float(0.999 * self.nats.sum() / math.log(2)")]),
+    Cheat("every side-car's byte counts twice", "bytes", "static",
+          [("np.concatenate(counts).astype(np.int64)", "np.concatenate(counts).astype(np.int64) * 2")], "sidecar"),
+    Cheat("the side-car is passed over", "bytes", "static",
+          [("if any(p.exists() for p in sidecars):", "if not sidecars:")], "sidecar"),
+]  # fmt: skip
+QUICK = (
+    "attention to the token ahead",
+    "a bonus for the target's logit",
+    "a chunk counted twice",
+    "A drawn per batch",
+    "every side-car's byte counts twice",
+)
+
+
+def caught(audit, places, cheat: Cheat) -> str:
+    """What the audit says of a cheat; nothing if it says nothing."""
+    try:
+        return "; ".join(faults_of(audit(places[cheat.place], SYSTEMS[cheat.system], cheat.changes), cheat.rule))
+    except prove.ScorerError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("cheat", [c for c in CHEATS if c.name in QUICK], ids=lambda c: c.name)
+def test_a_cheat_is_caught(audit, places, cheat):
+    assert caught(audit, places, cheat)
+
+
+@pytest.mark.slow
+def test_every_cheat_is_caught_by_its_rule(audit, places, capsys):
+    said = [caught(audit, places, cheat) for cheat in CHEATS]
+    with capsys.disabled():
+        for cheat, faults in zip(CHEATS, said, strict=True):
+            print(f"\n{cheat.rule:19}  {cheat.name}: {faults.split('; ')[0] or 'MISSED'}", end="")
+        print(f"\ncaught {sum(map(bool, said))} of {len(CHEATS)}")
+    assert [cheat.name for cheat, faults in zip(CHEATS, said, strict=True) if not faults] == []
+    rules = [cheat.rule for cheat in CHEATS]
+    assert all(rules.count(rule) >= 2 for rule in prove.PROPERTIES.keys() - {"reported"})
