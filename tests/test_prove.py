@@ -63,30 +63,34 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, train_tokenizer) -> dict[str, Place]:
-    """`plain`: 64 pieces; `bytes`: 300 pieces, bytes among them; `sidecar`: the same, its bytes counted beside."""
-    chance, found = random.Random(3), {}
-    words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(1, 8))) for _ in range(200)]
-    tokenizers = {"plain": train_tokenizer(), "bytes": train_tokenizer(vocab_size=300, byte_fallback=True)}
-    tokenizers["sidecar"] = tokenizers["bytes"]
+    """`plain`: 64 pieces; `bytes`: 300, bytes among them; `caseops`: the same, capitals marked, and a side-car."""
+    with_bytes = train_tokenizer(vocab_size=300, byte_fallback=True)
+    tokenizers = {"plain": train_tokenizer(), "bytes": with_bytes, "caseops": with_bytes}
+    found = {}
     for name, model in tokenizers.items():
         folder = tmp_path_factory.mktemp(name)
         (folder / "tokenizer.model").write_bytes(model)
-        processor = SentencePieceProcessor(model_proto=model)
-        extra = "" if name == "plain" else " \u00e9\u2602"
-        texts = [" ".join(chance.choices(words, k=size)) for size in DOCUMENTS]
-        tokens = [
-            [train_gpt.BOS, *processor.encode(text + extra)][: n + 1] for text, n in zip(texts, DOCUMENTS, strict=True)
-        ]
-        if name == "sidecar":
-            encoder = prepare.load_encoder(model, False)
-            encoded = [prepare.encode_document(encoder, text[:40] + extra, True) for text in texts]
-            tokens = [document for document, _, _ in encoded]
-            prepare.write_shard(folder / "fineweb_val_bytes_000000.bin", [sizes for _, sizes, _ in encoded])
-        prepare.write_shard(folder / "fineweb_val_000000.bin", [np.concatenate(tokens)])
+        write_documents(folder, name, model)
         prepare.write_shard(folder / "fineweb_train_000000.bin", [np.ones(100, np.uint16)])
         make_artifact(folder / "small.ptz", model)
         found[name] = Place(folder / "small.ptz", folder)
     return found
+
+
+def write_documents(folder: Path, name: str, model: bytes) -> None:
+    """The validation shard of a place."""
+    chance = random.Random(3)
+    words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(1, 8))) for _ in range(200)]
+    texts = ["Nut \u2602 " * (name != "plain") + " ".join(chance.choices(words, k=size)) for size in DOCUMENTS]
+    if name == "caseops":
+        encoder = prepare.load_encoder(model, True)
+        tokens, sizes, _ = zip(*(prepare.encode_document(encoder, text[:40], True) for text in texts), strict=True)
+        prepare.write_shard(folder / "fineweb_val_bytes_000000.bin", list(sizes))
+        (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"transform": "caseops"}}))
+    else:
+        encode = SentencePieceProcessor(model_proto=model).encode
+        tokens = [[train_gpt.BOS, *encode(text)][: n + 1] for text, n in zip(texts, DOCUMENTS, strict=True)]
+    prepare.write_shard(folder / "fineweb_val_000000.bin", [np.concatenate(tokens)])
 
 
 @pytest.fixture
@@ -135,7 +139,7 @@ def test_the_program_keeps_every_rule(audit, places, system):
         assert faults_of(looked, name) == [], name
 
 
-@pytest.mark.parametrize("place", ["bytes", "sidecar"])
+@pytest.mark.parametrize("place", ["bytes", "caseops"])
 def test_bytes_are_counted_again_from_the_tokens(audit, places, place):
     faults, figures = prove.bytes_counted(audit(places[place], SYSTEMS["static"]))
     assert faults == [] and "documents decoded again" in figures
@@ -249,15 +253,15 @@ CHEATS = [
     Cheat("something lies beside the artifact", "artifact alone", "adamw",
           while_scoring("Path('{data}/tokenizer.model').read_bytes()")),
     Cheat("another process reads a training shard", "artifact alone", "static",
-          while_scoring("import subprocess", "subprocess.run(['cat', '{data}/fineweb_train_000000.bin'])")),
+          while_scoring("import subprocess", "subprocess.getoutput('cat {data}/fineweb_train_000000.bin | wc')")),
     Cheat("the network is asked", "artifact alone", "static",
           while_scoring("import socket", "socket.socket().connect_ex(('127.0.0.1', 9))")),
     Cheat("less is reported than was booked", "artifact alone", "static",
           [("return float(self.nats.sum() / math.log(2)", "return float(0.999 * self.nats.sum() / math.log(2)")]),
     Cheat("every side-car's byte counts twice", "bytes", "static",
-          [("np.concatenate(counts).astype(np.int64)", "np.concatenate(counts).astype(np.int64) * 2")], "sidecar"),
+          [("np.concatenate(counts).astype(np.int64)", "np.concatenate(counts).astype(np.int64) * 2")], "caseops"),
     Cheat("the side-car is passed over", "bytes", "static",
-          [("if any(p.exists() for p in sidecars):", "if not sidecars:")], "sidecar"),
+          [("if any(p.exists() for p in sidecars):", "if not sidecars:")], "caseops"),
 ]  # fmt: skip
 QUICK = (
     "attention to the token ahead",
