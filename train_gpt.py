@@ -747,12 +747,13 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
 # Attention: the one seam between devices. Nothing above it knows which kernel ran.
 #
 # The kernels work on a packed row: a tile of queries walks over the keys from the start of its first query's segment to
-# itself, a tile of keys over the queries up to the end of its last key's segment. Flash attention, Dao et al. 2022, 2023
-# (arXiv 2205.14135, 2307.08691). q, k, v: (N, H, h), (N, K, h) twice; lse: logarithm to base 2 of a query's sum of
+# itself, a tile of keys over the queries up to the end of its last key's segment. Flash attention, Dao et al. 2022 and
+# 2023 (arXiv 2205.14135, 2307.08691). q, k, v: (N, H, h), (N, K, h) twice; lse: logarithm to base 2 of a query's sum of
 # exponentials, (H, N) fp32.
 
 jit = triton.jit if triton else lambda kernel: kernel
-TINY = -1e30 if triton is None else tl.constexpr(-1e30)  # a score that counts for nothing, yet is no infinity
+constant = tl.constexpr if triton else float
+TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score that counts for nothing, yet no infinity
 
 
 @jit
@@ -808,7 +809,7 @@ def attention_query_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr,
         p = tl.exp2(scores(q, tl.trans(k), query, key, begin, scale) - lse[:, None])
         d_s = p * (tl.dot(d_out, tl.trans(v)) - drift[:, None])
         d_q += tl.dot(d_s.to(k.dtype), k)
-    tl.store(d_q_ptr + at, (d_q * (scale * 0.6931471805599453)).to(q.dtype), inside)
+    tl.store(d_q_ptr + at, (d_q * (scale / LOG2_E)).to(q.dtype), inside)
 
 
 @jit
@@ -834,53 +835,49 @@ def attention_key_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, positions_ptr, ends_ptr, 
             d_v += tl.dot(tl.trans(p.to(q.dtype)), d_out)
             d_s = p * (tl.dot(d_out, tl.trans(v)) - drift[:, None])
             d_k += tl.dot(tl.trans(d_s.to(q.dtype)), q)
-    tl.store(d_k_ptr + kv, (d_k * (scale * 0.6931471805599453)).to(k.dtype), key[:, None] < tokens)
+    tl.store(d_k_ptr + kv, (d_k * (scale / LOG2_E)).to(k.dtype), key[:, None] < tokens)
     tl.store(d_v_ptr + kv, d_v.to(v.dtype), key[:, None] < tokens)
 
 
+TILE = dict(rows=64, cols=64, num_warps=4, num_stages=3)  # the fastest of those tried on an H200
+
+
 class PackedAttention(torch.autograd.Function):
-    """The kernels above; `attend` without a GPU is their plain twin."""
+    """The kernels above; `attend_plainly` is their twin."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
         (N, H, h), group, out = q.shape, q.size(1) // k.size(1), torch.empty_like(q)
-        lse, scale = torch.empty(H, N, device=q.device), 1.4426950408889634 * h**-0.5
-        attention_forward_kernel[(triton.cdiv(N, 128), H)](q, k, v, out, lse, positions, N, scale, H, group, h,
-                                                           rows=128, cols=64, num_warps=4, num_stages=3)
+        lse, grid = torch.empty(H, N, device=q.device), (-(-N // TILE["rows"]), H)
+        attention_forward_kernel[grid](q, k, v, out, lse, positions, N, math.log2(math.e) * h**-0.5, H, group, h, **TILE)
         ctx.save_for_backward(q, k, v, out, lse, positions, ends)
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, positions, ends = ctx.saved_tensors
-        (N, H, h), K, scale = q.shape, k.size(1), 1.4426950408889634 * q.size(2)**-0.5
+        (N, H, h), K, scale = q.shape, k.size(1), math.log2(math.e) * q.size(2)**-0.5
         d_out, drift = d_out.contiguous(), torch.empty_like(lse)
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        attention_query_kernel[(triton.cdiv(N, 128), H)](q, k, v, out, lse, positions, N, scale, d_out, drift, d_q, H,
-                                                         H // K, h, rows=128, cols=64, num_warps=4, num_stages=3)
-        attention_key_kernel[(triton.cdiv(N, 128), K)](q, k, v, lse, positions, ends, N, scale, d_out, drift, d_k, d_v,
-                                                       H, H // K, h, rows=64, cols=128, num_warps=4, num_stages=3)
+        attention_query_kernel[(-(-N // TILE["rows"]), H)](q, k, v, out, lse, positions, N, scale, d_out, drift, d_q,
+                                                           H, H // K, h, **TILE)
+        attention_key_kernel[(-(-N // TILE["cols"]), K)](q, k, v, lse, positions, ends, N, scale, d_out, drift, d_k,
+                                                         d_v, H, H // K, h, **TILE)
         return d_q, d_k, d_v, None, None
 
 
 class Past:
-    """What a visit keeps of the chunks before: their keys and values, (B, P, K, h) each, as those chunks left them."""
+    """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
 
-    def __init__(self):
-        self.kept: tuple[Tensor, Tensor] | None = None
-        self.latest: tuple[Tensor, Tensor] | None = None
+    def __init__(self, ring: Tensor):
+        self.ring = ring                  # (2, B, L, K, h), keys and values; token t lies at t % L
+        self.seen = ring.new_empty(0)     # (C, L + C) bool: which of the ring's tokens and its own a chunk's token sees
+        self.latest = (ring[0], ring[1])  # keys and values of the chunk that came last
 
     def before(self, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Keys and values up to and with those of a chunk, (B, C, K, h) twice -> (B, P + C, K, h) twice."""
+        """Keys and values of the ring and of a chunk, (B, C, K, h) twice -> (B, L + C, K, h) twice."""
         self.latest = k.detach(), v.detach()
-        return [k, v] if self.kept is None else [torch.cat(pair, 1) for pair in zip(self.kept, (k, v), strict=True)]
-
-    def move_on(self, room: int) -> None:
-        """The latest chunk is final; keep the last `room` tokens."""
-        self.kept = tuple(t[:, max(0, t.size(1) - room):] for t in self.before(*self.latest))
-
-    def keep(self, rows: Tensor) -> None:
-        self.kept = None if self.kept is None else tuple(t[rows] for t in self.kept)
+        return [torch.cat(pair, 1) for pair in zip(self.ring, (k, v), strict=True)]
 
 
 class Chunk(NamedTuple):
@@ -893,7 +890,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, place: Segments | Past | None) -> Te
     """Causal attention inside every segment, or after what is past, or else inside every row.
     (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h); with segments B is 1."""
     if isinstance(place, Past):
-        return attend_after(q, *place.before(k, v))
+        return attend_after(q, *place.before(k, v), place.seen)
     if place is None:
         return attend_rows(q, k, v)
     if q.is_cuda:
@@ -917,14 +914,14 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
 
 
-def attend_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The queries of the last C of P + C tokens: (B, C, H, h), (B, P + C, K, h) twice -> (B, C, H, h). The queries that
-    share a key head stand in one list, so that keys are not copied for them."""
+def attend_after(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """Queries of a chunk on keys and values of tokens before it and its own: (B, C, H, h), (B, T, K, h) twice, which
+    are seen (C, T) -> (B, C, H, h). Queries that share a key head stand in one list, so that no key is copied."""
     B, C, H, h = q.shape
-    K, T = k.size(2), k.size(1)
+    K = k.size(2)
     q = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h)  # (B, K, H / K * C, h)
-    seen = torch.ones(C, T, dtype=torch.bool, device=q.device).tril(T - C).repeat(H // K, 1)
-    y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=seen)
+    k, v, seen = k.transpose(1, 2), v.transpose(1, 2), seen.repeat(H // K, 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h)
 
 
@@ -948,13 +945,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 class LowRank(NamedTuple):
     """Corrections of one matrix, one per document: x -> scale * up(down(x))."""
-    down: Tensor  # (B, R, in) fp32
-    up: Tensor    # (B, out, R) fp32
+    down: Tensor  # (B, in, R) fp32
+    up: Tensor    # (B, R, out) fp32
     scale: float
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, T, in) -> (B, T, out)"""
-        return (x @ self.down.mT.to(x.dtype)) @ self.up.mT.to(x.dtype) * self.scale
+        return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
 
 
 class Deltas(NamedTuple):
@@ -1257,7 +1254,7 @@ class AdamRule(NamedTuple):
     eps: float
 
 
-def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: int,
+def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Tensor,
                     rule: AdamRule) -> list[Tensor]:
     """Bias-corrected m / (sqrt(v) + eps) of AdamW (arXiv 1711.05101) for every tensor; moments updated in place."""
     torch._foreach_lerp_(first, grads, 1 - rule.beta1)
@@ -1889,18 +1886,19 @@ class Adapter:
     from the seed, the same for every document, row, batch and rank; `up` is zero, so a new adapter changes nothing."""
 
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
-        generator = torch.Generator().manual_seed(run.seed)
-        scale = run.ttt_lora_alpha / run.ttt_lora_rank
+        generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim ** -0.5
 
         def low_rank(target: str) -> LowRank | None:
             if target not in run.lora_targets:
                 return None
             d_out = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}.get(target, c.model_dim)
-            bound = c.model_dim ** -0.5
-            down = torch.empty(run.ttt_lora_rank, c.model_dim).uniform_(-bound, bound, generator=generator).to(device)
-            up = torch.zeros(documents, d_out, run.ttt_lora_rank, device=device)
-            return LowRank(down.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
+            start = torch.empty(c.model_dim, run.ttt_lora_rank).uniform_(-bound, bound, generator=generator).to(device)
+            up = torch.zeros(documents, run.ttt_lora_rank, d_out, device=device)
+            self.starts += [start, up[0].clone()]
+            return LowRank(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(),
+                           run.ttt_lora_alpha / run.ttt_lora_rank)
 
+        self.starts: list[Tensor] = []  # what every document's part of `tensors` begins with
         self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
         self.head = low_rank("head")
 
@@ -1909,14 +1907,11 @@ class Adapter:
         parts = [part for visit in self.visits for part in visit] + [self.head]
         return [t for part in parts if part is not None for t in (part.down, part.up)]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all documents but these."""
-        def kept(part: LowRank | None) -> LowRank | None:
-            if part is None:
-                return None
-            return LowRank(*(t.detach()[rows].requires_grad_() for t in part[:2]), part.scale)
-        self.visits = [Deltas(*map(kept, visit)) for visit in self.visits]
-        self.head = kept(self.head)
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Back to the start."""
+        for t, start in zip(self.tensors(), self.starts, strict=True):
+            t.copy_(start)
 
 
 class AdaptRule:
@@ -1924,17 +1919,21 @@ class AdaptRule:
     the learning rate are each document's own."""
 
     def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
-        self.run, self.multipliers, self.steps_done = run, multipliers, 0
+        self.run, self.multipliers = run, multipliers
+        self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
         self.first = [torch.zeros_like(t) for t in tensors]
         self.second = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
 
-    def keep(self, rows: Tensor) -> None:
-        self.first, self.second = ([t[rows] for t in moments] for moments in (self.first, self.second))
+    def begin(self) -> None:
+        """Nothing is remembered."""
+        for t in (self.steps_done, *self.first, *self.second):
+            t.zero_()
 
     @torch.no_grad()
     def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor | float) -> None:
         """Tensors and gradients (B, ...), learning rate (B,) or of all; tensors change in place."""
-        run, self.steps_done = self.run, self.steps_done + 1
+        run = self.run
+        self.steps_done += 1
         lr = torch.zeros(len(tensors[0]), device=tensors[0].device) + lr
         if run.ttt_grad_clip:
             norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (B,)
@@ -1973,78 +1972,172 @@ def wants_entropy(run: RunConfig) -> bool:
     return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
 
 
+SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
+
+
 class SideBySide:
     """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
     learns from it. Nothing that a row does reaches another. Earlier chunks are seen in one of two ways: as the keys and
     values that they left when it was their turn (TTT_CONTEXT=cache: a step costs a chunk), or encoded anew under the
-    present corrections (window: a step costs a window, and learning reaches through it)."""
+    present corrections (window: a step costs a window, and learning reaches through it).
 
-    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
-        self.model, self.run, self.done = model, run, 0  # done: tokens of every document that lie behind
-        self.chunk: tuple[Tensor, ...] = ()  # inputs, targets, states and nats of the chunk that was scored last
+    A step on few tokens is thousands of small kernels, and a GPU would wait for Python: with a cache, what a step does
+    is captured once for every size of the cache and then replayed as a CUDA graph; all that lasts changes in place.
+    """
+
+    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device,
+                 family: dict[int, SideBySide] | None = None):
+        self.model, self.run, self.documents, self.device = model, run, documents, device
+        self.family = {} if family is None else family  # one for every number of documents
+        self.family[documents] = self
+        self.cached, self.room = run.ttt_context == "cache", run.eval_seq_len - run.ttt_chunk_tokens
         self.adapter = Adapter(model.config, run, documents, device)
         self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
-        self.cached, self.room = run.ttt_context == "cache", run.eval_seq_len - run.ttt_chunk_tokens
-        self.past = [Past() for _ in self.adapter.visits] if self.cached else []
-        self.ahead = 1 if self.cached else self.room  # most tokens that are fed in ahead of a chunk's own
-        self.before = torch.full((documents, int(self.cached)), BOS, device=device)  # these tokens
+        self.caches: dict[int, list[Past]] = {}  # of every size
+        self.graphs: dict[tuple[str, int], tuple | None] = {}
+        self.memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self.replaying = False
+        self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
+        self.done_there = torch.zeros((), dtype=torch.int64, device=device)
+        self.begin()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Documents begin: nothing is past, nothing is learnt."""
+        self.adapter.begin()
+        self.rule.begin()
+        self.last.fill_(BOS)
+        self.done_there.zero_()
+        self.done, self.size, self.past, self.scored = 0, 0, [], ()  # done: tokens that are past; size: of the cache
+        self.window = self.last[:, :0]  # tokens that are encoded anew
+
+    def make_room(self, tokens: int) -> None:
+        """Take a cache that will hold so many tokens more, or all that a chunk may see."""
+        size = self.size or min(self.room, SMALLEST_CACHE)
+        while size < min(self.room, self.done + tokens):
+            size = min(self.room, 2 * size)
+        if self.past and size == self.size:
+            return
+        if size not in self.caches:
+            c, kind = self.model.config, torch.bfloat16 if self.device.type == "cuda" else torch.float32
+            shape = (2, self.documents, size, c.num_kv_heads, c.head_dim)
+            self.caches[size] = [Past(torch.zeros(shape, dtype=kind, device=self.device)) for _ in self.adapter.visits]
+        for old, new in zip(self.past, self.caches[size], strict=False):  # no cache yet, or one for one
+            new.ring[:, :, :self.size].copy_(old.ring)
+        self.past, self.size = self.caches[size], size
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
-        inputs, place = torch.cat([self.before, tokens], 1), None
-        if self.cached:
-            place = Chunk(torch.arange(-1, tokens.size(1), device=tokens.device) + self.done, self.past)
-        return self.model.hidden(inputs, place, self.adapter)[:, -tokens.size(1):].contiguous()
+        n, self.tokens = tokens.size(1), tokens
+        if not self.cached:
+            return self.model.hidden(torch.cat([self.window, tokens], 1), None, self.adapter)[:, -n:].contiguous()
+        self.make_room(n)
+        held = torch.arange(self.size, device=self.device) < self.done_there
+        seen = torch.cat([held.expand(n, -1), held.new_ones(n, n).tril()], 1)
+        for past in self.past:
+            past.seen = seen
+        place = Chunk(self.done_there + torch.arange(-1, n, device=self.device), self.past)
+        return self.model.hidden(torch.cat([self.last, tokens], 1), place, self.adapter)
 
     def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
         """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
+        if self.cached:
+            self.make_room(tokens.size(1))
+        self.replaying = to_learn and self.cached and self.device.type == "cuda"
         with torch.set_grad_enabled(to_learn):
-            x = self.hidden(tokens)
-            nll = self.model.head(x, targets, self.model.embed, self.adapter.head)
-        self.chunk = (tokens, targets, x, nll)
-        return nll.detach()
+            return self._do(self._score, tokens, targets)
 
     def learn(self, counted: Tensor) -> None:
         """Steps on the chunk that was scored last; which of its targets count: (B, C)."""
-        (tokens, targets, x, nll), run, head = self.chunk, self.run, self.adapter.head
+        self._do(self._learn, counted)
+
+    def move_on(self) -> None:
+        """The tokens that `hidden` or `score` saw last are past."""
+        self._do(self._move_on)
+        if self.room and not self.cached:
+            self.window = torch.cat([self.window, self.tokens], 1)[:, -self.room:]
+        self.done += self.tokens.size(1)
+
+    def _score(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.hidden(tokens)
+        nll = self.model.head(x, targets, self.model.embed, self.adapter.head)
+        self.scored = (targets, x, nll)
+        return nll.detach()
+
+    def _learn(self, counted: Tensor) -> None:
+        (targets, x, nll), run, head = self.scored, self.run, self.adapter.head
         count = counted.sum(1).clamp(min=1)
         entropy = entropy_sum(self.model, x, head, counted) / count if wants_entropy(run) else None
         for epoch in range(run.ttt_epochs):
-            nll = self.model.head(self.hidden(tokens), targets, self.model.embed, head) if epoch else nll
+            nll = self.model.head(self.hidden(self.tokens), targets, self.model.embed, head) if epoch else nll
             loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
             grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
             self.rule.step(self.adapter.tensors(), grads, chunk_rate(run, epoch, entropy))
 
-    def move_on(self) -> None:
-        """The chunk that was scored last is past."""
-        tokens, self.chunk = self.chunk[0], ()
-        for past in self.past:
-            past.move_on(self.room)
-        self.before = torch.cat([self.before, tokens], 1)
-        self.before = self.before[:, max(0, self.before.size(1) - self.ahead):]
-        self.done += tokens.size(1)
+    @torch.no_grad()
+    def _move_on(self) -> None:
+        if self.size:
+            slots = (self.done_there + torch.arange(self.tokens.size(1), device=self.device)) % self.size
+            for past in self.past:
+                for ring, latest in zip(past.ring, past.latest, strict=True):
+                    ring.index_copy_(1, slots, latest)
+        self.last.copy_(self.tokens[:, -1:])
+        self.done_there += self.tokens.size(1)
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all documents but these."""
-        self.before = self.before[rows]
-        for part in (self.adapter, self.rule, *self.past):
-            part.keep(rows)
+    def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        """work(*inputs). Where graphs are replayed, the first time with a cache of this size runs as it is, which warms
+        up; the second time is captured."""
+        key = (work.__name__, self.size)
+        if not self.replaying or key not in self.graphs:
+            if self.replaying:
+                self.graphs[key] = None
+            return work(*inputs)
+        if self.graphs[key] is None:
+            graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(graph, pool=self.memory):
+                result = work(*own)
+            self.graphs[key] = (graph, own, result)
+        graph, own, result = self.graphs[key]
+        for mine, given in zip(own, inputs, strict=True):
+            mine.copy_(given)
+        graph.replay()
+        return result
+
+    @torch.no_grad()
+    def keep(self, rows: Tensor) -> SideBySide:
+        """These documents alone, where they are."""
+        assert len(rows) < self.documents
+        few = self.family.get(len(rows)) or SideBySide(self.model, self.run, len(rows), self.device, self.family)
+        few.begin()
+        few.done, few.window = self.done, self.window[rows]
+        for learners in (self, few) if self.cached else ():
+            learners.make_room(0)
+        pairs = [(few.adapter.tensors(), self.adapter.tensors()), (few.rule.first, self.rule.first),
+                 (few.rule.second, self.rule.second), ([few.last], [self.last]),
+                 ([p.ring.transpose(0, 1) for p in few.past], [p.ring.transpose(0, 1) for p in self.past])]
+        for mine, theirs in pairs:
+            for new, old in zip(mine, theirs, strict=True):
+                new.copy_(old[rows])
+        few.done_there.copy_(self.done_there)
+        few.rule.steps_done.copy_(self.rule.steps_done)
+        return few
 
 
-def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist,
-                       tally: Tally) -> None:
-    """Score a group of documents that adapt side by side. A row ends with its document."""
-    chunk, lengths = run.ttt_chunk_tokens, docs.lengths
+def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist, tally: Tally,
+                       family: dict[int, SideBySide] | None = None) -> None:
+    """Score a group of documents that adapt side by side. A row ends with its document; when half of them have ended,
+    the others go on in half as many rows. `family` keeps what can be used again for the next group."""
+    chunk, lengths, family = run.ttt_chunk_tokens, docs.lengths, {} if family is None else family
     rows, longest = np.array(group), int(lengths[group].max())  # rows: each one's document
     tokens = padded(docs, rows, -(-longest // chunk) * chunk).to(dist.device)  # (B, T + 1)
-    learners = SideBySide(model, run, len(rows), dist.device)
+    learners = family.get(len(rows)) or SideBySide(model, run, len(rows), dist.device, family)
+    learners.begin()
     for first in range(0, longest, chunk):
         end, left = first + chunk, lengths[rows] - first  # left: (B,) targets from here on
-        if (left > 0).sum() <= len(rows) // 2:  # drop the rows of documents that have ended
-            kept = np.flatnonzero(left > 0)
+        while len(rows) > 1 and (left > 0).sum() <= len(rows) // 2:
+            kept = np.argsort(left <= 0, kind="stable")[:len(rows) // 2]  # those that go on, then some that do not
             index = torch.from_numpy(kept).to(dist.device)
-            rows, left, tokens = rows[kept], left[kept], tokens[index]
-            learners.keep(index)
+            rows, left, tokens, learners = rows[kept], left[kept], tokens[index], learners.keep(index)
         inside = np.arange(chunk) < left[:, None]  # (B, chunk)
         learn = end >= run.ttt_min_doc_tokens and bool(left.max() > chunk)
         nats = learners.score(tokens[:, first:end], tokens[:, first + 1:end + 1], to_learn=learn)
@@ -2194,7 +2287,8 @@ def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
     rows, total, chunk = len(lengths), 0.0, run.ttt_chunk_tokens
     for first in range(0, int(lengths.max(initial=0)), chunk):
         left = int((lengths > first).sum())
-        rows = left if left <= rows // 2 else rows
+        while left <= rows // 2 > 0:
+            rows //= 2
         total += max(LEAST_STEP, rows * (chunk if run.cached_ttt else min(first + chunk, run.eval_seq_len)))
     return total
 
@@ -2205,6 +2299,7 @@ class Evaluation:
     def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
         self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
         self.seconds, self.tally, self.degraded = seconds, Tally(docs), 0
+        self.family: dict[int, SideBySide] = {}
         self.static_rate = math.inf  # tokens per second of a rank without adaptation, found in the warm-up
         model.requires_grad_(run.ttt_params == "full")
 
@@ -2226,7 +2321,7 @@ class Evaluation:
         if not self.run.ttt_enabled or self.dist.device.type == "cpu":
             return
         if self.run.batched_ttt:
-            adapt_side_by_side(self.model, docs, everyone, self.run, alone, Tally(docs))
+            adapt_side_by_side(self.model, docs, everyone, self.run, alone, Tally(docs), self.family)
         else:
             learner = StreamLearner(self.model, self.run, alone)
             adapt_along(learner, docs, everyone, Tally(docs))
@@ -2272,7 +2367,7 @@ class Evaluation:
                 score_static(self.model, self.docs, rest, run, dist, self.tally)
                 return
             if learner is None and groups[dist.rank]:
-                adapt_side_by_side(self.model, self.docs, groups[dist.rank], run, dist, self.tally)
+                adapt_side_by_side(self.model, self.docs, groups[dist.rank], run, dist, self.tally, self.family)
             for i in groups[dist.rank] if learner is not None else ():
                 learner.reset()
                 adapt_along(learner, self.docs, [i], self.tally)

@@ -25,7 +25,10 @@ import pytest
 import sentencepiece
 import torch
 
-import train_gpt
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined: they then run on a CPU, slowly
+
+import train_gpt  # noqa: E402
 
 torch.set_num_threads(2)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -287,11 +287,12 @@ def test_segments_start_where_a_plain_loop_starts_them(tokens, row_tokens, seq_l
 
 def test_a_packed_row_says_where_attention_restarts():
     tokens, targets = np.arange(2, 9, dtype=np.uint16), np.arange(3, 10, dtype=np.uint16)
-    packed = train_gpt.pack_row(tokens, targets, np.array([0, 2, 3]), 5, torch.device("cpu"))
+    packed = train_gpt.pack_row(tokens, targets, np.array([0, 2, 3]), torch.device("cpu"))
     assert packed.tokens.tolist() == [tokens.tolist()] and packed.targets.tolist() == [targets.tolist()]
     assert packed.tokens.dtype == packed.targets.dtype == torch.int64
-    assert packed.segments.starts.tolist() == [0, 2, 3, 7] and packed.segments.starts.dtype == torch.int32
-    assert packed.segments.positions.tolist() == [0, 1, 0, 0, 1, 2, 3] and packed.segments.longest == 5
+    assert packed.segments.positions.tolist() == [0, 1, 0, 0, 1, 2, 3]
+    assert packed.segments.ends.tolist() == [2, 2, 3, 7, 7, 7, 7]
+    assert packed.segments.positions.dtype == packed.segments.ends.dtype == torch.int32
 
 
 # ---- the training stream ----------------------------------------------------
@@ -331,7 +332,8 @@ def test_every_row_begins_a_segment_and_no_segment_holds_two_documents(tiny_data
                 since += 1
                 if i % run.train_row_tokens == 0 or token == BOS or since == run.train_seq_len:
                     expected, since = [*expected, i], 0
-            assert segments.starts.tolist() == [*expected, tokens.numel()] and segments.longest == run.train_seq_len
+            assert (segments.positions == 0).nonzero()[:, 0].tolist() == expected
+            assert segments.ends.unique().tolist() == [*expected[1:], tokens.numel()]
 
 
 def test_a_batch_is_a_function_of_its_number(tiny_data, tiny_run):

@@ -32,10 +32,10 @@ def some_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(2, TINY["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def packed(tokens: torch.Tensor, starts: list[int], longest: int = 32) -> g.Segments:
+def packed(tokens: torch.Tensor, starts: list[int]) -> g.Segments:
     """The segments of a packed row (1, N)."""
     text = tokens[0].numpy()
-    return g.pack_row(text, text, np.array(starts), longest, torch.device("cpu")).segments
+    return g.pack_row(text, text, np.array(starts), torch.device("cpu")).segments
 
 
 def embedded(model: g.GPT, tokens: torch.Tensor) -> torch.Tensor:
@@ -372,7 +372,7 @@ def some_deltas(rows: int, config: g.ModelConfig, rank: int = 3) -> g.Deltas:
     width = {"k": config.kv_dim, "v": config.kv_dim}
 
     def delta(target: str) -> g.LowRank:
-        return g.LowRank(torch.randn(rows, rank, 32) / 6, torch.randn(rows, width.get(target, 32), rank) / 6, 0.7)
+        return g.LowRank(torch.randn(rows, 32, rank) / 6, torch.randn(rows, rank, width.get(target, 32)) / 6, 0.7)
 
     return g.Deltas(*map(delta, g.Deltas._fields))
 
@@ -419,7 +419,7 @@ def test_a_correction_is_a_change_of_the_weight(index, target):
     weight = getattr(block.attention, target).weight
     original = weight.clone()
     for row in range(2):  # each row has a correction of its own
-        weight.data = original + 0.7 * delta.up[row] @ delta.down[row]
+        weight.data = original + 0.7 * (delta.down[row] @ delta.up[row]).mT
         merged = torch.stack([*block(*streams, rope, None, g.NO_DELTAS)]).view(-1, 2, 10, 32)
         torch.testing.assert_close(corrected[:, row], merged[:, row], rtol=1e-4, atol=1e-4)
 
@@ -427,11 +427,11 @@ def test_a_correction_is_a_change_of_the_weight(index, target):
 def test_corrections_of_mlp_and_head_stand_beside_them():
     model, x, targets = lively(), torch.randn(2, 10, 32), some_tokens(2, 10)
     delta = some_deltas(2, model.config).mlp
-    beside = torch.einsum("bor,bri,bti->bto", delta.up, delta.down, x) * 0.7
+    beside = torch.einsum("bro,bir,bti->bto", delta.up, delta.down, x) * 0.7
     mlp = model.blocks[0].mlp
     torch.testing.assert_close(mlp(x, delta), mlp(x) + beside, rtol=1e-4, atol=1e-4)
-    head_delta = g.LowRank(delta.down, torch.randn(2, 64, 3) / 6, 0.7)
+    head_delta = g.LowRank(delta.down, torch.randn(2, 3, 64) / 6, 0.7)
     for row in range(2):
-        merged = model.embed + 0.7 * head_delta.up[row] @ head_delta.down[row]
+        merged = model.embed + 0.7 * (head_delta.down[row] @ head_delta.up[row]).mT
         got, want = model.head(x, targets, model.embed, head_delta)[row], model.head(x, targets, merged)[row]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

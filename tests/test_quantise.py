@@ -44,7 +44,7 @@ def a_batch(seed: int, rows: int = 2) -> list[g.Packed]:
         text = rng.integers(2, CONFIG.vocab_size, 65).astype(np.uint16)
         text[[0, 20, 50]] = g.BOS
         starts = g.segment_starts(text[:-1], 64, 32)
-        packs.append(g.pack_row(text[:-1], text[1:], starts, 32, torch.device("cpu")))
+        packs.append(g.pack_row(text[:-1], text[1:], starts, torch.device("cpu")))
     return packs
 
 

@@ -50,6 +50,7 @@ def build(monkeypatch, *changes: tuple[str, str]) -> ModuleType:
     code, module = compiled(*changes), ModuleType("audited_train_gpt")
     module.__file__ = train_gpt.__file__
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "triton", None)  # it looks up the source of kernels, whose lines have moved
     exec(code, module.__dict__)
     return module
 
@@ -242,8 +243,7 @@ class Cheat(NamedTuple):
     changes: list[tuple[str, str]]
 
 
-REMEMBER = ("LORA_TARGETS = (", "KEPT = {}\nLORA_TARGETS = (")
-SCORE_CHUNK = "        with torch.set_grad_enabled(to_learn):\n            x = self.hidden(tokens)\n"
+SCORE_CHUNK = "        x = self.hidden(tokens)\n        nll = self"
 BOOK_CHUNK = "        tally.add(np.repeat(rows, inside.sum(1)), nats.cpu().numpy()[inside])\n"
 STEP = "        nats = learners.score("
 LEARN_FIRST = """        with torch.enable_grad():
@@ -251,12 +251,7 @@ LEARN_FIRST = """        with torch.enable_grad():
             slopes = list(torch.autograd.grad(early.sum(), self.adapter.tensors()))
         self.rule.step(self.adapter.tensors(), slopes, self.run.ttt_lr)
 """
-NEW_ADAPTER = "        self.adapter = Adapter(model.config, run, documents, device)\n"
-WARM_START = """        for t, old in zip(self.adapter.tensors(), KEPT.get("adapter", []), strict=False):
-            t.data[:] = old[:1]
-        KEPT["adapter"] = self.adapter.tensors()
-"""
-MOMENTS = "self.first = [torch.zeros_like(t) for t in tensors]"
+NEW_ADAPTER = "        self.adapter.begin()\n        self.rule.begin()\n"
 NEW_RULE = "self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)"
 SCORE_ALL = '        """Every target of every document -> the tally of all ranks."""\n'
 TRAIN_ON_ALL = """        everyone = range(len(self.docs))
@@ -273,16 +268,16 @@ CHEATS = [
             "        learner.learn(rows, 8, None)\n        entropy = learner.score(rows, tally)\n")]),
     Cheat("book the better of two scores", audit_normalised, "sgd",
           [("        return nll.detach()\n",
-            "        return nll.minimum(self.model(torch.cat([self.before, tokens], 1), targets)).detach()\n")]),
+            "        return nll.minimum(self.model(torch.cat([self.window, tokens], 1), targets)).detach()\n")]),
     Cheat("moments kept between documents", audit_independence, "sgd",
-          [REMEMBER, (MOMENTS, MOMENTS.replace("=", "= KEPT.setdefault(str([t.shape for t in tensors]),") + ")")]),
+          [("        for t in (self.steps_done, *self.first, *self.second):", "        for t in (self.steps_done,):")]),
     Cheat("momentum of the whole model kept", audit_independence, "full", [(NEW_RULE, "pass")]),
     Cheat("weights of the whole model kept", audit_independence, "full",
           [("in zip(self.tensors, self.begin, strict=True):", "in ():")]),
     Cheat("adapter starts where the last one ended", audit_independence, "adamw",
-          [REMEMBER, (NEW_ADAPTER, NEW_ADAPTER + WARM_START)]),
+          [(NEW_ADAPTER, "        self.rule.begin()\n")]),
     Cheat("A drawn per batch", audit_independence, "adamw",
-          [("generator = torch.Generator().manual_seed(run.seed)\n        scale", "generator = None\n        scale")]),
+          [("generator, bound = torch.Generator().manual_seed(run.seed), c", "generator, bound = None, c")]),
     Cheat("gradient norm of the batch", audit_independence, "adamw",
           [("run.ttt_grad_clip / (norms + 1e-6)", "run.ttt_grad_clip / (norms.norm() + 1e-6)")]),
     Cheat("entropy of the batch", audit_independence, "adamw",
@@ -291,13 +286,14 @@ CHEATS = [
     Cheat("mean over the batch", audit_independence, "sgd",
           [("((nll * counted).sum(1) / count).sum()", "((nll * counted).sum(1) / count).mean()")]),
     Cheat("chunks by the document's length", audit_causality, "sgd",
-          [("chunk, lengths = run.ttt_chunk_tokens, docs.lengths",
-            "chunk, lengths = run.ttt_chunk_tokens * (1 + int(docs.lengths[group].max() < 30)), docs.lengths")]),
+          [("chunk, lengths, family = run.ttt_chunk_tokens,",
+            "chunk, lengths, family = run.ttt_chunk_tokens * (1 + int(docs.lengths[group].max() < 30)),")]),
     Cheat("rate decays over the document", audit_causality, "adamw",
           [(STEP, "        learners.rule.multipliers = [1 - first / longest] * len(learners.rule.first)\n" + STEP)]),
-    Cheat("the cache shows the token ahead", audit_causality, "adamw", [(".tril(T - C)", ".tril(T - C + 1)")]),
+    Cheat("the cache shows the token ahead", audit_causality, "adamw",
+          [("held.new_ones(n, n).tril()", "held.new_ones(n, n).tril(1)")]),
     Cheat("a cache for the whole batch", audit_independence, "adamw",
-          [("t[:, max(0, t.size(1) - room):] for t", "(t + t.mean(0))[:, max(0, t.size(1) - room):] for t")]),
+          [("ring.index_copy_(1, slots, latest)", "ring.index_copy_(1, slots, latest + latest.mean(0))")]),
     Cheat("short documents skipped", audit_single_pass, "adamw",
           [("order = np.argsort(-lengths, kind=\"stable\").tolist()",
             "order = [i for i in np.argsort(-lengths).tolist() if lengths[i] > 9]")]),

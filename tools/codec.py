@@ -333,7 +333,8 @@ def walk(predictor: Predictor, documents: range, side: Side) -> None:
         before = targets[:, -1]
         if going.sum() <= len(going) // 2:
             kept = np.flatnonzero(going)
-            learners.keep(torch.from_numpy(kept))
+            learners = learners.keep(torch.from_numpy(kept))
+            learners.family.clear()  # no larger one will be needed again
             rows, before, going = rows[kept], before[kept], going[kept]
 
 

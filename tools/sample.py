@@ -43,17 +43,15 @@ def continued(
     """What follows these tokens of a document, without end. Every pass is over the new ones alone: keys and values of
     those before are kept, as many as EVAL_SEQ_LEN says."""
     model, generator = predictor.model, torch.Generator().manual_seed(seed)
-    past = [train_gpt.Past() for _ in train_gpt.layer_plan(model.config, looping=True)]
-    new, done = [BOS, BOS, *tokens], 0  # the first of the new ones is the token before them
+    chunk, new = predictor.run.ttt_chunk_tokens, [BOS, *tokens]
+    reader = train_gpt.SideBySide(model, predictor.run, 1, torch.device("cpu"))  # which learns nothing here
     while True:
-        place = train_gpt.Chunk(torch.arange(done - 1, done + len(new) - 1), past)
-        states = model.hidden(torch.tensor([new]), place)[:, -1:]
-        for visit in past:
-            visit.move_on(predictor.run.eval_seq_len)
-        done += len(new) - 1
-        token = pick(model.head.logits(states, model.embed, None)[0, 0], temperature, top_p, generator)
+        for first in range(0, len(new), chunk):
+            states = reader.hidden(torch.tensor([new[first : first + chunk]]))
+            reader.move_on()
+        token = pick(model.head.logits(states[:, -1:], model.embed, None)[0, 0], temperature, top_p, generator)
         yield token
-        new = [new[-1], token]
+        new = [token]
 
 
 def print_text(predictor: codec.Predictor, prompt: list[int], tokens: Iterator[int]) -> None:
