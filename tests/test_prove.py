@@ -199,6 +199,38 @@ def test_what_is_no_artifact_is_an_error_in_a_line(command, places, name):
     assert status == 2 and err.startswith("error: ") and err.count("\n") == 1
 
 
+# ---- the run beside the artifact --------------------------------------------
+
+
+@pytest.fixture
+def scored(places, run_script, tmp_path) -> Place:
+    """A run that scored the artifact, and left its result beside it."""
+    env = environment(places["plain"].data, SYSTEMS["adamw"])
+    done = run_script(env=env | {"ARTIFACT": str(places["plain"].artifact), "RUN_ID": "small"})
+    assert done.returncode == 0, done.stderr
+    artifact = tmp_path / "logs" / "small.ptz"
+    artifact.write_bytes(places["plain"].artifact.read_bytes())
+    return Place(artifact, places["plain"].data)
+
+
+def test_a_run_reports_what_its_documents_score(audit, scored, monkeypatch):
+    opened = common.open_artifact(scored.artifact, {"EVAL_SECONDS": "0"})
+    assert (opened.plan.run.ttt_lora_rank, opened.plan.run.data_path) == (4, str(scored.data)), "knobs are the run's"
+    faults, figures = prove.reported(prove.Audit(opened, 0, 1e9, lambda line: None))
+    assert faults == [] and "in 3 documents" in figures
+    other = audit(scored, SYSTEMS["adamw"] | dict(ttt_lr=0.02))
+    assert prove.reported(other)[0] is None and "other knobs" in prove.reported(other)[1]
+
+    path = scored.artifact.with_suffix(".json")
+    result, stored = json.loads(path.read_text()), dict(np.load(path.with_suffix(".docs.npz"), allow_pickle=False))
+    better = result | {name: 0.99 * result[name] for name in ("val_bpb", "val_loss")}
+    path.write_text(json.dumps(better))
+    looked = audit(scored, SYSTEMS["adamw"])
+    assert "contradict" in prove.reported(looked)[0][0]
+    np.savez(path.with_suffix(".docs.npz"), **stored | {"nats": 0.99 * stored["nats"]})
+    assert "as reported" in prove.reported(looked)[0][0]
+
+
 # ---- cheats -----------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ the shortest, the median and the longest validation document that fits the time,
 are also left in logs/RUN.prove.json.
 
 The scorer is a black box: it is given streams of tokens, and heard at three places: what it books to a document
-(Tally), what its output layer gave (Head), and what had been learnt by then (the weights, and the latest Adapter).
+(Tally), what its output layer gave (Head), and what had been learnt by then (the weights, and every Adapter). The last
+two need eager kernels; a GPU's usual ones, compiled or replayed, are heard by what they book, and must book the same.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Call(NamedTuple):
 
     nats: list[float]
     targets: list[int]
-    state: State | None  # what had been learnt by then
+    state: State  # what had been learnt by then
     sums: list[float]  # of the probabilities of the whole vocabulary, at sampled places
     strays: list[float]  # there: the target's nats less those that it has among the whole vocabulary's
 
@@ -79,12 +80,12 @@ def state_of(tensors: Iterable[Tensor]) -> State:
 
 
 class Ear(nn.Module):
-    """Stands before the output layer and notes what passes; if `closely`, also what had been learnt and, in some calls,
-    what every entry of the vocabulary would have scored."""
+    """Stands before the output layer and notes what passes, what had been learnt by then, and, in some calls, what
+    every entry of the vocabulary would have scored."""
 
-    def __init__(self, head: nn.Module, vocab: int, learnt: Callable[[], list[Tensor]], closely: bool, seed: int):
+    def __init__(self, head: nn.Module, vocab: int, learnt: Callable[[], list[Tensor]], seed: int):
         super().__init__()
-        self.head, self.vocab, self.learnt, self.closely = head, vocab, learnt, closely
+        self.head, self.vocab, self.learnt = head, vocab, learnt
         self.chance, self.passes, self.calls = np.random.default_rng(seed), 0, []
 
     def __getattr__(self, name: str):
@@ -95,16 +96,12 @@ class Ear(nn.Module):
             return getattr(super().__getattr__("head"), name)
 
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta=None) -> Tensor:
-        nats, looks, state = self.head(x, targets, embedding, delta), [], None
-        if self.closely:
-            state = state_of(self.learnt())
-            if self.passes & (self.passes - 1) == 0:  # the first and every power of two: more often at the start
-                looks = [self.look(x, targets, nats, embedding, delta) for _ in range(2)]
+        nats, looks, state = self.head(x, targets, embedding, delta), [], state_of(self.learnt())
+        if self.passes & (self.passes - 1) == 0:  # the first and every power of two: more often at the start
+            looks = [self.look(x, targets, nats, embedding, delta) for _ in range(2)]
         self.passes += 1
-        sums, strays = zip(*looks, strict=True) if looks else ([], [])
-        self.calls.append(
-            Call(nats.detach().flatten().tolist(), targets.flatten().tolist(), state, list(sums), list(strays))
-        )
+        sums, strays = [total for total, _ in looks], [stray for _, stray in looks]
+        self.calls.append(Call(nats.detach().flatten().tolist(), targets.flatten().tolist(), state, sums, strays))
         return nats
 
     @torch.no_grad()
@@ -121,14 +118,14 @@ class Ear(nn.Module):
 
 
 class Heard(NamedTuple):
-    """What was booked for a stream of n tokens: [j] is of the target tokens[j + 1]. One of several ranks hears parts of
-    documents, of which only the sums are known."""
+    """What was booked for a stream of n tokens: [j] is of the target tokens[j + 1]. One of several ranks is booked
+    parts of documents, of which only the sums are known."""
 
     sums: np.ndarray  # (documents,) float64, nats
     counts: np.ndarray  # (documents,) int64, bookings
     nats: np.ndarray  # (n - 1,) float64, NaN where nothing was booked
-    states: list[State | None]  # (n - 1,) what had been learnt when the target was scored, if listened closely
-    calls: list[Call]  # those that the bookings came from, in order
+    states: list[State | None]  # (n - 1,) what had been learnt when the target was scored, if there was an ear
+    calls: list[Call]  # those that the bookings came from, in order, if there was an ear
     strange: list[str]  # bookings that the output layer did not give
     misplaced: list[str]  # bookings of targets that are not there, or not in order
 
@@ -136,7 +133,7 @@ class Heard(NamedTuple):
 class Ledger:
     """Finds the targets that a booking is of, and the call that it came from."""
 
-    def __init__(self, tokens: np.ndarray, ear: Ear, whole: bool):
+    def __init__(self, tokens: np.ndarray, ear: Ear | None, whole: bool):
         starts, targets = np.flatnonzero(tokens == train_gpt.BOS), len(tokens) - 1
         self.next, self.end = starts.tolist(), [*starts[1:].tolist(), targets]  # of every document's targets
         self.tokens, self.ear, self.whole = tokens.tolist(), ear, whole
@@ -154,11 +151,12 @@ class Ledger:
             self.next[i] += 1
         if any(at >= self.end[i] for i, at in zip(documents, places, strict=True)):
             self.heard.misplaced.append(f"a document of {len(self.tokens)} tokens is booked more targets than it has")
-        else:
+            return
+        self.heard.nats[places] = nats
+        if self.ear is not None:
             self.trace(places, nats)
 
     def trace(self, places: list[int], nats: Sequence[float]) -> None:
-        self.heard.nats[places] = nats
         pairs = [(value, self.tokens[at + 1]) for value, at in zip(nats, places, strict=True)]
         calls, self.ear.calls = self.ear.calls, []
         for call in calls:
@@ -184,7 +182,7 @@ class ScorerError(Exception):
 
 
 class LoneRank(train_gpt.Dist):
-    """One of two ranks, played alone: ranks that score documents apart from each other exchange nothing."""
+    """One of several ranks, played alone: ranks that score documents apart from each other exchange nothing."""
 
     def sum_(self, x: Tensor) -> Tensor:
         raise ScorerError("ranks exchange tensors while they score documents apart from each other")
@@ -199,21 +197,21 @@ class LoneRank(train_gpt.Dist):
 
 
 @contextlib.contextmanager
-def listening(model: nn.Module, closely: bool, seed: int) -> Iterator[Ear]:
-    """An ear before the model's output layer, which also knows the latest adapter."""
-    plain, head, latest = train_gpt.Adapter, model.head, []
+def listening(model: nn.Module, seed: int) -> Iterator[Ear]:
+    """An ear before the model's output layer, which also knows every adapter."""
+    plain, head, adapters = train_gpt.Adapter, model.head, []
 
     class Adapter(plain):
         def __init__(self, *arguments):
             super().__init__(*arguments)
-            latest[:] = [self]
+            adapters.append(self)
 
     def learnt() -> list[Tensor]:
-        return [*model.parameters(), *(t for adapter in latest for t in adapter.tensors())]
+        return [*model.parameters(), *(t for adapter in adapters for t in adapter.tensors())]
 
     try:
         train_gpt.Adapter = Adapter
-        model.head = Ear(head, model.config.vocab_size, learnt, closely, seed)
+        model.head = Ear(head, model.config.vocab_size, learnt, seed)
         yield model.head
     finally:
         train_gpt.Adapter, model.head = plain, head
@@ -222,9 +220,10 @@ def listening(model: nn.Module, closely: bool, seed: int) -> Iterator[Ear]:
 def hear(
     model: nn.Module, run: train_gpt.RunConfig, dist: train_gpt.Dist, tokens: np.ndarray, closely: bool = False
 ) -> Heard:
-    """Score a stream of tokens (n,) that begins with BOS, and listen. Raises ScorerError."""
+    """Score a stream of tokens (n,) that begins with BOS, and listen; `closely` with an ear. Raises ScorerError."""
     docs = train_gpt.split_documents(tokens, np.ones(len(tokens), np.int64))
-    with listening(model, closely, run.seed) as ear:
+    run = dataclasses.replace(run, compile=0) if closely else run  # nothing passes an ear in a replayed graph
+    with listening(model, run.seed) if closely else contextlib.nullcontext() as ear:
         ledger = Ledger(tokens, ear, dist.world == 1)
 
         class Tally(train_gpt.Tally):
@@ -350,7 +349,7 @@ class Audit:
         heard = hear(self.model, run, dist or self.dist, text.tokens, closely)
         self.strange += heard.strange
         self.misplaced += heard.misplaced
-        self.spent += sum(map(self.cost, np.diff(document_starts(text.tokens))))
+        self.spent += sum(map(self.cost, np.diff(document_starts(text.tokens)))) / (dist or self.dist).world
         elapsed = time.monotonic() - self.began
         if elapsed - self.told > 10:
             self.told = elapsed
@@ -364,6 +363,11 @@ class Audit:
 
     @functools.cached_property
     def alone(self) -> list[Heard]:
+        return [self.score(unit) for unit in self.units]
+
+    @functools.cached_property
+    def closely(self) -> list[Heard]:
+        """The same with an ear."""
         return [self.score(unit, closely=True) for unit in self.units]
 
     @functools.cached_property
@@ -372,8 +376,8 @@ class Audit:
 
     @functools.cached_property
     def by_rank(self) -> list[Heard]:
-        """The documents together, as each of two ranks scores them."""
-        ranks = [LoneRank(rank, 2, self.dist.device) for rank in range(2)]
+        """The documents together, as each of eight ranks scores its share: none but the longest comes to rank 0."""
+        ranks = [LoneRank(rank, 8, self.dist.device) for rank in range(8)]
         return [self.score(joined(self.texts), dist=rank) for rank in ranks]
 
     def other(self, tokens: np.ndarray) -> np.ndarray:
@@ -453,7 +457,7 @@ def causality(audit: Audit) -> Seen:
 def score_before_update(audit: Audit) -> Seen:
     """A chunk is scored by what a replay has learnt that stops before it."""
     faults, seen, updates = [], 0, 0
-    for n, unit, heard in zip(audit.chosen, audit.units, audit.alone, strict=True):
+    for n, unit, heard in zip(audit.chosen, audit.units, audit.closely, strict=True):
         last = (len(unit.tokens) - 2) // audit.chunk
         for k in sorted({0, 1, 2, last // 2, last} & set(range(last + 1))):
             begin = k * audit.chunk
@@ -484,7 +488,7 @@ def hidden_learning(audit: Audit) -> list[str]:
     """Adaptation that changes scores, while nothing in sight has learnt."""
     if not audit.run.ttt_enabled:
         return []
-    unit, heard = max(zip(audit.units, audit.alone, strict=True), key=lambda pair: len(pair[0].tokens))
+    unit, heard = max(zip(audit.units, audit.closely, strict=True), key=lambda pair: len(pair[0].tokens))
     reach = min(audit.run.eval_seq_len, int(document_starts(unit.tokens)[1]) - 1)  # beyond it, contexts may differ
     apart = abs(audit.score(unit, ttt_enabled=0).nats - heard.nats)[:reach].max(initial=0.0)
     text = f"adaptation changes scores by {apart:.2g} nats, and nothing that could have learnt is in sight"
@@ -506,7 +510,7 @@ def independence(audit: Audit) -> Seen:
     for i, (text, alone) in enumerate(zip(audit.texts, audit.alone, strict=True)):
         for way, nats in {"in its batch": batch[i], "in another batch": elsewhere[i]}.items():
             widest.compare(f"document {audit.chosen[i]} {way}, and alone", nats, alone.nats, text.bytes[1:])
-        what, size = f"document {audit.chosen[i]} by two ranks and by one", int(text.bytes.sum())
+        what, size = f"document {audit.chosen[i]} by eight ranks and by one", int(text.bytes.sum())
         widest.compare_sums(what, ranks[i] - audit.together.sums[i], size)
         total += float((elsewhere[i] - alone.nats).sum())
     bpb = abs(total) / math.log(2) / int(joined(audit.texts).bytes.sum())
@@ -521,28 +525,33 @@ def by_document(texts: Sequence[Text], nats: np.ndarray) -> list[np.ndarray]:
 
 def normalised(audit: Audit) -> Seen:
     """The probabilities of the whole vocabulary add up to one, and what is booked is the target's among them."""
-    looked = [call for heard in audit.alone for call in heard.calls if call.sums]
-    fresh = {heard.calls[0].state.digest for heard in audit.alone if heard.calls}
+    looked = [call for heard in audit.closely for call in heard.calls if call.sums]
+    fresh = {heard.calls[0].state.digest for heard in audit.closely if heard.calls}
     adapted = sum(len(call.sums) for call in looked if call.state.digest not in fresh)
     off = np.array([total for call in looked for total in call.sums]) - 1
     strays = np.array([stray for call in looked for stray in call.strays])
-    faults = list(dict.fromkeys(audit.strange))
-    if not len(off) or not (abs(off) <= SUM_TOLERANCE).all():
-        faults.append(f"probabilities add up to 1{off[abs(off).argmax()]:+.2g}" if len(off) else "no score was traced")
+    faults, most = list(dict.fromkeys(audit.strange)), max(abs(off), default=math.inf)
+    if not most <= SUM_TOLERANCE:
+        faults.append(f"probabilities add up to one {most:+.2g}" if len(off) else "no score was traced")
     if not (abs(strays) <= audit.tolerance.nats).all():
         faults.append(f"a target's nats are {abs(strays).max():.2g} off those that it has among the vocabulary's")
-    most = max(abs(off), default=0.0)
-    return faults, f"max {most:.1e} off one at {len(off)} positions, {adapted} of them after adaptation"
+    widest = Widest(audit.tolerance)
+    for n, unit, ear, plain in zip(audit.chosen, audit.units, audit.closely, audit.alone, strict=True):
+        widest.compare(f"document {n}, heard closely or not", ear.nats, plain.nats, unit.bytes[1:])
+    how = f"max {most:.1e} off one at {len(off)} positions, {adapted} of them after adaptation"
+    return faults + widest.faults, f"{how}; every score booked is the output layer's, +-{widest.nats:.1e} nats"
 
 
 def single_pass(audit: Audit) -> Seen:
     """Every target of every document is booked once, as the output layer scored it, in order."""
-    faults, docs = list(dict.fromkeys(audit.misplaced)), audit.opened.plan.validation
+    docs = audit.opened.plan.validation
+    audit.score(joined(audit.texts), closely=True)
+    faults = list(dict.fromkeys(audit.misplaced + audit.strange))
     sizes = np.array([len(text.tokens) for text in audit.texts])
     sizes[-1] -= 1  # nothing closes the last
     counts = {"together": audit.together.counts}
     if not audit.stream:
-        counts["by two ranks"] = sum(heard.counts for heard in audit.by_rank)
+        counts["by eight ranks"] = sum(heard.counts for heard in audit.by_rank)
     for how, booked in counts.items():
         wrong = np.flatnonzero(booked != sizes)
         faults += [f"document {audit.chosen[i]} {how}: {booked[i]} bookings of {sizes[i]} targets" for i in wrong]
