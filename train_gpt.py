@@ -757,14 +757,14 @@ TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score tha
 
 
 @jit
-def scores(q, k, query, key, begin, scale):
-    """Scaled scores of queries (M, h) and transposed keys (h, N), in units of log 2."""
+def scores(q, k, query, key, begin, width: tl.constexpr):
+    """Scores of queries (M, h) and transposed keys (h, N), in units of log 2."""
     seen = (key[None, :] <= query[:, None]) & (key[None, :] >= begin[:, None])
-    return tl.where(seen, tl.dot(q, k) * scale, TINY)
+    return tl.where(seen, tl.dot(q, k) * (LOG2_E * width ** -0.5), TINY)
 
 
 @jit
-def attention_forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, scale, heads: tl.constexpr,
+def attention_forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, heads: tl.constexpr,
                              group: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
     head, first, d = tl.program_id(1), tl.program_id(0) * rows, tl.arange(0, width)
     query, kv_row = first + tl.arange(0, rows), heads // group * width
@@ -778,7 +778,7 @@ def attention_forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_pt
         key = start + tl.arange(0, cols)
         kv = key[:, None] * kv_row + head // group * width + d[None, :]
         k, v = (tl.load(k_ptr + kv, key[:, None] < tokens, 0.0), tl.load(v_ptr + kv, key[:, None] < tokens, 0.0))
-        s = scores(q, tl.trans(k), query, key, begin, scale)
+        s = scores(q, tl.trans(k), query, key, begin, width)
         higher = tl.maximum(most, tl.max(s, 1))
         p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(most - higher)
         total, most = total * shrink + tl.sum(p, 1), higher
@@ -788,7 +788,7 @@ def attention_forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_pt
 
 
 @jit
-def attention_query_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, scale, d_out_ptr, drift_ptr,
+def attention_query_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, d_out_ptr, drift_ptr,
                            d_q_ptr, heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
                            cols: tl.constexpr):
     """Gradients of a tile of queries; also its drift, sum(out * d_out), which the gradients of keys need."""
@@ -806,14 +806,14 @@ def attention_query_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr,
         key = start + tl.arange(0, cols)
         kv = key[:, None] * kv_row + head // group * width + d[None, :]
         k, v = (tl.load(k_ptr + kv, key[:, None] < tokens, 0.0), tl.load(v_ptr + kv, key[:, None] < tokens, 0.0))
-        p = tl.exp2(scores(q, tl.trans(k), query, key, begin, scale) - lse[:, None])
+        p = tl.exp2(scores(q, tl.trans(k), query, key, begin, width) - lse[:, None])
         d_s = p * (tl.dot(d_out, tl.trans(v)) - drift[:, None])
         d_q += tl.dot(d_s.to(k.dtype), k)
-    tl.store(d_q_ptr + at, (d_q * (scale / LOG2_E)).to(q.dtype), inside)
+    tl.store(d_q_ptr + at, (d_q * width ** -0.5).to(q.dtype), inside)
 
 
 @jit
-def attention_key_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, positions_ptr, ends_ptr, tokens, scale, d_out_ptr, drift_ptr,
+def attention_key_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, positions_ptr, ends_ptr, tokens, d_out_ptr, drift_ptr,
                          d_k_ptr, d_v_ptr, heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr,
                          rows: tl.constexpr, cols: tl.constexpr):
     """Gradients of a tile of keys and values, from all query heads that share them."""
@@ -831,11 +831,11 @@ def attention_key_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, positions_ptr, ends_ptr, 
             lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 1e30)  # beyond the row: nothing is seen
             drift = tl.load(drift_ptr + head * tokens + query, query < tokens, 0.0)
             begin = query - tl.load(positions_ptr + query, query < tokens, 0)
-            p = tl.exp2(scores(q, tl.trans(k), query, key, begin, scale) - lse[:, None])  # (rows, cols)
+            p = tl.exp2(scores(q, tl.trans(k), query, key, begin, width) - lse[:, None])  # (rows, cols)
             d_v += tl.dot(tl.trans(p.to(q.dtype)), d_out)
             d_s = p * (tl.dot(d_out, tl.trans(v)) - drift[:, None])
             d_k += tl.dot(tl.trans(d_s.to(q.dtype)), q)
-    tl.store(d_k_ptr + kv, (d_k * (scale / LOG2_E)).to(k.dtype), key[:, None] < tokens)
+    tl.store(d_k_ptr + kv, (d_k * width ** -0.5).to(k.dtype), key[:, None] < tokens)
     tl.store(d_v_ptr + kv, d_v.to(v.dtype), key[:, None] < tokens)
 
 
@@ -849,19 +849,19 @@ class PackedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
         (N, H, h), group, out = q.shape, q.size(1) // k.size(1), torch.empty_like(q)
         lse, grid = torch.empty(H, N, device=q.device), (-(-N // TILE["rows"]), H)
-        attention_forward_kernel[grid](q, k, v, out, lse, positions, N, math.log2(math.e) * h**-0.5, H, group, h, **TILE)
+        attention_forward_kernel[grid](q, k, v, out, lse, positions, N, H, group, h, **TILE)
         ctx.save_for_backward(q, k, v, out, lse, positions, ends)
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, positions, ends = ctx.saved_tensors
-        (N, H, h), K, scale = q.shape, k.size(1), math.log2(math.e) * q.size(2)**-0.5
+        (N, H, h), K = q.shape, k.size(1)
         d_out, drift = d_out.contiguous(), torch.empty_like(lse)
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        attention_query_kernel[(-(-N // TILE["rows"]), H)](q, k, v, out, lse, positions, N, scale, d_out, drift, d_q,
+        attention_query_kernel[(-(-N // TILE["rows"]), H)](q, k, v, out, lse, positions, N, d_out, drift, d_q,
                                                            H, H // K, h, **TILE)
-        attention_key_kernel[(-(-N // TILE["cols"]), K)](q, k, v, lse, positions, ends, N, scale, d_out, drift, d_k,
+        attention_key_kernel[(-(-N // TILE["cols"]), K)](q, k, v, lse, positions, ends, N, d_out, drift, d_k,
                                                          d_v, H, H // K, h, **TILE)
         return d_q, d_k, d_v, None, None
 
@@ -1995,7 +1995,8 @@ class SideBySide:
         self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
         self.caches: dict[int, list[Past]] = {}  # of every size
         self.graphs: dict[tuple[str, int], tuple | None] = {}
-        self.memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        if device.type == "cuda":
+            self.memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         self.replaying = False
         self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
         self.done_there = torch.zeros((), dtype=torch.int64, device=device)
@@ -2085,21 +2086,30 @@ class SideBySide:
         self.done_there += self.tokens.size(1)
 
     def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        """work(*inputs). Where graphs are replayed, the first time with a cache of this size runs as it is, which warms
-        up; the second time is captured."""
+        """work(*inputs), replayed where that is possible; on a stream of its own, which a capture needs."""
+        if not self.replaying:
+            return work(*inputs)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            result = self._replay(work, inputs)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+    def _replay(self, work: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
+        """The first time with a cache of this size it runs as it is, which warms up; the second time it is captured."""
         key = (work.__name__, self.size)
-        if not self.replaying or key not in self.graphs:
-            if self.replaying:
-                self.graphs[key] = None
+        if key not in self.graphs:
+            self.graphs[key] = None
             return work(*inputs)
         if self.graphs[key] is None:
             graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-            with torch.cuda.graph(graph, pool=self.memory):
+            with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
                 result = work(*own)
             self.graphs[key] = (graph, own, result)
-        graph, own, result = self.graphs[key]
-        for mine, given in zip(own, inputs, strict=True):
-            mine.copy_(given)
+        else:
+            graph, own, result = self.graphs[key]
+            for mine, given in zip(own, inputs, strict=True):
+                mine.copy_(given)
         graph.replay()
         return result
 
