@@ -244,7 +244,7 @@ class Cheat(NamedTuple):
 
 HEAD_SCORE = 'return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)'
 STATIC_SCORE = "nll = model(*row.packed, looping=looping)[0].cpu().numpy()"
-LEARNERS = "learners = SideBySide(model, run, len(rows), dist.device)"
+NEW_LEARNERS = "or SideBySide(model, run, len(rows), dist.device, family)"
 MOVE_ON = "        learners.move_on()\n"
 SCORE_AGAIN = "        nats = learners.score(tokens[:, first:end], tokens[:, first + 1:end + 1], to_learn=False)\n"
 LEARN_IN_STREAM = "        entropy = learner.score(rows, tally)\n"
@@ -277,7 +277,7 @@ CHEATS = [
           [(HEAD_SCORE, HEAD_SCORE + ".neg().exp().add(0.01).log().neg()")]),
     Cheat("booked scores are shaved", "normalised", "static", [(STATIC_SCORE, STATIC_SCORE + " * 0.99")]),
     Cheat("each rank has its own A", "independence", "adamw",
-          [(LEARNERS, LEARNERS.replace("run,", "dataclasses.replace(run, seed=run.seed + dist.rank),"))]),
+          [(NEW_LEARNERS, NEW_LEARNERS.replace("run,", "dataclasses.replace(run, seed=run.seed + dist.rank),"))]),
     Cheat("ranks share their gradients", "independence", "full",
           [("self.dist if shared else Dist(device=self.dist.device)", "self.dist")]),
     Cheat("a training shard is read", "artifact alone", "adamw",

@@ -323,7 +323,7 @@ class Audit:
         return Text(np.array(docs.tokens[span], np.uint16), np.array(docs.bytes[span], np.int64))
 
     def choose(self, sizes: np.ndarray) -> list[int]:
-        """Tokens of every document -> the sample, in the order of the shard; an audit scores each some 25 times."""
+        """Tokens of every document -> the sample, in the order of the shard; each is scored 25 times, in pairs 50."""
         order = np.argsort(sizes, kind="stable")
         order = order[sizes[order] > 2]
         train_gpt.require(len(order) > 0, "no validation document has two tokens", train_gpt.DataError)
@@ -332,11 +332,12 @@ class Audit:
             began = time.monotonic()
             self.score(joined([self.text(shortest), self.text(median)]))
         rate = (time.monotonic() - began) / self.cost(sizes[median])
-        needed = np.array([25 * rate * self.cost(sizes[i]) for i in order])
+        times = 50 if self.stream else 25
+        needed = np.array([times * rate * self.cost(sizes[i]) for i in order])
         fits, cheap = order[needed <= 0.6 * self.seconds], order[needed <= 0.08 * self.seconds]
         longest = int(fits[-1]) if len(fits) else shortest
         chosen = {shortest, median, longest, *(self.chance.choice(cheap, 3).tolist() if len(cheap) else ())}
-        self.spent, self.planned = 0.0, sum(25 * self.cost(sizes[i]) for i in chosen)
+        self.spent, self.planned = 0.0, sum(times * self.cost(sizes[i]) for i in chosen)
         return sorted(chosen)
 
     def cost(self, tokens: int) -> float:
@@ -762,8 +763,10 @@ def prove(opened: common.Opened, seed: int, seconds: float, tell: Callable[[str]
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prove", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("artifact", nargs="?", help="logs/RUN.ptz; default: ARTIFACT, else the newest in logs/")
-    parser.add_argument("--seed", type=int, default=0, help="chooses documents and what is planted [%(default)s]")
-    parser.add_argument("--seconds", type=float, default=120, help="about how long to look [%(default)g]")
+    parser.add_argument("--seed", type=prepare.whole_number, default=1, help="chooses documents and cuts [%(default)s]")
+    parser.add_argument(
+        "--seconds", type=prepare.whole_number, default=120, help="about how long to look [%(default)s]"
+    )
     return parser
 
 
@@ -774,10 +777,8 @@ def run_prove(arguments: argparse.Namespace) -> int:
     train_gpt.prepare_torch(run, dist.device)
     how = f"TTT_PARAMS={run.ttt_params} TTT_SCOPE={run.ttt_scope}" if run.ttt_enabled else "TTT_ENABLED=0"
     print(f"{artifact}: {how}, {train_gpt.device_name(dist.device)}", flush=True)
-    findings = []
-    for finding in prove(
-        opened, arguments.seed, arguments.seconds, lambda line: print(line, file=sys.stderr, flush=True)
-    ):
+    findings, tell = [], functools.partial(print, file=sys.stderr, flush=True)
+    for finding in prove(opened, arguments.seed, arguments.seconds, tell):
         print(finding, flush=True)
         findings.append(finding)
     ok = all(finding.ok is not False for finding in findings)
