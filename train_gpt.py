@@ -464,7 +464,7 @@ class Stopwatch:
         return sum(self.seconds.get(name, 0.0) for name in names)
 
 
-TRAINING_CLOCK = ("train", "calibrate", "quantise", "pack")  # from the first real batch to the packed file
+TRAINING_CLOCK = ("train", "choose", "calibrate", "quantise", "pack")  # from the first real batch to the packed file
 EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from opening the artifact to the final score
 
 
@@ -711,6 +711,16 @@ class TrainingStream:
             out[filled:filled + len(part)] = part
             filled, at = filled + len(part), (at + len(part)) % self.total
         return out
+
+    def held_out(self) -> Documents:
+        """The whole documents of the text that training never reads, a byte a token: nobody counts theirs."""
+        begins = self.ends - [len(s) for s in self.shards]
+        text = np.concatenate([s[max(0, self.total - begin):] for s, begin in zip(self.shards, begins, strict=True)])
+        starts = np.flatnonzero(text == BOS)
+        text = text[starts[0]:starts[-1]] if len(starts) else text[:0]
+        require(int(text.max(initial=0)) < self.vocab_size, f"{self.paths[-1]}: held-out tokens are not below "
+                f"VOCAB_SIZE={self.vocab_size}: the shards were made with another tokenizer", DataError)
+        return split_documents(text, np.ones(len(text), np.int64))
 
     def _load(self, batch: int) -> list[Packed]:
         rows = self.rows_per_pass * self.run.train_row_tokens
@@ -2503,10 +2513,24 @@ def load_artifact(path: Path, plan: Plan) -> GPT:
     return model
 
 
-def static_tally(model: GPT, plan: Plan, looping: bool = True) -> Tally:
-    tally = Tally(plan.validation)
-    score_static(model, plan.validation, range(len(plan.validation)), plan.run, plan.dist, tally, looping)
+def static_tally(model: GPT, plan: Plan, looping: bool = True, docs: Documents | None = None) -> Tally:
+    """The score of the validation set, or of other documents, without adaptation."""
+    tally = Tally(plan.validation if docs is None else docs)
+    score_static(model, tally.docs, range(len(tally.docs)), plan.run, plan.dist, tally, looping)
     return tally.gathered(plan.dist)
+
+
+def average_is_better(trainer: Trainer, plan: Plan, log: Log) -> bool:
+    """Whether the average of the weights or the last of them is read out: what scores better on held-out text."""
+    docs = plan.stream.held_out()
+    if not len(docs):
+        return True
+    last = static_tally(trainer.model, plan, docs=docs).nats.sum()
+    with trainer.average.applied():
+        average = static_tally(trainer.model, plan, docs=docs).nats.sum()
+    targets = len(docs.tokens) - 1
+    log(f"{len(docs)} held-out documents: average {average / targets:.5f}, last {last / targets:.5f} nats a token")
+    return bool(average <= last)
 
 
 def write_documents(path: Path, tally: Tally, static: Tally) -> None:
@@ -2556,7 +2580,9 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
                         path.with_suffix(".ckpt"))
     with watch.phase("validate"):
         last_bpb = static_tally(model, plan).bits_per_byte
-    with trainer.average.applied():
+    with watch.phase("choose"):
+        readout = "average" if average_is_better(trainer, plan, log) else "last"
+    with trainer.average.applied() if readout == "average" else contextlib.nullcontext():
         with watch.phase("validate"):
             prequant_bpb = static_tally(model, plan).bits_per_byte
         log(f"before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}")
@@ -2570,7 +2596,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         dist.barrier()
     tokens, seconds = trainer.step * run.train_batch_tokens, trainer.seconds_before + watch.total(*TRAINING_CLOCK)
     return {"steps": trainer.step, "train_tokens": tokens, "epochs": tokens / stream.total, "last_bpb": last_bpb,
-            "prequant_bpb": prequant_bpb, "history": history, "train_seconds": seconds}
+            "readout": readout, "prequant_bpb": prequant_bpb, "history": history, "train_seconds": seconds}
 
 
 def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
