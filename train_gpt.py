@@ -143,7 +143,7 @@ class RunConfig:
     artifact_bytes: int = knob(16_000_000, "most bytes of this file and the packed model together", unit="bytes", low=1)
     checkpoint_seconds: float = knob(0.0, "training time between two checkpoints, 0 = none", unit="s", low=0)
     resume: str = knob("", "a checkpoint to go on from")
-    compile: int = knob(1, "1 = compile the model on a GPU, 0 = run it eagerly", low=0, high=1)
+    compile: int = knob(1, "1 = compile or capture on a GPU, 0 = run eagerly", low=0, high=1)
 
     iterations: int = knob(0, "training steps, 0 = as many as the time allows", group="Budget", unit="steps", low=0)
     max_wallclock_seconds: float = knob(600.0, "from the first batch to the packed file, 0 = no limit", unit="s", low=0)
@@ -2054,7 +2054,7 @@ class SideBySide:
         """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
         if self.cached:
             self.make_room(tokens.size(1))
-        self.replaying = to_learn and self.cached and self.device.type == "cuda"
+        self.replaying = to_learn and self.cached and self.device.type == "cuda" and bool(self.run.compile)
         with torch.set_grad_enabled(to_learn):
             return self._do(self._score, tokens, targets)
 
@@ -2394,9 +2394,10 @@ class Evaluation:
             spent += costs[n]
             if self.seconds() - told > 10:
                 told = self.seconds()
-                left = (self.seconds() - began) * (sum(costs) / spent - 1)
+                left, here = (self.seconds() - began) * (sum(costs) / spent - 1), self.tally.counted > 0
+                bpb = self.tally.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
                 self.log(f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
-                         f"eval_s:{told:.0f} eta_s:{left:.0f}")
+                         f"bpb:{bpb:.4f} (of this rank's) eval_s:{told:.0f} eta_s:{left:.0f}")
 
 # -----------------------------------------------------------------------------
 # main: check, train, quantise, pack, read back from the disk, score.
@@ -2453,6 +2454,8 @@ def check_setup(plan: Plan, log: Log) -> None:
     free = shutil.disk_usage(".").free
     need = 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
     require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some space", UserError)
+    require(dist.device.type == "cpu" or model.head_dim in (16, 32, 64, 128), f"heads are MODEL_DIM / NUM_HEADS = "
+            f"{model.head_dim} wide; on a GPU they must be 16, 32, 64 or 128")
     log(f"devices: {dist.world} x {device_name(dist.device)}, {memory_bytes(dist.device) / 2**30:.0f} GiB each")
     log(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
     if plan.stream is None:
@@ -2691,6 +2694,7 @@ def run_all(only_check: bool) -> None:
     result |= evaluate(plan, log, watch, artifact, run_id)
     size = artifact.stat().st_size
     result |= {"artifact_bytes": size, "code_bytes": len(code()), "total_bytes": size + len(code()),
+               "artifact_sha256": hashlib.sha256(read_file(artifact)).hexdigest(),
                "artifact_parts": part_bytes(artifact), "world_size": dist.world, "device": device_name(dist.device),
                "versions": versions()}
     if dist.main:
@@ -2710,7 +2714,7 @@ def part_bytes(path: Path) -> dict[str, int]:
     return parts | {"header": len(data) - sum(parts.values())}
 
 
-def end_quickly(folder: Path, grace_s: float = 3.0) -> None:
+def end_quickly(grace_s: float = 3.0) -> None:
     """Ctrl-C and torchrun's SIGTERM raise KeyboardInterrupt; a rank that waits in a collective would never see it, so a
     thread that the signal wakes ends the process after a moment, without leaving a half-written file."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -2723,7 +2727,7 @@ def end_quickly(folder: Path, grace_s: float = 3.0) -> None:
         while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
             pass
         time.sleep(grace_s)
-        for partial in folder.glob(f".*.{os.getpid()}.partial"):
+        for partial in LOGS.rglob(f".*.{os.getpid()}.partial"):
             partial.unlink(missing_ok=True)
         os._exit(INTERRUPTED)
 
@@ -2738,7 +2742,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments not in ([], ["--check-setup"]):
         print(f"unknown argument {arguments[0]!r}; settings are environment variables, see --help", file=sys.stderr)
         return 2
-    end_quickly(LOGS)
+    end_quickly()
     try:
         run_all(only_check=bool(arguments))
     except (UserError, OSError) as error:
