@@ -12,6 +12,16 @@ usage() {
   ./run.sh              train, pack and score: with GPUs and prepared data the full run on all GPUs, else a small run
   ./run.sh check-setup  what that run would be, and whether this machine can do it
   ./run.sh data ...     fetch or make data: python data/prepare.py ...
+  ./run.sh prove ...    audit the score of an artifact (default: the newest in logs/), one line a property; two minutes
+  ./run.sh compress FILE OUT     the scorer as a lossless compressor; file names count from this folder
+  ./run.sh decompress OUT FILE   and back, exactly
+  ./run.sh sample ...   what an artifact would write after a prompt
+  ./run.sh sweep ...    rank combinations of knobs on held-out training text: TTT_LR=5e-5,1e-4 [--eval ARTIFACT]
+  ./run.sh compare A B  what two runs differ by, document by document
+  ./run.sh plot RUN...  pictures of finished runs, into logs/plots/
+  ./run.sh record ...   train and score every seed, audit, and write records/...: NAME --seeds 42,0,1234 --what TEXT
+  ./run.sh check ...    every number of a record folder against its logs; with its artifact, the score again
+  ./run.sh bench ...    speed on this machine: steps, kernels against their twins, where the time goes
   ./run.sh test         ruff and the default tests; `test slow`: the slow ones; `test all`: both; or pytest's arguments
   ./run.sh help         this text, then every knob
 
@@ -181,6 +191,17 @@ run_python() {
   exec "$python" "$@"
 }
 
+run_tool() { # its name and arguments
+  setup requirements.txt requirements-dev.txt
+  exec "$python" -m "tools.$1" "${@:2}"
+}
+
+run_tool_on_jobs() { # with the knobs and data that a run would have, but an artifact brings those of its own run
+  setup requirements.txt requirements-dev.txt
+  [[ " $* " == *" --eval"[\ =]* ]] || choose_job
+  exec "$python" -m "tools.$1" "${@:2}"
+}
+
 run_tests() {
   local status=0
   setup requirements.txt requirements-dev.txt
@@ -198,6 +219,9 @@ main() {
     "") start_job ;;
     check-setup) start_job --check-setup ;;
     data) run_python data/prepare.py "$@" ;;
+    prove | compress | decompress | sample | check) run_python -m "tools.$command" "$@" ;;
+    compare | plot | bench) run_tool "$command" "$@" ;;
+    sweep | record) run_tool_on_jobs "$command" "$@" ;;
     test) run_tests "$@" ;;
     help | -h | --help) usage && run_python train_gpt.py --help ;;
     *) fail 2 "unknown command '$command'; the commands are: $(commands)" ;;

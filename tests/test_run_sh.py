@@ -60,6 +60,8 @@ OLD_PYTHON = """\
 [ "$1" = --version ] && echo Python 3.10.12 && exit
 exec "$STUB_PYTHON" -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])' "$2"
 """
+TOOLS = ("prove", "compress", "decompress", "sample", "sweep", "compare", "plot", "record", "check", "bench")
+COMMANDS = ("check-setup", "data", *TOOLS, "test", "help")
 STUBS = {
     "stubs/torch/__init__.py": TORCH,
     "stubs/torch/distributed/__init__.py": "",
@@ -70,7 +72,7 @@ STUBS = {
     "stubs/pytest.py": STARTED % "pytest" + 'sys.exit(int(os.environ.get("STUB_PYTEST_STATUS", "0")))\n',
     "train_gpt.py": STARTED % "train_gpt.py" + TRAIN,
     "data/prepare.py": STARTED % "prepare.py",
-}
+} | {f"tools/{name}.py": STARTED % name for name in TOOLS}
 
 
 class Machine:
@@ -140,7 +142,7 @@ def ready(machine):
 def test_unknown_command_is_refused_with_the_known_ones(machine):
     done = machine.run("tain")
     assert done.returncode == 2
-    assert done.stderr.strip() == "run.sh: unknown command 'tain'; the commands are: check-setup data test help"
+    assert done.stderr.strip() == "run.sh: unknown command 'tain'; the commands are: " + " ".join(COMMANDS)
 
 
 @pytest.mark.parametrize("name", ["help", "-h", "--help"])
@@ -154,6 +156,21 @@ def test_help_is_that_of_run_sh_and_then_the_knobs(ready, name):
 def test_data_passes_its_arguments_on(ready):
     assert ready.run("data", "jsonl", "my texts/*.jsonl").returncode == 0
     assert [call["args"] for call in ready.started("prepare.py")] == [["jsonl", "my texts/*.jsonl"]]
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tool_gets_its_arguments(ready, name):
+    assert ready.run(name, "a file", "--option", "2").returncode == 0
+    (call,) = ready.started(name)
+    assert call["args"] == ["a file", "--option", "2"]
+    knobs = {"sweep", "record"}  # these start runs, so they get what a run would get
+    assert ("ITERATIONS" in call["env"]) == (name in knobs) == bool(ready.started("prepare.py"))
+
+
+def test_a_sweep_of_an_artifact_gets_no_knobs_of_the_small_run(ready):
+    ready.run("sweep", "TTT_LR=1e-4,2e-4", "--eval", "logs/other.ptz")
+    (call,) = ready.started("sweep")
+    assert "ITERATIONS" not in call["env"] and ready.started("prepare.py") == []
 
 
 def test_the_entry_s_exit_status_is_passed_on(ready):
