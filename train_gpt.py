@@ -55,14 +55,11 @@ except ImportError:  # a CPU needs none
 
 BOS = 1  # stands before every document; a constant of the data, not a knob
 
-
 class UserError(ValueError):
     """What a user can cause and mend: the message says what was found, what was expected and what to do."""
 
-
 class ConfigError(UserError):
     """A knob or a combination of knobs that cannot be run."""
-
 
 class DataError(UserError):
     """A file from outside that is not what it should be."""
@@ -77,7 +74,6 @@ def knob(default: Any, doc: str, *, group: str = "", unit: str = "", low: float 
     values without which this one has no effect, so that setting it then is refused. `group` opens a group of --help."""
     meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, full=full, only=only or {})
     return field(default=default if full is None else None, metadata=meta)
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -125,11 +121,9 @@ class ModelConfig:
     def kv_dim(self) -> int:
         return self.head_dim * self.num_kv_heads
 
-
 LORA, FULL = {"ttt_params": "lora"}, {"ttt_params": "full"}
 SIDE_BY_SIDE = LORA | {"ttt_scope": "document"}
 SGD, ADAMW = {"ttt_optimizer": "sgd"}, {"ttt_optimizer": "adamw"}
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -259,16 +253,13 @@ class RunConfig:
         """A step of adaptation costs a chunk, not a window: small passes, which need no compiled code."""
         return self.batched_ttt and self.ttt_context == "cache"
 
-
 LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
 CONFIGS = (ModelConfig, RunConfig)
 OUR_FAMILIES = ("TTT_", "MUON_", "GPTQ_", "QUANT_", "XSA_", "ROPE_", "LOOP_", "SMEAR_", "ATTN_GATE_", "UNET_", "EVAL_")
 
-
 def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> None:
     if not ok:
         raise error(message)
-
 
 def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     """One environment string -> one checked value."""
@@ -287,7 +278,6 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     require(high is None or value <= high, want + f"at most {high}")
     return value
 
-
 def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
     """A name that looks like a knob of ours and is none is an error, so that a typing error or a retired knob in an old
     script fails loudly instead of silently training something else. Other programs' variables are left alone."""
@@ -296,7 +286,6 @@ def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
         ours = name.startswith(OUR_FAMILIES)
         near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0 if ours else 0.87)
         require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
-
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
     """Build both configs from the environment; the only function that reads it, with Dist.from_env."""
@@ -312,19 +301,15 @@ def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfi
         require(applies(f, run), f"{name.upper()} has no effect here: it needs {needs(f)}")
     return model, run
 
-
 def applies(f: dataclasses.Field, config: Any) -> bool:
     return all(getattr(config, name) == value for name, value in f.metadata["only"].items())
-
 
 def needs(f: dataclasses.Field) -> str:
     return " and ".join(f"{name.upper()}={value}" for name, value in f.metadata["only"].items())
 
-
 def settings(*configs: Any) -> dict[str, str]:
     """The knobs of these configs as an environment would give them; those without effect are left out."""
     return {f.name.upper(): str(getattr(c, f.name)) for c in configs for f in fields(c) if applies(f, c)}
-
 
 def describe_knobs() -> str:
     """The text of --help: every knob with its default, unit and meaning, in groups."""
@@ -415,7 +400,6 @@ class Dist:
         if self.world > 1:
             torch_dist.destroy_process_group()
 
-
 class Log:
     """Lines to the screen and to logs/<RUN_ID>.txt; rank 0 alone has either."""
 
@@ -431,7 +415,6 @@ class Log:
         if self.file is not None:
             self.file.write(message + "\n")
             self.file.flush()
-
 
 class Stopwatch:
     """Seconds of every phase. `clock` names the phases that count against a limit; pauses are phases of their own."""
@@ -463,10 +446,8 @@ class Stopwatch:
         self._book()
         return sum(self.seconds.get(name, 0.0) for name in names)
 
-
 TRAINING_CLOCK = ("train", "choose", "calibrate", "quantise", "pack")  # from the first real batch to the packed file
 EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from opening the artifact to the final score
-
 
 def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
     """Write beside, then rename: a reader sees the whole file or none, and an interrupted write leaves nothing."""
@@ -490,7 +471,6 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
-
 def read_shard(path: Path | str) -> np.ndarray:
     """Memory-map a shard: 256 little-endian int32 (magic, version, count, zeros), then `count` uint16 -> (count,)."""
     path, header_bytes = Path(path), 4 * SHARD_HEADER_INTS
@@ -510,7 +490,6 @@ def read_shard(path: Path | str) -> np.ndarray:
                         f"{(size - header_bytes) / 2:g}: truncated or damaged; {hint}")
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,)) if count else np.zeros(0, "<u2")
 
-
 def find_shards(folder: str, kind: str) -> list[Path]:
     """The shards fineweb_<kind>_NNNNNN.bin of a folder, in order; at least one."""
     paths = sorted(Path(folder).glob(f"fineweb_{kind}_[0-9]*.bin"))
@@ -519,13 +498,11 @@ def find_shards(folder: str, kind: str) -> list[Path]:
                         "or set DATA_PATH to a prepared folder")
     return paths
 
-
 class PieceBytes(NamedTuple):
     """What a tokenizer's pieces weigh, by the contest's formula."""
     plain: np.ndarray    # (V,) int64, UTF-8 bytes of the piece without its leading space mark
     space: np.ndarray    # (V,) bool, it begins with the space mark
     control: np.ndarray  # (V,) bool, control or unknown: no bytes, and no space is counted after it
-
 
 def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
     """A byte piece is 1 byte; any other its UTF-8 length without the leading "▁"; control and unknown pieces 0."""
@@ -540,19 +517,16 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
         plain[i] = 1 if tokenizer.is_byte(i) else len(piece.removeprefix("▁").encode())
     return PieceBytes(plain, space, control)
 
-
 def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
     """Bytes that every token of a stream stands for: its piece's, and 1 for a leading space unless the token before is
     a control token such as BOS. (n,) -> (n,) int64; the first token, which nobody predicts, has no token before it."""
     after_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])
     return pieces.plain[tokens] + (pieces.space[tokens] & after_text)
 
-
 class Tokenizer(NamedTuple):
     path: Path
     sha256: str
     processor: sentencepiece.SentencePieceProcessor
-
 
 def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     """The tokenizer of the data: TOKENIZER_PATH, or what the manifest in DATA_PATH names."""
@@ -575,7 +549,6 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
             DataError)
     return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor)
 
-
 def manifest_value(folder: Path, *keys: str) -> Any:
     """An entry of a prepared folder's manifest.json, None where there is none."""
     try:
@@ -585,7 +558,6 @@ def manifest_value(folder: Path, *keys: str) -> Any:
         return value
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
 
 class Documents(NamedTuple):
     """The validation set: a stream of tokens and where its documents begin."""
@@ -614,10 +586,8 @@ class Documents(NamedTuple):
         ahead = np.concatenate([[0], np.cumsum(self.bytes[1:], dtype=np.int64)])  # ahead[t]: bytes of targets 1..t
         return ahead[self.starts[:-1] + self.lengths] - ahead[self.starts[:-1]]
 
-
 def split_documents(tokens: np.ndarray, token_bytes: np.ndarray) -> Documents:
     return Documents(tokens, token_bytes, np.append(np.flatnonzero(tokens == BOS), len(tokens)))
-
 
 def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Documents:
     """All validation shards, checked whole: they are small, and a wrong one would cost a whole run."""
@@ -643,12 +613,10 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
     require(docs.target_bytes().sum() > 0, f"DATA_PATH={folder}: validation stands for no text at all", DataError)
     return docs
 
-
 class Segments(NamedTuple):
     """Where attention restarts in a packed row of N tokens."""
     positions: Tensor  # (N,) int32, place of every token in its segment
     ends: Tensor       # (N,) int32, where the segment of every token ends
-
 
 def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
     """First tokens of the segments of consecutive rows: a row's first token, every BOS, and every seq_len tokens after
@@ -660,13 +628,11 @@ def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndar
     nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return np.repeat(starts, pieces) + nth * seq_len
 
-
 class Packed(NamedTuple):
     """One forward pass of packed text."""
     tokens: Tensor   # (1, N) int64
     targets: Tensor  # (1, N) int64
     segments: Segments
-
 
 def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Packed:
     """Arrays (N,), (N,), (S,) -> device tensors; the copy does not wait for the GPU."""
@@ -677,7 +643,6 @@ def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device
     if device.type == "cuda":
         parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
     return Packed(parts[0][None], parts[1][None], Segments(parts[2], parts[3]))
-
 
 class TrainingStream:
     """The training shards as one endless stream, dealt in batches of consecutive rows. Batch b is the same whatever the
@@ -740,7 +705,6 @@ class TrainingStream:
         self.next = (number + 1, self.worker.submit(self._load, number + 1))
         return got
 
-
 def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
     """(rows of one forward pass, passes of a step) on each rank."""
     rows = run.train_batch_tokens // run.train_row_tokens
@@ -765,13 +729,11 @@ jit = triton.jit if triton else lambda kernel: kernel
 constant = tl.constexpr if triton else float
 TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score that counts for nothing, yet no infinity
 
-
 @jit
 def scores(q, k, query, key, begin, width: tl.constexpr):
     """Scores of queries (M, h) and transposed keys (h, N), in units of log 2."""
     seen = (key[None, :] <= query[:, None]) & (key[None, :] >= begin[:, None])
     return tl.where(seen, tl.dot(q, k) * (LOG2_E * width ** -0.5), TINY)
-
 
 @jit
 def attention_forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, heads: tl.constexpr,
@@ -796,7 +758,6 @@ def attention_forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_pt
     tl.store(out_ptr + at, (out / total[:, None]).to(q.dtype), inside)
     tl.store(lse_ptr + head * tokens + query, most + tl.log2(total), query < tokens)
 
-
 @jit
 def attention_query_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, d_out_ptr, drift_ptr,
                            d_q_ptr, heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
@@ -820,7 +781,6 @@ def attention_query_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr,
         d_s = p * (tl.dot(d_out, tl.trans(v)) - drift[:, None])
         d_q += tl.dot(d_s.to(k.dtype), k)
     tl.store(d_q_ptr + at, (d_q * width ** -0.5).to(q.dtype), inside)
-
 
 @jit
 def attention_key_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, positions_ptr, ends_ptr, tokens, d_out_ptr, drift_ptr,
@@ -848,9 +808,7 @@ def attention_key_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, positions_ptr, ends_ptr, 
     tl.store(d_k_ptr + kv, (d_k * width ** -0.5).to(k.dtype), key[:, None] < tokens)
     tl.store(d_v_ptr + kv, d_v.to(v.dtype), key[:, None] < tokens)
 
-
 TILE = dict(rows=64, cols=64, num_warps=4, num_stages=3)  # the fastest of those tried on an H200
-
 
 class PackedAttention(torch.autograd.Function):
     """The kernels above; `attend_plainly` is their twin."""
@@ -875,7 +833,6 @@ class PackedAttention(torch.autograd.Function):
                                                          d_v, H, H // K, h, **TILE)
         return d_q, d_k, d_v, None, None
 
-
 class Past:
     """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
 
@@ -889,12 +846,10 @@ class Past:
         self.latest = k.detach(), v.detach()
         return [torch.cat(pair, 1) for pair in zip(self.ring, (k, v), strict=True)]
 
-
 class Chunk(NamedTuple):
     """The place of a chunk of C tokens in its documents: what the forward pass needs of the chunks before."""
     positions: Tensor  # (1 + C,) int64, of the token before it and of its own
     visits: list[Past]
-
 
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Segments | Past | None) -> Tensor:
     """Causal attention inside every segment, or after what is past, or else inside every row.
@@ -907,13 +862,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, place: Segments | Past | None) -> Te
         return PackedAttention.apply(q[0].contiguous(), k[0].contiguous(), v[0].contiguous(), *place)[None]
     return attend_plainly(q, k, v, place)
 
-
 def attend_plainly(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
     """What the kernels compute, segment by segment."""
     sizes = torch.unique_consecutive(segments.ends, return_counts=True)[1].tolist()
     parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
     return torch.cat([attend_rows(*part) for part in parts], 1)
-
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, K, T, h) twice
@@ -922,7 +875,6 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     grouped = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
-
 
 def attend_after(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """Queries of a chunk on keys and values of tokens before it and its own: (B, C, H, h), (B, T, K, h) twice, which
@@ -934,14 +886,12 @@ def attend_after(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h)
 
-
 def rotary(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position's angles: (..., T) -> two of (..., T, 1, dims / 2), fp32.
     RoPE, Su et al. 2021 (arXiv 2104.09864), on the first `dims` dimensions of a head."""
     frequency = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1))
     angle = positions[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
-
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + dims / 2) of the first `dims` dimensions of every head: (B, T, H, h) -> the same."""
@@ -963,7 +913,6 @@ class LowRank(NamedTuple):
         """(B, T, in) -> (B, T, out)"""
         return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
 
-
 class Deltas(NamedTuple):
     """The corrections of one visit to a block; None leaves a matrix alone. `mlp` stands beside the whole MLP."""
     q: LowRank | None = None
@@ -972,9 +921,7 @@ class Deltas(NamedTuple):
     o: LowRank | None = None
     mlp: LowRank | None = None
 
-
 NO_DELTAS = Deltas()
-
 
 class Linear(nn.Module):
     """A matrix: fp32 master weight, multiplied in the dtype of x, with an optional test-time correction."""
@@ -987,10 +934,8 @@ class Linear(nn.Module):
         y = F.linear(x, self.weight.to(x.dtype))
         return y if delta is None else y + delta(x)
 
-
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
-
 
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys, partial RoPE, XSA and a sparse output gate."""
@@ -1022,7 +967,6 @@ class Attention(nn.Module):
             y = y * (self.gate_scale * F.linear(n[..., :self.gate_width], self.gate.to(n.dtype))).sigmoid()[..., None]
         return self.o(y.reshape(B, T, D), d.o)
 
-
 class MLP(nn.Module):
     """down(LeakyReLU(up(x)) squared), and beside it an optional correction."""
 
@@ -1035,7 +979,6 @@ class MLP(nn.Module):
     def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
         y = self.down(F.leaky_relu(self.up(x), self.slope).square())
         return y if delta is None else y + delta(x)
-
 
 class Block(nn.Module):
     """Attention, then the MLP, on one residual stream."""
@@ -1066,7 +1009,6 @@ class Block(nn.Module):
         x = x + self.attend_to(x, rope, place, d)
         return x + self.think_on(x, d)
 
-
 class LaneBlock(Block):
     """Attention and MLP side by side: one reads lane `a`, the other lane `m`, and both write to both."""
     lanes = True
@@ -1082,14 +1024,12 @@ class LaneBlock(Block):
         keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
         return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
 
-
 class Skip(nn.Module):
     """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate))."""
 
     def forward(self, x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         """(B, T, D) twice, (D,) twice -> (B, T, D)"""
         return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
-
 
 class Input(nn.Module):
     """Tokens to normalised embeddings, each smeared with the one before it in its document."""
@@ -1108,7 +1048,6 @@ class Input(nn.Module):
             gate = gate * ((tokens != BOS) & (positions > 0))  # nothing passes into a document, nor into a segment
             e = torch.cat([e[:, :1], e[:, 1:] + gate[:, 1:, None] * e[:, :-1]], 1)
         return norm(e).to(dtype)
-
 
 class Head(nn.Module):
     """Hidden states to scores: logits of the tied embedding, soft-capped, over the whole vocabulary."""
@@ -1133,13 +1072,11 @@ class Head(nn.Module):
         log_p = self.logits(x, embedding, delta).log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1)
 
-
 class Visit(NamedTuple):
     """One step of the trunk. Loops and skips are data, decided here and nowhere else."""
     block: int
     saves: bool       # its output goes to a later visit
     skip: int | None  # row of skip_weight, where an earlier output arrives
-
 
 def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
     """The visits of a forward pass. The first half saves, the second takes back, last saved first (a U-Net)."""
@@ -1150,7 +1087,6 @@ def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
     pairs = min(half, c.unet_skips)
     return tuple(Visit(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
                  for i, block in enumerate(order))
-
 
 class GPT(nn.Module):
     def __init__(self, c: ModelConfig):
@@ -1199,7 +1135,6 @@ class GPT(nn.Module):
         x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1):].contiguous()
         return self.head(x, targets, self.embed, None if adapter is None else adapter.head)
 
-
 def init_weights(model: GPT, seed: int) -> None:
     """Matrices orthogonal, those that write to the residual stream zero, the embedding narrow; the rest as built.
     Drawn on the CPU, so that every device and rank begins alike."""
@@ -1212,13 +1147,11 @@ def init_weights(model: GPT, seed: int) -> None:
         elif param_role(name) == "matrix":
             p.data.copy_(nn.init.orthogonal_(torch.empty(p.shape), generator=generator))
 
-
 def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
     """The one place that says what a parameter is; initialisation, optimizer and quantiser ask here."""
     if name == "embed":
         return "embedding"
     return "matrix" if name.endswith(".weight") else "scalar"
-
 
 def compile_parts(model: GPT, dynamic: bool) -> None:
     """Compile block by block: blocks of a kind share one graph, so that 17 visits cost two compilations. `dynamic`
@@ -1235,7 +1168,6 @@ def compile_parts(model: GPT, dynamic: bool) -> None:
 POLAR_EXPRESS = ((8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606),
                  (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324))
 
-
 def orthogonalise(g: Tensor, steps: int) -> Tensor:
     """The nearest semi-orthogonal matrix of each of a stack, roughly: singular values go to about 1. (n, r, c) -> same.
     bf16 on a GPU, where the iteration tolerates it; fp32 elsewhere."""
@@ -1248,7 +1180,6 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
         x = a * x + (b * s + c * (s @ s)) @ x
     return (x.mT if tall else x).to(g.dtype)
 
-
 def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
     """Nesterov momentum, rows set to one length, orthogonalised, scaled to the matrix's aspect. (n, r, c) -> same.
     Muon, Jordan 2024; row normalisation as MuonEq-R. `momentum` is updated in place."""
@@ -1257,12 +1188,10 @@ def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
     u = F.normalize(u, dim=-1)
     return orthogonalise(u, steps) * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
 
-
 class AdamRule(NamedTuple):
     beta1: float
     beta2: float
     eps: float
-
 
 def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Tensor,
                     rule: AdamRule) -> list[Tensor]:
@@ -1276,7 +1205,6 @@ def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tenso
     out = torch._foreach_div(first, denominator)
     torch._foreach_div_(out, 1 - rule.beta1 ** step)
     return out
-
 
 class MuonAdam:
     """The optimizer of training. Gradients are summed over ranks here; every rank keeps the momentum of its share of
@@ -1364,17 +1292,14 @@ CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
 
-
 def read_file(path: str | Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
-
 def tensor_bytes(t: Tensor) -> bytes:
     return t.detach().cpu().contiguous().numpy().tobytes()
-
 
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
     """Tensors of STORED_TYPES and JSON-able `meta` -> a container; `level` is zstd's, None stores tensors as they are.
@@ -1389,7 +1314,6 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | No
     header = zstandard.ZstdCompressor(level=19).compress(header.encode())
     body = b"".join([CONTAINER_MAGIC, struct.pack("<I", len(header)), header, *blobs])
     return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
-
 
 def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
     """A container's checked bytes -> (its header, where the tensors begin)."""
@@ -1407,7 +1331,6 @@ def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
         require(end + sum(entry[3] for entry in header["tensors"]) == len(body), "sizes do not add up")
         return header, end
 
-
 def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
     header, at = read_header(data, what)
@@ -1419,7 +1342,6 @@ def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             at += size
         return dict(header["meta"]), tensors
 
-
 @contextlib.contextmanager
 def believing_nothing(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is the file's fault."""
@@ -1428,12 +1350,10 @@ def believing_nothing(what: str) -> Iterator[None]:
     except (KeyError, TypeError, ValueError, RecursionError, struct.error, zstandard.ZstdError) as error:
         raise DataError(f"{what}: the contents are not what the format promises ({error})") from error
 
-
 def decompress(frame: bytes, most: int) -> bytes:
     size = zstandard.get_frame_parameters(frame).content_size
     require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
-
 
 def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool) -> Tensor:
     dtype = STORED_TYPES[kind]
@@ -1455,17 +1375,14 @@ def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> fl
     by_time = seconds / max(limit, 1e-9) if run.max_wallclock_seconds else 0.0
     return max(by_steps, by_time)
 
-
 def lr_at(progress: float, run: RunConfig) -> float:
     """Factor on learning rates: 1, then falling in a line over the last WARMDOWN_FRAC of the budget, to MIN_LR."""
     return max(run.min_lr, min(1.0, (1.0 - progress) / run.warmdown_frac if run.warmdown_frac else 1.0))
-
 
 def momentum_at(progress: float, run: RunConfig) -> float:
     """Muon's momentum rises in a line over the first MUON_MOMENTUM_WARMUP_FRAC of the budget."""
     part = min(1.0, progress / run.muon_momentum_warmup_frac) if run.muon_momentum_warmup_frac else 1.0
     return run.muon_momentum_start + part * (run.muon_momentum - run.muon_momentum_start)
-
 
 class WeightAverage:
     """Exponential average of all parameters. Its horizon is a part of the budget, not a number of steps, so that a
@@ -1496,7 +1413,6 @@ class WeightAverage:
             held = p.detach().clone()
             p.copy_(value)
             value.copy_(held)
-
 
 class Trainer:
     """What training consists of, and what a checkpoint holds."""
@@ -1553,7 +1469,6 @@ class Trainer:
         self.put(tensors, meta["step"])
         self.step, self.progress, self.seconds_before = meta["step"], meta["progress"], meta["seconds"]
 
-
 def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
     """A batch of this run's shapes that has nothing to do with any text, for compilation and warm-up."""
     rows, passes = deal_rows(run, dist.world)
@@ -1562,7 +1477,6 @@ def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
     text[generator.random(len(text)) < 1 / 500] = BOS
     starts = segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len)
     return [pack_row(text[:-1], text[1:], starts, dist.device)] * passes
-
 
 def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
     """Compile both loop modes and touch every kernel on random tokens, rehearse what follows training, and restore the
@@ -1577,12 +1491,10 @@ def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> floa
     trainer.put(before, 0)
     return reserve
 
-
 def check_loss(loss: float, step: int, vocab_size: int) -> None:
     if not loss < 2 * math.log(vocab_size):  # also true for NaN
         raise UserError(f"training diverged: the loss of step {step} is {loss:.3f} nats, more than twice that of "
                         "guessing; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM")
-
 
 def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, reserve: float,
           validate: Callable[[], float], checkpoint: Path) -> list[tuple[int, float, float]]:
@@ -1651,7 +1563,6 @@ def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> di
         hook.remove()
     return {name: dist.sum_(h) for name, h in sums.items()}
 
-
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128) -> Tensor:
     """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
     (r, c) does: columns are rounded one after another, each one's error spread over those that follow.
@@ -1676,7 +1587,6 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: flo
         w[:, end:] -= errors @ upper[start:end, end:]
     return q[:, order.argsort()].to(torch.int8)
 
-
 class Grid(NamedTuple):
     """How a kind of matrix is rounded: to integers in +-qmax, which stand for +-clip deviations of a row."""
     qmax: int
@@ -1686,14 +1596,12 @@ class Grid(NamedTuple):
         """Step of every row (r,) fp16; at least the smallest normal fp16, so that no row divides by zero."""
         return (self.clip * weight.float().std(1) / self.qmax).clamp(2.0 ** -14, 65504).half()
 
-
 def grid_for(name: str, run: RunConfig, widen: float) -> Grid:
     """The grid of a matrix, its range widened by a common factor."""
     if param_role(name) == "embedding":
         return Grid(2 ** (run.embed_bits - 1) - 1, run.embed_clip_sigmas * widen)
     clip = run.mlp_clip_sigmas if ".mlp." in name else run.attn_clip_sigmas
     return Grid(2 ** (run.matrix_bits - 1) - 1, clip * widen)
-
 
 def entropy_bytes(weights: Mapping[str, Tensor], run: RunConfig, widen: float) -> float:
     """Bytes that the rounded weights hold at the entropy of their integers, matrix by matrix, with their scales."""
@@ -1705,7 +1613,6 @@ def entropy_bytes(weights: Mapping[str, Tensor], run: RunConfig, widen: float) -
         total += float(-(p * p.clamp(min=1e-300).log2()).sum()) * w.numel() / 8 + 2 * len(w)
     return total
 
-
 def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> float:
     """The smallest common widening of all ranges whose entropy fits the budget (bytes); none goes under the floor."""
     low = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas)
@@ -1716,7 +1623,6 @@ def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> 
         middle = math.sqrt(low * high)
         low, high = (low, middle) if entropy_bytes(weights, run, middle) <= budget else (middle, high)
     return high
-
 
 @torch.no_grad()
 def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, widen: float) -> dict[str, Tensor]:
@@ -1734,7 +1640,6 @@ def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: D
             torch.zeros(p.shape, dtype=torch.int8, device=p.device)
     return {name: dist.sum_(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())}
 
-
 def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -> None:
     """Names, types and shapes must be those that `quantise` stores of this network; takes no memory for it."""
     with torch.device("meta"):
@@ -1747,7 +1652,6 @@ def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -
     if wrong:
         raise DataError(f"{what}: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
 
-
 @torch.no_grad()
 def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> None:
     """Fill the model with what `quantise` stored."""
@@ -1756,7 +1660,6 @@ def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> None:
         scale = stored.get(f"{name}.scale")
         p.copy_(stored[name] if scale is None else (stored[name].mT.float() * scale.float()[:, None]))
         require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
-
 
 def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, watch: Stopwatch,
                   tokenizer_sha256: str, log: Log) -> bytes:
@@ -1782,7 +1685,6 @@ def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, di
         budget = (limit - (size - estimate)) * 0.998 - 500  # what was not entropy stays, for all we know
     raise UserError(f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
                     f"ARTIFACT_BYTES={run.artifact_bytes}: raise *_CLIP_SIGMAS, lower *_BITS or use a smaller model")
-
 
 def code() -> bytes:
     """The source that is counted: this file as it stands."""
@@ -1817,14 +1719,12 @@ class Tally:
     def bits_per_byte(self) -> float:
         return float(self.nats.sum() / math.log(2) / self.docs.target_bytes().sum())
 
-
 class Window(NamedTuple):
     """Inputs start..end-1 of a document, of which first..end-1 are scored (input i predicts token i + 1)."""
     document: int
     start: int
     first: int
     end: int
-
 
 def windows(document: int, begin: int, end: int, context: int, stride: int) -> Iterator[Window]:
     """The windows that score inputs begin..end-1 of a document: the first window reaches to `context`, each further one
@@ -1834,13 +1734,11 @@ def windows(document: int, begin: int, end: int, context: int, stride: int) -> I
         yield Window(document, max(0, edge - context), begin, min(edge, end))
         begin, edge = edge, edge + stride
 
-
 class Scored(NamedTuple):
     """A packed row of windows: what to run, whose targets it holds and which of them count."""
     packed: Packed
     documents: np.ndarray  # (N,)
     counted: np.ndarray    # (N,) bool
-
 
 def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     """Windows, in order, in rows of at most row_tokens."""
@@ -1852,7 +1750,6 @@ def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
         rows[-1].append(w)
         used += w.end - w.start
     return rows
-
 
 def fill_row(docs: Documents, row: list[Window], size: int, longest: int, device: torch.device) -> Scored:
     """The windows of a row, one after another; the rest is padding that nothing attends to and nothing counts."""
@@ -1867,7 +1764,6 @@ def fill_row(docs: Documents, row: list[Window], size: int, longest: int, device
     starts.extend(range(at, size, longest))
     return Scored(pack_row(text, targets, np.array(starts), device), documents, counted)
 
-
 def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:
     """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow."""
     size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, row_plan(plan, run.micro_batch_tokens)
@@ -1875,7 +1771,6 @@ def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist)
         size = min(size, -(-sum(w.end - w.start for w in rows[0]) // longest) * longest)
     for row in rows[dist.rank::dist.world]:
         yield fill_row(docs, row, size, longest, dist.device)
-
 
 @torch.no_grad()
 def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunConfig, dist: Dist, tally: Tally,
@@ -1923,7 +1818,6 @@ class Adapter:
         for t, start in zip(self.tensors(), self.starts, strict=True):
             t.copy_(start)
 
-
 class AdaptRule:
     """The step of test-time training, on tensors whose first dimension is the document: clipping, moments, decay and
     the learning rate are each document's own."""
@@ -1962,11 +1856,9 @@ class AdaptRule:
             rate = per_document(lr, t)
             t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, d, value=-multiplier)
 
-
 def per_document(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, ...), to go with (B, ...)"""
     return values.view(-1, *[1] * (like.ndim - 1))
-
 
 def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
     """Learning rate of a step on a chunk: by a cosine over its epochs, and scaled down in proportion where the chunk's
@@ -1977,13 +1869,10 @@ def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | f
     low, high = max(run.ttt_entropy_low, 1e-9), run.ttt_entropy_high or math.inf
     return rate * (entropy / low).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
 
-
 def wants_entropy(run: RunConfig) -> bool:
     return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
 
-
 SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
-
 
 class SideBySide:
     """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
@@ -2142,7 +2031,6 @@ class SideBySide:
         few.rule.steps_done.copy_(self.rule.steps_done)
         return few
 
-
 def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist, tally: Tally,
                        family: dict[int, SideBySide] | None = None) -> None:
     """Score a group of documents that adapt side by side. A row ends with its document; when half of them have ended,
@@ -2167,7 +2055,6 @@ def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: R
             tally.updates[rows[left > chunk]] += run.ttt_epochs
         learners.move_on()
 
-
 def padded(docs: Documents, group: np.ndarray, longest: int) -> Tensor:
     """Documents as rows of one length (B, longest + 1); everything is causal, so padding reaches no score."""
     rows = np.full((len(group), longest + 1), BOS, np.int64)
@@ -2177,12 +2064,10 @@ def padded(docs: Documents, group: np.ndarray, longest: int) -> Tensor:
             row[:len(span)] = span
     return torch.from_numpy(rows)
 
-
 @torch.no_grad()
 def entropy_sum(model: GPT, x: Tensor, delta: LowRank | None, counted: Tensor) -> Tensor:
     """States (B, C, D) and which of their predictions count (B, C) -> sum of these predictions' entropies (B,) nats."""
     return (model.head.entropy(x, model.embed, delta) * counted).sum(1)
-
 
 class StreamLearner:
     """What adapts along a stream of text: the weights themselves, or one set of corrections for all of it. The ranks of
@@ -2242,13 +2127,11 @@ class StreamLearner:
             grads = [dist.sum_(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
             self.rule.step(self.tensors, grads, chunk_rate(self.run, epoch, entropy))
 
-
 def full_multiplier(name: str, run: RunConfig) -> float:
     """Factor on the learning rate of a weight that adapts itself."""
     if name.endswith("mlp.down.weight"):
         return run.ttt_lr_mult_mlp_out
     return run.ttt_lr_mult_in if name.endswith(("q.weight", "k.weight", "v.weight", "mlp.up.weight")) else 1.0
-
 
 def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
     """Cut these documents, one after another, into chunks of `chunk` targets: lists of (document, begin, end)."""
@@ -2266,7 +2149,6 @@ def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterato
                 pieces, room = [], chunk
     if pieces:
         yield pieces
-
 
 def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], tally: Tally,
                 may_learn: Callable[[], bool] = lambda: True) -> int:
@@ -2287,7 +2169,6 @@ def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], 
                 tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
     return len(chosen) - frozen_from
 
-
 def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
     """Rounds of groups of documents, a group for each rank: longest documents first, similar lengths together. A pure
     function of the lengths; it schedules work and changes no score."""
@@ -2297,9 +2178,7 @@ def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]
     groups += [[] for _ in range(-len(groups) % world)]
     return [groups[i:i + world] for i in range(0, len(groups), world)]
 
-
 LEAST_STEP = 4096  # tokens of a pass under which a GPU's time is that of launching it
-
 
 def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
     """Token passes of documents (B,) that adapt side by side, to foretell seconds: chunk by chunk, rows dropped as in
@@ -2311,7 +2190,6 @@ def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
             rows //= 2
         total += max(LEAST_STEP, rows * (chunk if run.cached_ttt else min(first + chunk, run.eval_seq_len)))
     return total
-
 
 class Evaluation:
     """The test-time-training score of a model: who scores what, within the time."""
@@ -2399,11 +2277,11 @@ class Evaluation:
                 self.log(f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
                          f"bpb:{bpb:.4f} (of this rank's) eval_s:{told:.0f} eta_s:{left:.0f}")
 
+
 # -----------------------------------------------------------------------------
 # main: check, train, quantise, pack, read back from the disk, score.
 
 LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
-
 
 class Plan(NamedTuple):
     """What is known before anything is paid for."""
@@ -2413,7 +2291,6 @@ class Plan(NamedTuple):
     tokenizer: Tokenizer
     validation: Documents
     stream: TrainingStream | None  # None when an artifact is only evaluated
-
 
 def predicted_bytes(c: ModelConfig, run: RunConfig) -> float:
     """Size of the artifact if weights are Gaussian: an integer then holds log2(sqrt(2 pi e) qmax / clip) bits."""
@@ -2425,7 +2302,6 @@ def predicted_bytes(c: ModelConfig, run: RunConfig) -> float:
             total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
     return total
 
-
 def training_flops(c: ModelConfig, run: RunConfig) -> float:
     """Arithmetic of a step budget: 6 operations a weight, visit and token."""
     with torch.device("meta"):
@@ -2434,7 +2310,6 @@ def training_flops(c: ModelConfig, run: RunConfig) -> float:
     plain, looped = (len(layer_plan(c, looping)) for looping in (False, True))
     visits = plain * run.enable_looping_at + looped * (1 - run.enable_looping_at)
     return 6 * (block * visits + model.embed.numel()) * run.train_batch_tokens * run.iterations
-
 
 def device_speed(device: torch.device) -> float:
     """Operations per second of a matrix product of this model's kind, measured for a moment."""
@@ -2446,7 +2321,6 @@ def device_speed(device: torch.device) -> float:
         done += 1
     a.sum().item()
     return done * 2 * n ** 3 / (time.perf_counter() - began)
-
 
 def check_setup(plan: Plan, log: Log) -> None:
     """Say what will be run, and refuse what cannot be: data, disk, memory, devices, bytes, minutes."""
@@ -2473,22 +2347,18 @@ def check_setup(plan: Plan, log: Log) -> None:
     log(f"predicted time: at most {run.eval_seconds / 60:.1f} minutes of evaluation" if run.eval_seconds else
         "predicted time: evaluation without limit")
 
-
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
 
 def memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-
 def versions() -> str:
     cuda = f" cuda:{torch.version.cuda}" if torch.version.cuda else ""
     return (f"python:{platform.python_version()} torch:{torch.__version__}{cuda} numpy:{np.__version__} "
             f"sentencepiece:{sentencepiece.__version__} zstandard:{zstandard.__version__}")
-
 
 def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
     """The network's configuration that an artifact carries, checked like the environment's."""
@@ -2503,7 +2373,6 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
     except ConfigError as error:
         raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
 
-
 def load_artifact(path: Path, plan: Plan) -> GPT:
     """The model that a file holds, built from that file alone."""
     meta, stored = unpack(read_file(path), str(path))
@@ -2515,13 +2384,11 @@ def load_artifact(path: Path, plan: Plan) -> GPT:
     restore(model, stored, str(path))
     return model
 
-
 def static_tally(model: GPT, plan: Plan, looping: bool = True, docs: Documents | None = None) -> Tally:
     """The score of the validation set, or of other documents, without adaptation."""
     tally = Tally(plan.validation if docs is None else docs)
     score_static(model, tally.docs, range(len(tally.docs)), plan.run, plan.dist, tally, looping)
     return tally.gathered(plan.dist)
-
 
 def average_is_better(trainer: Trainer, plan: Plan, log: Log) -> bool:
     """Whether the average of the weights or the last of them is read out: what scores better on held-out text."""
@@ -2535,14 +2402,12 @@ def average_is_better(trainer: Trainer, plan: Plan, log: Log) -> bool:
     log(f"{len(docs)} held-out documents: average {average / targets:.5f}, last {last / targets:.5f} nats a token")
     return bool(average <= last)
 
-
 def write_documents(path: Path, tally: Tally, static: Tally) -> None:
     """What every document scored, in the order of the validation set, for those who compare runs."""
     out, docs = io.BytesIO(), tally.docs
     np.savez_compressed(out, nats=tally.nats, static_nats=static.nats, tokens=docs.lengths, bytes=docs.target_bytes(),
                         updates=tally.updates.astype(np.int64), validation=np.array(docs.sha256()))
     write_atomically(path, [out.getvalue()])
-
 
 def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
     """Everything from random weights to an artifact on the disk -> what the result says of it."""
@@ -2601,7 +2466,6 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
     return {"steps": trainer.step, "train_tokens": tokens, "epochs": tokens / stream.total, "last_bpb": last_bpb,
             "readout": readout, "prequant_bpb": prequant_bpb, "history": history, "train_seconds": seconds}
 
-
 def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
     """Read an artifact from the disk and score it -> what the result says of it."""
     run, dist, docs = plan.run, plan.dist, plan.validation
@@ -2633,11 +2497,9 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) ->
             "doc_independent": int(independent), "degraded_documents": evaluation.degraded,
             "eval_seconds": watch.total(*EVALUATION_CLOCK)}
 
-
 RESULT_KEYS = ("val_bpb", "static_bpb", "prequant_bpb", "artifact_bytes", "code_bytes", "total_bytes", "steps",
                "train_tokens", "train_seconds", "eval_seconds", "documents", "tokens", "bytes", "doc_independent",
                "degraded_documents", "seed")
-
 
 def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
     """The table of phases, the result as a line of key:value, and the same as JSON."""
@@ -2649,7 +2511,6 @@ def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> No
     log("result " + " ".join(f"{k}:{v:.6f}" if isinstance(v, float) else f"{k}:{v}" for k, v in shown.items()))
     write_atomically(path, [json.dumps(result, indent=1).encode()])
 
-
 def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
     """Open and check all that the run will read."""
     if run.artifact:  # its own configuration counts, whatever the environment says of the model
@@ -2660,7 +2521,6 @@ def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
     stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
     return Plan(model, run, dist, tokenizer, validation, stream)
 
-
 def prepare_torch(run: RunConfig, device: torch.device) -> None:
     """A budget in steps repeats exactly, so it gets deterministic kernels; a budget in time gets the fastest."""
     torch.manual_seed(run.seed)
@@ -2669,8 +2529,6 @@ def prepare_torch(run: RunConfig, device: torch.device) -> None:
     if run.iterations and not run.max_wallclock_seconds:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
 
 def run_all(only_check: bool) -> None:
     model, run = read_env()
@@ -2701,7 +2559,6 @@ def run_all(only_check: bool) -> None:
         report(result, watch, log, LOGS / f"{run_id}.json")
     dist.close()
 
-
 def part_bytes(path: Path) -> dict[str, int]:
     """Bytes of an artifact by kind of tensor, as they lie in the file; `header` is the rest."""
     data = read_file(path)
@@ -2712,7 +2569,6 @@ def part_bytes(path: Path) -> dict[str, int]:
         kind = ("mlp" if ".mlp." in name else "attention") if kind == "matrix" else kind
         parts[kind] = parts.get(kind, 0) + size
     return parts | {"header": len(data) - sum(parts.values())}
-
 
 def end_quickly(grace_s: float = 3.0) -> None:
     """Ctrl-C and torchrun's SIGTERM raise KeyboardInterrupt; a rank that waits in a collective would never see it, so a
@@ -2733,7 +2589,6 @@ def end_quickly(grace_s: float = 3.0) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
 
-
 def main(arguments: Sequence[str]) -> int:
     """-> exit status: 0, 2 for what a user can mend, 130 when interrupted."""
     if arguments in (["--help"], ["-h"]):
@@ -2752,7 +2607,6 @@ def main(arguments: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
