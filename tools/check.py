@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,20 +88,11 @@ def find_records(root: Path = RECORDS) -> list[Path]:
 # Reading a record: all of it is hostile until checked
 
 
-@dataclass(frozen=True)
-class RecordedRun(Run):
-    """A run as a record keeps it: train_seed<SEED>.json with .docs.npz and .log beside it."""
-
-    @property
-    def log(self) -> Path:
-        return beside(self.path, ".log")
-
-
 class Record(NamedTuple):
     folder: Path
     stated: dict[str, Any]  # submission.json as it stands
     facts: Facts
-    runs: list[RecordedRun]  # by seed; their files may still contradict each other
+    runs: list[Run]  # by seed; their files may still contradict each other
 
 
 def read_record(folder: Path) -> Record:
@@ -132,12 +123,12 @@ def read_facts(stated: Any, readme: str) -> Facts:
         raise DataError(f"submission.json is not one of ours: {type(error).__name__} {error}") from None
 
 
-def read_runs(folder: Path) -> list[RecordedRun]:
+def read_runs(folder: Path) -> list[Run]:
     """The runs that lie in a record, by seed."""
     found = {int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"train_seed(\d{1,10})\..*", p.name))}
     require(bool(found), "no train_seed*.json: no run is here", DataError)
     paths = [folder / f"train_seed{seed}.json" for seed in sorted(found)]
-    return [RecordedRun(p, read_result(p), **read_documents(beside(p, ".docs.npz"))) for p in paths]
+    return [Run(p, read_result(p), **read_documents(beside(p, ".docs.npz"))) for p in paths]
 
 
 # -----------------------------------------------------------------------------

@@ -95,7 +95,10 @@ class Run:
 
     @property
     def log(self) -> Path:
-        return beside(self.path, ".txt")
+        """logs/RUN.txt, or in a record folder train_seedN.log."""
+        text = beside(self.path, ".txt")
+        recorded = self.path.name.startswith("train_seed") and not text.exists()
+        return beside(self.path, ".log") if recorded else text
 
     @property
     def bpb(self) -> float:
