@@ -242,6 +242,27 @@ def test_adaptation_is_that_of_torchs_own_optimizer(monkeypatch, knobs, make_opt
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("chunk", [8, 12, 16, 21, 24])
+def test_a_cache_holds_what_a_chunk_may_see_whatever_the_chunks_size(monkeypatch, chunk):
+    """Without learning, the score is that of one pass over the document whose attention reaches as far back as the
+    context from the end of the chunk; a chunk may be larger than what is kept of those before it, or leave no room."""
+    text = document(100, period=7)
+    found = score(documents(text), ttt_lr=0.0, ttt_chunk_tokens=chunk).by_document[0]
+
+    def attend(q, k, v, _place):
+        at = torch.arange(q.size(1))
+        seen = (at <= at[:, None]) & (at >= (at[:, None] // chunk + 1) * chunk - CONTEXT)
+        k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+    monkeypatch.setattr(g, "attend", attend)
+    tokens = torch.tensor([[g.BOS, *text]])
+    with torch.no_grad():
+        expected = random_model()(tokens[:, :-1], tokens[:, 1:])[0].numpy()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5)
+
+
 def plain_full(text: list[int], chunk: int, epochs: int, lr: float, momentum: float) -> np.ndarray:
     """The same for the whole model, whose chunks are scored in windows."""
     model, nats, end = random_model(), [], 0
