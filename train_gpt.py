@@ -29,7 +29,6 @@ import platform
 import shlex
 import shutil
 import signal
-import struct
 import sys
 import threading
 import time
@@ -217,18 +216,14 @@ class RunConfig:
                 object.__setattr__(self, f.name, f.metadata["full" if self.ttt_params == "full" else "default"])
         require(self.iterations > 0 or self.max_wallclock_seconds > 0,
                 "ITERATIONS and MAX_WALLCLOCK_SECONDS are both 0: one of them must end the training")
-        require(self.train_batch_tokens % self.train_row_tokens == 0,
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} must be a multiple of "
-                f"TRAIN_ROW_TOKENS={self.train_row_tokens}")
+        require(self.train_batch_tokens % self.train_row_tokens == 0, f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} "
+                f"must be a multiple of TRAIN_ROW_TOKENS={self.train_row_tokens}")
         require(self.micro_batch_tokens >= max(self.train_row_tokens, self.eval_seq_len),
                 f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must hold a row (TRAIN_ROW_TOKENS="
                 f"{self.train_row_tokens}) and a context (EVAL_SEQ_LEN={self.eval_seq_len})")
         require(self.eval_stride <= self.eval_seq_len,
                 f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={self.eval_seq_len}")
         require(not (self.artifact and self.resume), "ARTIFACT trains nothing, RESUME goes on training: set only one")
-        self._check_ttt()
-
-    def _check_ttt(self):
         require(not self.batched_ttt or self.ttt_chunk_tokens <= self.eval_seq_len,
                 f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} must fit the context, EVAL_SEQ_LEN={self.eval_seq_len}, "
                 "when documents adapt side by side (TTT_PARAMS=lora, TTT_SCOPE=document)")
@@ -255,6 +250,8 @@ class RunConfig:
 
 LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
 CONFIGS = (ModelConfig, RunConfig)
+KNOBS = {f.name.upper(): (f, kind) for config in CONFIGS  # {NAME: (its field, its type)}
+         for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)}
 OUR_FAMILIES = ("TTT_", "MUON_", "GPTQ_", "QUANT_", "XSA_", "ROPE_", "LOOP_", "SMEAR_", "ATTN_GATE_", "UNET_", "EVAL_")
 
 def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> None:
@@ -264,8 +261,7 @@ def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> Non
 def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     """One environment string -> one checked value."""
     want = f"{name}={text!r}: {meta['doc']}; expected "
-    choices = get_args(kind)
-    if choices:
+    if choices := get_args(kind):
         require(text in choices, want + " | ".join(choices))
         return text
     try:
@@ -281,24 +277,18 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
 def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
     """A name that looks like a knob of ours and is none is an error, so that a typing error or a retired knob in an old
     script fails loudly instead of silently training something else. Other programs' variables are left alone."""
-    known = set(knobs)
-    for name in sorted(set(env) - known):
-        ours = name.startswith(OUR_FAMILIES)
-        near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0 if ours else 0.87)
+    for name in sorted(set(env) - set(knobs)):
+        cutoff = 0.0 if name.startswith(OUR_FAMILIES) else 0.87
+        near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=cutoff)
         require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
     """Build both configs from the environment; the only function that reads it, with Dist.from_env."""
-    by_name = {f.name.upper(): (f, kind) for kind in CONFIGS for f in fields(kind)}
-    refuse_unknown(env, by_name)
-    values: dict[type, dict[str, Any]] = {kind: {} for kind in CONFIGS}
-    for name, (f, kind) in by_name.items():
-        if name in env:
-            values[kind][f.name] = parse_knob(name, env[name], get_type_hints(kind)[f.name], f.metadata)
-    model, run = (kind(**values[kind]) for kind in CONFIGS)
-    for name in values[RunConfig]:
-        f = by_name[name.upper()][0]
-        require(applies(f, run), f"{name.upper()} has no effect here: it needs {needs(f)}")
+    refuse_unknown(env, KNOBS)
+    given = {f.name: parse_knob(name, env[name], kind, f.metadata) for name, (f, kind) in KNOBS.items() if name in env}
+    model, run = (config(**{f.name: given[f.name] for f in fields(config) if f.name in given}) for config in CONFIGS)
+    for name, (f, _) in KNOBS.items():
+        require(name not in env or applies(f, run), f"{name} has no effect here: it needs {needs(f)}")
     return model, run
 
 def applies(f: dataclasses.Field, config: Any) -> bool:
@@ -314,16 +304,15 @@ def settings(*configs: Any) -> dict[str, str]:
 def describe_knobs() -> str:
     """The text of --help: every knob with its default, unit and meaning, in groups."""
     lines = [__doc__.split("\nA run leaves")[0].strip(), ""]
-    for f in (f for kind in CONFIGS for f in fields(kind)):
+    for name, (f, kind) in KNOBS.items():
         m = f.metadata
         if m["group"]:
             lines.append(f"\n{m['group']}")
         default = str(m["default"]) if m["full"] is None else f"{m['default']} (full: {m['full']})"
         unit = f" [{m['unit']}]" if m["unit"] else ""
         only = f" (with {needs(f)})" if m["only"] else ""
-        choices = get_args(get_type_hints(ModelConfig if f in fields(ModelConfig) else RunConfig)[f.name])
-        which = f" ({' | '.join(choices)})" if choices else ""
-        lines.append(f"  {f.name.upper():26} {default or '-':24} {m['doc']}{which}{unit}{only}")
+        which = f" ({' | '.join(get_args(kind))})" if get_args(kind) else ""
+        lines.append(f"  {name:26} {default or '-':24} {m['doc']}{which}{unit}{only}")
     return "\n".join(lines)
 
 
@@ -333,7 +322,6 @@ def describe_knobs() -> str:
 class Dist:
     """The ranks of a run. Device tensors travel by NCCL on GPUs; small decisions travel by gloo, from host to host, so
     that agreeing on something never waits for a GPU."""
-
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.main = rank == 0
@@ -363,10 +351,10 @@ class Dist:
         if self.world == 1:
             return x
         out = x.new_empty(len(x) // self.world, *x.shape[1:])
-        if x.is_cuda:
-            torch_dist.reduce_scatter_tensor(out, x)
-            return out
-        return self.sum_(x).chunk(self.world)[self.rank].clone()  # gloo has no reduce-scatter
+        if not x.is_cuda:  # gloo has no reduce-scatter
+            return self.sum_(x).chunk(self.world)[self.rank].clone()
+        torch_dist.reduce_scatter_tensor(out, x)
+        return out
 
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, ...) of every rank -> (n * world, ...) on all."""
@@ -402,7 +390,6 @@ class Dist:
 
 class Log:
     """Lines to the screen and to logs/<RUN_ID>.txt; rank 0 alone has either."""
-
     def __init__(self, path: Path | None, screen: bool = False):
         self.file, self.screen = None, screen
         if path is not None:
@@ -413,15 +400,12 @@ class Log:
         if self.screen and screen:
             print(message, flush=True)
         if self.file is not None:
-            self.file.write(message + "\n")
-            self.file.flush()
+            print(message, file=self.file, flush=True)
 
 class Stopwatch:
-    """Seconds of every phase. `clock` names the phases that count against a limit; pauses are phases of their own."""
-
+    """Seconds of every phase; some phases count against a limit, and pauses are phases of their own."""
     def __init__(self, dist: Dist):
-        self.dist, self.seconds, self.stack = dist, {}, []
-        self.since = time.perf_counter()
+        self.dist, self.seconds, self.stack, self.since = dist, {}, [], time.perf_counter()
 
     def _book(self) -> None:
         now = time.perf_counter()
@@ -455,8 +439,7 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(beside, "wb") as out:
-            for chunk in chunks:
-                out.write(chunk)
+            out.writelines(chunks)
             out.flush()
             os.fsync(out.fileno())
         os.replace(beside, path)
@@ -473,8 +456,7 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 def read_shard(path: Path | str) -> np.ndarray:
     """Memory-map a shard: 256 little-endian int32 (magic, version, count, zeros), then `count` uint16 -> (count,)."""
-    path, header_bytes = Path(path), 4 * SHARD_HEADER_INTS
-    hint = "prepare the data again (./run.sh data --help)"
+    path, header_bytes, hint = Path(path), 4 * SHARD_HEADER_INTS, "prepare the data again (./run.sh data --help)"
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -482,20 +464,22 @@ def read_shard(path: Path | str) -> np.ndarray:
     if size < header_bytes:
         raise DataError(f"{path}: {size} bytes are too few for a shard's header of {header_bytes}; {hint}")
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise DataError(f"{path}: not a shard: magic and version are {magic}, {version}, expected {SHARD_MAGIC}, "
-                        f"{SHARD_VERSION}; {hint}")
-    if count < 0 or size != header_bytes + 2 * count:
-        raise DataError(f"{path}: the header promises {count} tokens, the size of {size} bytes holds "
-                        f"{(size - header_bytes) / 2:g}: truncated or damaged; {hint}")
+    require((magic, version) == (SHARD_MAGIC, SHARD_VERSION), f"{path}: not a shard: magic and version are {magic}, "
+            f"{version}, expected {SHARD_MAGIC}, {SHARD_VERSION}; {hint}", DataError)
+    require(0 <= count and size == header_bytes + 2 * count, f"{path}: the header promises {count} tokens, the size of "
+            f"{size} bytes holds {(size - header_bytes) / 2:g}: truncated or damaged; {hint}", DataError)
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,)) if count else np.zeros(0, "<u2")
+
+def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    largest = int(tokens.max(initial=0))
+    require(largest < vocab_size, f"{path}: token {largest} is not below VOCAB_SIZE={vocab_size}: the shards were made "
+            "with another tokenizer", DataError)
 
 def find_shards(folder: str, kind: str) -> list[Path]:
     """The shards fineweb_<kind>_NNNNNN.bin of a folder, in order; at least one."""
     paths = sorted(Path(folder).glob(f"fineweb_{kind}_[0-9]*.bin"))
-    if not paths:
-        raise DataError(f"DATA_PATH={folder}: no fineweb_{kind}_*.bin there; prepare data (./run.sh data --help) "
-                        "or set DATA_PATH to a prepared folder")
+    require(len(paths) > 0, f"DATA_PATH={folder}: no fineweb_{kind}_*.bin there; prepare data (./run.sh data --help) "
+            "or set DATA_PATH to a prepared folder", DataError)
     return paths
 
 class PieceBytes(NamedTuple):
@@ -534,9 +518,8 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     if not run.tokenizer_path and not isinstance(named, str):
         raise DataError(f"{run.data_path}: no manifest.json names the tokenizer; set TOKENIZER_PATH")
     path = Path(run.tokenizer_path) if run.tokenizer_path else Path(run.data_path) / named
-    processor = sentencepiece.SentencePieceProcessor()
     try:
-        blob = path.read_bytes()
+        blob, processor = path.read_bytes(), sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(blob)
         size = processor.get_piece_size()
     except OSError as error:
@@ -594,14 +577,11 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
     paths = find_shards(folder, "val")
     shards = [read_shard(p) for p in paths]
     for path, shard in zip(paths, shards, strict=True):
-        if len(shard) < 2 or shard[0] != BOS:
-            raise DataError(f"{path}: validation must begin with BOS ({BOS}) and hold a document: found "
-                            f"{shard[:4].tolist()}; prepare the data again")
-        if int(shard.max()) >= vocab_size:
-            raise DataError(f"{path}: token {int(shard.max())} is not below VOCAB_SIZE={vocab_size}: the shards were "
-                            "made with another tokenizer")
-    sidecars = [p.with_name(p.name.replace("fineweb_val_", "fineweb_val_bytes_")) for p in paths]
+        require(len(shard) > 1 and shard[0] == BOS, f"{path}: validation must begin with BOS ({BOS}) and hold a "
+                f"document: found {shard[:4].tolist()}; prepare the data again", DataError)
+        check_vocabulary(path, shard, vocab_size)
     tokens = np.concatenate(shards)
+    sidecars = [p.with_name(p.name.replace("fineweb_val_", "fineweb_val_bytes_")) for p in paths]
     if any(p.exists() for p in sidecars):
         counts = [read_shard(p) for p in sidecars]
         for path, shard, count in zip(sidecars, shards, counts, strict=True):
@@ -644,19 +624,24 @@ def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device
         parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
     return Packed(parts[0][None], parts[1][None], Segments(parts[2], parts[3]))
 
+def pack_text(text: np.ndarray, run: RunConfig, device: torch.device) -> Packed:
+    """Whole training rows of N tokens, and one more: (N + 1,)."""
+    starts = segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len)
+    return pack_row(text[:-1], text[1:], starts, device)
+
 class TrainingStream:
     """The training shards as one endless stream, dealt in batches of consecutive rows. Batch b is the same whatever the
     number of ranks; rank r gets the r-th share of its rows, cut into equal micro-batches."""
-
     def __init__(self, run: RunConfig, vocab_size: int, dist: Dist):
         self.run, self.vocab_size, self.dist = run, vocab_size, dist
         self.paths = find_shards(run.data_path, "train")
         self.shards = [read_shard(p) for p in self.paths]
         self.ends = np.cumsum([len(s) for s in self.shards])
+        self.begins = self.ends - [len(s) for s in self.shards]
         self.total = int(self.ends[-1]) - run.holdout_tokens  # what is chosen is chosen on text that nobody trains on
         self.rows_per_pass, self.passes = deal_rows(run, dist.world)
         self.worker = ThreadPoolExecutor(1)
-        self.next: tuple[int, Future] | None = None
+        self.ahead: dict[int, Future] = {}  # the batch that is fetched already
         require(BOS in self.shards[0][:1 << 24], f"{self.paths[0]}: no BOS ({BOS}): documents cannot be told apart; "
                 "prepare the data again", DataError)
         require(self.total > run.train_row_tokens, f"DATA_PATH={run.data_path}: {self.ends[-1]} training tokens "
@@ -665,53 +650,41 @@ class TrainingStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from any position of the endless stream: (count,) uint16."""
-        out, filled, at = np.empty(count, np.uint16), 0, start % self.total
-        while filled < count:
+        parts, at = [], start % self.total
+        while count:
             i = int(np.searchsorted(self.ends, at, side="right"))
-            inside = at - (int(self.ends[i]) - len(self.shards[i]))
-            part = self.shards[i][inside:inside + min(count - filled, self.total - at)]
-            if int(part.max()) >= self.vocab_size:
-                raise DataError(f"{self.paths[i]}: token {int(part.max())} is not below VOCAB_SIZE={self.vocab_size}: "
-                                "the shards were made with another tokenizer")
-            out[filled:filled + len(part)] = part
-            filled, at = filled + len(part), (at + len(part)) % self.total
-        return out
+            parts.append(self.shards[i][at - self.begins[i]:][:min(count, self.total - at)])
+            check_vocabulary(self.paths[i], parts[-1], self.vocab_size)
+            count, at = count - len(parts[-1]), (at + len(parts[-1])) % self.total
+        return np.concatenate(parts)
 
     def held_out(self) -> Documents:
         """The whole documents of the text that training never reads, a byte a token: nobody counts theirs."""
-        begins = self.ends - [len(s) for s in self.shards]
-        text = np.concatenate([s[max(0, self.total - begin):] for s, begin in zip(self.shards, begins, strict=True)])
+        parts = (s[max(0, self.total - begin):] for s, begin in zip(self.shards, self.begins, strict=True))
+        text = np.concatenate([*parts])
         starts = np.flatnonzero(text == BOS)
         text = text[starts[0]:starts[-1]] if len(starts) else text[:0]
-        require(int(text.max(initial=0)) < self.vocab_size, f"{self.paths[-1]}: held-out tokens are not below "
-                f"VOCAB_SIZE={self.vocab_size}: the shards were made with another tokenizer", DataError)
+        check_vocabulary(self.paths[-1], text, self.vocab_size)
         return split_documents(text, np.ones(len(text), np.int64))
 
     def _load(self, batch: int) -> list[Packed]:
         rows = self.rows_per_pass * self.run.train_row_tokens
         first = batch * self.run.train_batch_tokens + self.dist.rank * self.passes * rows
-        packed = []
-        for i in range(self.passes):
-            text = self.read(first + i * rows, rows + 1)
-            starts = segment_starts(text[:-1], self.run.train_row_tokens, self.run.train_seq_len)
-            packed.append(pack_row(text[:-1], text[1:], starts, self.dist.device))
-        return packed
+        texts = (self.read(first + i * rows, rows + 1) for i in range(self.passes))
+        return [pack_text(text, self.run, self.dist.device) for text in texts]
 
     def batch(self, number: int) -> list[Packed]:
         """This rank's micro-batches of a batch; the next one is fetched meanwhile."""
-        if self.next is None or self.next[0] != number:
-            self.next = (number, self.worker.submit(self._load, number))
-        got = self.next[1].result()
-        self.next = (number + 1, self.worker.submit(self._load, number + 1))
-        return got
+        this = self.ahead.get(number) or self.worker.submit(self._load, number)
+        self.ahead = {number + 1: self.worker.submit(self._load, number + 1)}
+        return this.result()
 
 def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
     """(rows of one forward pass, passes of a step) on each rank."""
     rows = run.train_batch_tokens // run.train_row_tokens
-    if rows % world:
-        nearest = max(1, round(rows / world)) * world * run.train_row_tokens
-        raise ConfigError(f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} is {rows} rows of {run.train_row_tokens} "
-                          f"tokens, which {world} ranks cannot share equally; the nearest valid batch is {nearest}")
+    nearest = max(1, round(rows / world)) * world * run.train_row_tokens
+    require(rows % world == 0, f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} is {rows} rows of {run.train_row_tokens} "
+            f"tokens, which {world} ranks cannot share equally; the nearest valid batch is {nearest}")
     share = rows // world
     fit = max(n for n in range(1, share + 1) if share % n == 0 and n * run.train_row_tokens <= run.micro_batch_tokens)
     return fit, share // fit
@@ -812,7 +785,6 @@ TILE = dict(rows=64, cols=64, num_warps=4, num_stages=3)  # the fastest of those
 
 class PackedAttention(torch.autograd.Function):
     """The kernels above; `attend_plainly` is their twin."""
-
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
         (N, H, h), group, out = q.shape, q.size(1) // k.size(1), torch.empty_like(q)
@@ -835,7 +807,6 @@ class PackedAttention(torch.autograd.Function):
 
 class Past:
     """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
-
     def __init__(self, ring: Tensor):
         self.ring = ring                  # (2, B, L, K, h), keys and values; token t lies at t % L
         self.seen = ring.new_empty(0)     # (C, L + C) bool: which of the ring's tokens and its own a chunk's token sees
@@ -851,7 +822,10 @@ class Chunk(NamedTuple):
     positions: Tensor  # (1 + C,) int64, of the token before it and of its own
     visits: list[Past]
 
-def attend(q: Tensor, k: Tensor, v: Tensor, place: Segments | Past | None) -> Tensor:
+Rope = tuple[Tensor, Tensor]    # cosine and sine of every token's angles
+Place = Segments | Past | None  # what a visit sees: its segment, what is past and itself, or its row
+
+def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     """Causal attention inside every segment, or after what is past, or else inside every row.
     (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h); with segments B is 1."""
     if isinstance(place, Past):
@@ -870,11 +844,10 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tenso
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, K, T, h) twice
+    group = q.size(1) // k.size(1)
     if not q.is_cuda:  # the CPU's fast kernel knows no groups
-        group = q.size(1) // k.size(1)
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).transpose(1, 2)
 
 def attend_after(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     """Queries of a chunk on keys and values of tokens before it and its own: (B, C, H, h), (B, T, K, h) twice, which
@@ -886,7 +859,7 @@ def attend_after(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h)
 
-def rotary(positions: Tensor, dims: int, base: float) -> tuple[Tensor, Tensor]:
+def rotary(positions: Tensor, dims: int, base: float) -> Rope:
     """Cosine and sine of every position's angles: (..., T) -> two of (..., T, 1, dims / 2), fp32.
     RoPE, Su et al. 2021 (arXiv 2104.09864), on the first `dims` dimensions of a head."""
     frequency = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1))
@@ -925,7 +898,6 @@ NO_DELTAS = Deltas()
 
 class Linear(nn.Module):
     """A matrix: fp32 master weight, multiplied in the dtype of x, with an optional test-time correction."""
-
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
@@ -939,7 +911,6 @@ def norm(x: Tensor) -> Tensor:
 
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys, partial RoPE, XSA and a sparse output gate."""
-
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
@@ -950,7 +921,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
 
-    def forward(self, n: Tensor, rope: tuple[Tensor, Tensor], place: Segments | Past | None, d: Deltas) -> Tensor:
+    def forward(self, n: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         """Normalised input (B, T, D) -> (B, T, D)"""
         B, T, D = n.shape
         q = norm(self.q(n, d.q).view(B, T, self.heads, self.head_dim))
@@ -969,11 +940,9 @@ class Attention(nn.Module):
 
 class MLP(nn.Module):
     """down(LeakyReLU(up(x)) squared), and beside it an optional correction."""
-
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.slope = c.mlp_leaky_slope
-        width = c.mlp_mult * c.model_dim
+        self.slope, width = c.mlp_leaky_slope, c.mlp_mult * c.model_dim
         self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
 
     def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
@@ -996,14 +965,13 @@ class Block(nn.Module):
         mix = self.input_mix.to(x.dtype)
         return mix[0] * x + mix[1] * x0
 
-    def attend_to(self, x: Tensor, rope: tuple[Tensor, Tensor], place: Segments | Past | None, d: Deltas) -> Tensor:
+    def attend_to(self, x: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         return self.attn_scale.to(x.dtype) * self.attention(norm(x) * self.input_scale.to(x.dtype), rope, place, d)
 
     def think_on(self, x: Tensor, d: Deltas) -> Tensor:
         return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.input_scale.to(x.dtype), d.mlp)
 
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], place: Segments | Past | None,
-                d: Deltas) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         """Stream and normalised embeddings (B, T, D) twice -> (B, T, D)"""
         x = self.mixed(x, x0)
         x = x + self.attend_to(x, rope, place, d)
@@ -1018,22 +986,19 @@ class LaneBlock(Block):
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
         self.lane_mix = nn.Parameter(torch.ones(2, 2))        # [lane written][attention, MLP]
 
-    def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], place: Segments | Past | None,
-                d: Deltas) -> tuple[Tensor, Tensor]:
+    def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
         attn, mlp = self.attend_to(self.mixed(a, x0), rope, place, d), self.think_on(m, d)
         keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
         return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
 
 class Skip(nn.Module):
     """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate))."""
-
     def forward(self, x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         """(B, T, D) twice, (D,) twice -> (B, T, D)"""
         return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
 
 class Input(nn.Module):
     """Tokens to normalised embeddings, each smeared with the one before it in its document."""
-
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.width = c.smear_width
@@ -1051,7 +1016,6 @@ class Input(nn.Module):
 
 class Head(nn.Module):
     """Hidden states to scores: logits of the tied embedding, soft-capped, over the whole vocabulary."""
-
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.cap = c.logit_softcap
@@ -1107,15 +1071,14 @@ class GPT(nn.Module):
         a chunk, tokens are the one before it and its own, and the states are those of its own, (B, T - 1, D)."""
         positions = torch.arange(tokens.size(1), device=tokens.device) if place is None else place.positions
         x0 = self.input(tokens, positions, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
-        chunk = place if isinstance(place, Chunk) else None
-        if chunk is not None:  # the token before was only needed for its embedding
+        if isinstance(place, Chunk):  # the token before was only needed for its embedding
             x0, positions = x0[:, 1:], positions[1:]
         rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
         a, m = x0.clone(), None  # m: the second lane, once there is one; a clone, lest a visit sees one tensor twice
         saved: list[Tensor] = []
         for i, visit in enumerate(layer_plan(self.config, looping)):
             block, deltas = self.blocks[visit.block], NO_DELTAS if adapter is None else adapter.visits[i]
-            past = place if chunk is None else chunk.visits[i]
+            past = place.visits[i] if isinstance(place, Chunk) else place
             if block.lanes and m is None:
                 m = a
             if visit.skip is not None:
@@ -1136,8 +1099,7 @@ class GPT(nn.Module):
         return self.head(x, targets, self.embed, None if adapter is None else adapter.head)
 
 def init_weights(model: GPT, seed: int) -> None:
-    """Matrices orthogonal, those that write to the residual stream zero, the embedding narrow; the rest as built.
-    Drawn on the CPU, so that every device and rank begins alike."""
+    """Matrices orthogonal, those that write to the residual stream zero, the embedding narrow. Drawn on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if param_role(name) == "embedding":
@@ -1154,8 +1116,7 @@ def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
     return "matrix" if name.endswith(".weight") else "scalar"
 
 def compile_parts(model: GPT, dynamic: bool) -> None:
-    """Compile block by block: blocks of a kind share one graph, so that 17 visits cost two compilations. `dynamic`
-    graphs serve every number of rows and tokens from the start."""
+    """Block by block: blocks of a kind share one graph. `dynamic` graphs serve every number of rows and tokens."""
     torch._dynamo.config.recompile_limit = 64
     for part in (model.input, model.head, model.skip, *model.blocks):
         part.compile(dynamic=dynamic or None)
@@ -1184,58 +1145,48 @@ def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
     """Nesterov momentum, rows set to one length, orthogonalised, scaled to the matrix's aspect. (n, r, c) -> same.
     Muon, Jordan 2024; row normalisation as MuonEq-R. `momentum` is updated in place."""
     momentum.mul_(mu).add_(g)
-    u = g + mu * momentum
-    u = F.normalize(u, dim=-1)
+    u = F.normalize(g + mu * momentum, dim=-1)
     return orthogonalise(u, steps) * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
 
-class AdamRule(NamedTuple):
-    beta1: float
-    beta2: float
-    eps: float
-
-def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Tensor,
-                    rule: AdamRule) -> list[Tensor]:
+def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Tensor, beta1: float,
+                    beta2: float, eps: float) -> list[Tensor]:
     """Bias-corrected m / (sqrt(v) + eps) of AdamW (arXiv 1711.05101) for every tensor; moments updated in place."""
-    torch._foreach_lerp_(first, grads, 1 - rule.beta1)
-    torch._foreach_mul_(second, rule.beta2)
-    torch._foreach_addcmul_(second, grads, grads, 1 - rule.beta2)
-    denominator = torch._foreach_div(second, 1 - rule.beta2 ** step)
+    torch._foreach_lerp_(first, grads, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+    denominator = torch._foreach_div(second, 1 - beta2 ** step)
     torch._foreach_sqrt_(denominator)
-    torch._foreach_add_(denominator, rule.eps)
+    torch._foreach_add_(denominator, eps)
     out = torch._foreach_div(first, denominator)
-    torch._foreach_div_(out, 1 - rule.beta1 ** step)
+    torch._foreach_div_(out, 1 - beta1 ** step)
     return out
 
 class MuonAdam:
-    """The optimizer of training. Gradients are summed over ranks here; every rank keeps the momentum of its share of
-    each stack, updates it, and all ranks gather the results. With equal reduced gradients the result does not depend on
-    how many ranks there are."""
-
+    """The optimizer of training. Gradients are summed over ranks here; every rank updates its share of each stack, and
+    all gather the results. With equal reduced gradients the number of ranks changes nothing."""
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.run, self.dist, self.steps_done = run, dist, 0
-        named = dict(model.named_parameters())
+        matrices, embeddings, scalars = ([p for name, p in model.named_parameters() if param_role(name) == role]
+                                         for role in ("matrix", "embedding", "scalar"))
         by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for name, p in named.items():
-            if param_role(name) == "matrix":
-                by_shape.setdefault(tuple(p.shape), []).append(p)
+        for p in matrices:
+            by_shape.setdefault(tuple(p.shape), []).append(p)
         self.stacks = sorted(by_shape.values(), key=lambda ps: -sum(p.numel() for p in ps))
         self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank; the last may be padding
         self.momentum = [torch.zeros(n, *ps[0].shape, device=ps[0].device)
                          for n, ps in zip(self.share, self.stacks, strict=True)]
-        self.dense = [p for name, p in named.items() if param_role(name) != "matrix"]
-        embeddings = {id(p) for name, p in named.items() if param_role(name) == "embedding"}
-        self.dense_lr = [run.embed_lr if id(p) in embeddings else run.scalar_lr for p in self.dense]
-        self.dense_wd = [run.embed_wd if id(p) in embeddings else run.scalar_wd for p in self.dense]
+        self.dense = embeddings + scalars
+        self.dense_lr = [run.embed_lr] * len(embeddings) + [run.scalar_lr] * len(scalars)
+        self.dense_wd = [run.embed_wd] * len(embeddings) + [run.scalar_wd] * len(scalars)
         self.first, self.second = ([torch.zeros_like(p) for p in self.dense] for _ in range(2))
         covered = [id(p) for ps in (*self.stacks, self.dense) for p in ps]
-        assert sorted(covered) == sorted(id(p) for p in named.values()), "every parameter has exactly one rule"
+        assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter has exactly one rule"
 
     def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Sum the gradients over ranks -> (this rank's share of every stack, all dense ones, norm of the whole)."""
         shares = []
         for n, ps in zip(self.share, self.stacks, strict=True):
-            g = torch.stack([p.grad for p in ps])
-            padding = n * self.dist.world - len(ps)
+            g, padding = torch.stack([p.grad for p in ps]), n * self.dist.world - len(ps)
             shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.dense]  # a pass may use no skip
         flat = self.dist.sum_(torch.cat([g.flatten() for g in grads]))
@@ -1250,14 +1201,12 @@ class MuonAdam:
         run, self.steps_done = self.run, self.steps_done + 1
         shares, dense, norm_ = self.reduce()
         if run.grad_clip_norm:
-            factor = (run.grad_clip_norm / (norm_ + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(shares + dense, factor)
+            torch._foreach_mul_(shares + dense, (run.grad_clip_norm / (norm_ + 1e-6)).clamp(max=1.0))
         for ps, g, momentum in zip(self.stacks, shares, self.momentum, strict=True):
             update = self.dist.all_gather(muon_update(g, momentum, mu, run.muon_ns_steps))
             torch._foreach_mul_(ps, 1 - run.matrix_lr * lr_scale * run.muon_wd)
             torch._foreach_add_(ps, list(update[:len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
-        rule = AdamRule(run.beta1, run.beta2, run.adam_eps)
-        updates = adam_directions(dense, self.first, self.second, self.steps_done, rule)
+        updates = adam_directions(dense, self.first, self.second, self.steps_done, run.beta1, run.beta2, run.adam_eps)
         for p, u, lr, wd in zip(self.dense, updates, self.dense_lr, self.dense_wd, strict=True):
             p.mul_(1 - lr * lr_scale * wd).sub_(u, alpha=lr * lr_scale)
         for p in (p for ps in (*self.stacks, self.dense) for p in ps):
@@ -1298,33 +1247,31 @@ def read_file(path: str | Path) -> bytes:
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
-def tensor_bytes(t: Tensor) -> bytes:
-    return t.detach().cpu().contiguous().numpy().tobytes()
-
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
     """Tensors of STORED_TYPES and JSON-able `meta` -> a container; `level` is zstd's, None stores tensors as they are.
     Every tensor is a frame of its own, so that they compress in parallel and each has its own statistics."""
+    def stored(t: Tensor) -> bytes:
+        raw = t.detach().cpu().contiguous().numpy().tobytes()
+        return raw if level is None else zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
+
     with ThreadPoolExecutor() as pool:
-        compress = tensor_bytes if level is None else (
-            lambda t: zstandard.ZstdCompressor(level=level, write_content_size=True).compress(tensor_bytes(t)))
-        blobs = list(pool.map(compress, tensors.values()))
-    table = [[name, TYPE_NAMES[t.dtype], list(t.shape), len(b)]
-             for (name, t), b in zip(tensors.items(), blobs, strict=True)]
+        blobs = list(pool.map(stored, tensors.values()))
+    table = [[name, TYPE_NAMES[t.dtype], list(t.shape), len(blob)]
+             for (name, t), blob in zip(tensors.items(), blobs, strict=True)]
     header = json.dumps({"meta": dict(meta), "zstd": level is not None, "tensors": table}, separators=(",", ":"))
     header = zstandard.ZstdCompressor(level=19).compress(header.encode())
-    body = b"".join([CONTAINER_MAGIC, struct.pack("<I", len(header)), header, *blobs])
+    body = b"".join([CONTAINER_MAGIC, len(header).to_bytes(4, "little"), header, *blobs])
     return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
 
 def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
     """A container's checked bytes -> (its header, where the tensors begin)."""
-    body, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    at = len(CONTAINER_MAGIC) + 4
-    require(body[:at - 4] == CONTAINER_MAGIC, f"{what}: not a file of this program, it begins with {body[:8]!r}",
+    body, at = data[:-DIGEST_BYTES], len(CONTAINER_MAGIC) + 4
+    require(body.startswith(CONTAINER_MAGIC), f"{what}: not a file of this program, it begins with {body[:8]!r}",
             DataError)
-    if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != digest:
+    if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
         raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
     with believing_nothing(what):
-        end = at + struct.unpack("<I", body[at - 4:at])[0]
+        end = at + int.from_bytes(body[at - 4:at], "little")
         header = json.loads(decompress(body[at:end], MAX_HEADER_BYTES))
         require(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
         require(isinstance(header["meta"], dict), "meta is not a table")
@@ -1347,7 +1294,7 @@ def believing_nothing(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is the file's fault."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, RecursionError, struct.error, zstandard.ZstdError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, zstandard.ZstdError) as error:
         raise DataError(f"{what}: the contents are not what the format promises ({error})") from error
 
 def decompress(frame: bytes, most: int) -> bytes:
@@ -1371,9 +1318,8 @@ def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool) -> T
 def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
     """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
     by_steps = step / run.iterations if run.iterations else 0.0
-    limit = run.max_wallclock_seconds - reserve
-    by_time = seconds / max(limit, 1e-9) if run.max_wallclock_seconds else 0.0
-    return max(by_steps, by_time)
+    limit = run.max_wallclock_seconds
+    return max(by_steps, seconds / max(limit - reserve, 1e-9) if limit else 0.0)
 
 def lr_at(progress: float, run: RunConfig) -> float:
     """Factor on learning rates: 1, then falling in a line over the last WARMDOWN_FRAC of the budget, to MIN_LR."""
@@ -1387,7 +1333,6 @@ def momentum_at(progress: float, run: RunConfig) -> float:
 class WeightAverage:
     """Exponential average of all parameters. Its horizon is a part of the budget, not a number of steps, so that a
     short run is not averaged over weights from its beginning."""
-
     def __init__(self, model: GPT, horizon: float):
         self.params, self.horizon = list(model.parameters()), horizon
         self.values = [p.detach().clone() for p in self.params]
@@ -1416,7 +1361,6 @@ class WeightAverage:
 
 class Trainer:
     """What training consists of, and what a checkpoint holds."""
-
     def __init__(self, model: GPT, run: RunConfig, dist: Dist, tokenizer_sha256: str):
         self.model, self.run, self.dist = model, run, dist
         self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
@@ -1444,8 +1388,8 @@ class Trainer:
 
     def save(self, path: Path, seconds: float) -> None:
         """Write a checkpoint; every rank calls, rank 0 writes."""
-        tensors = self.tensors()
         meta = self.identity | {"kind": "checkpoint", "step": self.step, "progress": self.progress, "seconds": seconds}
+        tensors = self.tensors()
         if self.dist.main:
             write_atomically(path, [pack(meta, tensors, level=None)])
         self.dist.barrier()
@@ -1460,8 +1404,8 @@ class Trainer:
 
     def load(self, path: str) -> None:
         meta, tensors = unpack(read_file(path), path)
-        kind = meta.get("kind")
-        require(kind == "checkpoint", f"RESUME={path}: a file of kind {kind!r}, expected a checkpoint", DataError)
+        require(meta.get("kind") == "checkpoint", f"RESUME={path}: a file of kind {meta.get('kind')!r}, expected a "
+                "checkpoint", DataError)
         for key, ours in self.identity.items():
             require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
         shapes, ours = ({name: t.shape for name, t in ts.items()} for ts in (tensors, self.tensors()))
@@ -1475,8 +1419,7 @@ def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
     generator = np.random.default_rng(run.seed)
     text = generator.integers(2, vocab_size, rows * run.train_row_tokens + 1).astype(np.uint16)
     text[generator.random(len(text)) < 1 / 500] = BOS
-    starts = segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len)
-    return [pack_row(text[:-1], text[1:], starts, dist.device)] * passes
+    return [pack_text(text, run, dist.device)] * passes
 
 def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
     """Compile both loop modes and touch every kernel on random tokens, rehearse what follows training, and restore the
@@ -1542,23 +1485,18 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
 def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> dict[str, Tensor]:
     """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}. The embedding is
     quantised as the output matrix that it also is. Runs eagerly, since hooks do not fire in compiled code."""
-    sums: dict[str, Tensor] = {}
+    sums = {name: torch.zeros(p.size(1), p.size(1), device=p.device)
+            for name, p in model.named_parameters() if param_role(name) != "scalar"}
+    names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
 
-    def watch_input(name: str, width: int) -> Callable:
-        sums[name] = torch.zeros(width, width, device=dist.device)
+    def add(name: str, inputs: Tensor) -> None:
+        x = inputs.flatten(0, -2).float()
+        sums[name].addmm_(x.mT, x)
 
-        def hook(_module: nn.Module, args: tuple) -> None:
-            x = args[0].reshape(-1, width).float()
-            sums[name].addmm_(x.mT, x)
-        return hook
-
-    hooks = [module.register_forward_pre_hook(watch_input(f"{name}.weight", module.weight.size(1)))
-             for name, module in model.named_modules() if isinstance(module, Linear)]
-    watch_hidden = watch_input("embed", model.config.model_dim)
+    hooks = [module.register_forward_pre_hook(lambda module, args: add(names[module], args[0])) for module in names]
     with torch.compiler.set_stance("force_eager"):
-        for batch in batches:
-            for tokens, _, segments in batch:
-                watch_hidden(model, (model.hidden(tokens, segments),))
+        for tokens, _, segments in (row for batch in batches for row in batch):
+            add("embed", model.hidden(tokens, segments))
     for hook in hooks:
         hook.remove()
     return {name: dist.sum_(h) for name, h in sums.items()}
@@ -1573,8 +1511,7 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: flo
     w[:, dead] = 0
     h.diagonal()[dead] = 1
     h.diagonal().add_(damping * h.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     q = torch.empty_like(w)
     for start in range(0, w.size(1), block):
         end = min(start + block, w.size(1))
@@ -1635,9 +1572,9 @@ def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: D
             continue
         grid = grid_for(name, run, widen)
         scale = stored[f"{name}.scale"] = grid.scale(p)
-        mine = i % dist.world == dist.rank
-        stored[name] = gptq(p, hessians[name], scale.float(), grid.qmax, run.gptq_damping) if mine else \
-            torch.zeros(p.shape, dtype=torch.int8, device=p.device)
+        stored[name] = torch.zeros(p.shape, dtype=torch.int8, device=p.device)
+        if i % dist.world == dist.rank:
+            stored[name] = gptq(p, hessians[name], scale.float(), grid.qmax, run.gptq_damping)
     return {name: dist.sum_(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())}
 
 def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -> None:
@@ -1696,7 +1633,6 @@ def code() -> bytes:
 
 class Tally:
     """Nats, scored targets and adaptation steps of every document."""
-
     def __init__(self, docs: Documents):
         self.docs = docs
         self.nats, self.counted, self.updates = np.zeros(len(docs)), np.zeros(len(docs)), np.zeros(len(docs))
@@ -1751,26 +1687,23 @@ def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
         used += w.end - w.start
     return rows
 
-def fill_row(docs: Documents, row: list[Window], size: int, longest: int, device: torch.device) -> Scored:
-    """The windows of a row, one after another; the rest is padding that nothing attends to and nothing counts."""
-    text, targets = np.full(size, BOS, np.uint16), np.full(size, BOS, np.uint16)
-    documents, counted, starts, at = np.zeros(size, np.int64), np.zeros(size, bool), [], 0
-    for w in row:
-        span, n = docs.span(w.document), w.end - w.start
-        starts.append(at)
-        text[at:at + n], targets[at:at + n] = span[w.start:w.end], span[w.start + 1:w.end + 1]
-        documents[at:at + n], counted[at + w.first - w.start:at + n] = w.document, True
-        at += n
-    starts.extend(range(at, size, longest))
-    return Scored(pack_row(text, targets, np.array(starts), device), documents, counted)
-
 def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:
-    """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow."""
+    """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow.
+    What follows the windows of a row is padding that nothing attends to and nothing counts."""
     size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, row_plan(plan, run.micro_batch_tokens)
     if len(rows) == 1:
         size = min(size, -(-sum(w.end - w.start for w in rows[0]) // longest) * longest)
     for row in rows[dist.rank::dist.world]:
-        yield fill_row(docs, row, size, longest, dist.device)
+        text, targets = np.full(size, BOS, np.uint16), np.full(size, BOS, np.uint16)
+        documents, counted, starts, at = np.zeros(size, np.int64), np.zeros(size, bool), [], 0
+        for w in row:
+            span, n = docs.span(w.document), w.end - w.start
+            starts.append(at)
+            text[at:at + n], targets[at:at + n] = span[w.start:w.end], span[w.start + 1:w.end + 1]
+            documents[at:at + n], counted[at + w.first - w.start:at + n] = w.document, True
+            at += n
+        starts.extend(range(at, size, longest))
+        yield Scored(pack_row(text, targets, np.array(starts), dist.device), documents, counted)
 
 @torch.no_grad()
 def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunConfig, dist: Dist, tally: Tally,
@@ -1789,7 +1722,6 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
 class Adapter:
     """The corrections of B documents: one set for every visit of the trunk, and one for the head. Their start is drawn
     from the seed, the same for every document, row, batch and rank; `up` is zero, so a new adapter changes nothing."""
-
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
         generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim ** -0.5
 
@@ -1819,9 +1751,7 @@ class Adapter:
             t.copy_(start)
 
 class AdaptRule:
-    """The step of test-time training, on tensors whose first dimension is the document: clipping, moments, decay and
-    the learning rate are each document's own."""
-
+    """The step of test-time training on tensors (B, ...): clipping, moments, decay and rate are each document's own."""
     def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
         self.run, self.multipliers = run, multipliers
         self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
@@ -1844,8 +1774,8 @@ class AdaptRule:
             factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
             grads = [g * per_document(factor, g) for g in grads]
         if run.ttt_optimizer == "adamw":
-            rule = AdamRule(run.ttt_beta1, run.ttt_beta2, eps=1e-10)
-            directions = adam_directions(grads, self.first, self.second, self.steps_done, rule)
+            directions = adam_directions(grads, self.first, self.second, self.steps_done, run.ttt_beta1, run.ttt_beta2,
+                                         eps=1e-10)
         else:
             torch._foreach_mul_(self.first, run.ttt_momentum)
             torch._foreach_add_(self.first, grads)
@@ -1861,8 +1791,7 @@ def per_document(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
-    """Learning rate of a step on a chunk: by a cosine over its epochs, and scaled down in proportion where the chunk's
-    mean entropy (B,) leaves the window."""
+    """Learning rate of a step on a chunk: by a cosine over epochs, less where its entropy (B,) leaves the window."""
     rate = run.ttt_lr * (0.5 * (1 + math.cos(math.pi * epoch / run.ttt_epochs)) if run.ttt_cosine else 1.0)
     if entropy is None:
         return rate
@@ -1881,8 +1810,7 @@ class SideBySide:
     present corrections (window: a step costs a window, and learning reaches through it).
 
     A step on few tokens is thousands of small kernels, and a GPU would wait for Python: with a cache, what a step does
-    is captured once for every size of the cache and then replayed as a CUDA graph; all that lasts changes in place.
-    """
+    is captured once for every size of the cache and then replayed as a CUDA graph; all that lasts changes in place."""
 
     def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device,
                  family: dict[int, SideBySide] | None = None):
@@ -2037,7 +1965,10 @@ def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: R
     the others go on in half as many rows. `family` keeps what can be used again for the next group."""
     chunk, lengths, family = run.ttt_chunk_tokens, docs.lengths, {} if family is None else family
     rows, longest = np.array(group), int(lengths[group].max())  # rows: each one's document
-    tokens = padded(docs, rows, -(-longest // chunk) * chunk).to(dist.device)  # (B, T + 1)
+    text = np.full((len(rows), -(-longest // chunk) * chunk + 1), BOS, np.int64)  # padded; everything is causal
+    for row, i in zip(text, group, strict=True):
+        row[:lengths[i] + 1] = docs.span(i)
+    tokens = torch.from_numpy(text).to(dist.device)  # (B, T + 1)
     learners = family.get(len(rows)) or SideBySide(model, run, len(rows), dist.device, family)
     learners.begin()
     for first in range(0, longest, chunk):
@@ -2055,35 +1986,22 @@ def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: R
             tally.updates[rows[left > chunk]] += run.ttt_epochs
         learners.move_on()
 
-def padded(docs: Documents, group: np.ndarray, longest: int) -> Tensor:
-    """Documents as rows of one length (B, longest + 1); everything is causal, so padding reaches no score."""
-    rows = np.full((len(group), longest + 1), BOS, np.int64)
-    for row, i in zip(rows, group, strict=True):
-        if i >= 0:
-            span = docs.span(i)
-            row[:len(span)] = span
-    return torch.from_numpy(rows)
-
 @torch.no_grad()
 def entropy_sum(model: GPT, x: Tensor, delta: LowRank | None, counted: Tensor) -> Tensor:
     """States (B, C, D) and which of their predictions count (B, C) -> sum of these predictions' entropies (B,) nats."""
     return (model.head.entropy(x, model.embed, delta) * counted).sum(1)
 
 class StreamLearner:
-    """What adapts along a stream of text: the weights themselves, or one set of corrections for all of it. The ranks of
-    `dist` share every chunk."""
-
+    """What adapts along a text: the weights, or one set of corrections. The ranks of `dist` share every chunk."""
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.model, self.run, self.dist = model, run, dist
         self.adapter = Adapter(model.config, run, 1, dist.device) if run.ttt_params == "lora" else None
-        self.delta = None if self.adapter is None else self.adapter.head
         if self.adapter is not None:
-            self.leaves = self.adapter.tensors()
-            self.tensors, multipliers = self.leaves, [1.0] * len(self.leaves)
+            self.leaves = self.tensors = self.adapter.tensors()
+            multipliers = [1.0] * len(self.leaves)
         else:
             frozen = tuple(f"blocks.{i}." for i in range(run.ttt_freeze_blocks))
-            named = {n: p for n, p in model.named_parameters() if not n.startswith(frozen)} if frozen else \
-                dict(model.named_parameters())
+            named = {name: p for name, p in model.named_parameters() if not name.startswith(frozen)}
             self.leaves = [p.requires_grad_() for p in named.values()]
             self.tensors = [p.detach()[None] for p in self.leaves]  # one "document", sharing the weights' memory
             multipliers = [full_multiplier(name, run) for name in named]
@@ -2097,22 +2015,17 @@ class StreamLearner:
             t.copy_(value)
         self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)
 
-    def forward(self, row: Scored) -> tuple[Tensor, Tensor, Tensor]:
-        """States of a row's tokens (1, N, D), nats of its targets and which of them count, (1, N) each."""
-        tokens, targets, segments = row.packed
-        x = self.model.hidden(tokens, segments, self.adapter)
-        counted = torch.from_numpy(row.counted).to(self.dist.device)[None]
-        return x, self.model.head(x, targets, self.model.embed, self.delta), counted
-
     @torch.no_grad()
     def score(self, rows: Sequence[Scored], tally: Tally) -> Tensor | None:
         """Score this rank's rows of a chunk -> sum of entropies (1,), if wanted."""
+        model, delta = self.model, None if self.adapter is None else self.adapter.head
         total = torch.zeros(1, device=self.dist.device)
         for row in rows:
-            x, nll, counted = self.forward(row)
-            tally.add(row.documents[row.counted], nll[0].cpu().numpy()[row.counted])
+            (tokens, targets, segments), counted = row.packed, row.counted
+            x = model.hidden(tokens, segments, self.adapter)
+            tally.add(row.documents[counted], model.head(x, targets, model.embed, delta)[0].cpu().numpy()[counted])
             if wants_entropy(self.run):
-                total += entropy_sum(self.model, x, self.delta, counted)
+                total += entropy_sum(model, x, delta, torch.from_numpy(counted).to(total.device))
         return total if wants_entropy(self.run) else None
 
     def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None) -> None:
@@ -2121,7 +2034,7 @@ class StreamLearner:
         for epoch in range(self.run.ttt_epochs):
             grads = [torch.zeros_like(leaf) for leaf in self.leaves]
             for row in rows:
-                _, nll, counted = self.forward(row)
+                nll, counted = self.model(*row.packed, self.adapter), torch.from_numpy(row.counted).to(dist.device)
                 loss = (nll * counted).sum() / targets
                 torch._foreach_add_(grads, list(torch.autograd.grad(loss, self.leaves, materialize_grads=True)))
             grads = [dist.sum_(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
@@ -2135,15 +2048,13 @@ def full_multiplier(name: str, run: RunConfig) -> float:
 
 def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
     """Cut these documents, one after another, into chunks of `chunk` targets: lists of (document, begin, end)."""
-    pieces, room = [], chunk
-    lengths = docs.lengths
+    pieces, room, lengths = [], chunk, docs.lengths
     for i in chosen:
         begin = 0
         while begin < lengths[i]:
             end = min(int(lengths[i]), begin + room)
             pieces.append((i, begin, end))
-            room -= end - begin
-            begin = end
+            room, begin = room - (end - begin), end
             if room == 0:
                 yield pieces
                 pieces, room = [], chunk
@@ -2154,11 +2065,10 @@ def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], 
                 may_learn: Callable[[], bool] = lambda: True) -> int:
     """Score these documents one after another, learning from every chunk once it is scored. When `may_learn` turns
     false, what is left is only scored -> documents that had not begun by then."""
-    run, learning, frozen_from = learner.run, True, len(chosen)
-    place, last = {i: n for n, i in enumerate(chosen)}, (chosen[-1], docs.lengths[chosen[-1]])
+    run, learning, begun, last = learner.run, True, 0, (chosen[-1], docs.lengths[chosen[-1]])
     for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
-        if learning and not may_learn():
-            learning, frozen_from = False, place[pieces[0][0]] + (pieces[0][1] > 0)
+        learning = learning and may_learn()
+        begun += sum(begin == 0 for _, begin, _ in pieces) if learning else 0
         plan = (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride))
         rows = list(my_rows(docs, plan, run, learner.dist))
         entropy = learner.score(rows, tally)
@@ -2167,11 +2077,10 @@ def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], 
             learner.learn(rows, sum(end - begin for _, begin, end in pieces), entropy)
             if learner.dist.main:
                 tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
-    return len(chosen) - frozen_from
+    return 0 if learning else len(chosen) - begun
 
 def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
-    """Rounds of groups of documents, a group for each rank: longest documents first, similar lengths together. A pure
-    function of the lengths; it schedules work and changes no score."""
+    """Rounds of groups of documents, a group for each rank, longest documents first; it changes no score."""
     order = np.argsort(-lengths, kind="stable").tolist()
     batch = min(batch, -(-len(order) // world))
     groups = [order[i:i + batch] for i in range(0, len(order), batch)]
@@ -2181,8 +2090,7 @@ def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]
 LEAST_STEP = 4096  # tokens of a pass under which a GPU's time is that of launching it
 
 def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
-    """Token passes of documents (B,) that adapt side by side, to foretell seconds: chunk by chunk, rows dropped as in
-    adapt_side_by_side. Also serves documents that adapt one by one."""
+    """Token passes of documents (B,) that adapt as in adapt_side_by_side, or one by one; to foretell seconds."""
     rows, total, chunk = len(lengths), 0.0, run.ttt_chunk_tokens
     for first in range(0, int(lengths.max(initial=0)), chunk):
         left = int((lengths > first).sum())
@@ -2193,7 +2101,6 @@ def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
 
 class Evaluation:
     """The test-time-training score of a model: who scores what, within the time."""
-
     def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
         self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
         self.seconds, self.tally, self.degraded = seconds, Tally(docs), 0
@@ -2203,25 +2110,24 @@ class Evaluation:
 
     def warm_up(self) -> None:
         """Time the pass without adaptation on random documents; on a GPU also compile and touch every kernel."""
-        generator = np.random.default_rng(self.run.seed)
-        vocab, context = self.model.config.vocab_size, self.run.eval_seq_len
-        many, length = (self.run.ttt_batch_docs, context + self.run.ttt_chunk_tokens) if self.run.batched_ttt else \
-            (2, context)
-        text = generator.integers(2, vocab, many * length)
+        run, many, length = self.run, 2, self.run.eval_seq_len
+        if run.batched_ttt:
+            many, length = run.ttt_batch_docs, length + run.ttt_chunk_tokens
+        text = np.random.default_rng(run.seed).integers(2, self.model.config.vocab_size, many * length, np.uint16)
         text[::length] = BOS
-        docs = split_documents(text.astype(np.uint16), np.ones(len(text), np.int64))
+        docs = split_documents(text, np.ones(len(text), np.int64))
         alone, everyone = Dist(device=self.dist.device), range(len(docs))
-        few = everyone[:self.run.micro_batch_tokens // length + 1 if self.dist.device.type == "cuda" else 1]
+        few = everyone[:run.micro_batch_tokens // length + 1 if self.dist.device.type == "cuda" else 1]
         for _ in range(2):  # the second time is the speed, the first compiles
             began = time.perf_counter()
-            score_static(self.model, docs, few, self.run, alone, Tally(docs))
+            score_static(self.model, docs, few, run, alone, Tally(docs))
             self.static_rate = len(few) * length / (time.perf_counter() - began)
-        if not self.run.ttt_enabled or self.dist.device.type == "cpu":
+        if not run.ttt_enabled or self.dist.device.type == "cpu":
             return
-        if self.run.batched_ttt:
-            adapt_side_by_side(self.model, docs, everyone, self.run, alone, Tally(docs), self.family)
+        if run.batched_ttt:
+            adapt_side_by_side(self.model, docs, everyone, run, alone, Tally(docs), self.family)
         else:
-            learner = StreamLearner(self.model, self.run, alone)
+            learner = StreamLearner(self.model, run, alone)
             adapt_along(learner, docs, everyone, Tally(docs))
             learner.reset()
 
@@ -2229,16 +2135,11 @@ class Evaluation:
         """Every target of every document -> the tally of all ranks."""
         if not self.run.ttt_enabled:
             score_static(self.model, self.docs, range(len(self.docs)), self.run, self.dist, self.tally)
-        elif self.run.batched_ttt:
-            self._score_documents(None)
-        else:
-            shared = self.run.ttt_scope == "stream"  # by all ranks; else every rank has documents of its own
-            learner = StreamLearner(self.model, self.run, self.dist if shared else Dist(device=self.dist.device))
-            if shared:
-                everyone = range(len(self.docs))
-                self.degraded = adapt_along(learner, self.docs, everyone, self.tally, self._time_left)
-            else:
-                self._score_documents(learner)
+        elif self.run.ttt_scope == "document":
+            self._score_documents()
+        else:  # a stream, whose every chunk the ranks share
+            learner = StreamLearner(self.model, self.run, self.dist)
+            self.degraded = adapt_along(learner, self.docs, range(len(self.docs)), self.tally, self._time_left)
             learner.reset()
         return self.tally.gathered(self.dist)
 
@@ -2248,9 +2149,10 @@ class Evaluation:
         after = self.seconds() + next_seconds + rest / self.static_rate / self.dist.world
         return not limit or self.dist.largest(after) <= limit
 
-    def _score_documents(self, learner: StreamLearner | None) -> None:
+    def _score_documents(self) -> None:
         """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
         run, dist, lengths = self.run, self.dist, self.docs.lengths
+        learner = None if run.batched_ttt else StreamLearner(self.model, run, Dist(device=dist.device))
         rounds = ttt_plan(lengths, dist.world, run.ttt_batch_docs if run.batched_ttt else 1)
         costs = [max(group_cost(lengths[group], run) for group in groups) for groups in rounds]
         began, spent, told = self.seconds(), 0.0, 0.0
@@ -2260,10 +2162,7 @@ class Evaluation:
             if not self._time_left(speed * costs[n], 2.0 * float(lengths[rest].sum())):
                 self.degraded = len(rest)
                 self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
-                if learner is not None:
-                    learner.reset()
-                score_static(self.model, self.docs, rest, run, dist, self.tally)
-                return
+                break
             if learner is None and groups[dist.rank]:
                 adapt_side_by_side(self.model, self.docs, groups[dist.rank], run, dist, self.tally, self.family)
             for i in groups[dist.rank] if learner is not None else ():
@@ -2276,6 +2175,10 @@ class Evaluation:
                 bpb = self.tally.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
                 self.log(f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
                          f"bpb:{bpb:.4f} (of this rank's) eval_s:{told:.0f} eta_s:{left:.0f}")
+        if learner is not None:
+            learner.reset()
+        if self.degraded:
+            score_static(self.model, self.docs, rest, run, dist, self.tally)
 
 
 # -----------------------------------------------------------------------------
@@ -2302,25 +2205,21 @@ def predicted_bytes(c: ModelConfig, run: RunConfig) -> float:
             total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
     return total
 
-def training_flops(c: ModelConfig, run: RunConfig) -> float:
-    """Arithmetic of a step budget: 6 operations a weight, visit and token."""
+def predicted_seconds(c: ModelConfig, run: RunConfig, dist: Dist) -> float:
+    """Time of a step budget, of 6 operations a weight, visit and token, at the measured speed of a matrix product."""
     with torch.device("meta"):
         model = GPT(c)
     block = sum(p.numel() for p in model.blocks[0].parameters())
     plain, looped = (len(layer_plan(c, looping)) for looping in (False, True))
     visits = plain * run.enable_looping_at + looped * (1 - run.enable_looping_at)
-    return 6 * (block * visits + model.embed.numel()) * run.train_batch_tokens * run.iterations
-
-def device_speed(device: torch.device) -> float:
-    """Operations per second of a matrix product of this model's kind, measured for a moment."""
-    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
-    a = torch.randn(n, n, device=device).to(dtype)
+    work = 6 * (block * visits + model.embed.numel()) * run.train_batch_tokens * run.iterations
+    n, dtype = (4096, torch.bfloat16) if dist.device.type == "cuda" else (512, torch.float32)
+    a = torch.randn(n, n, device=dist.device).to(dtype)
     began, done = time.perf_counter(), 0
     while done < 3 or time.perf_counter() - began < 0.2:
-        a = a @ a * 1e-3
-        done += 1
+        a, done = a @ a * 1e-3, done + 1
     a.sum().item()
-    return done * 2 * n ** 3 / (time.perf_counter() - began)
+    return work / (done * 2 * n ** 3) * (time.perf_counter() - began) / dist.world
 
 def check_setup(plan: Plan, log: Log) -> None:
     """Say what will be run, and refuse what cannot be: data, disk, memory, devices, bytes, minutes."""
@@ -2336,13 +2235,12 @@ def check_setup(plan: Plan, log: Log) -> None:
         return
     log(f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
         f"{run.train_batch_tokens} a step, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows per rank")
-    size = predicted_bytes(model, run)
-    log(f"predicted artifact: about {size:.0f} bytes before its ranges are fitted, {len(code())} bytes of code, "
-        f"limit {run.artifact_bytes}")
+    log(f"predicted artifact: about {predicted_bytes(model, run):.0f} bytes before its ranges are fitted, "
+        f"{len(code())} bytes of code, limit {run.artifact_bytes}")
     if run.max_wallclock_seconds:
         log(f"predicted time: at most {run.max_wallclock_seconds / 60:.1f} minutes of training")
     if run.iterations:
-        seconds = training_flops(model, run) / dist.world / device_speed(dist.device)
+        seconds = predicted_seconds(model, run, dist)
         log(f"predicted time: {run.iterations} steps in {seconds / 0.8 / 60:.1f} to {seconds / 0.25 / 60:.1f} minutes")
     log(f"predicted time: at most {run.eval_seconds / 60:.1f} minutes of evaluation" if run.eval_seconds else
         "predicted time: evaluation without limit")
@@ -2431,8 +2329,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
             with trial.phase("calibrate"):
                 hessians = calibrate(model, [batch], dist)
             make_artifact(model, hessians, run, dist, trial, plan.tokenizer.sha256, Log(None))
-            once = trial.total("quantise", "pack")
-            reserve = trial.total("calibrate") * run.gptq_calibration_batches + 2 * once
+            reserve = trial.total("calibrate") * run.gptq_calibration_batches + 2 * trial.total("quantise", "pack")
             return dist.largest(1.15 * reserve + 0.5)
 
         reserve = warm_up(trainer, rehearse)
@@ -2490,10 +2387,9 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) ->
     adapted = f" ttt_bpb:{tally.bits_per_byte:.5f}" if run.ttt_enabled else ""
     log(f"artifact {path}: static_bpb:{static.bits_per_byte:.5f}{adapted}")
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
-    val_loss = float(tally.nats.sum() / tally.counted.sum())
-    return {"val_bpb": tally.bits_per_byte, "val_loss": val_loss, "static_bpb": static.bits_per_byte,
-            "validation": docs.sha256(), "documents": len(docs), "tokens": int(tally.counted.sum()),
-            "bytes": counted_bytes, "adaptation_steps": int(tally.updates.sum()),
+    return {"val_bpb": tally.bits_per_byte, "val_loss": float(tally.nats.sum() / tally.counted.sum()),
+            "static_bpb": static.bits_per_byte, "validation": docs.sha256(), "documents": len(docs),
+            "tokens": int(tally.counted.sum()), "bytes": counted_bytes, "adaptation_steps": int(tally.updates.sum()),
             "doc_independent": int(independent), "degraded_documents": evaluation.degraded,
             "eval_seconds": watch.total(*EVALUATION_CLOCK)}
 

@@ -352,7 +352,7 @@ def test_a_batch_is_a_function_of_its_number(tiny_data, tiny_run):
 def test_the_next_batch_is_fetched_ahead(tiny_data, tiny_run):
     stream = TrainingStream(tiny_run(), VOCAB, Dist())
     stream.batch(4)
-    number, fetched = stream.next
+    ((number, fetched),) = stream.ahead.items()
     assert number == 5 and isinstance(fetched, Future)
     assert fetched.result() is stream.batch(5)
 

@@ -279,7 +279,7 @@ CHEATS = [
     Cheat("each rank has its own A", "independence", "adamw",
           [(NEW_LEARNERS, NEW_LEARNERS.replace("run,", "dataclasses.replace(run, seed=run.seed + dist.rank),"))]),
     Cheat("ranks share their gradients", "independence", "full",
-          [("self.dist if shared else Dist(device=self.dist.device)", "self.dist")]),
+          [("StreamLearner(self.model, run, Dist(device=dist.device))", "StreamLearner(self.model, run, dist)")]),
     Cheat("a training shard is read", "artifact alone", "adamw",
           while_scoring("np.fromfile('{data}/fineweb_train_000000.bin', np.uint16)")),
     Cheat("something lies beside the artifact", "artifact alone", "adamw",
