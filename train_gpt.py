@@ -350,9 +350,9 @@ class Dist:
         """Sum (n, ...) over ranks and keep this rank's n / world rows."""
         if self.world == 1:
             return x
-        out = x.new_empty(len(x) // self.world, *x.shape[1:])
         if not x.is_cuda:  # gloo has no reduce-scatter
             return self.sum_(x).chunk(self.world)[self.rank].clone()
+        out = x.new_empty(len(x) // self.world, *x.shape[1:])
         torch_dist.reduce_scatter_tensor(out, x)
         return out
 
@@ -660,8 +660,8 @@ class TrainingStream:
 
     def held_out(self) -> Documents:
         """The whole documents of the text that training never reads, a byte a token: nobody counts theirs."""
-        parts = (s[max(0, self.total - begin):] for s, begin in zip(self.shards, self.begins, strict=True))
-        text = np.concatenate([*parts])
+        parts = [s[max(0, self.total - begin):] for s, begin in zip(self.shards, self.begins, strict=True)]
+        text = np.concatenate(parts)
         starts = np.flatnonzero(text == BOS)
         text = text[starts[0]:starts[-1]] if len(starts) else text[:0]
         check_vocabulary(self.paths[-1], text, self.vocab_size)
