@@ -63,7 +63,6 @@ class ConfigError(UserError):
 class DataError(UserError):
     """A file from outside that is not what it should be."""
 
-
 # -----------------------------------------------------------------------------
 # Config: every knob once, with its default, its unit and a line of doc. Nothing else reads the environment.
 
@@ -98,7 +97,6 @@ class ModelConfig:
     num_loops: int = knob(2, "further runs of the blocks LOOP_START..LOOP_END, 0 = none", low=0, high=64)
     loop_start: int = knob(3, "first block of the loop", low=0)
     loop_end: int = knob(5, "last block of the loop", low=0)
-
     def __post_init__(self):
         require(self.model_dim % self.num_heads == 0,
                 f"MODEL_DIM={self.model_dim} must be a multiple of NUM_HEADS={self.num_heads}")
@@ -111,11 +109,9 @@ class ModelConfig:
         require(self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
                 f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks "
                 "(NUM_LOOPS=0 turns the loop off)")
-
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
-
     @property
     def kv_dim(self) -> int:
         return self.head_dim * self.num_kv_heads
@@ -209,7 +205,6 @@ class RunConfig:
     ttt_freeze_blocks: int = knob(2, "first blocks that do not adapt", low=0, only=FULL)
     ttt_lr_mult_mlp_out: float = knob(3.0, "factor on the rate of MLP output matrices", low=0, only=FULL)
     ttt_lr_mult_in: float = knob(0.5, "factor on the rate of q, k, v and MLP input matrices", low=0, only=FULL)
-
     def __post_init__(self):
         for f in fields(self):  # defaults that depend on what adapts
             if getattr(self, f.name) is None:
@@ -233,16 +228,13 @@ class RunConfig:
                 "TTT_MIN_DOC_TOKENS counts the tokens of a document; it means nothing under TTT_SCOPE=stream")
         require(bool(self.lora_targets) and set(self.lora_targets) <= set(LORA_TARGETS),
                 f"TTT_LORA_TARGETS={self.ttt_lora_targets!r}: expected some of {','.join(LORA_TARGETS)}, with commas")
-
     @property
     def lora_targets(self) -> tuple[str, ...]:
         return tuple(self.ttt_lora_targets.split(","))
-
     @property
     def batched_ttt(self) -> bool:
         """Many documents adapt side by side, each with corrections of its own."""
         return self.ttt_params == "lora" and self.ttt_scope == "document"
-
     @property
     def cached_ttt(self) -> bool:
         """A step of adaptation costs a chunk, not a window: small passes, which need no compiled code."""
@@ -315,7 +307,6 @@ def describe_knobs() -> str:
         lines.append(f"  {name:26} {default or '-':24} {m['doc']}{which}{unit}{only}")
     return "\n".join(lines)
 
-
 # -----------------------------------------------------------------------------
 # Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
 
@@ -325,7 +316,6 @@ class Dist:
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.main = rank == 0
-
     @classmethod
     def from_env(cls, device: str, env: Mapping[str, str] = os.environ) -> Dist:
         """Join the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or stand alone."""
@@ -340,12 +330,10 @@ class Dist:
         if world > 1:
             torch_dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
         return cls(rank, world, f"cuda:{local}" if use_gpu else "cpu")
-
     def sum_(self, x: Tensor) -> Tensor:
         if self.world > 1:
             torch_dist.all_reduce(x)
         return x
-
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum (n, ...) over ranks and keep this rank's n / world rows."""
         if self.world == 1:
@@ -355,7 +343,6 @@ class Dist:
         out = x.new_empty(len(x) // self.world, *x.shape[1:])
         torch_dist.reduce_scatter_tensor(out, x)
         return out
-
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, ...) of every rank -> (n * world, ...) on all."""
         if self.world == 1:
@@ -363,27 +350,22 @@ class Dist:
         out = x.new_empty(len(x) * self.world, *x.shape[1:])
         torch_dist.all_gather_into_tensor(out, x.contiguous())
         return out
-
     def agree(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
         box = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             torch_dist.broadcast(box, src=0)
         return box.tolist()
-
     def largest(self, value: float) -> float:
         box = torch.tensor(value, dtype=torch.float64)
         if self.world > 1:
             torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
         return box.item()
-
     def barrier(self) -> None:
         self.largest(0.0)
-
     def finish_kernels(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
     def close(self) -> None:
         if self.world > 1:
             torch_dist.destroy_process_group()
@@ -395,7 +377,6 @@ class Log:
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115, open for the whole run
-
     def __call__(self, message: str, screen: bool = True) -> None:
         if self.screen and screen:
             print(message, flush=True)
@@ -406,13 +387,11 @@ class Stopwatch:
     """Seconds of every phase; some phases count against a limit, and pauses are phases of their own."""
     def __init__(self, dist: Dist):
         self.dist, self.seconds, self.stack, self.since = dist, {}, [], time.perf_counter()
-
     def _book(self) -> None:
         now = time.perf_counter()
         if self.stack:
             self.seconds[self.stack[-1]] = self.seconds.get(self.stack[-1], 0.0) + now - self.since
         self.since = now
-
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time spent inside goes to `name`, and not to the phase around it."""
@@ -424,7 +403,6 @@ class Stopwatch:
         finally:
             self._book()
             self.stack.pop()
-
     def total(self, *names: str) -> float:
         """Seconds so far of these phases, the running one included."""
         self._book()
@@ -447,7 +425,6 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}; free some space or go elsewhere") from error
     finally:
         beside.unlink(missing_ok=True)
-
 
 # -----------------------------------------------------------------------------
 # Data: shards are memory-mapped and hostile until checked; a batch is a pure function of its number.
@@ -547,23 +524,18 @@ class Documents(NamedTuple):
     tokens: np.ndarray  # (n,) uint16, BOS before every document
     bytes: np.ndarray   # (n,) int64, bytes of original text that a token stands for
     starts: np.ndarray  # (documents + 1,) position of every BOS, then n
-
     def __len__(self) -> int:
         return len(self.starts) - 1
-
     @property
     def lengths(self) -> np.ndarray:
         """Targets of every document: its tokens after BOS and the BOS that follows it; the last has no closing BOS."""
         return np.minimum(self.starts[1:], len(self.tokens) - 1) - self.starts[:-1]
-
     def span(self, i: int) -> np.ndarray:
         """Document i with its closing BOS: (lengths[i] + 1,)."""
         return self.tokens[self.starts[i]:self.starts[i + 1] + 1]
-
     def sha256(self) -> str:
         """Tells this validation set from any other."""
         return hashlib.sha256(self.tokens.astype("<u2").tobytes() + self.bytes.astype("<i8").tobytes()).hexdigest()
-
     def target_bytes(self) -> np.ndarray:
         """Bytes of every document's targets (documents,)."""
         ahead = np.concatenate([[0], np.cumsum(self.bytes[1:], dtype=np.int64)])  # ahead[t]: bytes of targets 1..t
@@ -647,7 +619,6 @@ class TrainingStream:
         require(self.total > run.train_row_tokens, f"DATA_PATH={run.data_path}: {self.ends[-1]} training tokens "
                 f"less HOLDOUT_TOKENS={run.holdout_tokens} are no more than a row, TRAIN_ROW_TOKENS="
                 f"{run.train_row_tokens}: prepare more data or lower these", DataError)
-
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from any position of the endless stream: (count,) uint16."""
         parts, at = [], start % self.total
@@ -657,7 +628,6 @@ class TrainingStream:
             check_vocabulary(self.paths[i], parts[-1], self.vocab_size)
             count, at = count - len(parts[-1]), (at + len(parts[-1])) % self.total
         return np.concatenate(parts)
-
     def held_out(self) -> Documents:
         """The whole documents of the text that training never reads, a byte a token: nobody counts theirs."""
         parts = [s[max(0, self.total - begin):] for s, begin in zip(self.shards, self.begins, strict=True)]
@@ -666,13 +636,11 @@ class TrainingStream:
         text = text[starts[0]:starts[-1]] if len(starts) else text[:0]
         check_vocabulary(self.paths[-1], text, self.vocab_size)
         return split_documents(text, np.ones(len(text), np.int64))
-
     def _load(self, batch: int) -> list[Packed]:
         rows = self.rows_per_pass * self.run.train_row_tokens
         first = batch * self.run.train_batch_tokens + self.dist.rank * self.passes * rows
         texts = (self.read(first + i * rows, rows + 1) for i in range(self.passes))
         return [pack_text(text, self.run, self.dist.device) for text in texts]
-
     def batch(self, number: int) -> list[Packed]:
         """This rank's micro-batches of a batch; the next one is fetched meanwhile."""
         this = self.ahead.get(number) or self.worker.submit(self._load, number)
@@ -688,7 +656,6 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
     share = rows // world
     fit = max(n for n in range(1, share + 1) if share % n == 0 and n * run.train_row_tokens <= run.micro_batch_tokens)
     return fit, share // fit
-
 
 # -----------------------------------------------------------------------------
 # Attention: the one seam between devices. Nothing above it knows which kernel ran.
@@ -792,7 +759,6 @@ class PackedAttention(torch.autograd.Function):
         attention_forward_kernel[grid](q, k, v, out, lse, positions, N, H, group, h, **TILE)
         ctx.save_for_backward(q, k, v, out, lse, positions, ends)
         return out
-
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, positions, ends = ctx.saved_tensors
@@ -811,7 +777,6 @@ class Past:
         self.ring = ring                  # (2, B, L, K, h), keys and values; token t lies at t % L
         self.seen = ring.new_empty(0)     # (C, L + C) bool: which of the ring's tokens and its own a chunk's token sees
         self.latest = (ring[0], ring[1])  # keys and values of the chunk that came last
-
     def before(self, k: Tensor, v: Tensor) -> list[Tensor]:
         """Keys and values of the ring and of a chunk, (B, C, K, h) twice -> (B, L + C, K, h) twice."""
         self.latest = k.detach(), v.detach()
@@ -872,7 +837,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b, rest = x[..., :half].float(), x[..., half:2 * half].float(), x[..., 2 * half:]
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
 
-
 # -----------------------------------------------------------------------------
 # Model: one forward pass for training, scoring and adaptation; an adapter adds its corrections where the weights are.
 
@@ -881,7 +845,6 @@ class LowRank(NamedTuple):
     down: Tensor  # (B, in, R) fp32
     up: Tensor    # (B, R, out) fp32
     scale: float
-
     def __call__(self, x: Tensor) -> Tensor:
         """(B, T, in) -> (B, T, out)"""
         return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
@@ -901,7 +864,6 @@ class Linear(nn.Module):
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
-
     def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype))
         return y if delta is None else y + delta(x)
@@ -920,7 +882,6 @@ class Attention(nn.Module):
         self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
-
     def forward(self, n: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         """Normalised input (B, T, D) -> (B, T, D)"""
         B, T, D = n.shape
@@ -944,7 +905,6 @@ class MLP(nn.Module):
         super().__init__()
         self.slope, width = c.mlp_leaky_slope, c.mlp_mult * c.model_dim
         self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
-
     def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
         y = self.down(F.leaky_relu(self.up(x), self.slope).square())
         return y if delta is None else y + delta(x)
@@ -952,7 +912,6 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then the MLP, on one residual stream."""
     lanes = False
-
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
         self.attention, self.mlp = Attention(c, index), MLP(c)
@@ -960,17 +919,13 @@ class Block(nn.Module):
         self.register_buffer("input_scale", torch.tensor((index + 1.0) ** -c.ln_scale_power), persistent=False)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(c.model_dim)), nn.Parameter(torch.ones(c.model_dim))
         self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # (x, x0)
-
     def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
         mix = self.input_mix.to(x.dtype)
         return mix[0] * x + mix[1] * x0
-
     def attend_to(self, x: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         return self.attn_scale.to(x.dtype) * self.attention(norm(x) * self.input_scale.to(x.dtype), rope, place, d)
-
     def think_on(self, x: Tensor, d: Deltas) -> Tensor:
         return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.input_scale.to(x.dtype), d.mlp)
-
     def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         """Stream and normalised embeddings (B, T, D) twice -> (B, T, D)"""
         x = self.mixed(x, x0)
@@ -980,12 +935,10 @@ class Block(nn.Module):
 class LaneBlock(Block):
     """Attention and MLP side by side: one reads lane `a`, the other lane `m`, and both write to both."""
     lanes = True
-
     def __init__(self, c: ModelConfig, index: int):
         super().__init__(c, index)
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
         self.lane_mix = nn.Parameter(torch.ones(2, 2))        # [lane written][attention, MLP]
-
     def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
         attn, mlp = self.attend_to(self.mixed(a, x0), rope, place, d), self.think_on(m, d)
         keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
@@ -1004,7 +957,6 @@ class Input(nn.Module):
         self.width = c.smear_width
         self.smear = nn.Parameter(torch.zeros(c.smear_width)) if c.smear_width else None
         self.smear_gain = nn.Parameter(torch.zeros(1)) if c.smear_width else None
-
     def forward(self, tokens: Tensor, positions: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T), place of every token in its segment (T,), (V, D) -> (B, T, D)"""
         e = F.embedding(tokens, embedding)
@@ -1019,18 +971,15 @@ class Head(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.cap = c.logit_softcap
-
     def logits(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
         """(B, T, D) -> (B, T, V) fp32"""
         z = F.linear(x, embedding.to(x.dtype))
         z = (z if delta is None else z + delta(x)).float()
         return self.cap * torch.tanh(z / self.cap) if self.cap else z
-
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
         z = self.logits(x, embedding, delta)
         return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
     def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D) -> entropy of every prediction, (B, T) nats"""
         log_p = self.logits(x, embedding, delta).log_softmax(-1)
@@ -1063,7 +1012,6 @@ class GPT(nn.Module):
         pairs = sum(v.saves for v in layer_plan(c, looping=True))
         self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim)) if pairs else None
         self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
-
     def hidden(self, tokens: Tensor, place: Segments | Chunk | None = None, adapter: Adapter | None = None,
                looping: bool = True) -> Tensor:
         """Tokens (B, T) -> normalised states before the head (B, T, D). Rows are causal; with segments (then B is 1)
@@ -1090,7 +1038,6 @@ class GPT(nn.Module):
             if visit.saves:
                 saved.append(a)
         return norm(a if m is None else 0.5 * (a + m))
-
     def forward(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None, adapter: Adapter | None = None,
                 looping: bool = True) -> Tensor:
         """Tokens (B, T), the targets of the last n of them (B, n) -> their negative log-likelihood, (B, n) nats.
@@ -1120,7 +1067,6 @@ def compile_parts(model: GPT, dynamic: bool) -> None:
     torch._dynamo.config.recompile_limit = 64
     for part in (model.input, model.head, model.skip, *model.blocks):
         part.compile(dynamic=dynamic or None)
-
 
 # -----------------------------------------------------------------------------
 # Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape are stacked and shared out over the ranks.
@@ -1181,7 +1127,6 @@ class MuonAdam:
         self.first, self.second = ([torch.zeros_like(p) for p in self.dense] for _ in range(2))
         covered = [id(p) for ps in (*self.stacks, self.dense) for p in ps]
         assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter has exactly one rule"
-
     def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Sum the gradients over ranks -> (this rank's share of every stack, all dense ones, norm of the whole)."""
         shares = []
@@ -1194,7 +1139,6 @@ class MuonAdam:
         each = [self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[:len(ps)]  # matrix by matrix,
                 for g, ps in zip(shares, self.stacks, strict=True)]  # so that the sum's order knows no ranks
         return shares, dense, torch.cat([*each, flat.norm()[None]]).norm()
-
     @torch.no_grad()
     def step(self, lr_scale: float, mu: float) -> Tensor:
         """One update from the gradients in p.grad, which it clears -> norm of the reduced gradient."""
@@ -1212,7 +1156,6 @@ class MuonAdam:
         for p in (p for ps in (*self.stacks, self.dense) for p in ps):
             p.grad = None
         return norm_
-
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, whole on every rank."""
         whole = {f"momentum.{i}": self.dist.all_gather(m)[:len(ps)]
@@ -1220,7 +1163,6 @@ class MuonAdam:
         for kind, tensors in (("first", self.first), ("second", self.second)):
             whole |= {f"{kind}.{i}": t for i, t in enumerate(tensors)}
         return whole
-
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
         self.steps_done = steps_done
         for i, (n, m) in enumerate(zip(self.share, self.momentum, strict=True)):
@@ -1229,7 +1171,6 @@ class MuonAdam:
         for kind, tensors in (("first", self.first), ("second", self.second)):
             for i, t in enumerate(tensors):
                 t.copy_(state[f"{kind}.{i}"])
-
 
 # -----------------------------------------------------------------------------
 # Container: one file format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
@@ -1253,7 +1194,6 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | No
     def stored(t: Tensor) -> bytes:
         raw = t.detach().cpu().contiguous().numpy().tobytes()
         return raw if level is None else zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
-
     with ThreadPoolExecutor() as pool:
         blobs = list(pool.map(stored, tensors.values()))
     table = [[name, TYPE_NAMES[t.dtype], list(t.shape), len(blob)]
@@ -1311,7 +1251,6 @@ def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool) -> T
     require(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
 
-
 # -----------------------------------------------------------------------------
 # Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
 
@@ -1336,13 +1275,11 @@ class WeightAverage:
     def __init__(self, model: GPT, horizon: float):
         self.params, self.horizon = list(model.parameters()), horizon
         self.values = [p.detach().clone() for p in self.params]
-
     @torch.no_grad()
     def update(self, spent: float) -> None:
         """After a step that took `spent` of the budget."""
         keep = math.exp(-spent / self.horizon) if self.horizon else 0.0
         torch._foreach_lerp_(self.values, self.params, 1.0 - keep)
-
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the average inside, and its own weights again afterwards."""
@@ -1351,7 +1288,6 @@ class WeightAverage:
             yield
         finally:
             self._swap()
-
     @torch.no_grad()
     def _swap(self) -> None:
         for p, value in zip(self.params, self.values, strict=True):
@@ -1367,10 +1303,8 @@ class Trainer:
         self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
         self.identity = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256,
                          "train_batch_tokens": run.train_batch_tokens, "train_row_tokens": run.train_row_tokens}
-
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
-
     def step_on(self, batch: Sequence[Packed], progress: float, looping: bool) -> Tensor:
         """One optimizer step on this rank's micro-batches -> mean loss of all ranks, nats per token, on the device."""
         total = torch.zeros((), device=self.dist.device)
@@ -1380,12 +1314,10 @@ class Trainer:
             total += loss.detach()
         self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
         return self.dist.sum_(total)
-
     def tensors(self) -> dict[str, Tensor]:
         state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         state |= {f"average.{i}": v for i, v in enumerate(self.average.values)}
         return state | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
-
     def save(self, path: Path, seconds: float) -> None:
         """Write a checkpoint; every rank calls, rank 0 writes."""
         meta = self.identity | {"kind": "checkpoint", "step": self.step, "progress": self.progress, "seconds": seconds}
@@ -1393,7 +1325,6 @@ class Trainer:
         if self.dist.main:
             write_atomically(path, [pack(meta, tensors, level=None)])
         self.dist.barrier()
-
     @torch.no_grad()
     def put(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Take over all that `tensors` gave, after so many steps."""
@@ -1401,7 +1332,6 @@ class Trainer:
             if not name.startswith("optimizer."):
                 t.copy_(tensors[name])
         self.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in tensors.items()}, step)
-
     def load(self, path: str) -> None:
         meta, tensors = unpack(read_file(path), path)
         require(meta.get("kind") == "checkpoint", f"RESUME={path}: a file of kind {meta.get('kind')!r}, expected a "
@@ -1477,7 +1407,6 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
         check_loss(pending.item(), trainer.step, stream.vocab_size)
     return history
 
-
 # -----------------------------------------------------------------------------
 # Quantise: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
 
@@ -1488,11 +1417,9 @@ def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> di
     sums = {name: torch.zeros(p.size(1), p.size(1), device=p.device)
             for name, p in model.named_parameters() if param_role(name) != "scalar"}
     names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
-
     def add(name: str, inputs: Tensor) -> None:
         x = inputs.flatten(0, -2).float()
         sums[name].addmm_(x.mT, x)
-
     hooks = [module.register_forward_pre_hook(lambda module, args: add(names[module], args[0])) for module in names]
     with torch.compiler.set_stance("force_eager"):
         for tokens, _, segments in (row for batch in batches for row in batch):
@@ -1528,7 +1455,6 @@ class Grid(NamedTuple):
     """How a kind of matrix is rounded: to integers in +-qmax, which stand for +-clip deviations of a row."""
     qmax: int
     clip: float
-
     def scale(self, weight: Tensor) -> Tensor:
         """Step of every row (r,) fp16; at least the smallest normal fp16, so that no row divides by zero."""
         return (self.clip * weight.float().std(1) / self.qmax).clamp(2.0 ** -14, 65504).half()
@@ -1627,7 +1553,6 @@ def code() -> bytes:
     """The source that is counted: this file as it stands."""
     return Path(__file__).read_bytes()
 
-
 # -----------------------------------------------------------------------------
 # Score: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
 
@@ -1636,12 +1561,10 @@ class Tally:
     def __init__(self, docs: Documents):
         self.docs = docs
         self.nats, self.counted, self.updates = np.zeros(len(docs)), np.zeros(len(docs)), np.zeros(len(docs))
-
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         """Scores (n,) of targets that belong to these documents (n,)."""
         self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
         self.counted += np.bincount(documents, minlength=len(self.docs))
-
     def gathered(self, dist: Dist) -> Tally:
         """All ranks' sums, after checking that every target was scored exactly once."""
         for values in (self.nats, self.counted, self.updates):
@@ -1650,7 +1573,6 @@ class Tally:
         assert len(wrong) == 0, f"documents {wrong[:5]}: {self.counted[wrong[:5]]} targets scored, not once each"
         assert int(self.counted.sum()) == len(self.docs.tokens) - 1
         return self
-
     @property
     def bits_per_byte(self) -> float:
         return float(self.nats.sum() / math.log(2) / self.docs.target_bytes().sum())
@@ -1715,7 +1637,6 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
         nll = model(*row.packed, looping=looping)[0].cpu().numpy()
         tally.add(row.documents[row.counted], nll[row.counted])
 
-
 # -----------------------------------------------------------------------------
 # Test-time training: a chunk is scored, then learnt from. What adapts starts anew at every document, or in a stream.
 
@@ -1724,7 +1645,6 @@ class Adapter:
     from the seed, the same for every document, row, batch and rank; `up` is zero, so a new adapter changes nothing."""
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
         generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim ** -0.5
-
         def low_rank(target: str) -> LowRank | None:
             if target not in run.lora_targets:
                 return None
@@ -1734,16 +1654,13 @@ class Adapter:
             self.starts += [start, up[0].clone()]
             return LowRank(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(),
                            run.ttt_lora_alpha / run.ttt_lora_rank)
-
         self.starts: list[Tensor] = []  # what every document's part of `tensors` begins with
         self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
         self.head = low_rank("head")
-
     def tensors(self) -> list[Tensor]:
         """All that adapts, documents first: (B, ...) each."""
         parts = [part for visit in self.visits for part in visit] + [self.head]
         return [t for part in parts if part is not None for t in (part.down, part.up)]
-
     @torch.no_grad()
     def begin(self) -> None:
         """Back to the start."""
@@ -1757,12 +1674,10 @@ class AdaptRule:
         self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
         self.first = [torch.zeros_like(t) for t in tensors]
         self.second = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
-
     def begin(self) -> None:
         """Nothing is remembered."""
         for t in (self.steps_done, *self.first, *self.second):
             t.zero_()
-
     @torch.no_grad()
     def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor | float) -> None:
         """Tensors and gradients (B, ...), learning rate (B,) or of all; tensors change in place."""
@@ -1811,7 +1726,6 @@ class SideBySide:
 
     A step on few tokens is thousands of small kernels, and a GPU would wait for Python: with a cache, what a step does
     is captured once for every size of the cache and then replayed as a CUDA graph; all that lasts changes in place."""
-
     def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device,
                  family: dict[int, SideBySide] | None = None):
         self.model, self.run, self.documents, self.device = model, run, documents, device
@@ -1828,7 +1742,6 @@ class SideBySide:
         self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
         self.done_there = torch.zeros((), dtype=torch.int64, device=device)
         self.begin()
-
     @torch.no_grad()
     def begin(self) -> None:
         """Documents begin: nothing is past, nothing is learnt."""
@@ -1838,7 +1751,6 @@ class SideBySide:
         self.done_there.zero_()
         self.done, self.size, self.past, self.scored = 0, 0, [], ()  # done: tokens that are past; size: of the cache
         self.window = self.last[:, :0]  # tokens that are encoded anew
-
     def make_room(self, tokens: int) -> None:
         """Take a cache that will hold so many tokens more, or all that a chunk may see."""
         size = self.size or min(self.room, SMALLEST_CACHE)
@@ -1853,7 +1765,6 @@ class SideBySide:
         for old, new in zip(self.past, self.caches[size], strict=False):  # no cache yet, or one for one
             new.ring[:, :, :self.size].copy_(old.ring)
         self.past, self.size = self.caches[size], size
-
     def hidden(self, tokens: Tensor) -> Tensor:
         """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
         n, self.tokens = tokens.size(1), tokens
@@ -1866,7 +1777,6 @@ class SideBySide:
             past.seen = seen
         place = Chunk(self.done_there + torch.arange(-1, n, device=self.device), self.past)
         return self.model.hidden(torch.cat([self.last, tokens], 1), place, self.adapter)
-
     def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
         """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
         if self.cached:
@@ -1874,24 +1784,20 @@ class SideBySide:
         self.replaying = to_learn and self.cached and self.device.type == "cuda" and bool(self.run.compile)
         with torch.set_grad_enabled(to_learn):
             return self._do(self._score, tokens, targets)
-
     def learn(self, counted: Tensor) -> None:
         """Steps on the chunk that was scored last; which of its targets count: (B, C)."""
         self._do(self._learn, counted)
-
     def move_on(self) -> None:
         """The tokens that `hidden` or `score` saw last are past."""
         self._do(self._move_on)
         if self.room and not self.cached:
             self.window = torch.cat([self.window, self.tokens], 1)[:, -self.room:]
         self.done += self.tokens.size(1)
-
     def _score(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.hidden(tokens)
         nll = self.model.head(x, targets, self.model.embed, self.adapter.head)
         self.scored = (targets, x, nll)
         return nll.detach()
-
     def _learn(self, counted: Tensor) -> None:
         (targets, x, nll), run, head = self.scored, self.run, self.adapter.head
         count = counted.sum(1).clamp(min=1)
@@ -1901,17 +1807,16 @@ class SideBySide:
             loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
             grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
             self.rule.step(self.adapter.tensors(), grads, chunk_rate(run, epoch, entropy))
-
     @torch.no_grad()
     def _move_on(self) -> None:
         if self.size:
-            slots = (self.done_there + torch.arange(self.tokens.size(1), device=self.device)) % self.size
+            n = min(self.size, self.tokens.size(1))  # a chunk may be longer than what is kept
+            slots = (self.done_there + self.tokens.size(1) - n + torch.arange(n, device=self.device)) % self.size
             for past in self.past:
                 for ring, latest in zip(past.ring, past.latest, strict=True):
-                    ring.index_copy_(1, slots, latest)
+                    ring.index_copy_(1, slots, latest[:, -n:])
         self.last.copy_(self.tokens[:, -1:])
         self.done_there += self.tokens.size(1)
-
     def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
         """work(*inputs), replayed where that is possible; on a stream of its own, which a capture needs."""
         if not self.replaying:
@@ -1921,7 +1826,6 @@ class SideBySide:
             result = self._replay(work, inputs)
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
-
     def _replay(self, work: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
         """The first time with a cache of this size it runs as it is, which warms up; the second time it is captured."""
         key = (work.__name__, self.size)
@@ -1939,7 +1843,6 @@ class SideBySide:
                 mine.copy_(given)
         graph.replay()
         return result
-
     @torch.no_grad()
     def keep(self, rows: Tensor) -> SideBySide:
         """These documents alone, where they are."""
@@ -2007,14 +1910,12 @@ class StreamLearner:
             multipliers = [full_multiplier(name, run) for name in named]
         self.rule = AdaptRule(self.tensors, multipliers, run)
         self.begin = [t.detach().clone() for t in self.tensors]
-
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the artifact's weights, with nothing remembered."""
         for t, value in zip(self.tensors, self.begin, strict=True):
             t.copy_(value)
         self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)
-
     @torch.no_grad()
     def score(self, rows: Sequence[Scored], tally: Tally) -> Tensor | None:
         """Score this rank's rows of a chunk -> sum of entropies (1,), if wanted."""
@@ -2027,7 +1928,6 @@ class StreamLearner:
             if wants_entropy(self.run):
                 total += entropy_sum(model, x, delta, torch.from_numpy(counted).to(total.device))
         return total if wants_entropy(self.run) else None
-
     def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None) -> None:
         """Steps on a chunk of this many targets, all of them scored."""
         dist, entropy = self.dist, None if entropy is None else self.dist.sum_(entropy) / targets
@@ -2107,7 +2007,6 @@ class Evaluation:
         self.family: dict[int, SideBySide] = {}
         self.static_rate = math.inf  # tokens per second of a rank without adaptation, found in the warm-up
         model.requires_grad_(run.ttt_params == "full")
-
     def warm_up(self) -> None:
         """Time the pass without adaptation on random documents; on a GPU also compile and touch every kernel."""
         run, many, length = self.run, 2, self.run.eval_seq_len
@@ -2130,7 +2029,6 @@ class Evaluation:
             learner = StreamLearner(self.model, run, alone)
             adapt_along(learner, docs, everyone, Tally(docs))
             learner.reset()
-
     def score(self) -> Tally:
         """Every target of every document -> the tally of all ranks."""
         if not self.run.ttt_enabled:
@@ -2142,13 +2040,11 @@ class Evaluation:
             self.degraded = adapt_along(learner, self.docs, range(len(self.docs)), self.tally, self._time_left)
             learner.reset()
         return self.tally.gathered(self.dist)
-
     def _time_left(self, next_seconds: float = 0.0, rest: float = 0.0) -> bool:
         """Whether `next_seconds` of adaptation still leave time to score `rest` tokens without; all ranks agree."""
         limit = self.run.eval_seconds * 0.98
         after = self.seconds() + next_seconds + rest / self.static_rate / self.dist.world
         return not limit or self.dist.largest(after) <= limit
-
     def _score_documents(self) -> None:
         """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
         run, dist, lengths = self.run, self.dist, self.docs.lengths
@@ -2179,7 +2075,6 @@ class Evaluation:
             learner.reset()
         if self.degraded:
             score_static(self.model, self.docs, rest, run, dist, self.tally)
-
 
 # -----------------------------------------------------------------------------
 # main: check, train, quantise, pack, read back from the disk, score.
@@ -2317,7 +2212,6 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         if dist.device.type == "cuda" and run.compile:
             compile_parts(model, dynamic=False)
         trainer = Trainer(model, run, dist, plan.tokenizer.sha256)
-
         def rehearse(batch: list[Packed]) -> float:
             """Time what follows training, with random text and weights, and compile the scoring of validation."""
             with torch.no_grad():
@@ -2331,14 +2225,12 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
             make_artifact(model, hessians, run, dist, trial, plan.tokenizer.sha256, Log(None))
             reserve = trial.total("calibrate") * run.gptq_calibration_batches + 2 * trial.total("quantise", "pack")
             return dist.largest(1.15 * reserve + 0.5)
-
         reserve = warm_up(trainer, rehearse)
         if run.resume:
             trainer.load(run.resume)
         dist.finish_kernels()
         dist.barrier()
     log(f"set-up took {watch.total('set-up'):.1f} s; {reserve:.1f} s are reserved for quantisation and packing")
-
     with watch.phase("train"):
         history = train(trainer, stream, log, watch, reserve,
                         lambda: static_tally(model, plan, trainer.looping(trainer.progress)).bits_per_byte,
@@ -2474,7 +2366,6 @@ def end_quickly(grace_s: float = 3.0) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-
     def watch() -> None:
         while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
             pass
@@ -2482,7 +2373,6 @@ def end_quickly(grace_s: float = 3.0) -> None:
         for partial in LOGS.rglob(f".*.{os.getpid()}.partial"):
             partial.unlink(missing_ok=True)
         os._exit(INTERRUPTED)
-
     threading.Thread(target=watch, daemon=True).start()
 
 def main(arguments: Sequence[str]) -> int:
