@@ -118,7 +118,12 @@ def test_the_result_adds_up(first):
     assert result["artifact_bytes"] == first.folder.artifact().stat().st_size == sum(result["artifact_parts"].values())
     assert result["total_bytes"] == result["artifact_bytes"] + SCRIPT.stat().st_size <= 16_000_000
     assert {"train", "calibrate", "quantise", "pack", "unpack", "evaluate: score"} <= set(result["phases"])
-    assert sorted(p.name for p in first.log.parent.iterdir()) == ["first.docs.npz", "first.json", "first.ptz", "first.txt"]
+    assert sorted(p.name for p in first.log.parent.iterdir()) == [
+        "first.docs.npz",
+        "first.json",
+        "first.ptz",
+        "first.txt",
+    ]
 
 
 def test_the_model_learns_and_test_time_training_helps(first):
