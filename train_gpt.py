@@ -196,8 +196,6 @@ class RunConfig:
     ttt_entropy_low: float = knob(0.0, "predictive entropy under which the rate is scaled down", unit="nats", low=0)
     ttt_entropy_high: float = knob(0.0, "entropy over which the rate is scaled down, 0 = no limit", unit="nats", low=0)
     ttt_min_doc_tokens: int = knob(0, "learning starts once a document has so many scored tokens", unit="tokens", low=0)
-    ttt_context: Literal["cache", "window"] = knob("cache", "a chunk sees the keys and values that earlier ones left, "
-                                                   "or encodes its window anew", only=SIDE_BY_SIDE)
     ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=SIDE_BY_SIDE)
     ttt_lora_rank: int = knob(80, "rank of the corrections", low=1, only=LORA)
     ttt_lora_alpha: float = knob(144.0, "corrections are scaled by alpha / rank", low=0, only=LORA)
@@ -235,10 +233,6 @@ class RunConfig:
     def batched_ttt(self) -> bool:
         """Many documents adapt side by side, each with corrections of its own."""
         return self.ttt_params == "lora" and self.ttt_scope == "document"
-    @property
-    def cached_ttt(self) -> bool:
-        """A step of adaptation costs a chunk, not a window: small passes, which need no compiled code."""
-        return self.batched_ttt and self.ttt_context == "cache"
 
 LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
 CONFIGS = (ModelConfig, RunConfig)
@@ -658,118 +652,278 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
     return fit, share // fit
 
 # -----------------------------------------------------------------------------
-# Attention: the one seam between devices. Nothing above it knows which kernel ran.
+# Kernels: what a GPU runs where plain torch would read and write too often. Each has a twin in plain torch.
 #
-# The kernels work on a packed row: a tile of queries walks over the keys from the start of its first query's segment to
-# itself, a tile of keys over the queries up to the end of its last key's segment. Flash attention, Dao et al. 2022 and
-# 2023 (arXiv 2205.14135, 2307.08691). q, k, v: (N, H, h), (N, K, h) twice; lse: logarithm to base 2 of a query's sum of
-# exponentials, (H, N) fp32.
+# Attention works on a packed row, from projections to what goes into the output matrix. A tile of queries walks over
+# the keys from the start of its first query's segment to itself, a tile of keys over the queries up to the end of its
+# last key's segment. Flash attention, Dao et al. 2022 and 2023 (arXiv 2205.14135, 2307.08691). A row of `qkv` holds H
+# queries, K keys and K values; `qk` holds queries and keys that are normalised, turned by their position and scaled;
+# lse: logarithm to base 2 of a query's sum of exponentials, (H, N) fp32. `row` and `rows`: the tokens of a tile, (64,).
 
 jit = triton.jit if triton else lambda kernel: kernel
 constant = tl.constexpr if triton else float
 TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score that counts for nothing, yet no infinity
+TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the launches below
+TILE = constant(TILE_TOKENS)
 
 @jit
-def scores(q, k, query, key, begin, width: tl.constexpr):
-    """Scores of queries (M, h) and transposed keys (h, N), in units of log 2."""
-    seen = (key[None, :] <= query[:, None]) & (key[None, :] >= begin[:, None])
-    return tl.where(seen, tl.dot(q, k) * (LOG2_E * width ** -0.5), TINY)
+def load_tile(ptr, row, tokens, heads: tl.constexpr, head, width: tl.constexpr):
+    """Rows of one head of a matrix (N, heads * width): a tile (64, width), zeros beyond row N."""
+    at = (row[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
+    return tl.load(ptr + at, row[:, None] < tokens, 0.0)
 
 @jit
-def attention_forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, heads: tl.constexpr,
-                             group: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
-    head, first, d = tl.program_id(1), tl.program_id(0) * rows, tl.arange(0, width)
-    query, kv_row = first + tl.arange(0, rows), heads // group * width
-    inside = query[:, None] < tokens
-    begin = query - tl.load(positions_ptr + query, query < tokens, 0)
-    at = query[:, None] * (heads * width) + head * width + d[None, :]
-    q = tl.load(q_ptr + at, inside, 0.0)
-    most, total = tl.full([rows], TINY, tl.float32), tl.zeros([rows], tl.float32)
-    out = tl.zeros([rows, width], tl.float32)
-    for start in range(first - tl.load(positions_ptr + first), tl.minimum(first + rows, tokens), cols):
-        key = start + tl.arange(0, cols)
-        kv = key[:, None] * kv_row + head // group * width + d[None, :]
-        k, v = (tl.load(k_ptr + kv, key[:, None] < tokens, 0.0), tl.load(v_ptr + kv, key[:, None] < tokens, 0.0))
-        s = scores(q, tl.trans(k), query, key, begin, width)
+def store_tile(ptr, tile, row, tokens, heads: tl.constexpr, head, width: tl.constexpr):
+    at = (row[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
+    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), row[:, None] < tokens)
+
+@jit
+def turned(x, ptr, row, tokens, heads: tl.constexpr, head, cos_ptr, sin_ptr, way: tl.constexpr, width: tl.constexpr,
+           half: tl.constexpr):
+    """The tile x, which lies at `ptr`, with the pairs (i, i + half) turned by their token's angles; way -1: back."""
+    row, d = row[:, None], tl.arange(0, width)[None, :]
+    turns, lower = (row < tokens) & (d < 2 * half), d < half
+    at, angle = (row * heads + head) * width + tl.where(lower, d + half, d - half), tl.where(lower, d, d - half)
+    cos, sin = tl.load(cos_ptr + row * half + angle, turns, 1.0), tl.load(sin_ptr + row * half + angle, turns, 0.0)
+    return x * cos + tl.where(lower, -way, way) * sin * tl.load(ptr + at, turns, 0.0).to(tl.float32)
+
+@jit
+def prepare_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, qk_ptr, d_qkv_ptr, d_gain_ptr, tokens, back: tl.constexpr,
+                   heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, half: tl.constexpr):
+    """Queries and keys: normalised, turned, times the gain of their head. Back: from the gradient of qk to qkv's."""
+    row, head = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1)
+    x = load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)
+    factor, gain = tl.rsqrt(tl.sum(x * x, 1) / width + 1e-6)[:, None], tl.load(gain_ptr + head)
+    if back:
+        d_y = load_tile(qk_ptr, row, tokens, heads + kv_heads, head, width).to(tl.float32)
+        d_n = turned(d_y, qk_ptr, row, tokens, heads + kv_heads, head, cos_ptr, sin_ptr, -1, width, half)
+        along = tl.sum(d_n * x * factor, 1)
+        tl.store(d_gain_ptr + tl.program_id(0) * (heads + kv_heads) + head, tl.sum(along, 0))
+        d_x = (d_n - x * factor * (along / width)[:, None]) * factor * gain
+        store_tile(d_qkv_ptr, d_x, row, tokens, heads + 2 * kv_heads, head, width)
+    else:
+        y = turned(x, qkv_ptr, row, tokens, heads + 2 * kv_heads, head, cos_ptr, sin_ptr, 1, width, half)
+        store_tile(qk_ptr, y * factor * gain, row, tokens, heads + kv_heads, head, width)
+
+@jit
+def segment_start(positions_ptr, token):
+    return token - tl.load(positions_ptr + token)
+
+@jit
+def scores(q, k, positions_ptr, first_query, first_key, tokens):
+    """Scores of queries and keys, (64, h) twice -> (64, 64), in units of log 2. Only where a tile may hold what is not
+    seen, which counts for nothing, is it looked for."""
+    s = tl.dot(q, tl.trans(k))
+    if (first_key + TILE > first_query) | (
+            first_key < segment_start(positions_ptr, tl.minimum(first_query + TILE, tokens) - 1)):
+        query, key = first_query + tl.arange(0, TILE), first_key + tl.arange(0, TILE)
+        begin = query - tl.load(positions_ptr + query, query < tokens, 0)
+        s = tl.where((key[None, :] <= query[:, None]) & (key[None, :] >= begin[:, None]), s, TINY)
+    return s
+
+@jit
+def direction(v):
+    """Values (64, h) at length 1, and what they were divided by (64, 1)."""
+    v = v.to(tl.float32)
+    length = tl.sqrt(tl.maximum(tl.sum(v * v, 1), 1e-24))[:, None]
+    return v / length, length
+
+@jit
+def attention_forward_kernel(qk_ptr, qkv_ptr, gate_ptr, positions_ptr, y_ptr, out_ptr, lse_ptr, tokens,
+                             exclusive: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr):
+    """What attention gives, y, and out: y without its part along the token's own value, times the gate of its head."""
+    first, head = tl.program_id(0) * TILE, tl.program_id(1)
+    row, key_head = first + tl.arange(0, TILE), heads + head // (heads // kv_heads)
+    q = load_tile(qk_ptr, row, tokens, heads + kv_heads, head, width)
+    most, total = tl.full([TILE], TINY, tl.float32), tl.zeros([TILE], tl.float32)
+    y = tl.zeros([TILE, width], tl.float32)
+    for start in range(segment_start(positions_ptr, first), tl.minimum(first + TILE, tokens), TILE):
+        key = start + tl.arange(0, TILE)
+        k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
+        v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
+        s = scores(q, k, positions_ptr, first, start, tokens)
         higher = tl.maximum(most, tl.max(s, 1))
         p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(most - higher)
         total, most = total * shrink + tl.sum(p, 1), higher
-        out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-    tl.store(out_ptr + at, (out / total[:, None]).to(q.dtype), inside)
-    tl.store(lse_ptr + head * tokens + query, most + tl.log2(total), query < tokens)
+        y = y * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+    y = y / total[:, None]
+    tl.store(lse_ptr + head * tokens + row, most + tl.log2(total), row < tokens)
+    store_tile(y_ptr, y, row, tokens, heads, head, width)
+    if exclusive:
+        own, _ = direction(load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, key_head + kv_heads, width))
+        y -= tl.sum(y * own, 1)[:, None] * own
+    gate = tl.load(gate_ptr + row * heads + head, row < tokens, 0.0).to(tl.float32)
+    store_tile(out_ptr, y * gate[:, None], row, tokens, heads, head, width)
 
 @jit
-def attention_query_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, positions_ptr, tokens, d_out_ptr, drift_ptr,
-                           d_q_ptr, heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr, rows: tl.constexpr,
-                           cols: tl.constexpr):
-    """Gradients of a tile of queries; also its drift, sum(out * d_out), which the gradients of keys need."""
-    head, first, d = tl.program_id(1), tl.program_id(0) * rows, tl.arange(0, width)
-    query, kv_row = first + tl.arange(0, rows), heads // group * width
-    inside = query[:, None] < tokens
-    begin = query - tl.load(positions_ptr + query, query < tokens, 0)
-    at = query[:, None] * (heads * width) + head * width + d[None, :]
-    q, d_out = tl.load(q_ptr + at, inside, 0.0), tl.load(d_out_ptr + at, inside, 0.0)
-    lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 0.0)
-    drift = tl.sum(tl.load(out_ptr + at, inside, 0.0).to(tl.float32) * d_out.to(tl.float32), 1)
-    tl.store(drift_ptr + head * tokens + query, drift, query < tokens)
-    d_q = tl.zeros([rows, width], tl.float32)
-    for start in range(first - tl.load(positions_ptr + first), tl.minimum(first + rows, tokens), cols):
-        key = start + tl.arange(0, cols)
-        kv = key[:, None] * kv_row + head // group * width + d[None, :]
-        k, v = (tl.load(k_ptr + kv, key[:, None] < tokens, 0.0), tl.load(v_ptr + kv, key[:, None] < tokens, 0.0))
-        p = tl.exp2(scores(q, tl.trans(k), query, key, begin, width) - lse[:, None])
-        d_s = p * (tl.dot(d_out, tl.trans(v)) - drift[:, None])
-        d_q += tl.dot(d_s.to(k.dtype), k)
-    tl.store(d_q_ptr + at, (d_q * width ** -0.5).to(q.dtype), inside)
-
-@jit
-def attention_key_kernel(q_ptr, k_ptr, v_ptr, lse_ptr, positions_ptr, ends_ptr, tokens, d_out_ptr, drift_ptr,
-                         d_k_ptr, d_v_ptr, heads: tl.constexpr, group: tl.constexpr, width: tl.constexpr,
-                         rows: tl.constexpr, cols: tl.constexpr):
-    """Gradients of a tile of keys and values, from all query heads that share them."""
-    kv_head, first, d = tl.program_id(1), tl.program_id(0) * cols, tl.arange(0, width)
-    key = first + tl.arange(0, cols)
-    kv = key[:, None] * (heads // group * width) + kv_head * width + d[None, :]
-    k, v = (tl.load(k_ptr + kv, key[:, None] < tokens, 0.0), tl.load(v_ptr + kv, key[:, None] < tokens, 0.0))
-    d_k, d_v = tl.zeros([cols, width], tl.float32), tl.zeros([cols, width], tl.float32)
-    end = tl.load(ends_ptr + tl.minimum(first + cols, tokens) - 1)
+def attention_output_kernel(qkv_ptr, gate_ptr, y_ptr, d_out_ptr, d_y_ptr, d_gate_ptr, d_qkv_ptr, drift_ptr, tokens,
+                            exclusive: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr):
+    """Back from out to y, to the gates and to the own values; also a query's drift, sum(y * d_y)."""
+    row, kv_head, group = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1), heads // kv_heads
+    value = heads + kv_heads + kv_head
+    own, length = direction(load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, value, width))
+    d_own = tl.zeros([TILE, width], tl.float32)
     for head in range(kv_head * group, (kv_head + 1) * group):
-        for start in range(first, end, rows):
-            query = start + tl.arange(0, rows)
-            at, inside = query[:, None] * (heads * width) + head * width + d[None, :], query[:, None] < tokens
-            q, d_out = tl.load(q_ptr + at, inside, 0.0), tl.load(d_out_ptr + at, inside, 0.0)
+        y = load_tile(y_ptr, row, tokens, heads, head, width).to(tl.float32)
+        d_y = load_tile(d_out_ptr, row, tokens, heads, head, width).to(tl.float32)
+        gate = tl.load(gate_ptr + row * heads + head, row < tokens, 0.0).to(tl.float32)[:, None]
+        d_gate = tl.sum(y * d_y, 1)
+        if exclusive:
+            along, d_along = tl.sum(y * own, 1), tl.sum(d_y * own, 1)
+            d_gate -= along * d_along
+            d_own -= gate * (d_along[:, None] * y + along[:, None] * d_y)
+            d_y -= d_along[:, None] * own
+        d_y = (d_y * gate).to(d_y_ptr.dtype.element_ty).to(tl.float32)  # as the other kernels will see it
+        tl.store(d_gate_ptr + row * heads + head, d_gate.to(gate_ptr.dtype.element_ty), row < tokens)
+        tl.store(drift_ptr + head * tokens + row, tl.sum(y * d_y, 1), row < tokens)
+        store_tile(d_y_ptr, d_y, row, tokens, heads, head, width)
+    d_own = (d_own - tl.sum(d_own * own, 1)[:, None] * own) / length
+    store_tile(d_qkv_ptr, d_own, row, tokens, heads + 2 * kv_heads, value, width)
+
+@jit
+def attention_query_kernel(qk_ptr, qkv_ptr, lse_ptr, positions_ptr, d_y_ptr, drift_ptr, d_qk_ptr, tokens,
+                           heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr):
+    """Gradients of a tile of queries."""
+    first, head = tl.program_id(0) * TILE, tl.program_id(1)
+    row, key_head = first + tl.arange(0, TILE), heads + head // (heads // kv_heads)
+    q = load_tile(qk_ptr, row, tokens, heads + kv_heads, head, width)
+    d_y = load_tile(d_y_ptr, row, tokens, heads, head, width)
+    lse = tl.load(lse_ptr + head * tokens + row, row < tokens, 0.0)
+    drift = tl.load(drift_ptr + head * tokens + row, row < tokens, 0.0)
+    d_q = tl.zeros([TILE, width], tl.float32)
+    for start in range(segment_start(positions_ptr, first), tl.minimum(first + TILE, tokens), TILE):
+        key = start + tl.arange(0, TILE)
+        k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
+        v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
+        p = tl.exp2(scores(q, k, positions_ptr, first, start, tokens) - lse[:, None])
+        d_s = p * (tl.dot(d_y, tl.trans(v)) - drift[:, None])
+        d_q += tl.dot(d_s.to(k.dtype), k)
+    store_tile(d_qk_ptr, d_q / LOG2_E, row, tokens, heads + kv_heads, head, width)
+
+@jit
+def attention_key_kernel(qk_ptr, qkv_ptr, lse_ptr, positions_ptr, ends_ptr, d_y_ptr, drift_ptr, d_qk_ptr, d_qkv_ptr,
+                         tokens, heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr):
+    """Gradients of a tile of keys and values, from all query heads that share them; values have some already."""
+    first, kv_head, group = tl.program_id(0) * TILE, tl.program_id(1), heads // kv_heads
+    row, key_head, value = first + tl.arange(0, TILE), heads + kv_head, heads + kv_heads + kv_head
+    k = load_tile(qk_ptr, row, tokens, heads + kv_heads, key_head, width)
+    v = load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, value, width)
+    d_k, d_v = tl.zeros([TILE, width], tl.float32), tl.zeros([TILE, width], tl.float32)
+    end = tl.load(ends_ptr + tl.minimum(first + TILE, tokens) - 1)
+    for head in range(kv_head * group, (kv_head + 1) * group):
+        for start in range(first, end, TILE):
+            query = start + tl.arange(0, TILE)
+            q = load_tile(qk_ptr, query, tokens, heads + kv_heads, head, width)
+            d_y = load_tile(d_y_ptr, query, tokens, heads, head, width)
             lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 1e30)  # beyond the row: nothing is seen
             drift = tl.load(drift_ptr + head * tokens + query, query < tokens, 0.0)
-            begin = query - tl.load(positions_ptr + query, query < tokens, 0)
-            p = tl.exp2(scores(q, tl.trans(k), query, key, begin, width) - lse[:, None])  # (rows, cols)
-            d_v += tl.dot(tl.trans(p.to(q.dtype)), d_out)
-            d_s = p * (tl.dot(d_out, tl.trans(v)) - drift[:, None])
+            p = tl.exp2(scores(q, k, positions_ptr, start, first, tokens) - lse[:, None])  # (queries, keys)
+            d_v += tl.dot(tl.trans(p.to(q.dtype)), d_y)
+            d_s = p * (tl.dot(d_y, tl.trans(v)) - drift[:, None])
             d_k += tl.dot(tl.trans(d_s.to(q.dtype)), q)
-    tl.store(d_k_ptr + kv, (d_k * width ** -0.5).to(k.dtype), key[:, None] < tokens)
-    tl.store(d_v_ptr + kv, d_v.to(v.dtype), key[:, None] < tokens)
+    d_v += load_tile(d_qkv_ptr, row, tokens, heads + 2 * kv_heads, value, width)
+    store_tile(d_qk_ptr, d_k / LOG2_E, row, tokens, heads + kv_heads, key_head, width)
+    store_tile(d_qkv_ptr, d_v, row, tokens, heads + 2 * kv_heads, value, width)
 
-TILE = dict(rows=64, cols=64, num_warps=4, num_stages=3)  # the fastest of those tried on an H200
+MATRIX_KERNEL, PASS_KERNEL = dict(num_warps=4, num_stages=3), dict(num_warps=8)  # a pass reads every number once
 
 class PackedAttention(torch.autograd.Function):
     """The kernels above; `attend_plainly` is their twin."""
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
-        (N, H, h), group, out = q.shape, q.size(1) // k.size(1), torch.empty_like(q)
-        lse, grid = torch.empty(H, N, device=q.device), (-(-N // TILE["rows"]), H)
-        attention_forward_kernel[grid](q, k, v, out, lse, positions, N, H, group, h, **TILE)
-        ctx.save_for_backward(q, k, v, out, lse, positions, ends)
+    def forward(ctx, qkv: Tensor, gain: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, segments: Segments,
+                heads: Heads) -> Tensor:
+        """(N, (H + 2 K) h), (H,), (N, H), cosine and sine (N, rope_dims / 2) -> (N, H h)"""
+        N, (H, K, h, exclusive) = len(qkv), heads
+        assert qkv.numel() < 2 ** 31, "the kernels count in 32 bits: lower MICRO_BATCH_TOKENS"
+        gain = torch.cat([gain * (math.log2(math.e) * h ** -0.5), gain.new_ones(K)])  # scores come in units of log 2
+        qk, y, out = (qkv.new_empty(N, n * h) for n in (H + K, H, H))
+        lse, tiles = torch.empty(H, N, device=qkv.device), -(-N // TILE_TOKENS)
+        prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, qk, qkv, gain, N, False, H, K, h, cos.size(1),
+                                       **PASS_KERNEL)
+        attention_forward_kernel[(tiles, H)](qk, qkv, gate, segments.positions, y, out, lse, N, exclusive, H, K, h,
+                                             **MATRIX_KERNEL)
+        ctx.save_for_backward(qkv, gain, gate, cos, sin, qk, y, lse, *segments)
+        ctx.heads = heads
         return out
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, positions, ends = ctx.saved_tensors
-        (N, H, h), K = q.shape, k.size(1)
-        d_out, drift = d_out.contiguous(), torch.empty_like(lse)
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        attention_query_kernel[(-(-N // TILE["rows"]), H)](q, k, v, out, lse, positions, N, d_out, drift, d_q,
-                                                           H, H // K, h, **TILE)
-        attention_key_kernel[(-(-N // TILE["cols"]), K)](q, k, v, lse, positions, ends, N, d_out, drift, d_k,
-                                                         d_v, H, H // K, h, **TILE)
-        return d_q, d_k, d_v, None, None
+        qkv, gain, gate, cos, sin, qk, y, lse, positions, ends = ctx.saved_tensors
+        N, (H, K, h, exclusive), tiles, d_out = len(qkv), ctx.heads, -(-len(qkv) // TILE_TOKENS), d_out.contiguous()
+        d_y, d_gate, d_qk, d_qkv, drift = (torch.empty_like(t) for t in (y, gate, qk, qkv, lse))
+        d_gain = torch.empty(tiles, H + K, device=qkv.device)
+        attention_output_kernel[(tiles, K)](qkv, gate, y, d_out, d_y, d_gate, d_qkv, drift, N, exclusive, H, K, h,
+                                            **PASS_KERNEL)
+        attention_query_kernel[(tiles, H)](qk, qkv, lse, positions, d_y, drift, d_qk, N, H, K, h, **MATRIX_KERNEL)
+        attention_key_kernel[(tiles, K)](qk, qkv, lse, positions, ends, d_y, drift, d_qk, d_qkv, N, H, K, h,
+                                         **MATRIX_KERNEL)
+        prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1),
+                                       **PASS_KERNEL)
+        return d_qkv, d_gain.sum(0)[:H] * (math.log2(math.e) * h ** -0.5), d_gate, None, None, None, None
+
+# The loss: a program takes all logits z of a token, (N, V), so that they are read once on the way there and once on the
+# way back. tanh is written out: 1 - 2 / (1 + exp(2 x)).
+
+@jit
+def capped(z_ptr, at, inside, cap: tl.constexpr):
+    z = tl.load(z_ptr + at, inside, 0.0).to(tl.float32)
+    if cap > 0:
+        z = cap - 2 * cap / (1 + tl.exp2(z * (2 * LOG2_E / cap)))
+    return z
+
+@jit
+def loss_kernel(z_ptr, target_ptr, nll_ptr, lse_ptr, vocab: tl.constexpr, cap: tl.constexpr, cols: tl.constexpr):
+    """Negative log-likelihood and log of the sum of exponentials, nats, (N,) each."""
+    token, col = tl.program_id(0).to(tl.int64), tl.arange(0, cols)
+    z = tl.where(col < vocab, capped(z_ptr, token * vocab + col, col < vocab, cap), TINY)
+    most = tl.max(z, 0)
+    lse = most + tl.log2(tl.sum(tl.exp2((z - most) * LOG2_E), 0)) / LOG2_E
+    tl.store(lse_ptr + token, lse)
+    tl.store(nll_ptr + token, lse - capped(z_ptr, token * vocab + tl.load(target_ptr + token), True, cap))
+
+@jit
+def loss_backward_kernel(z_ptr, target_ptr, lse_ptr, d_nll_ptr, d_z_ptr, vocab: tl.constexpr, cap: tl.constexpr,
+                         cols: tl.constexpr):
+    token, col = tl.program_id(0).to(tl.int64), tl.arange(0, cols)
+    z = capped(z_ptr, token * vocab + col, col < vocab, cap)
+    slope = tl.exp2((z - tl.load(lse_ptr + token)) * LOG2_E) - tl.where(col == tl.load(target_ptr + token), 1.0, 0.0)
+    if cap > 0:
+        slope *= 1 - (z / cap) * (z / cap)
+    d_z = slope * tl.load(d_nll_ptr + token)
+    tl.store(d_z_ptr + token * vocab + col, d_z.to(d_z_ptr.dtype.element_ty), col < vocab)
+
+class CappedLoss(torch.autograd.Function):
+    """The two kernels above; `loss_plainly` is their twin."""
+    @staticmethod
+    def forward(ctx, z: Tensor, targets: Tensor, cap: float) -> Tensor:
+        """Logits (N, V) before the cap, (N,) -> (N,) nats"""
+        nll, lse = torch.empty(2, len(z), device=z.device).unbind()
+        ctx.launch = dict(vocab=z.size(1), cap=cap, cols=1 << (z.size(1) - 1).bit_length(), num_warps=8)
+        loss_kernel[(len(z),)](z, targets, nll, lse, **ctx.launch)
+        ctx.save_for_backward(z, targets, lse)
+        return nll
+    @staticmethod
+    def backward(ctx, d_nll: Tensor) -> tuple[Tensor | None, ...]:
+        z, targets, lse = ctx.saved_tensors
+        d_z = torch.empty_like(z)
+        loss_backward_kernel[(len(z),)](z, targets, lse, d_nll.contiguous(), d_z, **ctx.launch)
+        return d_z, None, None
+
+def loss_plainly(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return F.cross_entropy(softcap(z, cap), targets, reduction="none")
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    """Logits squashed into +-cap, or as they are if cap is 0; fp32."""
+    return cap * torch.tanh(z.float() / cap) if cap else z.float()
+
+# -----------------------------------------------------------------------------
+# Attention in plain torch: whatever does not run on packed rows of a GPU.
+
+class Heads(NamedTuple):
+    """What the columns of a row of `qkv` are: H queries, K keys and K values of width h."""
+    query: int
+    kv: int
+    width: int
+    exclusive: bool  # the output drops what a token says of itself, its part along the own value (XSA)
 
 class Past:
     """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
@@ -790,6 +944,19 @@ class Chunk(NamedTuple):
 Rope = tuple[Tensor, Tensor]    # cosine and sine of every token's angles
 Place = Segments | Past | None  # what a visit sees: its segment, what is past and itself, or its row
 
+def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, place: Place, heads: Heads) -> Tensor:
+    """What the kernels compute, and the same on rows and after what is past. (B, T, (H + 2 K) h) -> (B, T, H h)"""
+    (B, T, _), (H, K, h, exclusive) = qkv.shape, heads
+    q, k, v = qkv.view(B, T, H + 2 * K, h).split([H, K, K], 2)
+    q, k = rotate(norm(q), *rope) * gain.to(q.dtype)[:, None], rotate(norm(k), *rope)
+    y = attend(q, k, v, place)
+    if exclusive:
+        own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
+        y = y.reshape(B, T, K, -1, h)
+        y = y - (y * own).sum(-1, keepdim=True) * own
+    y = y.reshape(B, T, H, h)
+    return (y if gate is None else y * gate[..., None]).reshape(B, T, H * h)
+
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     """Causal attention inside every segment, or after what is past, or else inside every row.
     (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h); with segments B is 1."""
@@ -797,13 +964,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
         return attend_after(q, *place.before(k, v), place.seen)
     if place is None:
         return attend_rows(q, k, v)
-    if q.is_cuda:
-        return PackedAttention.apply(q[0].contiguous(), k[0].contiguous(), v[0].contiguous(), *place)[None]
-    return attend_plainly(q, k, v, place)
-
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
-    """What the kernels compute, segment by segment."""
-    sizes = torch.unique_consecutive(segments.ends, return_counts=True)[1].tolist()
+    sizes = torch.unique_consecutive(place.ends, return_counts=True)[1].tolist()
     parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
     return torch.cat([attend_rows(*part) for part in parts], 1)
 
@@ -860,13 +1021,22 @@ class Deltas(NamedTuple):
 NO_DELTAS = Deltas()
 
 class Linear(nn.Module):
-    """A matrix: fp32 master weight, multiplied in the dtype of x, with an optional test-time correction."""
+    """A matrix: fp32 master weight, multiplied in the dtype of x, with an optional test-time correction. A scale of its
+    outputs is multiplied into the weight, which is smaller than the outputs."""
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
-    def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype))
-        return y if delta is None else y + delta(x)
+    def forward(self, x: Tensor, delta: LowRank | None = None, scale: Tensor | None = None) -> Tensor:
+        y = F.linear(x, (self.weight if scale is None else self.weight * scale[:, None]).to(x.dtype))
+        return y if delta is None else y + (delta(x) if scale is None else delta(x) * scale.to(x.dtype))
+
+def joint(x: Tensor, parts: Sequence[Linear], deltas: Sequence[LowRank | None]) -> Tensor:
+    """Several matrices of one input as one product: (B, T, in) -> their outputs side by side (B, T, ...)"""
+    y = F.linear(x, torch.cat([part.weight for part in parts]).to(x.dtype))
+    if not any(deltas):
+        return y
+    return y + torch.cat([x.new_zeros(*x.shape[:2], len(part.weight)) if delta is None else delta(x)
+                          for part, delta in zip(parts, deltas, strict=True)], -1)
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
@@ -875,29 +1045,24 @@ class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys, partial RoPE, XSA and a sparse output gate."""
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.heads = Heads(c.num_heads, c.num_kv_heads, c.head_dim, index >= c.num_layers - c.xsa_last_n)
         self.gate_width, self.gate_scale = c.attn_gate_width, c.attn_gate_scale
-        self.exclusive = index >= c.num_layers - c.xsa_last_n
         self.q, self.k = Linear(c.model_dim, c.model_dim), Linear(c.model_dim, c.kv_dim)
         self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
-    def forward(self, n: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
-        """Normalised input (B, T, D) -> (B, T, D)"""
-        B, T, D = n.shape
-        q = norm(self.q(n, d.q).view(B, T, self.heads, self.head_dim))
-        k = norm(self.k(n, d.k).view(B, T, self.kv_heads, self.head_dim))
-        v = self.v(n, d.v).view(B, T, self.kv_heads, self.head_dim)
-        q, k = rotate(q, *rope) * self.q_gain.to(q.dtype)[:, None], rotate(k, *rope)
-        y = attend(q, k, v, place)
-        if self.exclusive:  # drop what a token says of itself: the part of y along its own value, per KV group
-            own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
-            y = y.reshape(B, T, self.kv_heads, -1, self.head_dim)
-            y = y - (y * own).sum(-1, keepdim=True) * own
-        y = y.reshape(B, T, self.heads, self.head_dim)
+    def forward(self, n: Tensor, scale: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
+        """Normalised input (B, T, D), scale of the outputs (D,) -> (B, T, D)"""
+        qkv, gate = joint(n, (self.q, self.k, self.v), (d.q, d.k, d.v)), None
         if self.gate is not None:
-            y = y * (self.gate_scale * F.linear(n[..., :self.gate_width], self.gate.to(n.dtype))).sigmoid()[..., None]
-        return self.o(y.reshape(B, T, D), d.o)
+            gate = (self.gate_scale * F.linear(n[..., :self.gate_width], self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
+        if qkv.is_cuda and isinstance(place, Segments):
+            gate = qkv.new_ones(1, qkv.size(1), self.heads.query) if gate is None else gate
+            (qkv, gate), rope = (t.flatten(0, 1) for t in (qkv, gate)), (t[:, 0] for t in rope)
+            y = PackedAttention.apply(qkv, self.q_gain, gate, *rope, place, self.heads)[None]
+        else:
+            y = attend_plainly(qkv, self.q_gain, gate, rope, place, self.heads)
+        return self.o(y, d.o, scale)
 
 class MLP(nn.Module):
     """down(LeakyReLU(up(x)) squared), and beside it an optional correction."""
@@ -905,9 +1070,10 @@ class MLP(nn.Module):
         super().__init__()
         self.slope, width = c.mlp_leaky_slope, c.mlp_mult * c.model_dim
         self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
-    def forward(self, x: Tensor, delta: LowRank | None = None) -> Tensor:
-        y = self.down(F.leaky_relu(self.up(x), self.slope).square())
-        return y if delta is None else y + delta(x)
+    def forward(self, x: Tensor, scale: Tensor, delta: LowRank | None = None) -> Tensor:
+        """(B, T, D), scale of the outputs (D,) -> (B, T, D)"""
+        y = self.down(F.leaky_relu(self.up(x), self.slope).square(), None, scale)
+        return y if delta is None else y + delta(x) * scale.to(x.dtype)
 
 class Block(nn.Module):
     """Attention, then the MLP, on one residual stream."""
@@ -923,9 +1089,9 @@ class Block(nn.Module):
         mix = self.input_mix.to(x.dtype)
         return mix[0] * x + mix[1] * x0
     def attend_to(self, x: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
-        return self.attn_scale.to(x.dtype) * self.attention(norm(x) * self.input_scale.to(x.dtype), rope, place, d)
+        return self.attention(norm(x) * self.input_scale.to(x.dtype), self.attn_scale, rope, place, d)
     def think_on(self, x: Tensor, d: Deltas) -> Tensor:
-        return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.input_scale.to(x.dtype), d.mlp)
+        return self.mlp(norm(x) * self.input_scale.to(x.dtype), self.mlp_scale, d.mlp)
     def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         """Stream and normalised embeddings (B, T, D) twice -> (B, T, D)"""
         x = self.mixed(x, x0)
@@ -973,13 +1139,15 @@ class Head(nn.Module):
         self.cap = c.logit_softcap
     def logits(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
         """(B, T, D) -> (B, T, V) fp32"""
+        return softcap(self.raw(x, embedding, delta), self.cap)
+    def raw(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
         z = F.linear(x, embedding.to(x.dtype))
-        z = (z if delta is None else z + delta(x)).float()
-        return self.cap * torch.tanh(z / self.cap) if self.cap else z
+        return z if delta is None else z + delta(x)
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
-        z = self.logits(x, embedding, delta)
-        return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        z = self.raw(x, embedding, delta).flatten(0, 1)
+        loss = CappedLoss.apply if z.is_cuda else loss_plainly
+        return loss(z, targets.flatten(), self.cap).view_as(targets)
     def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D) -> entropy of every prediction, (B, T) nats"""
         log_p = self.logits(x, embedding, delta).log_softmax(-1)
@@ -1062,11 +1230,10 @@ def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
         return "embedding"
     return "matrix" if name.endswith(".weight") else "scalar"
 
-def compile_parts(model: GPT, dynamic: bool) -> None:
-    """Block by block: blocks of a kind share one graph. `dynamic` graphs serve every number of rows and tokens."""
-    torch._dynamo.config.recompile_limit = 64
+def compile_parts(model: GPT) -> None:
+    """Block by block: blocks of a kind share one graph. Training alone pays for this; evaluation runs eagerly."""
     for part in (model.input, model.head, model.skip, *model.blocks):
-        part.compile(dynamic=dynamic or None)
+        part.compile()
 
 # -----------------------------------------------------------------------------
 # Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape are stacked and shared out over the ranks.
@@ -1414,9 +1581,12 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
 def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> dict[str, Tensor]:
     """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}. The embedding is
     quantised as the output matrix that it also is. Runs eagerly, since hooks do not fire in compiled code."""
+    matrices = {name: p for name, p in model.named_parameters() if param_role(name) != "scalar"}
     sums = {name: torch.zeros(p.size(1), p.size(1), device=p.device)
-            for name, p in model.named_parameters() if param_role(name) != "scalar"}
-    names = {module: f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Linear)}
+            for name, p in matrices.items() if not name.endswith((".k.weight", ".v.weight"))}
+    modules = dict(model.named_modules())  # the attention itself hears what goes into its q, k and v at once
+    names = {modules[name.removesuffix(".q")]: f"{name}.weight" for name, module in modules.items()
+             if isinstance(module, Linear) and not name.endswith((".k", ".v"))}
     def add(name: str, inputs: Tensor) -> None:
         x = inputs.flatten(0, -2).float()
         sums[name].addmm_(x.mT, x)
@@ -1426,7 +1596,8 @@ def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> di
             add("embed", model.hidden(tokens, segments))
     for hook in hooks:
         hook.remove()
-    return {name: dist.sum_(h) for name, h in sums.items()}
+    sums = {name: dist.sum_(h) for name, h in sums.items()}
+    return {name: sums[name.replace(".k.weight", ".q.weight").replace(".v.weight", ".q.weight")] for name in matrices}
 
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128) -> Tensor:
     """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
@@ -1720,18 +1891,17 @@ SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
 
 class SideBySide:
     """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
-    learns from it. Nothing that a row does reaches another. Earlier chunks are seen in one of two ways: as the keys and
-    values that they left when it was their turn (TTT_CONTEXT=cache: a step costs a chunk), or encoded anew under the
-    present corrections (window: a step costs a window, and learning reaches through it).
+    learns from it. Nothing that a row does reaches another. Earlier chunks are seen as the keys and values that they
+    left when it was their turn, so that a step costs a chunk and not a window.
 
-    A step on few tokens is thousands of small kernels, and a GPU would wait for Python: with a cache, what a step does
-    is captured once for every size of the cache and then replayed as a CUDA graph; all that lasts changes in place."""
+    A step on few tokens is thousands of small kernels, and a GPU would wait for Python: what a step does is captured
+    once for every size of the cache and then replayed as a CUDA graph; all that lasts changes in place."""
     def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device,
                  family: dict[int, SideBySide] | None = None):
         self.model, self.run, self.documents, self.device = model, run, documents, device
         self.family = {} if family is None else family  # one for every number of documents
         self.family[documents] = self
-        self.cached, self.room = run.ttt_context == "cache", run.eval_seq_len - run.ttt_chunk_tokens
+        self.room = run.eval_seq_len - run.ttt_chunk_tokens
         self.adapter = Adapter(model.config, run, documents, device)
         self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
         self.caches: dict[int, list[Past]] = {}  # of every size
@@ -1750,7 +1920,6 @@ class SideBySide:
         self.last.fill_(BOS)
         self.done_there.zero_()
         self.done, self.size, self.past, self.scored = 0, 0, [], ()  # done: tokens that are past; size: of the cache
-        self.window = self.last[:, :0]  # tokens that are encoded anew
     def make_room(self, tokens: int) -> None:
         """Take a cache that will hold so many tokens more, or all that a chunk may see."""
         size = self.size or min(self.room, SMALLEST_CACHE)
@@ -1768,8 +1937,6 @@ class SideBySide:
     def hidden(self, tokens: Tensor) -> Tensor:
         """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
         n, self.tokens = tokens.size(1), tokens
-        if not self.cached:
-            return self.model.hidden(torch.cat([self.window, tokens], 1), None, self.adapter)[:, -n:].contiguous()
         self.make_room(n)
         held = torch.arange(self.size, device=self.device) < self.done_there
         seen = torch.cat([held.expand(n, -1), held.new_ones(n, n).tril()], 1)
@@ -1779,9 +1946,8 @@ class SideBySide:
         return self.model.hidden(torch.cat([self.last, tokens], 1), place, self.adapter)
     def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
         """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
-        if self.cached:
-            self.make_room(tokens.size(1))
-        self.replaying = to_learn and self.cached and self.device.type == "cuda" and bool(self.run.compile)
+        self.make_room(tokens.size(1))
+        self.replaying = to_learn and self.device.type == "cuda" and bool(self.run.compile)
         with torch.set_grad_enabled(to_learn):
             return self._do(self._score, tokens, targets)
     def learn(self, counted: Tensor) -> None:
@@ -1790,8 +1956,6 @@ class SideBySide:
     def move_on(self) -> None:
         """The tokens that `hidden` or `score` saw last are past."""
         self._do(self._move_on)
-        if self.room and not self.cached:
-            self.window = torch.cat([self.window, self.tokens], 1)[:, -self.room:]
         self.done += self.tokens.size(1)
     def _score(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.hidden(tokens)
@@ -1849,8 +2013,8 @@ class SideBySide:
         assert len(rows) < self.documents
         few = self.family.get(len(rows)) or SideBySide(self.model, self.run, len(rows), self.device, self.family)
         few.begin()
-        few.done, few.window = self.done, self.window[rows]
-        for learners in (self, few) if self.cached else ():
+        few.done = self.done
+        for learners in (self, few):
             learners.make_room(0)
         pairs = [(few.adapter.tensors(), self.adapter.tensors()), (few.rule.first, self.rule.first),
                  (few.rule.second, self.rule.second), ([few.last], [self.last]),
@@ -1996,7 +2160,7 @@ def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
         left = int((lengths > first).sum())
         while left <= rows // 2 > 0:
             rows //= 2
-        total += max(LEAST_STEP, rows * (chunk if run.cached_ttt else min(first + chunk, run.eval_seq_len)))
+        total += max(LEAST_STEP, rows * chunk)
     return total
 
 class Evaluation:
@@ -2210,7 +2374,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         init_weights(model, run.seed)
         model.to(dist.device)
         if dist.device.type == "cuda" and run.compile:
-            compile_parts(model, dynamic=False)
+            compile_parts(model)
         trainer = Trainer(model, run, dist, plan.tokenizer.sha256)
         def rehearse(batch: list[Packed]) -> float:
             """Time what follows training, with random text and weights, and compile the scoring of validation."""
@@ -2260,8 +2424,6 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) ->
     run, dist, docs = plan.run, plan.dist, plan.validation
     with watch.phase("unpack"):
         model = load_artifact(path, plan)
-        if dist.device.type == "cuda" and run.compile and not (run.ttt_enabled and run.cached_ttt):
-            compile_parts(model, dynamic=True)
         evaluation = Evaluation(model, docs, run, dist, log, lambda: watch.total(*EVALUATION_CLOCK))
     with watch.phase("evaluate: warm-up"):
         evaluation.warm_up()

@@ -103,11 +103,9 @@ def scored_bits(predictor: codec.Predictor, documents: list[list[int]], **change
 # Bits are bits
 
 
-@pytest.mark.parametrize("context", ["cache", pytest.param("window", marks=pytest.mark.slow)])
-def test_a_document_takes_the_bits_that_the_scorer_reports_and_comes_back(artifact, monkeypatch, context):
+def test_a_document_takes_the_bits_that_the_scorer_reports_and_comes_back(artifact):
     """The four rules in one line: a score that looked ahead, was not normalised, learnt first or left a token out could
     not be decoded at this length."""
-    monkeypatch.setenv("TTT_CONTEXT", context)
     predictor, text = codec.open_predictor(artifact), some_text(40)
     made = there_and_back(artifact, text)
     tokens = codec.to_tokens(predictor, False, text.decode())

@@ -288,6 +288,8 @@ def test_hessians_are_sums_over_all_tokens_and_visits():
     seen: dict[str, list] = {n: [] for n in (VISITED_TWICE, "blocks.0.mlp.down.weight", "blocks.3.attention.o.weight")}
     for name, inputs in seen.items():
         module = model.get_submodule(name.removesuffix(".weight"))
+        if name == VISITED_TWICE:  # q, k and v are multiplied together, by the attention that holds them
+            module = model.get_submodule(name.removesuffix(".q.weight"))
         plain = module.forward
         module.forward = lambda x, *rest, plain=plain, inputs=inputs: (inputs.append(x.detach()), plain(x, *rest))[1]
     seen["embed"] = [model.hidden(p.tokens, p.segments).detach() for batch in batches for p in batch]

@@ -28,10 +28,7 @@ LORA = RUN | dict(ttt_lora_rank=4, ttt_lora_alpha=4.0, ttt_epochs=2, ttt_weight_
 SYSTEMS = {
     "static": RUN | dict(ttt_enabled=0),
     "adamw": LORA | dict(ttt_lr=0.01, ttt_grad_clip=0.5, ttt_entropy_low=2.8, ttt_entropy_high=2.9),
-    "sgd": LORA
-    | dict(
-        ttt_optimizer="sgd", ttt_context="window", ttt_lr=0.1, ttt_cosine=1, ttt_ns_steps=2, ttt_lora_targets="k,o,mlp"
-    ),
+    "sgd": LORA | dict(ttt_optimizer="sgd", ttt_lr=0.1, ttt_cosine=1, ttt_ns_steps=2, ttt_lora_targets="k,o,mlp"),
     "full": RUN | dict(ttt_params="full", ttt_lr=0.01, ttt_epochs=2, ttt_freeze_blocks=1),
 }
 
@@ -164,7 +161,7 @@ def audit_single_pass(g: ModuleType, knobs: dict) -> None:
     texts = [text(n, seed=n) for n in (41, 0, 3, 8, 20)]
     heard = score(g, texts, knobs | dict(ttt_lr=0.0))
     model, plain = random_model(g).requires_grad_(False), plain_windows
-    if "ttt_lora_rank" in knobs and knobs.get("ttt_context") != "window":
+    if "ttt_lora_rank" in knobs:
         plain = plain_bands
     losses = [plain(g, model, [BOS, *t, BOS][: len(t) + 1 + (i < len(texts) - 1)]) for i, t in enumerate(texts)]
     np.testing.assert_allclose(np.concatenate([h.nats for h in heard]), np.concatenate(losses), rtol=0, atol=3e-5)
@@ -268,7 +265,7 @@ CHEATS = [
             "        learner.learn(rows, 8, None)\n        entropy = learner.score(rows, tally)\n")]),
     Cheat("book the better of two scores", audit_normalised, "sgd",
           [("        return nll.detach()\n",
-            "        return nll.minimum(self.model(torch.cat([self.window, tokens], 1), targets)).detach()\n")]),
+            "        return nll.minimum(self.model(torch.cat([self.last, tokens], 1), targets)).detach()\n")]),
     Cheat("moments kept between documents", audit_independence, "sgd",
           [("        for t in (self.steps_done, *self.first, *self.second):", "        for t in (self.steps_done,):")]),
     Cheat("momentum of the whole model kept", audit_independence, "full", [(NEW_RULE, "pass")]),

@@ -32,8 +32,6 @@ SYSTEMS = {
     "lora, entropy window": LORA | dict(ttt_entropy_low=1.0, ttt_entropy_high=2.5),
     "lora, clipped": SGD | dict(ttt_grad_clip=0.5),
     "lora, after 20 tokens": LORA | dict(ttt_min_doc_tokens=20),
-    "lora, window": LORA | dict(ttt_context="window"),
-    "lora, window, sgd, epochs": SGD | dict(ttt_context="window", ttt_epochs=2),
     "lora, stream": LORA | STREAM,
     "full, document": FULL,
     "full, document, adamw": FULL | dict(ttt_optimizer="adamw", ttt_lr=0.01),
@@ -205,17 +203,16 @@ class Kept:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
-def plain_lora(text: list[int], make_optimizer, epochs: int, clip: float, kept: bool) -> np.ndarray:
-    """One document, one adapter, torch's own optimizer: the meaning of chunked, score-first adaptation. With `kept` a
-    pass is over the whole document so far, but keys and values of what came before the chunk are those of its time."""
+def plain_lora(text: list[int], make_optimizer, epochs: int, clip: float) -> np.ndarray:
+    """One document, one adapter, torch's own optimizer: the meaning of chunked, score-first adaptation. A pass is over
+    the whole document so far, but keys and values of what came before the chunk are those of its time (`Kept`)."""
     model, nats = random_model().requires_grad_(False), []
     adapter = g.Adapter(CONFIG, run_config(), 1, torch.device("cpu"))
     optimizer, tokens = make_optimizer(adapter.tensors()), torch.tensor([[g.BOS, *text]])
     for first in range(0, len(text), CHUNK):
         end = min(first + CHUNK, len(text))
-        seen = tokens[:, 0 if kept else max(0, first + CHUNK - CONTEXT) : end]
         for epoch in range(epochs):
-            loss = model(seen, tokens[:, first + 1 : end + 1], None, adapter)
+            loss = model(tokens[:, :end], tokens[:, first + 1 : end + 1], None, adapter)
             if epoch == 0:
                 nats += loss[0].tolist()
             optimizer.zero_grad()
@@ -232,13 +229,11 @@ def plain_lora(text: list[int], make_optimizer, epochs: int, clip: float, kept: 
     (dict(ttt_optimizer="sgd", ttt_lr=0.2, ttt_momentum=0.8, ttt_weight_decay=0.0, ttt_grad_clip=0.3, ttt_epochs=2),
      lambda t: torch.optim.SGD(t, lr=0.2, momentum=0.8)),
 ], ids=["adamw", "sgd, clipped, 2 epochs"])  # fmt: skip
-@pytest.mark.parametrize("context", ["cache", "window"])
-def test_adaptation_is_that_of_torchs_own_optimizer(monkeypatch, knobs, make_optimizer, context):
-    text, kept = document(44, period=7), context == "cache"
-    found = score(documents(text), ttt_context=context, **knobs).by_document[0]
-    if kept:
-        monkeypatch.setattr(g, "attend", Kept())
-    expected = plain_lora(text, make_optimizer, knobs.get("ttt_epochs", 1), knobs.get("ttt_grad_clip", 0.0), kept)
+def test_adaptation_is_that_of_torchs_own_optimizer(monkeypatch, knobs, make_optimizer):
+    text = document(44, period=7)
+    found = score(documents(text), **knobs).by_document[0]
+    monkeypatch.setattr(g, "attend", Kept())
+    expected = plain_lora(text, make_optimizer, knobs.get("ttt_epochs", 1), knobs.get("ttt_grad_clip", 0.0))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 import train_gpt as g
 
 CATEGORIES = {  # by the names that kernels have in a trace; the first that fits
-    "attention": r"flash|fmha|attention|varlen",
-    "ours": r"^_?(mlp|loss|fused)_\w*kernel",
+    "attention": r"flash|fmha|attention|varlen|^prepare_",
+    "loss": r"^loss_",
     "GEMM": r"gemm|nvjet|cutlass|cublas|splitK|sm90_xmma",
     "communication": r"nccl",
     "elementwise, compiled": r"^triton_",
@@ -42,7 +42,7 @@ def make_model(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> g
 def make_trainer(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> g.Trainer:
     model = make_model(model_config, run, dist)
     if dist.device.type == "cuda" and run.compile:
-        g.compile_parts(model, dynamic=False)
+        g.compile_parts(model)
     return g.Trainer(model, run, dist, "benchmark")
 
 
@@ -102,19 +102,33 @@ def adaptation(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> N
 def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     """Each kernel's time, forward and backward, beside those of its twin in plain torch."""
     packed = g.random_batch(run, c.vocab_size, dist)[0]
-    tokens, shape = packed.tokens.size(1), dict(device=dist.device, dtype=torch.bfloat16)
-    q = torch.randn(1, tokens, c.num_heads, c.head_dim, **shape, requires_grad=True)
-    k, v = (torch.randn(1, tokens, c.num_kv_heads, c.head_dim, **shape, requires_grad=True) for _ in range(2))
-    compare("attention", lambda f: f(q, k, v, packed.segments), g.attend, g.attend_plainly, (q, k, v))
+    tokens, device = packed.tokens.size(1), dist.device
+    heads = g.Heads(c.num_heads, c.num_kv_heads, c.head_dim, True)
+    qkv = torch.randn(tokens, c.model_dim + 2 * c.kv_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
+    gain = torch.full((c.num_heads,), c.qk_gain_init, device=device, requires_grad=True)
+    gate = torch.rand(tokens, c.num_heads, device=device, dtype=torch.bfloat16, requires_grad=True)
+    rope = g.rotary(packed.segments.positions, c.rope_dims, c.rope_base)
+    cos, sin = (t[:, 0] for t in rope)
+
+    def attention() -> torch.Tensor:
+        return g.PackedAttention.apply(qkv, gain, gate, cos, sin, packed.segments, heads)
+
+    def attention_twin() -> torch.Tensor:
+        return g.attend_plainly(qkv[None], gain, gate[None], rope, packed.segments, heads)[0]
+
+    compare("attention", attention, attention_twin, (qkv, gain, gate))
+    z = torch.randn(tokens, c.vocab_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    targets, plain = packed.targets[0], torch.compile(g.loss_plainly)
+    compare("loss", lambda: g.CappedLoss.apply(z, targets, c.logit_softcap),
+            lambda: plain(z, targets, c.logit_softcap), (z,))  # fmt: skip
 
 
-def compare(name: str, call: Callable, ours: Callable, twin: Callable, inputs: tuple[torch.Tensor, ...]) -> None:
+def compare(name: str, ours: Callable, twin: Callable, inputs: tuple[torch.Tensor, ...]) -> None:
     times = []
     for f in (ours, twin):
-        out = call(f)
-        slope = torch.randn_like(out)
-        forward = milliseconds(lambda f=f: call(f))
-        both = milliseconds(lambda f=f, slope=slope: torch.autograd.grad(call(f), inputs, slope))
+        slope = torch.randn_like(f())
+        forward = milliseconds(f)
+        both = milliseconds(lambda f=f, slope=slope: torch.autograd.grad(f(), inputs, slope))
         times.append((forward, both))
     (a, b), (x, y) = times
     print(f"{name}: forward {a:.3f} ms, with backward {b:.3f}; twin {x:.3f}, {y:.3f}; ratio {x / a:.2f}, {y / b:.2f}")
@@ -126,15 +140,16 @@ def peak_gib(dist: g.Dist) -> float:
 
 def print_split(trace: profile, wall: float) -> None:
     """Milliseconds a step by kind of kernel, the rest of the wall clock, and the kernels that took longest."""
-    by_kernel = Counter({e.key: e.self_device_time_total / 2e3 for e in trace.key_averages()})
+    events = {e.key: e for e in trace.key_averages()}
+    by_kernel = Counter({name: e.self_device_time_total / 2e3 for name, e in events.items()})
     by_kind: Counter = Counter()
     for name, ms in by_kernel.items():
         by_kind[category(name)] += ms
     for kind, ms in by_kind.most_common():
         print(f"  {kind:24} {ms:9.2f} ms")
     print(f"  {'no kernel ran':24} {1e3 * wall / 2 - sum(by_kind.values()):9.2f} ms")
-    for name, ms in by_kernel.most_common(25):
-        print(f"    {ms:9.2f} ms  {name[:140]}")
+    for name, ms in by_kernel.most_common(40):
+        print(f"    {ms:9.2f} ms in {events[name].count / 2:5.0f} calls  {name[:140]}")
 
 
 def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:

@@ -30,8 +30,6 @@ def open_artifact(path: Path | str, changes: Mapping[str, str] | None = None) ->
     dist = train_gpt.Dist.from_env(run.device)
     plan = train_gpt.make_plan(config, run, dist)
     model = train_gpt.load_artifact(path, plan)
-    if dist.device.type == "cuda" and run.compile:
-        train_gpt.compile_parts(model, dynamic=True)
     return Opened(env, plan, model)
 
 

@@ -6,7 +6,7 @@ Compress a text with an artifact: its score, test-time training included, turned
 
 Any bytes come back exactly (python -m tools.decompress): what the tokenizer cannot give back is stored beside.
 The knobs TTT_..., EVAL_SEQ_LEN and SEED are taken from the environment, else from the run that made the artifact, and
-stored in OUT; TTT_CONTEXT=window makes decompression slow. DATA_PATH or TOKENIZER_PATH must lead to the tokenizer.
+stored in OUT. DATA_PATH or TOKENIZER_PATH must lead to the tokenizer.
 
 What is promised: OUT decompresses on the same computer with the same torch, artifact and train_gpt.py, whose names it
 carries. Elsewhere the last bit of a sum may differ, and with it everything after: decompression is tried, and fails
