@@ -860,52 +860,49 @@ class PackedAttention(torch.autograd.Function):
                                        **PASS_KERNEL)
         return d_qkv, d_gain.sum(0)[:H] * (math.log2(math.e) * h ** -0.5), d_gate, None, None, None, None
 
-# The loss: a program takes all logits z of a token, (N, V), so that they are read once on the way there and once on the
-# way back. tanh is written out: 1 - 2 / (1 + exp(2 x)).
+# The loss: a program holds all logits z of a token, so that they are read once on the way there and once back.
 
 @jit
-def capped(z_ptr, at, inside, cap: tl.constexpr):
-    z = tl.load(z_ptr + at, inside, 0.0).to(tl.float32)
-    if cap > 0:
-        z = cap - 2 * cap / (1 + tl.exp2(z * (2 * LOG2_E / cap)))
-    return z
+def capped(z, cap: tl.constexpr):
+    """Soft-capped logits: cap * tanh(z / cap), with tanh(x) = 1 - 2 / (1 + exp(2 x)); as they are if cap is 0."""
+    z = z.to(tl.float32)
+    return cap - 2 * cap / (1 + tl.exp2(z * (2 * LOG2_E / cap))) if cap > 0 else z
 
 @jit
-def loss_kernel(z_ptr, target_ptr, nll_ptr, lse_ptr, vocab: tl.constexpr, cap: tl.constexpr, cols: tl.constexpr):
-    """Negative log-likelihood and log of the sum of exponentials, nats, (N,) each."""
+def loss_kernel(z_ptr, target_ptr, nll_ptr, lse_ptr, d_z_ptr, back: tl.constexpr, vocab: tl.constexpr,
+                cap: tl.constexpr, cols: tl.constexpr):
+    """Negative log-likelihoods and logs of sums of exponentials, nats. Back: from nll's gradient to z's."""
     token, col = tl.program_id(0).to(tl.int64), tl.arange(0, cols)
-    z = tl.where(col < vocab, capped(z_ptr, token * vocab + col, col < vocab, cap), TINY)
-    most = tl.max(z, 0)
-    lse = most + tl.log2(tl.sum(tl.exp2((z - most) * LOG2_E), 0)) / LOG2_E
-    tl.store(lse_ptr + token, lse)
-    tl.store(nll_ptr + token, lse - capped(z_ptr, token * vocab + tl.load(target_ptr + token), True, cap))
-
-@jit
-def loss_backward_kernel(z_ptr, target_ptr, lse_ptr, d_nll_ptr, d_z_ptr, vocab: tl.constexpr, cap: tl.constexpr,
-                         cols: tl.constexpr):
-    token, col = tl.program_id(0).to(tl.int64), tl.arange(0, cols)
-    z = capped(z_ptr, token * vocab + col, col < vocab, cap)
-    slope = tl.exp2((z - tl.load(lse_ptr + token)) * LOG2_E) - tl.where(col == tl.load(target_ptr + token), 1.0, 0.0)
-    if cap > 0:
-        slope *= 1 - (z / cap) * (z / cap)
-    d_z = slope * tl.load(d_nll_ptr + token)
-    tl.store(d_z_ptr + token * vocab + col, d_z.to(d_z_ptr.dtype.element_ty), col < vocab)
+    target, z_ptr = tl.load(target_ptr + token), z_ptr + token * vocab
+    z = capped(tl.load(z_ptr + col, col < vocab, 0.0), cap)
+    if back:
+        slope = tl.exp2((z - tl.load(lse_ptr + token)) * LOG2_E) - tl.where(col == target, 1.0, 0.0)
+        if cap > 0:
+            slope *= 1 - (z / cap) * (z / cap)
+        d_z = (slope * tl.load(nll_ptr + token)).to(d_z_ptr.dtype.element_ty)
+        tl.store(d_z_ptr + token * vocab + col, d_z, col < vocab)
+    else:
+        z = tl.where(col < vocab, z, TINY)
+        most = tl.max(z, 0)
+        lse = most + tl.log2(tl.sum(tl.exp2((z - most) * LOG2_E), 0)) / LOG2_E
+        tl.store(lse_ptr + token, lse)
+        tl.store(nll_ptr + token, lse - capped(tl.load(z_ptr + target), cap))
 
 class CappedLoss(torch.autograd.Function):
-    """The two kernels above; `loss_plainly` is their twin."""
+    """The kernel above; `loss_plainly` is its twin."""
     @staticmethod
     def forward(ctx, z: Tensor, targets: Tensor, cap: float) -> Tensor:
         """Logits (N, V) before the cap, (N,) -> (N,) nats"""
         nll, lse = torch.empty(2, len(z), device=z.device).unbind()
         ctx.launch = dict(vocab=z.size(1), cap=cap, cols=1 << (z.size(1) - 1).bit_length(), num_warps=8)
-        loss_kernel[(len(z),)](z, targets, nll, lse, **ctx.launch)
+        loss_kernel[(len(z),)](z, targets, nll, lse, z, False, **ctx.launch)
         ctx.save_for_backward(z, targets, lse)
         return nll
     @staticmethod
     def backward(ctx, d_nll: Tensor) -> tuple[Tensor | None, ...]:
         z, targets, lse = ctx.saved_tensors
         d_z = torch.empty_like(z)
-        loss_backward_kernel[(len(z),)](z, targets, lse, d_nll.contiguous(), d_z, **ctx.launch)
+        loss_kernel[(len(z),)](z, targets, d_nll.contiguous(), lse, d_z, True, **ctx.launch)
         return d_z, None, None
 
 def loss_plainly(z: Tensor, targets: Tensor, cap: float) -> Tensor:

@@ -332,3 +332,44 @@ def test_a_loss_worse_than_guessing_twice_over_is_divergence():
     g.check_loss(1.9 * math.log(64), 5, 64)
     with pytest.raises(g.UserError, match="the loss of step 5 is 8.734 nats"):
         g.check_loss(2.1 * math.log(64), 5, 64)
+
+
+# ---- compilation ------------------------------------------------------------
+
+
+def attend_by_mask(q, k, v, place):
+    """Attention in segments as one graph, like a GPU's kernels: the plain one has a call for every segment."""
+    at = torch.arange(q.size(1))
+    seen = (at <= at[:, None]) & (at >= (at - place.positions)[:, None])
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """graphs(): how many were compiled so far; the compiler is one that only traces."""
+    torch._dynamo.reset()
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: plain(module, backend="aot_eager"))
+    monkeypatch.setattr(g, "attend", attend_by_mask)
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+def test_nothing_is_compiled_after_the_set_up(settings, graphs):
+    """Neither when the loop starts, nor at a validation in between, nor for other text."""
+    trainer = new_trainer(settings(val_loss_every=3))
+    stream = g.TrainingStream(trainer.run, CONFIG.vocab_size, trainer.dist)
+    g.compile_parts(trainer.model)
+    before = graphs()
+
+    @torch.no_grad()
+    def score(batch) -> float:
+        return trainer.model(*batch[0]).mean().item()
+
+    g.warm_up(trainer, score)
+    ready = graphs()
+    assert ready - before >= 5  # the input, the head, two kinds of block, the skips
+    losses, _ = go(trainer, validate=lambda: score(stream.batch(9)))
+    assert len(losses) == 8 and graphs() == ready

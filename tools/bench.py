@@ -1,14 +1,18 @@
 """Speed on this machine: training steps in both loop modes, where their time goes, and each kernel against its twin.
 
-python -m tools.bench                 the entry's shapes; knobs are environment variables, as for the entry
-python -m tools.bench --only steps    or: kernels
+python -m tools.bench                     the entry's shapes; knobs are environment variables, as for the entry
+python -m tools.bench --only steps        or: kernels, adaptation
+python -m tools.bench --only agreement    train on DATA_PATH with kernels and compiler, and again in plain torch
 """
 
 import argparse
+import contextlib
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -60,9 +64,12 @@ def steps(trainer: g.Trainer, looping: bool, count: int) -> None:
 
     first = go(1)
     go(2)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     seconds = go(count) / count
+    late = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
     print(f"loop:{int(looping)} first_step_s:{first:.1f} step_ms:{1e3 * seconds:.1f} "
-          f"tokens_per_s:{run.train_batch_tokens / seconds:.0f} peak_GiB:{peak_gib(dist):.1f}", flush=True)  # fmt: skip
+          f"tokens_per_s:{run.train_batch_tokens / seconds:.0f} peak_GiB:{peak_gib(dist):.1f} "
+          f"compiled_after_warm_up:{late}", flush=True)  # fmt: skip
     if dist.device.type == "cuda":
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             wall = go(2)
@@ -97,6 +104,49 @@ def adaptation(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> N
             with profile(activities=[ProfilerActivity.CUDA]) as trace:
                 wall = go(2)
             print_split(trace, wall)
+
+
+@contextlib.contextmanager
+def plain_torch() -> Iterator[None]:
+    """Inside, every kernel is its twin."""
+
+    def attention(qkv, gain, gate, cos, sin, segments, heads):
+        rope = cos[:, None], sin[:, None]
+        return g.attend_plainly(qkv[None], gain, gate[None], rope, segments, heads)[0]
+
+    with (
+        mock.patch.object(g, "PackedAttention", SimpleNamespace(apply=attention)),
+        mock.patch.object(g, "CappedLoss", SimpleNamespace(apply=g.loss_plainly)),
+    ):
+        yield
+
+
+def loss_at_the_end(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist, compiled: bool) -> float:
+    """Train for ITERATIONS steps -> mean loss on one held-out batch after each of the last 20, nats a token."""
+    model = g.GPT(c)
+    g.init_weights(model, run.seed)
+    model.to(dist.device)
+    if compiled:
+        g.compile_parts(model)
+    trainer, stream, losses = g.Trainer(model, run, dist, "benchmark"), g.TrainingStream(run, c.vocab_size, dist), []
+    fixed = stream.batch(run.iterations)
+    for step in range(run.iterations):
+        progress = step / run.iterations
+        trainer.step_on(stream.batch(step), progress, trainer.looping(progress))
+        if step >= run.iterations - 20:
+            with torch.no_grad():
+                losses.append(sum(model(*part).sum().item() for part in fixed) / run.train_batch_tokens)
+    return sum(losses) / len(losses)
+
+
+def agreement(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
+    """Kernels and compiler learn what plain torch learns: same seed, same text."""
+    ours = loss_at_the_end(run, c, dist, compiled=bool(run.compile))
+    with plain_torch():
+        plain = loss_at_the_end(run, c, dist, compiled=False)
+    print(
+        f"agreement steps:{run.iterations} loss:{ours:.5f} plain:{plain:.5f} difference:{ours - plain:+.5f}", flush=True
+    )
 
 
 def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
@@ -167,13 +217,15 @@ def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["steps", "kernels", "adaptation"])
+    parser.add_argument("--only", choices=["steps", "kernels", "adaptation", "agreement"])
     parser.add_argument("--count", type=int, default=4, help="steps to time [4]")
     options = parser.parse_args()
     model_config, run = g.read_env()
     dist = g.Dist.from_env(run.device)
     g.prepare_torch(run, dist.device)
     print(f"{g.device_name(dist.device)} {g.versions()}", flush=True)
+    if options.only == "agreement":
+        agreement(run, model_config, dist)
     if options.only in (None, "kernels") and dist.device.type == "cuda":
         kernels(run, model_config, dist)
     if options.only in (None, "adaptation"):
