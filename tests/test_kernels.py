@@ -36,8 +36,8 @@ def attention_pair(N, H, K, h, dims, starts, device, dtype, exclusive=True):
     random = torch.Generator().manual_seed(N)
     shapes = (N, (H + 2 * K) * h), (H,), (N, H), (N, H * h)
     qkv, gain, gate, slope = (torch.randn(shape, generator=random) for shape in shapes)
-    inputs = [qkv.to(device, dtype), gain.to(device) + 2.0, gate.sigmoid().to(device, dtype)]
-    inputs, slope = [x.requires_grad_() for x in inputs], slope.to(device, dtype)
+    gain, slope = gain.to(device) + 2.0, slope.to(device, dtype)
+    inputs = [qkv.to(device, dtype), gain, gate.sigmoid().to(device, dtype)]
     row, heads = np.zeros(N, np.uint16), g.Heads(H, K, h, exclusive)
     segments = g.pack_row(row, row, np.array(starts), torch.device(device)).segments
     rope = g.rotary(segments.positions, dims, 100.0)
@@ -49,9 +49,11 @@ def attention_pair(N, H, K, h, dims, starts, device, dtype, exclusive=True):
         return g.attend_plainly(qkv[None], gain, gate[None], rope, segments, heads)[0]
 
     found = []
-    for f in (ours, twin):
-        out = f(*inputs)
-        found.append([out, *torch.autograd.grad(out, inputs, slope)])
+    for f, kind in ((ours, dtype), (twin, torch.float32)):  # rounded like ours, the twin would err more than it
+        given = [x.detach().to(kind).requires_grad_() for x in inputs]
+        given[1] = gain.requires_grad_()
+        out = f(*given)
+        found.append([t.to(dtype) for t in (out, *torch.autograd.grad(out, given, slope.to(kind)))])
     return *found, "out d_qkv d_gain d_gate"
 
 
@@ -87,7 +89,7 @@ def test_the_loss_is_its_twin(tokens, vocab, cap):
 @pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("N, H, K, h, dims, starts", [*ATTENTION, LARGE])
 def test_packed_attention_is_its_twin_on_a_gpu(N, H, K, h, dims, starts, exclusive):
-    close(*attention_pair(N, H, K, h, dims, starts, "cuda", torch.bfloat16, exclusive), 3e-2)
+    close(*attention_pair(N, H, K, h, dims, starts, "cuda", torch.bfloat16, exclusive), 5e-2)
 
 
 @pytest.mark.gpu
