@@ -10,10 +10,8 @@ Train a small GPT, pack it into 16 MB, read it back and score it in bits per byt
 A run leaves logs/<RUN_ID>.txt (its source, settings, progress and result), .json (the result), .docs.npz (the score of
 every document) and .ptz (the artifact).
 
-Sections, in the order of the run: Config, Distributed and log, Data, Attention, Model, Optimizer, Training, Quantise,
-Pack, Score, Test-time training, main.
-Shapes: B rows or documents, T tokens, D model width, H query heads, K key/value heads, h head width, V vocabulary,
-R adapter rank, S attention segments.
+Sections begin with "# ====". Shapes: B rows or documents, T tokens, D model width, H query heads, K key/value heads,
+h head width, V vocabulary, R adapter rank, S attention segments.
 """
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -63,9 +61,7 @@ class ConfigError(UserError):
 class DataError(UserError):
     """A file from outside that is not what it should be."""
 
-# -----------------------------------------------------------------------------
-# Config: every knob once, with its default, its unit and a line of doc. Nothing else reads the environment.
-
+# ==== Config: every knob once, with its default, its unit and a line of doc. Nothing else reads the environment.
 def knob(default: Any, doc: str, *, group: str = "", unit: str = "", low: float | None = None,
          high: float | None = None, full: Any = None, only: Mapping[str, str] | None = None) -> Any:
     """A field of a config. `full` is the default under TTT_PARAMS=full where it differs; `only` names the knobs and
@@ -98,17 +94,14 @@ class ModelConfig:
     loop_start: int = knob(3, "first block of the loop", low=0)
     loop_end: int = knob(5, "last block of the loop", low=0)
     def __post_init__(self):
-        require(self.model_dim % self.num_heads == 0,
-                f"MODEL_DIM={self.model_dim} must be a multiple of NUM_HEADS={self.num_heads}")
-        require(self.num_heads % self.num_kv_heads == 0,
-                f"NUM_HEADS={self.num_heads} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}")
-        require(self.rope_dims % 2 == 0 and self.rope_dims <= self.head_dim,
-                f"ROPE_DIMS={self.rope_dims} must be even and at most the head width, {self.head_dim}")
-        require(max(self.attn_gate_width, self.smear_width) <= self.model_dim,
-                f"ATTN_GATE_WIDTH and SMEAR_WIDTH must be at most MODEL_DIM={self.model_dim}")
-        require(self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
-                f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks "
-                "(NUM_LOOPS=0 turns the loop off)")
+        D, H, K, rope = self.model_dim, self.num_heads, self.num_kv_heads, self.rope_dims
+        require(D % H == 0, f"MODEL_DIM={D} must be a multiple of NUM_HEADS={H}")
+        require(H % K == 0, f"NUM_HEADS={H} must be a multiple of NUM_KV_HEADS={K}")
+        require(rope % 2 == 0 and rope <= D // H, f"ROPE_DIMS={rope} must be even and at most the head width, {D // H}")
+        require(max(self.attn_gate_width, self.smear_width) <= D,
+                f"ATTN_GATE_WIDTH and SMEAR_WIDTH must be at most MODEL_DIM={D}")
+        require(self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers, "unless NUM_LOOPS=0, "
+                f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks")
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
@@ -117,7 +110,6 @@ class ModelConfig:
         return self.head_dim * self.num_kv_heads
 
 LORA, FULL = {"ttt_params": "lora"}, {"ttt_params": "full"}
-SIDE_BY_SIDE = LORA | {"ttt_scope": "document"}
 SGD, ADAMW = {"ttt_optimizer": "sgd"}, {"ttt_optimizer": "adamw"}
 
 @dataclass(frozen=True)
@@ -166,8 +158,7 @@ class RunConfig:
     ema_horizon_frac: float = knob(0.06, "part of the budget over which weights are averaged, 0 = none", low=0, high=1)
     enable_looping_at: float = knob(0.35, "part of the budget after which the loop runs", low=0, high=1)
 
-    gptq_calibration_batches: int = knob(4, "training batches whose inputs weigh the errors", group="Quantisation",
-                                         unit="batches", low=1)
+    gptq_calibration_batches: int = knob(4, "training batches whose inputs weigh errors", group="Quantisation", low=1)
     gptq_damping: float = knob(0.01, "added to the Hessian's diagonal, as a part of its mean", low=1e-6)
     matrix_bits: int = knob(6, "width of the integers of matrices", unit="bits", low=2, high=8)
     embed_bits: int = knob(7, "width of the integers of the embedding", unit="bits", low=2, high=8)
@@ -196,7 +187,7 @@ class RunConfig:
     ttt_entropy_low: float = knob(0.0, "predictive entropy under which the rate is scaled down", unit="nats", low=0)
     ttt_entropy_high: float = knob(0.0, "entropy over which the rate is scaled down, 0 = no limit", unit="nats", low=0)
     ttt_min_doc_tokens: int = knob(0, "learning starts once a document has so many scored tokens", unit="tokens", low=0)
-    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=SIDE_BY_SIDE)
+    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=LORA | {"ttt_scope": "document"})
     ttt_lora_rank: int = knob(80, "rank of the corrections", low=1, only=LORA)
     ttt_lora_alpha: float = knob(144.0, "corrections are scaled by alpha / rank", low=0, only=LORA)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "what is corrected: any of q,k,v,o,mlp,head", only=LORA)
@@ -207,19 +198,15 @@ class RunConfig:
         for f in fields(self):  # defaults that depend on what adapts
             if getattr(self, f.name) is None:
                 object.__setattr__(self, f.name, f.metadata["full" if self.ttt_params == "full" else "default"])
-        require(self.iterations > 0 or self.max_wallclock_seconds > 0,
-                "ITERATIONS and MAX_WALLCLOCK_SECONDS are both 0: one of them must end the training")
-        require(self.train_batch_tokens % self.train_row_tokens == 0, f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} "
-                f"must be a multiple of TRAIN_ROW_TOKENS={self.train_row_tokens}")
-        require(self.micro_batch_tokens >= max(self.train_row_tokens, self.eval_seq_len),
-                f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must hold a row (TRAIN_ROW_TOKENS="
-                f"{self.train_row_tokens}) and a context (EVAL_SEQ_LEN={self.eval_seq_len})")
-        require(self.eval_stride <= self.eval_seq_len,
-                f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={self.eval_seq_len}")
+        batch, row, context = self.train_batch_tokens, self.train_row_tokens, self.eval_seq_len
+        require(self.iterations + self.max_wallclock_seconds > 0, "ITERATIONS and MAX_WALLCLOCK_SECONDS are 0: set one")
+        require(batch % row == 0, f"TRAIN_BATCH_TOKENS={batch} must be a multiple of TRAIN_ROW_TOKENS={row}")
+        require(self.micro_batch_tokens >= max(row, context), f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must hold "
+                f"a row, TRAIN_ROW_TOKENS={row}, and a context, EVAL_SEQ_LEN={context}")
+        require(self.eval_stride <= context, f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={context}")
         require(not (self.artifact and self.resume), "ARTIFACT trains nothing, RESUME goes on training: set only one")
-        require(not self.batched_ttt or self.ttt_chunk_tokens <= self.eval_seq_len,
-                f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} must fit the context, EVAL_SEQ_LEN={self.eval_seq_len}, "
-                "when documents adapt side by side (TTT_PARAMS=lora, TTT_SCOPE=document)")
+        require(self.ttt_chunk_tokens <= context or not self.batched_ttt, f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} "
+                f"must fit EVAL_SEQ_LEN={context} under TTT_PARAMS=lora and TTT_SCOPE=document")
         require(self.ttt_entropy_high == 0 or self.ttt_entropy_low < self.ttt_entropy_high,
                 f"TTT_ENTROPY_LOW={self.ttt_entropy_low} must be under TTT_ENTROPY_HIGH={self.ttt_entropy_high}")
         require(self.ttt_min_doc_tokens == 0 or self.ttt_scope == "document",
@@ -255,17 +242,14 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     except ValueError:
         raise ConfigError(want + {int: "a whole number", float: "a number"}[kind]) from None
     require(kind is not float or math.isfinite(value), want + "a finite number")
-    low, high = meta["low"], meta["high"]
-    require(low is None or value >= low, want + f"at least {low}")
-    require(high is None or value <= high, want + f"at most {high}")
+    require(meta["low"] is None or value >= meta["low"], want + f"at least {meta['low']}")
+    require(meta["high"] is None or value <= meta["high"], want + f"at most {meta['high']}")
     return value
 
 def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
-    """A name that looks like a knob of ours and is none is an error, so that a typing error or a retired knob in an old
-    script fails loudly instead of silently training something else. Other programs' variables are left alone."""
+    """What looks like a knob of ours and is none, misspelt or retired, fails loudly; other programs' names do not."""
     for name in sorted(set(env) - set(knobs)):
-        cutoff = 0.0 if name.startswith(OUR_FAMILIES) else 0.87
-        near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=cutoff)
+        near = difflib.get_close_matches(name, sorted(knobs), 1, 0.0 if name.startswith(OUR_FAMILIES) else 0.87)
         require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
@@ -301,15 +285,11 @@ def describe_knobs() -> str:
         lines.append(f"  {name:26} {default or '-':24} {m['doc']}{which}{unit}{only}")
     return "\n".join(lines)
 
-# -----------------------------------------------------------------------------
-# Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
-
+# ==== Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
 class Dist:
-    """The ranks of a run. Device tensors travel by NCCL on GPUs; small decisions travel by gloo, from host to host, so
-    that agreeing on something never waits for a GPU."""
+    """The ranks of a run. GPU tensors travel by NCCL, decisions by gloo from host to host: none waits for a GPU."""
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
-        self.rank, self.world, self.device = rank, world, torch.device(device)
-        self.main = rank == 0
+        self.rank, self.world, self.device, self.main = rank, world, torch.device(device), rank == 0
     @classmethod
     def from_env(cls, device: str, env: Mapping[str, str] = os.environ) -> Dist:
         """Join the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or stand alone."""
@@ -407,8 +387,7 @@ EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from op
 
 def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
     """Write beside, then rename: a reader sees the whole file or none, and an interrupted write leaves nothing."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
     try:
         with open(beside, "wb") as out:
             out.writelines(chunks)
@@ -420,9 +399,7 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
     finally:
         beside.unlink(missing_ok=True)
 
-# -----------------------------------------------------------------------------
-# Data: shards are memory-mapped and hostile until checked; a batch is a pure function of its number.
-
+# ==== Data: shards are memory-mapped and hostile until checked; a batch is a pure function of its number.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 def read_shard(path: Path | str) -> np.ndarray:
@@ -443,14 +420,12 @@ def read_shard(path: Path | str) -> np.ndarray:
 
 def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     largest = int(tokens.max(initial=0))
-    require(largest < vocab_size, f"{path}: token {largest} is not below VOCAB_SIZE={vocab_size}: the shards were made "
-            "with another tokenizer", DataError)
+    require(largest < vocab_size, f"{path}: token {largest} >= VOCAB_SIZE={vocab_size}: another tokenizer's", DataError)
 
 def find_shards(folder: str, kind: str) -> list[Path]:
     """The shards fineweb_<kind>_NNNNNN.bin of a folder, in order; at least one."""
     paths = sorted(Path(folder).glob(f"fineweb_{kind}_[0-9]*.bin"))
-    require(len(paths) > 0, f"DATA_PATH={folder}: no fineweb_{kind}_*.bin there; prepare data (./run.sh data --help) "
-            "or set DATA_PATH to a prepared folder", DataError)
+    require(paths != [], f"DATA_PATH={folder}: no fineweb_{kind}_*.bin; prepare some (./run.sh data --help)", DataError)
     return paths
 
 class PieceBytes(NamedTuple):
@@ -473,9 +448,8 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
     return PieceBytes(plain, space, control)
 
 def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
-    """Bytes that every token of a stream stands for: its piece's, and 1 for a leading space unless the token before is
-    a control token such as BOS. (n,) -> (n,) int64; the first token, which nobody predicts, has no token before it."""
-    after_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])
+    """Bytes of tokens: the piece's, and 1 for a leading space unless a control token is before. (n,) -> (n,) int64"""
+    after_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])  # nobody predicts the first, nothing is before
     return pieces.plain[tokens] + (pieces.space[tokens] & after_text)
 
 class Tokenizer(NamedTuple):
@@ -488,19 +462,16 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     named = manifest_value(Path(run.data_path), "tokenizer", "path")
     if not run.tokenizer_path and not isinstance(named, str):
         raise DataError(f"{run.data_path}: no manifest.json names the tokenizer; set TOKENIZER_PATH")
-    path = Path(run.tokenizer_path) if run.tokenizer_path else Path(run.data_path) / named
+    path = Path(run.tokenizer_path or Path(run.data_path) / named)
+    blob, processor = read_file(path, "; set TOKENIZER_PATH"), sentencepiece.SentencePieceProcessor()
     try:
-        blob, processor = path.read_bytes(), sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(blob)
-        size = processor.get_piece_size()
-    except OSError as error:
-        raise DataError(f"{path}: the tokenizer cannot be read: {error.strerror}; set TOKENIZER_PATH") from None
+        size, bos = processor.get_piece_size(), processor.bos_id()
     except RuntimeError:
         raise DataError(f"{path}: not a SentencePiece model; set TOKENIZER_PATH to one") from None
     require(size == vocab_size, f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE={vocab_size}; "
             f"set VOCAB_SIZE={size} or another TOKENIZER_PATH", DataError)
-    require(processor.bos_id() == BOS, f"{path}: BOS is {processor.bos_id()}, expected {BOS}: use another tokenizer",
-            DataError)
+    require(bos == BOS, f"{path}: BOS is {bos}, expected {BOS}: use another tokenizer", DataError)
     return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor)
 
 def manifest_value(folder: Path, *keys: str) -> Any:
@@ -540,17 +511,16 @@ def split_documents(tokens: np.ndarray, token_bytes: np.ndarray) -> Documents:
 
 def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Documents:
     """All validation shards, checked whole: they are small, and a wrong one would cost a whole run."""
-    paths = find_shards(folder, "val")
-    shards = [read_shard(p) for p in paths]
-    for path, shard in zip(paths, shards, strict=True):
+    shards = {path: read_shard(path) for path in find_shards(folder, "val")}
+    for path, shard in shards.items():
         require(len(shard) > 1 and shard[0] == BOS, f"{path}: validation must begin with BOS ({BOS}) and hold a "
                 f"document: found {shard[:4].tolist()}; prepare the data again", DataError)
         check_vocabulary(path, shard, vocab_size)
-    tokens = np.concatenate(shards)
-    sidecars = [p.with_name(p.name.replace("fineweb_val_", "fineweb_val_bytes_")) for p in paths]
+    tokens = np.concatenate([*shards.values()])
+    sidecars = [p.with_name(p.name.replace("fineweb_val_", "fineweb_val_bytes_")) for p in shards]
     if any(p.exists() for p in sidecars):
         counts = [read_shard(p) for p in sidecars]
-        for path, shard, count in zip(sidecars, shards, counts, strict=True):
+        for path, shard, count in zip(sidecars, shards.values(), counts, strict=True):
             require(len(shard) == len(count), f"{path}: {len(count)} entries for {len(shard)} tokens; prepare the data "
                     "again", DataError)
         docs = split_documents(tokens, np.concatenate(counts).astype(np.int64))
@@ -565,8 +535,7 @@ class Segments(NamedTuple):
     ends: Tensor       # (N,) int32, where the segment of every token ends
 
 def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
-    """First tokens of the segments of consecutive rows: a row's first token, every BOS, and every seq_len tokens after
-    one of these. (N,) -> (S,)"""
+    """Where segments of consecutive rows begin: every row, every BOS, and seq_len tokens after each. (N,) -> (S,)"""
     first = tokens == BOS
     first[::row_tokens] = True
     starts = np.flatnonzero(first)
@@ -596,8 +565,7 @@ def pack_text(text: np.ndarray, run: RunConfig, device: torch.device) -> Packed:
     return pack_row(text[:-1], text[1:], starts, device)
 
 class TrainingStream:
-    """The training shards as one endless stream, dealt in batches of consecutive rows. Batch b is the same whatever the
-    number of ranks; rank r gets the r-th share of its rows, cut into equal micro-batches."""
+    """The training shards, endless. Batch b is the same rows for any number of ranks; rank r gets the r-th share."""
     def __init__(self, run: RunConfig, vocab_size: int, dist: Dist):
         self.run, self.vocab_size, self.dist = run, vocab_size, dist
         self.paths = find_shards(run.data_path, "train")
@@ -606,13 +574,11 @@ class TrainingStream:
         self.begins = self.ends - [len(s) for s in self.shards]
         self.total = int(self.ends[-1]) - run.holdout_tokens  # what is chosen is chosen on text that nobody trains on
         self.rows_per_pass, self.passes = deal_rows(run, dist.world)
-        self.worker = ThreadPoolExecutor(1)
-        self.ahead: dict[int, Future] = {}  # the batch that is fetched already
-        require(BOS in self.shards[0][:1 << 24], f"{self.paths[0]}: no BOS ({BOS}): documents cannot be told apart; "
-                "prepare the data again", DataError)
-        require(self.total > run.train_row_tokens, f"DATA_PATH={run.data_path}: {self.ends[-1]} training tokens "
-                f"less HOLDOUT_TOKENS={run.holdout_tokens} are no more than a row, TRAIN_ROW_TOKENS="
-                f"{run.train_row_tokens}: prepare more data or lower these", DataError)
+        self.worker, self.ahead = ThreadPoolExecutor(1), {}  # {number of a batch: its Future}, what is fetched already
+        require(BOS in self.shards[0][:1 << 24], f"{self.paths[0]}: no BOS ({BOS}); prepare the data again", DataError)
+        row, held = run.train_row_tokens, run.holdout_tokens
+        require(self.total > row, f"DATA_PATH={run.data_path}: {self.ends[-1]} training tokens less HOLDOUT_TOKENS="
+                f"{held} are no more than a row, TRAIN_ROW_TOKENS={row}: prepare more data or lower these", DataError)
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from any position of the endless stream: (count,) uint16."""
         parts, at = [], start % self.total
@@ -624,8 +590,7 @@ class TrainingStream:
         return np.concatenate(parts)
     def held_out(self) -> Documents:
         """The whole documents of the text that training never reads, a byte a token: nobody counts theirs."""
-        parts = [s[max(0, self.total - begin):] for s, begin in zip(self.shards, self.begins, strict=True)]
-        text = np.concatenate(parts)
+        text = np.concatenate([s[max(0, self.total - at):] for s, at in zip(self.shards, self.begins, strict=True)])
         starts = np.flatnonzero(text == BOS)
         text = text[starts[0]:starts[-1]] if len(starts) else text[:0]
         check_vocabulary(self.paths[-1], text, self.vocab_size)
@@ -633,8 +598,8 @@ class TrainingStream:
     def _load(self, batch: int) -> list[Packed]:
         rows = self.rows_per_pass * self.run.train_row_tokens
         first = batch * self.run.train_batch_tokens + self.dist.rank * self.passes * rows
-        texts = (self.read(first + i * rows, rows + 1) for i in range(self.passes))
-        return [pack_text(text, self.run, self.dist.device) for text in texts]
+        starts = range(first, first + self.passes * rows, rows)
+        return [pack_text(self.read(start, rows + 1), self.run, self.dist.device) for start in starts]
     def batch(self, number: int) -> list[Packed]:
         """This rank's micro-batches of a batch; the next one is fetched meanwhile."""
         this = self.ahead.get(number) or self.worker.submit(self._load, number)
@@ -651,8 +616,7 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
     fit = max(n for n in range(1, share + 1) if share % n == 0 and n * run.train_row_tokens <= run.micro_batch_tokens)
     return fit, share // fit
 
-# -----------------------------------------------------------------------------
-# Kernels: what a GPU runs where plain torch would read and write too often. Each has a twin in plain torch.
+# ==== Kernels: what a GPU runs where plain torch would read and write too often. Each has a twin in plain torch.
 #
 # Attention works on a packed row, from projections to what goes into the output matrix. A tile of queries walks over
 # the keys from the start of its first query's segment to itself, a tile of keys over the queries up to the end of its
@@ -912,9 +876,7 @@ def softcap(z: Tensor, cap: float) -> Tensor:
     """Logits squashed into +-cap, or as they are if cap is 0; fp32."""
     return cap * torch.tanh(z.float() / cap) if cap else z.float()
 
-# -----------------------------------------------------------------------------
-# Attention in plain torch: whatever does not run on packed rows of a GPU.
-
+# ==== Attention in plain torch: whatever does not run on packed rows of a GPU.
 class Heads(NamedTuple):
     """What the columns of a row of `qkv` are: H queries, K keys and K values of width h."""
     query: int
@@ -951,12 +913,10 @@ def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, p
         own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
         y = y.reshape(B, T, K, -1, h)
         y = y - (y * own).sum(-1, keepdim=True) * own
-    y = y.reshape(B, T, H, h)
-    return (y if gate is None else y * gate[..., None]).reshape(B, T, H * h)
+    return (y if gate is None else y.reshape(B, T, H, h) * gate[..., None]).reshape(B, T, H * h)
 
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
-    """Causal attention inside every segment, or after what is past, or else inside every row.
-    (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h); with segments B is 1."""
+    """Causal: in segments (B is 1), after the past, or in rows. (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h)"""
     if isinstance(place, Past):
         return attend_after(q, *place.before(k, v), place.seen)
     if place is None:
@@ -973,18 +933,15 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).transpose(1, 2)
 
 def attend_after(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """Queries of a chunk on keys and values of tokens before it and its own: (B, C, H, h), (B, T, K, h) twice, which
-    are seen (C, T) -> (B, C, H, h). Queries that share a key head stand in one list, so that no key is copied."""
-    B, C, H, h = q.shape
-    K = k.size(2)
-    q = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h)  # (B, K, H / K * C, h)
+    """A chunk attends to tokens before it and its own: (B, C, H, h), (B, T, K, h) twice, seen (C, T) -> (B, C, H, h)"""
+    (B, C, H, h), K = q.shape, k.size(2)
+    q = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h)  # (B, K, H / K * C, h), no key copied
     k, v, seen = k.transpose(1, 2), v.transpose(1, 2), seen.repeat(H // K, 1)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h)
 
 def rotary(positions: Tensor, dims: int, base: float) -> Rope:
-    """Cosine and sine of every position's angles: (..., T) -> two of (..., T, 1, dims / 2), fp32.
-    RoPE, Su et al. 2021 (arXiv 2104.09864), on the first `dims` dimensions of a head."""
+    """Cosine and sine of positions: (..., T) -> (..., T, 1, dims / 2) twice, fp32. RoPE, Su et al., arXiv 2104.09864"""
     frequency = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1))
     angle = positions[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
@@ -995,16 +952,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b, rest = x[..., :half].float(), x[..., half:2 * half].float(), x[..., 2 * half:]
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
 
-# -----------------------------------------------------------------------------
-# Model: one forward pass for training, scoring and adaptation; an adapter adds its corrections where the weights are.
-
+# ==== Model: one forward pass for training, scoring and adaptation; adapters add corrections where the weights are.
 class LowRank(NamedTuple):
-    """Corrections of one matrix, one per document: x -> scale * up(down(x))."""
+    """Corrections of one matrix, one per document: x -> scale * up(down(x)), (B, T, in) -> (B, T, out)."""
     down: Tensor  # (B, in, R) fp32
     up: Tensor    # (B, R, out) fp32
     scale: float
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, T, in) -> (B, T, out)"""
         return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
 
 class Deltas(NamedTuple):
@@ -1018,22 +972,13 @@ class Deltas(NamedTuple):
 NO_DELTAS = Deltas()
 
 class Linear(nn.Module):
-    """A matrix: fp32 master weight, multiplied in the dtype of x, with an optional test-time correction. A scale of its
-    outputs is multiplied into the weight, which is smaller than the outputs."""
+    """A matrix: fp32 master weight, multiplied in the dtype of x. A scale of its outputs is folded into the weight."""
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
     def forward(self, x: Tensor, delta: LowRank | None = None, scale: Tensor | None = None) -> Tensor:
         y = F.linear(x, (self.weight if scale is None else self.weight * scale[:, None]).to(x.dtype))
         return y if delta is None else y + (delta(x) if scale is None else delta(x) * scale.to(x.dtype))
-
-def joint(x: Tensor, parts: Sequence[Linear], deltas: Sequence[LowRank | None]) -> Tensor:
-    """Several matrices of one input as one product: (B, T, in) -> their outputs side by side (B, T, ...)"""
-    y = F.linear(x, torch.cat([part.weight for part in parts]).to(x.dtype))
-    if not any(deltas):
-        return y
-    return y + torch.cat([x.new_zeros(*x.shape[:2], len(part.weight)) if delta is None else delta(x)
-                          for part, delta in zip(parts, deltas, strict=True)], -1)
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
@@ -1050,7 +995,11 @@ class Attention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
     def forward(self, n: Tensor, scale: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         """Normalised input (B, T, D), scale of the outputs (D,) -> (B, T, D)"""
-        qkv, gate = joint(n, (self.q, self.k, self.v), (d.q, d.k, d.v)), None
+        (B, T, _), parts, deltas, gate = n.shape, (self.q, self.k, self.v), (d.q, d.k, d.v), None
+        qkv = F.linear(n, torch.cat([part.weight for part in parts]).to(n.dtype))  # one product of three matrices
+        if any(deltas):
+            qkv = qkv + torch.cat([n.new_zeros(B, T, len(part.weight)) if delta is None else delta(n)
+                                   for part, delta in zip(parts, deltas, strict=True)], -1)
         if self.gate is not None:
             gate = (self.gate_scale * F.linear(n[..., :self.gate_width], self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
         if qkv.is_cuda and isinstance(place, Segments):
@@ -1062,18 +1011,17 @@ class Attention(nn.Module):
         return self.o(y, d.o, scale)
 
 class MLP(nn.Module):
-    """down(LeakyReLU(up(x)) squared), and beside it an optional correction."""
+    """scale * (down(LeakyReLU(up(x)) squared), and beside it an optional correction). (B, T, D), (D,) -> (B, T, D)"""
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.slope, width = c.mlp_leaky_slope, c.mlp_mult * c.model_dim
         self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
     def forward(self, x: Tensor, scale: Tensor, delta: LowRank | None = None) -> Tensor:
-        """(B, T, D), scale of the outputs (D,) -> (B, T, D)"""
         y = self.down(F.leaky_relu(self.up(x), self.slope).square(), None, scale)
         return y if delta is None else y + delta(x) * scale.to(x.dtype)
 
 class Block(nn.Module):
-    """Attention, then the MLP, on one residual stream."""
+    """Attention, then the MLP, on one residual stream. x and normalised embeddings, (B, T, D) twice -> (B, T, D)"""
     lanes = False
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
@@ -1090,7 +1038,6 @@ class Block(nn.Module):
     def think_on(self, x: Tensor, d: Deltas) -> Tensor:
         return self.mlp(norm(x) * self.input_scale.to(x.dtype), self.mlp_scale, d.mlp)
     def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
-        """Stream and normalised embeddings (B, T, D) twice -> (B, T, D)"""
         x = self.mixed(x, x0)
         x = x + self.attend_to(x, rope, place, d)
         return x + self.think_on(x, d)
@@ -1108,23 +1055,21 @@ class LaneBlock(Block):
         return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
 
 class Skip(nn.Module):
-    """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate))."""
+    """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate)). (B, T, D) twice, (D,) twice -> (B, T, D)"""
     def forward(self, x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-        """(B, T, D) twice, (D,) twice -> (B, T, D)"""
         return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
 
 class Input(nn.Module):
     """Tokens to normalised embeddings, each smeared with the one before it in its document."""
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.width = c.smear_width
         self.smear = nn.Parameter(torch.zeros(c.smear_width)) if c.smear_width else None
         self.smear_gain = nn.Parameter(torch.zeros(1)) if c.smear_width else None
     def forward(self, tokens: Tensor, positions: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T), place of every token in its segment (T,), (V, D) -> (B, T, D)"""
         e = F.embedding(tokens, embedding)
         if self.smear is not None:
-            gate = self.smear_gain * (e[..., :self.width] @ self.smear).sigmoid()
+            gate = self.smear_gain * (e[..., :len(self.smear)] @ self.smear).sigmoid()
             gate = gate * ((tokens != BOS) & (positions > 0))  # nothing passes into a document, nor into a segment
             e = torch.cat([e[:, :1], e[:, 1:] + gate[:, 1:, None] * e[:, :-1]], 1)
         return norm(e).to(dtype)
@@ -1135,8 +1080,7 @@ class Head(nn.Module):
         super().__init__()
         self.cap = c.logit_softcap
     def logits(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
-        """(B, T, D) -> (B, T, V) fp32"""
-        return softcap(self.raw(x, embedding, delta), self.cap)
+        return softcap(self.raw(x, embedding, delta), self.cap)  # (B, T, D) -> (B, T, V) fp32
     def raw(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
         z = F.linear(x, embedding.to(x.dtype))
         return z if delta is None else z + delta(x)
@@ -1169,9 +1113,8 @@ def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
 class GPT(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.config = c
+        self.config, self.input, self.head, self.skip = c, Input(c), Head(c), Skip()
         self.embed = nn.Parameter(torch.empty(c.vocab_size, c.model_dim))  # also the output matrix
-        self.input, self.head, self.skip = Input(c), Head(c), Skip()
         lanes_from = c.parallel_start_layer or c.num_layers
         self.blocks = nn.ModuleList((LaneBlock if i >= lanes_from else Block)(c, i) for i in range(c.num_layers))
         pairs = sum(v.saves for v in layer_plan(c, looping=True))
@@ -1179,21 +1122,18 @@ class GPT(nn.Module):
         self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
     def hidden(self, tokens: Tensor, place: Segments | Chunk | None = None, adapter: Adapter | None = None,
                looping: bool = True) -> Tensor:
-        """Tokens (B, T) -> normalised states before the head (B, T, D). Rows are causal; with segments (then B is 1)
-        attention restarts at every segment, without them every row is one document or the end of one. With the place of
-        a chunk, tokens are the one before it and its own, and the states are those of its own, (B, T - 1, D)."""
+        """Tokens (B, T) -> normalised states before the head (B, T, D); attention is causal in every segment (then B is
+        1), else in every row. A chunk's tokens are the one before it and its own, its states (B, T - 1, D) its own."""
         positions = torch.arange(tokens.size(1), device=tokens.device) if place is None else place.positions
         x0 = self.input(tokens, positions, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
         if isinstance(place, Chunk):  # the token before was only needed for its embedding
             x0, positions = x0[:, 1:], positions[1:]
         rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
-        a, m = x0.clone(), None  # m: the second lane, once there is one; a clone, lest a visit sees one tensor twice
-        saved: list[Tensor] = []
+        a, m, saved = x0.clone(), None, []  # a clone, lest a visit sees one tensor twice; m: the second lane
         for i, visit in enumerate(layer_plan(self.config, looping)):
             block, deltas = self.blocks[visit.block], NO_DELTAS if adapter is None else adapter.visits[i]
             past = place.visits[i] if isinstance(place, Chunk) else place
-            if block.lanes and m is None:
-                m = a
+            m = a if block.lanes and m is None else m
             if visit.skip is not None:
                 a = self.skip(a, saved.pop(), self.skip_weight[visit.skip], self.skip_gate[visit.skip])
             if block.lanes:
@@ -1205,8 +1145,7 @@ class GPT(nn.Module):
         return norm(a if m is None else 0.5 * (a + m))
     def forward(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None, adapter: Adapter | None = None,
                 looping: bool = True) -> Tensor:
-        """Tokens (B, T), the targets of the last n of them (B, n) -> their negative log-likelihood, (B, n) nats.
-        Reductions belong to the caller: training takes the mean, the score a masked sum, adaptation a masked mean."""
+        """Tokens (B, T), targets of the last n (B, n) -> their negative log-likelihood, (B, n) nats; callers reduce."""
         x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1):].contiguous()
         return self.head(x, targets, self.embed, None if adapter is None else adapter.head)
 
@@ -1232,17 +1171,14 @@ def compile_parts(model: GPT) -> None:
     for part in (model.input, model.head, model.skip, *model.blocks):
         part.compile()
 
-# -----------------------------------------------------------------------------
-# Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape are stacked and shared out over the ranks.
-
+# ==== Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape are stacked and shared over the ranks.
 # Coefficients of each Newton-Schulz step: Polar Express, Amsel et al. 2025 (arXiv 2505.16932)
 POLAR_EXPRESS = ((8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606),
                  (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324))
 
 def orthogonalise(g: Tensor, steps: int) -> Tensor:
-    """The nearest semi-orthogonal matrix of each of a stack, roughly: singular values go to about 1. (n, r, c) -> same.
-    bf16 on a GPU, where the iteration tolerates it; fp32 elsewhere."""
-    x = g.to(torch.bfloat16) if g.is_cuda else g.float()
+    """The nearest semi-orthogonal matrix of each, roughly: singular values go to about 1. (n, r, c) -> the same."""
+    x = g.to(torch.bfloat16) if g.is_cuda else g.float()  # the iteration tolerates bf16
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -1255,8 +1191,7 @@ def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
     """Nesterov momentum, rows set to one length, orthogonalised, scaled to the matrix's aspect. (n, r, c) -> same.
     Muon, Jordan 2024; row normalisation as MuonEq-R. `momentum` is updated in place."""
     momentum.mul_(mu).add_(g)
-    u = F.normalize(g + mu * momentum, dim=-1)
-    return orthogonalise(u, steps) * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
+    return orthogonalise(F.normalize(g + mu * momentum, dim=-1), steps) * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
 
 def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Tensor, beta1: float,
                     beta2: float, eps: float) -> list[Tensor]:
@@ -1272,22 +1207,18 @@ def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tenso
     return out
 
 class MuonAdam:
-    """The optimizer of training. Gradients are summed over ranks here; every rank updates its share of each stack, and
-    all gather the results. With equal reduced gradients the number of ranks changes nothing."""
+    """Ranks sum gradients, update a share of each stack, gather all: with equal sums their number changes nothing."""
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.run, self.dist, self.steps_done = run, dist, 0
         matrices, embeddings, scalars = ([p for name, p in model.named_parameters() if param_role(name) == role]
                                          for role in ("matrix", "embedding", "scalar"))
-        by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
-        for p in matrices:
-            by_shape.setdefault(tuple(p.shape), []).append(p)
-        self.stacks = sorted(by_shape.values(), key=lambda ps: -sum(p.numel() for p in ps))
+        shapes = dict.fromkeys(p.shape for p in matrices)
+        by_shape = [[p for p in matrices if p.shape == shape] for shape in shapes]
+        self.stacks = sorted(by_shape, key=lambda ps: -sum(p.numel() for p in ps))
         self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank; the last may be padding
-        self.momentum = [torch.zeros(n, *ps[0].shape, device=ps[0].device)
-                         for n, ps in zip(self.share, self.stacks, strict=True)]
+        self.momentum = [ps[0].new_zeros(n, *ps[0].shape) for n, ps in zip(self.share, self.stacks, strict=True)]
         self.dense = embeddings + scalars
-        self.dense_lr = [run.embed_lr] * len(embeddings) + [run.scalar_lr] * len(scalars)
-        self.dense_wd = [run.embed_wd] * len(embeddings) + [run.scalar_wd] * len(scalars)
+        self.rates = [(run.embed_lr, run.embed_wd)] * len(embeddings) + [(run.scalar_lr, run.scalar_wd)] * len(scalars)
         self.first, self.second = ([torch.zeros_like(p) for p in self.dense] for _ in range(2))
         covered = [id(p) for ps in (*self.stacks, self.dense) for p in ps]
         assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter has exactly one rule"
@@ -1315,30 +1246,27 @@ class MuonAdam:
             torch._foreach_mul_(ps, 1 - run.matrix_lr * lr_scale * run.muon_wd)
             torch._foreach_add_(ps, list(update[:len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
         updates = adam_directions(dense, self.first, self.second, self.steps_done, run.beta1, run.beta2, run.adam_eps)
-        for p, u, lr, wd in zip(self.dense, updates, self.dense_lr, self.dense_wd, strict=True):
+        for p, u, (lr, wd) in zip(self.dense, updates, self.rates, strict=True):
             p.mul_(1 - lr * lr_scale * wd).sub_(u, alpha=lr * lr_scale)
         for p in (p for ps in (*self.stacks, self.dense) for p in ps):
             p.grad = None
         return norm_
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, whole on every rank."""
-        whole = {f"momentum.{i}": self.dist.all_gather(m)[:len(ps)]
-                 for i, (m, ps) in enumerate(zip(self.momentum, self.stacks, strict=True))}
-        for kind, tensors in (("first", self.first), ("second", self.second)):
-            whole |= {f"{kind}.{i}": t for i, t in enumerate(tensors)}
-        return whole
+        pairs = enumerate(zip(self.momentum, self.stacks, strict=True))
+        return {f"momentum.{i}": self.dist.all_gather(m)[:len(ps)] for i, (m, ps) in pairs} | self.moments()
+    def moments(self) -> dict[str, Tensor]:
+        both = (("first", self.first), ("second", self.second))
+        return {f"{kind}.{i}": t for kind, tensors in both for i, t in enumerate(tensors)}
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
         self.steps_done = steps_done
         for i, (n, m) in enumerate(zip(self.share, self.momentum, strict=True)):
             mine = state[f"momentum.{i}"][self.dist.rank * n:(self.dist.rank + 1) * n]
             m.zero_()[:len(mine)].copy_(mine)
-        for kind, tensors in (("first", self.first), ("second", self.second)):
-            for i, t in enumerate(tensors):
-                t.copy_(state[f"{kind}.{i}"])
+        for name, t in self.moments().items():
+            t.copy_(state[name])
 
-# -----------------------------------------------------------------------------
-# Container: one file format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
-#
+# ==== Container: one format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
 #   magic (8) | length of the header (4, little-endian) | header: zstd of JSON, with a table [name, type, shape, size]
 #   | every tensor's bytes in that order, a zstd frame each where the header says so | BLAKE2b-128 of all before (16)
 
@@ -1346,20 +1274,19 @@ CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
 
-def read_file(path: str | Path) -> bytes:
+def read_file(path: str | Path, advice: str = "") -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror}{advice}") from None
 
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
-    """Tensors of STORED_TYPES and JSON-able `meta` -> a container; `level` is zstd's, None stores tensors as they are.
-    Every tensor is a frame of its own, so that they compress in parallel and each has its own statistics."""
+    """STORED_TYPES tensors and JSON-able `meta` -> a container; `level` is zstd's, None leaves tensors as they are."""
     def stored(t: Tensor) -> bytes:
         raw = t.detach().cpu().contiguous().numpy().tobytes()
         return raw if level is None else zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
     with ThreadPoolExecutor() as pool:
-        blobs = list(pool.map(stored, tensors.values()))
+        blobs = list(pool.map(stored, tensors.values()))  # a frame each: in parallel, and with its own statistics
     table = [[name, TYPE_NAMES[t.dtype], list(t.shape), len(blob)]
              for (name, t), blob in zip(tensors.items(), blobs, strict=True)]
     header = json.dumps({"meta": dict(meta), "zstd": level is not None, "tensors": table}, separators=(",", ":"))
@@ -1370,8 +1297,7 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | No
 def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
     """A container's checked bytes -> (its header, where the tensors begin)."""
     body, at = data[:-DIGEST_BYTES], len(CONTAINER_MAGIC) + 4
-    require(body.startswith(CONTAINER_MAGIC), f"{what}: not a file of this program, it begins with {body[:8]!r}",
-            DataError)
+    require(body[:8] == CONTAINER_MAGIC, f"{what}: not a file of this program, begins with {body[:8]!r}", DataError)
     if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
         raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
     with believing_nothing(what):
@@ -1384,8 +1310,7 @@ def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
 
 def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
-    header, at = read_header(data, what)
-    tensors: dict[str, Tensor] = {}
+    (header, at), tensors = read_header(data, what), {}
     with believing_nothing(what):
         for name, kind, shape, size in header["tensors"]:
             require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
@@ -1415,9 +1340,7 @@ def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool) -> T
     require(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
 
-# -----------------------------------------------------------------------------
-# Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
-
+# ==== Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
 def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
     """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
     by_steps = step / run.iterations if run.iterations else 0.0
@@ -1571,9 +1494,7 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
         check_loss(pending.item(), trainer.step, stream.vocab_size)
     return history
 
-# -----------------------------------------------------------------------------
-# Quantise: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
-
+# ==== Quantise: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
 @torch.no_grad()
 def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> dict[str, Tensor]:
     """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}. The embedding is
@@ -1721,9 +1642,7 @@ def code() -> bytes:
     """The source that is counted: this file as it stands."""
     return Path(__file__).read_bytes()
 
-# -----------------------------------------------------------------------------
-# Score: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
-
+# ==== Score: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
 class Tally:
     """Nats, scored targets and adaptation steps of every document."""
     def __init__(self, docs: Documents):
@@ -1805,9 +1724,7 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
         nll = model(*row.packed, looping=looping)[0].cpu().numpy()
         tally.add(row.documents[row.counted], nll[row.counted])
 
-# -----------------------------------------------------------------------------
-# Test-time training: a chunk is scored, then learnt from. What adapts starts anew at every document, or in a stream.
-
+# ==== Test-time training: a chunk is scored, then learnt from. What adapts starts anew at each document or in a stream.
 class Adapter:
     """The corrections of B documents: one set for every visit of the trunk, and one for the head. Their start is drawn
     from the seed, the same for every document, row, batch and rank; `up` is zero, so a new adapter changes nothing."""
@@ -2237,9 +2154,7 @@ class Evaluation:
         if self.degraded:
             score_static(self.model, self.docs, rest, run, dist, self.tally)
 
-# -----------------------------------------------------------------------------
-# main: check, train, quantise, pack, read back from the disk, score.
-
+# ==== main: check, train, quantise, pack, read back from the disk, score.
 LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
 
 class Plan(NamedTuple):
