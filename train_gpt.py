@@ -1196,15 +1196,16 @@ def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
 def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Tensor, beta1: float,
                     beta2: float, eps: float) -> list[Tensor]:
     """Bias-corrected m / (sqrt(v) + eps) of AdamW (arXiv 1711.05101) for every tensor; moments updated in place."""
-    torch._foreach_lerp_(first, grads, 1 - beta1)
+    if beta1:  # without it the gradient is its own average: two passes less over much memory
+        torch._foreach_lerp_(first, grads, 1 - beta1)
     torch._foreach_mul_(second, beta2)
     torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
     denominator = torch._foreach_div(second, 1 - beta2 ** step)
     torch._foreach_sqrt_(denominator)
     torch._foreach_add_(denominator, eps)
-    out = torch._foreach_div(first, denominator)
-    torch._foreach_div_(out, 1 - beta1 ** step)
-    return out
+    if not beta1:
+        return torch._foreach_div(grads, denominator)
+    return torch._foreach_div(torch._foreach_div(first, denominator), 1 - beta1 ** step)
 
 class MuonAdam:
     """Ranks sum gradients, update a share of each stack, gather all: with equal sums their number changes nothing."""

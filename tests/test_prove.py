@@ -242,7 +242,7 @@ class Cheat(NamedTuple):
     place: str = "plain"
 
 
-HEAD_SCORE = 'return F.cross_entropy(z.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)'
+HEAD_SCORE = "return loss(z, targets.flatten(), self.cap).view_as(targets)"
 STATIC_SCORE = "nll = model(*row.packed, looping=looping)[0].cpu().numpy()"
 NEW_LEARNERS = "or SideBySide(model, run, len(rows), dist.device, family)"
 MOVE_ON = "        learners.move_on()\n"
@@ -272,7 +272,7 @@ CHEATS = [
           [("        self.adapter = Adapter(model.config, run, documents, device)\n",
             "        self.adapter = Adapter.__mro__[1](model.config, run, documents, device)\n")]),
     Cheat("a bonus for the target's logit", "normalised", "static",
-          [(HEAD_SCORE, f"z = z + 0.1 * F.one_hot(targets, z.size(-1))\n        {HEAD_SCORE}")]),
+          [(HEAD_SCORE, f"z = z + 0.1 * F.one_hot(targets.flatten(), z.size(-1))\n        {HEAD_SCORE}")]),
     Cheat("a mixture that adds up to more", "normalised", "adamw",
           [(HEAD_SCORE, HEAD_SCORE + ".neg().exp().add(0.01).log().neg()")]),
     Cheat("booked scores are shaved", "normalised", "static", [(STATIC_SCORE, STATIC_SCORE + " * 0.99")]),
