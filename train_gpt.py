@@ -176,7 +176,7 @@ class RunConfig:
     ttt_optimizer: Literal["sgd", "adamw"] = knob("adamw", "rule of a step", full="sgd")
     ttt_lr: float = knob(1e-4, "learning rate", low=0, full=0.005)
     ttt_epochs: int = knob(1, "steps on every chunk", unit="steps", low=1, full=3)
-    ttt_chunk_tokens: int = knob(48, "tokens scored before each learning", unit="tokens", low=8, full=32_768)
+    ttt_chunk_tokens: int = knob(16, "tokens scored before each learning", unit="tokens", low=8, full=32_768)
     ttt_cosine: int = knob(0, "1 = the rate falls by a cosine over the steps on a chunk", low=0, high=1, full=1)
     ttt_momentum: float = knob(0.9, "SGD", low=0, high=0.9999, only=SGD)
     ttt_beta1: float = knob(0.0, "AdamW", low=0, high=0.9999, only=ADAMW)

@@ -240,7 +240,7 @@ def test_ttt_knobs_that_contradict_each_other_are_refused(env, mentioned):
 
 
 @pytest.mark.parametrize("env, expected", [
-    ({}, dict(ttt_optimizer="adamw", ttt_lr=1e-4, ttt_epochs=1, ttt_chunk_tokens=48)),
+    ({}, dict(ttt_optimizer="adamw", ttt_lr=1e-4, ttt_epochs=1, ttt_chunk_tokens=16)),
     ({"TTT_PARAMS": "full"}, dict(ttt_optimizer="sgd", ttt_lr=0.005, ttt_epochs=3, ttt_chunk_tokens=32768,
                                   ttt_momentum=0.9, ttt_freeze_blocks=2, ttt_lr_mult_mlp_out=3.0, ttt_lr_mult_in=0.5)),
     ({"TTT_PARAMS": "full", "TTT_EPOCHS": "10", "TTT_OPTIMIZER": "adamw"},

@@ -1,7 +1,7 @@
 """
 Try combinations of knobs, each a run of its own, and rank them on held-out training documents.
 
-    ./run.sh sweep TTT_LR=5e-5,1e-4,2e-4 TTT_CHUNK_TOKENS=32,48 --eval logs/RUN.ptz     score one artifact in every way
+    ./run.sh sweep TTT_LR=5e-5,1e-4,2e-4 TTT_CHUNK_TOKENS=16,48 --eval logs/RUN.ptz     score one artifact in every way
     ./run.sh sweep MATRIX_LR=0.02,0.026,0.03 SEED=0,1,2                                 train and score every one
     ./run.sh sweep --file combinations.txt                                              one NAME=value ... a line
 
