@@ -670,16 +670,11 @@ def prepare_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, qk_ptr, d_qkv_ptr, d_gai
         store_tile(qk_ptr, y * factor * gain, row, tokens, heads + kv_heads, head, width)
 
 @jit
-def segment_start(positions_ptr, token):
-    return token - tl.load(positions_ptr + token)
-
-@jit
 def scores(q, k, positions_ptr, first_query, first_key, tokens):
     """Scores of queries and keys, (64, h) twice -> (64, 64), in units of log 2. Only where a tile may hold what is not
     seen, which counts for nothing, is it looked for."""
-    s = tl.dot(q, tl.trans(k))
-    if (first_key + TILE > first_query) | (
-            first_key < segment_start(positions_ptr, tl.minimum(first_query + TILE, tokens) - 1)):
+    s, last = tl.dot(q, tl.trans(k)), tl.minimum(first_query + TILE, tokens) - 1
+    if (first_key + TILE > first_query) | (first_key < last - tl.load(positions_ptr + last)):
         query, key = first_query + tl.arange(0, TILE), first_key + tl.arange(0, TILE)
         begin = query - tl.load(positions_ptr + query, query < tokens, 0)
         s = tl.where((key[None, :] <= query[:, None]) & (key[None, :] >= begin[:, None]), s, TINY)
@@ -701,7 +696,7 @@ def attention_forward_kernel(qk_ptr, qkv_ptr, gate_ptr, positions_ptr, y_ptr, ou
     q = load_tile(qk_ptr, row, tokens, heads + kv_heads, head, width)
     most, total = tl.full([TILE], TINY, tl.float32), tl.zeros([TILE], tl.float32)
     y = tl.zeros([TILE, width], tl.float32)
-    for start in range(segment_start(positions_ptr, first), tl.minimum(first + TILE, tokens), TILE):
+    for start in range(first - tl.load(positions_ptr + first), tl.minimum(first + TILE, tokens), TILE):
         key = start + tl.arange(0, TILE)
         k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
         v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
@@ -723,8 +718,8 @@ def attention_forward_kernel(qk_ptr, qkv_ptr, gate_ptr, positions_ptr, y_ptr, ou
 def attention_output_kernel(qkv_ptr, gate_ptr, y_ptr, d_out_ptr, d_y_ptr, d_gate_ptr, d_qkv_ptr, drift_ptr, tokens,
                             exclusive: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr):
     """Back from out to y, to the gates and to the own values; also a query's drift, sum(y * d_y)."""
-    row, kv_head, group = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1), heads // kv_heads
-    value = heads + kv_heads + kv_head
+    row, kv_head = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1)
+    group, value = heads // kv_heads, heads + kv_heads + kv_head
     own, length = direction(load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, value, width))
     d_own = tl.zeros([TILE, width], tl.float32)
     for head in range(kv_head * group, (kv_head + 1) * group):
@@ -755,7 +750,7 @@ def attention_query_kernel(qk_ptr, qkv_ptr, lse_ptr, positions_ptr, d_y_ptr, dri
     lse = tl.load(lse_ptr + head * tokens + row, row < tokens, 0.0)
     drift = tl.load(drift_ptr + head * tokens + row, row < tokens, 0.0)
     d_q = tl.zeros([TILE, width], tl.float32)
-    for start in range(segment_start(positions_ptr, first), tl.minimum(first + TILE, tokens), TILE):
+    for start in range(first - tl.load(positions_ptr + first), tl.minimum(first + TILE, tokens), TILE):
         key = start + tl.arange(0, TILE)
         k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
         v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
@@ -789,7 +784,7 @@ def attention_key_kernel(qk_ptr, qkv_ptr, lse_ptr, positions_ptr, ends_ptr, d_y_
     store_tile(d_qk_ptr, d_k / LOG2_E, row, tokens, heads + kv_heads, key_head, width)
     store_tile(d_qkv_ptr, d_v, row, tokens, heads + 2 * kv_heads, value, width)
 
-MATRIX_KERNEL, PASS_KERNEL = dict(num_warps=4, num_stages=3), dict(num_warps=8)  # a pass reads every number once
+WALK, PASS = dict(num_warps=4, num_stages=3), dict(num_warps=8)  # along a segment; over everything once
 
 class PackedAttention(torch.autograd.Function):
     """The kernels above; `attend_plainly` is their twin."""
@@ -802,26 +797,21 @@ class PackedAttention(torch.autograd.Function):
         gain = torch.cat([gain * (math.log2(math.e) * h ** -0.5), gain.new_ones(K)])  # scores come in units of log 2
         qk, y, out = (qkv.new_empty(N, n * h) for n in (H + K, H, H))
         lse, tiles = torch.empty(H, N, device=qkv.device), -(-N // TILE_TOKENS)
-        prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, qk, qkv, gain, N, False, H, K, h, cos.size(1),
-                                       **PASS_KERNEL)
-        attention_forward_kernel[(tiles, H)](qk, qkv, gate, segments.positions, y, out, lse, N, exclusive, H, K, h,
-                                             **MATRIX_KERNEL)
+        prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, qk, qkv, gain, N, False, H, K, h, cos.size(1), **PASS)
+        attention_forward_kernel[(tiles, H)](qk, qkv, gate, segments.positions, y, out, lse, N, exclusive, H, K, h, **WALK)
         ctx.save_for_backward(qkv, gain, gate, cos, sin, qk, y, lse, *segments)
-        ctx.heads = heads
+        ctx.shape = exclusive, H, K, h
         return out
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         qkv, gain, gate, cos, sin, qk, y, lse, positions, ends = ctx.saved_tensors
-        N, (H, K, h, exclusive), tiles, d_out = len(qkv), ctx.heads, -(-len(qkv) // TILE_TOKENS), d_out.contiguous()
-        d_y, d_gate, d_qk, d_qkv, drift = (torch.empty_like(t) for t in (y, gate, qk, qkv, lse))
+        N, (_, H, K, h), tiles, d_out = len(qkv), ctx.shape, -(-len(qkv) // TILE_TOKENS), d_out.contiguous()
+        d_y, d_gate, d_qk, d_qkv, drift = map(torch.empty_like, (y, gate, qk, qkv, lse))
         d_gain = torch.empty(tiles, H + K, device=qkv.device)
-        attention_output_kernel[(tiles, K)](qkv, gate, y, d_out, d_y, d_gate, d_qkv, drift, N, exclusive, H, K, h,
-                                            **PASS_KERNEL)
-        attention_query_kernel[(tiles, H)](qk, qkv, lse, positions, d_y, drift, d_qk, N, H, K, h, **MATRIX_KERNEL)
-        attention_key_kernel[(tiles, K)](qk, qkv, lse, positions, ends, d_y, drift, d_qk, d_qkv, N, H, K, h,
-                                         **MATRIX_KERNEL)
-        prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1),
-                                       **PASS_KERNEL)
+        attention_output_kernel[(tiles, K)](qkv, gate, y, d_out, d_y, d_gate, d_qkv, drift, N, *ctx.shape, **PASS)
+        attention_query_kernel[(tiles, H)](qk, qkv, lse, positions, d_y, drift, d_qk, N, H, K, h, **WALK)
+        attention_key_kernel[(tiles, K)](qk, qkv, lse, positions, ends, d_y, drift, d_qk, d_qkv, N, H, K, h, **WALK)
+        prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **PASS)
         return d_qkv, d_gain.sum(0)[:H] * (math.log2(math.e) * h ** -0.5), d_gate, None, None, None, None
 
 # The loss: a program holds all logits z of a token, so that they are read once on the way there and once back.
