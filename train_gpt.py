@@ -792,23 +792,23 @@ class PackedAttention(torch.autograd.Function):
     def forward(ctx, qkv: Tensor, gain: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, segments: Segments,
                 heads: Heads) -> Tensor:
         """(N, (H + 2 K) h), (H,), (N, H), cosine and sine (N, rope_dims / 2) -> (N, H h)"""
-        N, (H, K, h, exclusive) = len(qkv), heads
+        N, (_, H, K, h) = len(qkv), heads
         assert qkv.numel() < 2 ** 31, "the kernels count in 32 bits: lower MICRO_BATCH_TOKENS"
         gain = torch.cat([gain * (math.log2(math.e) * h ** -0.5), gain.new_ones(K)])  # scores come in units of log 2
         qk, y, out = (qkv.new_empty(N, n * h) for n in (H + K, H, H))
         lse, tiles = torch.empty(H, N, device=qkv.device), -(-N // TILE_TOKENS)
         prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, qk, qkv, gain, N, False, H, K, h, cos.size(1), **PASS)
-        attention_forward_kernel[(tiles, H)](qk, qkv, gate, segments.positions, y, out, lse, N, exclusive, H, K, h, **WALK)
+        attention_forward_kernel[(tiles, H)](qk, qkv, gate, segments.positions, y, out, lse, N, *heads, **WALK)
         ctx.save_for_backward(qkv, gain, gate, cos, sin, qk, y, lse, *segments)
-        ctx.shape = exclusive, H, K, h
+        ctx.heads = heads
         return out
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         qkv, gain, gate, cos, sin, qk, y, lse, positions, ends = ctx.saved_tensors
-        N, (_, H, K, h), tiles, d_out = len(qkv), ctx.shape, -(-len(qkv) // TILE_TOKENS), d_out.contiguous()
+        N, (_, H, K, h), tiles, d_out = len(qkv), ctx.heads, -(-len(qkv) // TILE_TOKENS), d_out.contiguous()
         d_y, d_gate, d_qk, d_qkv, drift = map(torch.empty_like, (y, gate, qk, qkv, lse))
         d_gain = torch.empty(tiles, H + K, device=qkv.device)
-        attention_output_kernel[(tiles, K)](qkv, gate, y, d_out, d_y, d_gate, d_qkv, drift, N, *ctx.shape, **PASS)
+        attention_output_kernel[(tiles, K)](qkv, gate, y, d_out, d_y, d_gate, d_qkv, drift, N, *ctx.heads, **PASS)
         attention_query_kernel[(tiles, H)](qk, qkv, lse, positions, d_y, drift, d_qk, N, H, K, h, **WALK)
         attention_key_kernel[(tiles, K)](qk, qkv, lse, positions, ends, d_y, drift, d_qk, d_qkv, N, H, K, h, **WALK)
         prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **PASS)
@@ -869,10 +869,10 @@ def softcap(z: Tensor, cap: float) -> Tensor:
 # ==== Attention in plain torch: whatever does not run on packed rows of a GPU.
 class Heads(NamedTuple):
     """What the columns of a row of `qkv` are: H queries, K keys and K values of width h."""
+    exclusive: bool  # the output drops what a token says of itself, its part along the own value (XSA)
     query: int
     kv: int
     width: int
-    exclusive: bool  # the output drops what a token says of itself, its part along the own value (XSA)
 
 class Past:
     """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
@@ -895,7 +895,7 @@ Place = Segments | Past | None  # what a visit sees: its segment, what is past a
 
 def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, place: Place, heads: Heads) -> Tensor:
     """What the kernels compute, and the same on rows and after what is past. (B, T, (H + 2 K) h) -> (B, T, H h)"""
-    (B, T, _), (H, K, h, exclusive) = qkv.shape, heads
+    (B, T, _), (exclusive, H, K, h) = qkv.shape, heads
     q, k, v = qkv.view(B, T, H + 2 * K, h).split([H, K, K], 2)
     q, k = rotate(norm(q), *rope) * gain.to(q.dtype)[:, None], rotate(norm(k), *rope)
     y = attend(q, k, v, place)
@@ -977,7 +977,7 @@ class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys, partial RoPE, XSA and a sparse output gate."""
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
-        self.heads = Heads(c.num_heads, c.num_kv_heads, c.head_dim, index >= c.num_layers - c.xsa_last_n)
+        self.heads = Heads(index >= c.num_layers - c.xsa_last_n, c.num_heads, c.num_kv_heads, c.head_dim)
         self.gate_width, self.gate_scale = c.attn_gate_width, c.attn_gate_scale
         self.q, self.k = Linear(c.model_dim, c.model_dim), Linear(c.model_dim, c.kv_dim)
         self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)

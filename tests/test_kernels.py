@@ -38,7 +38,7 @@ def attention_pair(N, H, K, h, dims, starts, device, dtype, exclusive=True):
     qkv, gain, gate, slope = (torch.randn(shape, generator=random) for shape in shapes)
     gain, slope = gain.to(device) + 2.0, slope.to(device, dtype)
     inputs = [qkv.to(device, dtype), gain, gate.sigmoid().to(device, dtype)]
-    row, heads = np.zeros(N, np.uint16), g.Heads(H, K, h, exclusive)
+    row, heads = np.zeros(N, np.uint16), g.Heads(exclusive, H, K, h)
     segments = g.pack_row(row, row, np.array(starts), torch.device(device)).segments
     rope = g.rotary(segments.positions, dims, 100.0)
 

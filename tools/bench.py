@@ -160,7 +160,7 @@ def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     """Each kernel's time, forward and backward, beside those of its twin in plain torch."""
     packed = g.random_batch(run, c.vocab_size, dist)[0]
     tokens, device = packed.tokens.size(1), dist.device
-    heads = g.Heads(c.num_heads, c.num_kv_heads, c.head_dim, True)
+    heads = g.Heads(True, c.num_heads, c.num_kv_heads, c.head_dim)
     qkv = torch.randn(tokens, c.model_dim + 2 * c.kv_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
     gain = torch.full((c.num_heads,), c.qk_gain_init, device=device, requires_grad=True)
     gate = torch.rand(tokens, c.num_heads, device=device, dtype=torch.bfloat16, requires_grad=True)
