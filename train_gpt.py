@@ -1334,8 +1334,7 @@ def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool) -> T
 # ==== Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
 def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
     """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
-    by_steps = step / run.iterations if run.iterations else 0.0
-    limit = run.max_wallclock_seconds
+    by_steps, limit = step / run.iterations if run.iterations else 0.0, run.max_wallclock_seconds
     return max(by_steps, seconds / max(limit - reserve, 1e-9) if limit else 0.0)
 
 def lr_at(progress: float, run: RunConfig) -> float:
@@ -1348,12 +1347,10 @@ def momentum_at(progress: float, run: RunConfig) -> float:
     return run.muon_momentum_start + part * (run.muon_momentum - run.muon_momentum_start)
 
 class WeightAverage:
-    """Exponential average of all parameters. Its horizon is a part of the budget, not a number of steps, so that a
-    short run is not averaged over weights from its beginning."""
+    """Exponential average of all parameters; its horizon is a part of the budget, so that a short run forgets, too."""
     def __init__(self, model: GPT, horizon: float):
-        self.params, self.horizon = list(model.parameters()), horizon
-        self.values = [p.detach().clone() for p in self.params]
-    @torch.no_grad()
+        self.params, self.horizon = [p.detach() for p in model.parameters()], horizon  # the model's own memory
+        self.values = [p.clone() for p in self.params]
     def update(self, spent: float) -> None:
         """After a step that took `spent` of the budget."""
         keep = math.exp(-spent / self.horizon) if self.horizon else 0.0
@@ -1361,17 +1358,12 @@ class WeightAverage:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the average inside, and its own weights again afterwards."""
-        self._swap()
+        own = [p.clone() for p in self.params]
         try:
+            torch._foreach_copy_(self.params, self.values)
             yield
         finally:
-            self._swap()
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for p, value in zip(self.params, self.values, strict=True):
-            held = p.detach().clone()
-            p.copy_(value)
-            value.copy_(held)
+            torch._foreach_copy_(self.params, own)
 
 class Trainer:
     """What training consists of, and what a checkpoint holds."""
@@ -1379,7 +1371,7 @@ class Trainer:
         self.model, self.run, self.dist = model, run, dist
         self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
         self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
-        self.identity = {"model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256,
+        self.identity = {"kind": "checkpoint", "model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256,
                          "train_batch_tokens": run.train_batch_tokens, "train_row_tokens": run.train_row_tokens}
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
@@ -1398,7 +1390,7 @@ class Trainer:
         return state | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
     def save(self, path: Path, seconds: float) -> None:
         """Write a checkpoint; every rank calls, rank 0 writes."""
-        meta = self.identity | {"kind": "checkpoint", "step": self.step, "progress": self.progress, "seconds": seconds}
+        meta = self.identity | {"step": self.step, "progress": self.progress, "seconds": seconds}
         tensors = self.tensors()
         if self.dist.main:
             write_atomically(path, [pack(meta, tensors, level=None)])
@@ -1412,8 +1404,6 @@ class Trainer:
         self.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in tensors.items()}, step)
     def load(self, path: str) -> None:
         meta, tensors = unpack(read_file(path), path)
-        require(meta.get("kind") == "checkpoint", f"RESUME={path}: a file of kind {meta.get('kind')!r}, expected a "
-                "checkpoint", DataError)
         for key, ours in self.identity.items():
             require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
         shapes, ours = ({name: t.shape for name, t in ts.items()} for ts in (tensors, self.tensors()))
@@ -1430,8 +1420,7 @@ def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
     return [pack_text(text, run, dist.device)] * passes
 
 def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
-    """Compile both loop modes and touch every kernel on random tokens, rehearse what follows training, and restore the
-    trainer exactly -> seconds to reserve, as `rehearse` found them."""
+    """Compile both loop modes on random tokens, rehearse what follows, restore the trainer -> seconds to reserve."""
     run, config = trainer.run, trainer.model.config
     before = {name: t.clone() for name, t in trainer.tensors().items()}
     batch = random_batch(run, config.vocab_size, trainer.dist)
@@ -1443,16 +1432,14 @@ def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> floa
     return reserve
 
 def check_loss(loss: float, step: int, vocab_size: int) -> None:
-    if not loss < 2 * math.log(vocab_size):  # also true for NaN
-        raise UserError(f"training diverged: the loss of step {step} is {loss:.3f} nats, more than twice that of "
-                        "guessing; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM")
+    require(loss < 2 * math.log(vocab_size), f"training diverged: the loss of step {step} is {loss:.3f} nats, more "
+            "than twice that of guessing; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM", UserError)
 
 def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, reserve: float,
           validate: Callable[[], float], checkpoint: Path) -> list[tuple[int, float, float]]:
-    """Train until the budget is spent -> (step, seconds, loss) of every logged step.
-    The loss of a step is read after the next one is launched, so that the GPU always has work queued."""
+    """Train until the budget is spent -> (step, seconds, loss) of every logged step."""
     run, dist, history = trainer.run, trainer.dist, []
-    pending, logged_at, saved_at = None, trainer.seconds_before, trainer.seconds_before
+    pending, logged_at, saved_at = torch.zeros(()), trainer.seconds_before, trainer.seconds_before
     while True:
         (seconds,) = dist.agree(trainer.seconds_before + watch.total(*TRAINING_CLOCK))
         progress = progress_at(run, trainer.step, seconds, reserve)
@@ -1467,46 +1454,42 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
         looping = trainer.looping(progress)
         loss = trainer.step_on(stream.batch(trainer.step), progress, looping)
         trainer.step += 1
-        if pending is not None:
-            check_loss(pending.item(), trainer.step - 1, stream.vocab_size)
+        check_loss(pending.item(), trainer.step - 1, stream.vocab_size)  # read late: the GPU always has work queued
         pending = loss
         if trainer.step % run.train_log_every == 0:
             value, now = loss.item(), trainer.seconds_before + watch.total(*TRAINING_CLOCK)
             history.append((trainer.step, now, value))
+            speed = run.train_log_every * run.train_batch_tokens / max(now - logged_at, 1e-9)
+            epochs, eta = trainer.step * run.train_batch_tokens / stream.total, now / max(progress, 1e-9) - now
             log(f"step:{trainer.step} loss:{value:.4f} progress:{progress:.3f} loop:{int(looping)} "
-                f"tokens_per_s:{run.train_log_every * run.train_batch_tokens / max(now - logged_at, 1e-9):.0f} "
-                f"epoch:{trainer.step * run.train_batch_tokens / stream.total:.2f} train_s:{now:.1f} "
-                f"eta_s:{now / max(progress, 1e-9) - now:.0f}")
+                f"tokens_per_s:{speed:.0f} epoch:{epochs:.2f} train_s:{now:.1f} eta_s:{eta:.0f}")
             logged_at = now
         if run.val_loss_every and trainer.step % run.val_loss_every == 0:
             with watch.phase("validate"):
                 log(f"step:{trainer.step} val_bpb:{validate():.5f} (last iterate, without adaptation)")
-    if pending is not None:
-        check_loss(pending.item(), trainer.step, stream.vocab_size)
+    check_loss(pending.item(), trainer.step, stream.vocab_size)
     return history
 
 # ==== Quantise: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
 @torch.no_grad()
 def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> dict[str, Tensor]:
-    """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}. The embedding is
-    quantised as the output matrix that it also is. Runs eagerly, since hooks do not fire in compiled code."""
+    """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}."""
     matrices = {name: p for name, p in model.named_parameters() if param_role(name) != "scalar"}
-    sums = {name: torch.zeros(p.size(1), p.size(1), device=p.device)
-            for name, p in matrices.items() if not name.endswith((".k.weight", ".v.weight"))}
-    modules = dict(model.named_modules())  # the attention itself hears what goes into its q, k and v at once
-    names = {modules[name.removesuffix(".q")]: f"{name}.weight" for name, module in modules.items()
-             if isinstance(module, Linear) and not name.endswith((".k", ".v"))}
-    def add(name: str, inputs: Tensor) -> None:
+    qkv = (".q.weight", ".k.weight", ".v.weight")  # the attention itself hears what goes into these at once
+    heard = {name: name.rsplit(".", 2 if name.endswith(qkv) else 1)[0] for name in matrices}  # by which module
+    sums = {heard[name]: torch.zeros(p.size(1), p.size(1), device=p.device) for name, p in matrices.items()}
+    def add(module: str, inputs: Tensor) -> None:
         x = inputs.flatten(0, -2).float()
-        sums[name].addmm_(x.mT, x)
-    hooks = [module.register_forward_pre_hook(lambda module, args: add(names[module], args[0])) for module in names]
-    with torch.compiler.set_stance("force_eager"):
+        sums[module].addmm_(x.mT, x)
+    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+             for name in sums if name != "embed"]
+    with torch.compiler.set_stance("force_eager"):  # hooks do not fire in compiled code
         for tokens, _, segments in (row for batch in batches for row in batch):
-            add("embed", model.hidden(tokens, segments))
+            add("embed", model.hidden(tokens, segments))  # it is quantised as the output matrix that it also is
     for hook in hooks:
         hook.remove()
-    sums = {name: dist.sum_(h) for name, h in sums.items()}
-    return {name: sums[name.replace(".k.weight", ".q.weight").replace(".v.weight", ".q.weight")] for name in matrices}
+    sums = {module: dist.sum_(h) for module, h in sums.items()}
+    return {name: sums[heard[name]] for name in matrices}
 
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128) -> Tensor:
     """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
@@ -1515,8 +1498,7 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: flo
     order = hessian.diagonal().argsort(descending=True, stable=True)
     w, h = weight.float()[:, order].clone(), hessian[order][:, order].clone()
     dead = h.diagonal() == 0  # an input that never fires: its weights have no effect
-    w[:, dead] = 0
-    h.diagonal()[dead] = 1
+    w[:, dead], h.diagonal()[dead] = 0, 1
     h.diagonal().add_(damping * h.diagonal().mean())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
     q = torch.empty_like(w)
@@ -1558,8 +1540,7 @@ def entropy_bytes(weights: Mapping[str, Tensor], run: RunConfig, widen: float) -
 
 def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> float:
     """The smallest common widening of all ranges whose entropy fits the budget (bytes); none goes under the floor."""
-    low = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas)
-    high = 64.0
+    low, high = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas), 64.0
     if entropy_bytes(weights, run, low) <= budget:
         return low
     for _ in range(14):
@@ -1606,8 +1587,7 @@ def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> None:
 
 def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, watch: Stopwatch,
                   tokenizer_sha256: str, log: Log) -> bytes:
-    """Quantise and pack so that code and artifact fit ARTIFACT_BYTES: ranges come from an entropy estimate, and the
-    second and last try corrects it by what the first one really took."""
+    """Quantise and pack into ARTIFACT_BYTES with the code: ranges come from an estimate, mended for the second try."""
     meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256,
             "holdout_tokens": run.holdout_tokens}
     weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
@@ -1688,8 +1668,7 @@ def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     return rows
 
 def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:
-    """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow.
-    What follows the windows of a row is padding that nothing attends to and nothing counts."""
+    """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow."""
     size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, row_plan(plan, run.micro_batch_tokens)
     if len(rows) == 1:
         size = min(size, -(-sum(w.end - w.start for w in rows[0]) // longest) * longest)
@@ -1702,7 +1681,7 @@ def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist)
             text[at:at + n], targets[at:at + n] = span[w.start:w.end], span[w.start + 1:w.end + 1]
             documents[at:at + n], counted[at + w.first - w.start:at + n] = w.document, True
             at += n
-        starts.extend(range(at, size, longest))
+        starts.extend(range(at, size, longest))  # of padding, which nothing attends to and nothing counts
         yield Scored(pack_row(text, targets, np.array(starts), dist.device), documents, counted)
 
 @torch.no_grad()
@@ -1717,8 +1696,7 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
 
 # ==== Test-time training: a chunk is scored, then learnt from. What adapts starts anew at each document or in a stream.
 class Adapter:
-    """The corrections of B documents: one set for every visit of the trunk, and one for the head. Their start is drawn
-    from the seed, the same for every document, row, batch and rank; `up` is zero, so a new adapter changes nothing."""
+    """The corrections of B documents, for every visit of the trunk and for the head; they start from the seed alone."""
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
         generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim ** -0.5
         def low_rank(target: str) -> LowRank | None:
@@ -1726,7 +1704,7 @@ class Adapter:
                 return None
             d_out = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}.get(target, c.model_dim)
             start = torch.empty(c.model_dim, run.ttt_lora_rank).uniform_(-bound, bound, generator=generator).to(device)
-            up = torch.zeros(documents, run.ttt_lora_rank, d_out, device=device)
+            up = torch.zeros(documents, run.ttt_lora_rank, d_out, device=device)  # so it changes nothing at first
             self.starts += [start, up[0].clone()]
             return LowRank(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(),
                            run.ttt_lora_alpha / run.ttt_lora_rank)
@@ -1737,9 +1715,7 @@ class Adapter:
         """All that adapts, documents first: (B, ...) each."""
         parts = [part for visit in self.visits for part in visit] + [self.head]
         return [t for part in parts if part is not None for t in (part.down, part.up)]
-    @torch.no_grad()
     def begin(self) -> None:
-        """Back to the start."""
         for t, start in zip(self.tensors(), self.starts, strict=True):
             t.copy_(start)
 
@@ -1751,13 +1727,12 @@ class AdaptRule:
         self.first = [torch.zeros_like(t) for t in tensors]
         self.second = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
     def begin(self) -> None:
-        """Nothing is remembered."""
         for t in (self.steps_done, *self.first, *self.second):
             t.zero_()
     @torch.no_grad()
     def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor | float) -> None:
         """Tensors and gradients (B, ...), learning rate (B,) or of all; tensors change in place."""
-        run = self.run
+        run, first, second = self.run, self.first, self.second
         self.steps_done += 1
         lr = torch.zeros(len(tensors[0]), device=tensors[0].device) + lr
         if run.ttt_grad_clip:
@@ -1765,15 +1740,13 @@ class AdaptRule:
             factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
             grads = [g * per_document(factor, g) for g in grads]
         if run.ttt_optimizer == "adamw":
-            directions = adam_directions(grads, self.first, self.second, self.steps_done, run.ttt_beta1, run.ttt_beta2,
-                                         eps=1e-10)
+            directions = adam_directions(grads, first, second, self.steps_done, run.ttt_beta1, run.ttt_beta2, eps=1e-10)
         else:
-            torch._foreach_mul_(self.first, run.ttt_momentum)
-            torch._foreach_add_(self.first, grads)
-            directions = self.first
+            torch._foreach_mul_(first, run.ttt_momentum)
+            torch._foreach_add_(first, grads)
+            directions = first
         for t, d, multiplier in zip(tensors, directions, self.multipliers, strict=True):
-            if run.ttt_ns_steps and d.ndim == 3:
-                d = orthogonalise(d, run.ttt_ns_steps)
+            d = orthogonalise(d, run.ttt_ns_steps) if run.ttt_ns_steps and d.ndim == 3 else d
             rate = per_document(lr, t)
             t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, d, value=-multiplier)
 
@@ -1792,34 +1765,27 @@ def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | f
 def wants_entropy(run: RunConfig) -> bool:
     return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
 
-SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
-
 class SideBySide:
     """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
-    learns from it. Nothing that a row does reaches another. Earlier chunks are seen as the keys and values that they
-    left when it was their turn, so that a step costs a chunk and not a window.
-
-    A step on few tokens is thousands of small kernels, and a GPU would wait for Python: what a step does is captured
-    once for every size of the cache and then replayed as a CUDA graph; all that lasts changes in place."""
-    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device,
-                 family: dict[int, SideBySide] | None = None):
+    learns from it. No row reaches another. Earlier chunks are seen as the keys and values that they left in their turn,
+    so that a step costs a chunk and not a window. It is thousands of small kernels, and a GPU would wait for Python: a
+    step is captured for every size of the cache and replayed as a CUDA graph; all that lasts changes in place."""
+    SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
+    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device, family: dict | None = None):
         self.model, self.run, self.documents, self.device = model, run, documents, device
-        self.family = {} if family is None else family  # one for every number of documents
+        self.family: dict[int, SideBySide] = {} if family is None else family  # one for every number of documents
         self.family[documents] = self
         self.room = run.eval_seq_len - run.ttt_chunk_tokens
         self.adapter = Adapter(model.config, run, documents, device)
         self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
-        self.caches: dict[int, list[Past]] = {}  # of every size
-        self.graphs: dict[tuple[str, int], tuple | None] = {}
+        self.caches, self.graphs, self.replaying = {}, {}, False  # caches of every size, and graphs of work with them
         if device.type == "cuda":
             self.memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-        self.replaying = False
         self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
         self.done_there = torch.zeros((), dtype=torch.int64, device=device)
         self.begin()
     @torch.no_grad()
     def begin(self) -> None:
-        """Documents begin: nothing is past, nothing is learnt."""
         self.adapter.begin()
         self.rule.begin()
         self.last.fill_(BOS)
@@ -1827,7 +1793,7 @@ class SideBySide:
         self.done, self.size, self.past, self.scored = 0, 0, [], ()  # done: tokens that are past; size: of the cache
     def make_room(self, tokens: int) -> None:
         """Take a cache that will hold so many tokens more, or all that a chunk may see."""
-        size = self.size or min(self.room, SMALLEST_CACHE)
+        size = self.size or min(self.room, self.SMALLEST_CACHE)
         while size < min(self.room, self.done + tokens):
             size = min(self.room, 2 * size)
         if self.past and size == self.size:
@@ -1887,30 +1853,26 @@ class SideBySide:
         self.last.copy_(self.tokens[:, -1:])
         self.done_there += self.tokens.size(1)
     def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        """work(*inputs), replayed where that is possible; on a stream of its own, which a capture needs."""
+        """work(*inputs), replayed where that is possible, on a stream of its own, which a capture needs. With a cache of
+        a new size it runs as it is, which warms up; the second time it is captured."""
         if not self.replaying:
             return work(*inputs)
+        key = (work.__name__, self.size)
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            result = self._replay(work, inputs)
+            if key not in self.graphs:
+                self.graphs[key] = None
+                result = work(*inputs)
+            else:
+                if self.graphs[key] is None:
+                    graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+                    with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
+                        self.graphs[key] = graph, own, work(*own)
+                graph, own, result = self.graphs[key]
+                for mine, given in zip(own, inputs, strict=True):
+                    mine.copy_(given)
+                graph.replay()
         torch.cuda.current_stream().wait_stream(self.stream)
-        return result
-    def _replay(self, work: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Any:
-        """The first time with a cache of this size it runs as it is, which warms up; the second time it is captured."""
-        key = (work.__name__, self.size)
-        if key not in self.graphs:
-            self.graphs[key] = None
-            return work(*inputs)
-        if self.graphs[key] is None:
-            graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-            with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
-                result = work(*own)
-            self.graphs[key] = (graph, own, result)
-        else:
-            graph, own, result = self.graphs[key]
-            for mine, given in zip(own, inputs, strict=True):
-                mine.copy_(given)
-        graph.replay()
         return result
     @torch.no_grad()
     def keep(self, rows: Tensor) -> SideBySide:
@@ -1921,20 +1883,17 @@ class SideBySide:
         few.done = self.done
         for learners in (self, few):
             learners.make_room(0)
-        pairs = [(few.adapter.tensors(), self.adapter.tensors()), (few.rule.first, self.rule.first),
-                 (few.rule.second, self.rule.second), ([few.last], [self.last]),
-                 ([p.ring.transpose(0, 1) for p in few.past], [p.ring.transpose(0, 1) for p in self.past])]
-        for mine, theirs in pairs:
-            for new, old in zip(mine, theirs, strict=True):
-                new.copy_(old[rows])
+        lasting = [[*one.adapter.tensors(), *one.rule.first, *one.rule.second, one.last,
+                    *(past.ring.transpose(0, 1) for past in one.past)] for one in (few, self)]  # (B, ...) each
+        for new, old in zip(*lasting, strict=True):
+            new.copy_(old[rows])
         few.done_there.copy_(self.done_there)
         few.rule.steps_done.copy_(self.rule.steps_done)
         return few
 
 def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist, tally: Tally,
                        family: dict[int, SideBySide] | None = None) -> None:
-    """Score a group of documents that adapt side by side. A row ends with its document; when half of them have ended,
-    the others go on in half as many rows. `family` keeps what can be used again for the next group."""
+    """Score documents that adapt side by side. When half of the rows have ended, the others go on in half as many."""
     chunk, lengths, family = run.ttt_chunk_tokens, docs.lengths, {} if family is None else family
     rows, longest = np.array(group), int(lengths[group].max())  # rows: each one's document
     text = np.full((len(rows), -(-longest // chunk) * chunk + 1), BOS, np.int64)  # padded; everything is causal
@@ -1976,7 +1935,8 @@ class StreamLearner:
             named = {name: p for name, p in model.named_parameters() if not name.startswith(frozen)}
             self.leaves = [p.requires_grad_() for p in named.values()]
             self.tensors = [p.detach()[None] for p in self.leaves]  # one "document", sharing the weights' memory
-            multipliers = [full_multiplier(name, run) for name in named]
+            factors = {"down": run.ttt_lr_mult_mlp_out} | dict.fromkeys(("q", "k", "v", "up"), run.ttt_lr_mult_in)
+            multipliers = [factors.get(name.removesuffix(".weight").split(".")[-1], 1.0) for name in named]
         self.rule = AdaptRule(self.tensors, multipliers, run)
         self.begin = [t.detach().clone() for t in self.tensors]
     @torch.no_grad()
@@ -2009,12 +1969,6 @@ class StreamLearner:
             grads = [dist.sum_(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
             self.rule.step(self.tensors, grads, chunk_rate(self.run, epoch, entropy))
 
-def full_multiplier(name: str, run: RunConfig) -> float:
-    """Factor on the learning rate of a weight that adapts itself."""
-    if name.endswith("mlp.down.weight"):
-        return run.ttt_lr_mult_mlp_out
-    return run.ttt_lr_mult_in if name.endswith(("q.weight", "k.weight", "v.weight", "mlp.up.weight")) else 1.0
-
 def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
     """Cut these documents, one after another, into chunks of `chunk` targets: lists of (document, begin, end)."""
     pieces, room, lengths = [], chunk, docs.lengths
@@ -2032,8 +1986,8 @@ def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterato
 
 def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], tally: Tally,
                 may_learn: Callable[[], bool] = lambda: True) -> int:
-    """Score these documents one after another, learning from every chunk once it is scored. When `may_learn` turns
-    false, what is left is only scored -> documents that had not begun by then."""
+    """Score these documents one after another, learning from every chunk once it is scored, until `may_learn` is false;
+    then the learner is as it was -> documents that had not begun by the time that it had to stop learning."""
     run, learning, begun, last = learner.run, True, 0, (chosen[-1], docs.lengths[chosen[-1]])
     for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
         learning = learning and may_learn()
@@ -2046,6 +2000,7 @@ def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], 
             learner.learn(rows, sum(end - begin for _, begin, end in pieces), entropy)
             if learner.dist.main:
                 tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
+    learner.reset()
     return 0 if learning else len(chosen) - begun
 
 def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
@@ -2056,24 +2011,21 @@ def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]
     groups += [[] for _ in range(-len(groups) % world)]
     return [groups[i:i + world] for i in range(0, len(groups), world)]
 
-LEAST_STEP = 4096  # tokens of a pass under which a GPU's time is that of launching it
-
 def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
     """Token passes of documents (B,) that adapt as in adapt_side_by_side, or one by one; to foretell seconds."""
-    rows, total, chunk = len(lengths), 0.0, run.ttt_chunk_tokens
+    rows, total, chunk, least = len(lengths), 0.0, run.ttt_chunk_tokens, 4096  # smaller passes take a GPU as long
     for first in range(0, int(lengths.max(initial=0)), chunk):
         left = int((lengths > first).sum())
         while left <= rows // 2 > 0:
             rows //= 2
-        total += max(LEAST_STEP, rows * chunk)
+        total += max(least, rows * chunk)
     return total
 
 class Evaluation:
     """The test-time-training score of a model: who scores what, within the time."""
     def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
         self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
-        self.seconds, self.tally, self.degraded = seconds, Tally(docs), 0
-        self.family: dict[int, SideBySide] = {}
+        self.seconds, self.tally, self.degraded, self.family = seconds, Tally(docs), 0, {}
         self.static_rate = math.inf  # tokens per second of a rank without adaptation, found in the warm-up
         model.requires_grad_(run.ttt_params == "full")
     def warm_up(self) -> None:
@@ -2095,9 +2047,7 @@ class Evaluation:
         if run.batched_ttt:
             adapt_side_by_side(self.model, docs, everyone, run, alone, Tally(docs), self.family)
         else:
-            learner = StreamLearner(self.model, run, alone)
-            adapt_along(learner, docs, everyone, Tally(docs))
-            learner.reset()
+            adapt_along(StreamLearner(self.model, run, alone), docs, everyone, Tally(docs))
     def score(self) -> Tally:
         """Every target of every document -> the tally of all ranks."""
         if not self.run.ttt_enabled:
@@ -2107,7 +2057,6 @@ class Evaluation:
         else:  # a stream, whose every chunk the ranks share
             learner = StreamLearner(self.model, self.run, self.dist)
             self.degraded = adapt_along(learner, self.docs, range(len(self.docs)), self.tally, self._time_left)
-            learner.reset()
         return self.tally.gathered(self.dist)
     def _time_left(self, next_seconds: float = 0.0, rest: float = 0.0) -> bool:
         """Whether `next_seconds` of adaptation still leave time to score `rest` tokens without; all ranks agree."""
@@ -2127,11 +2076,10 @@ class Evaluation:
             if not self._time_left(speed * costs[n], 2.0 * float(lengths[rest].sum())):
                 self.degraded = len(rest)
                 self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
-                break
+                return score_static(self.model, self.docs, rest, run, dist, self.tally)
             if learner is None and groups[dist.rank]:
                 adapt_side_by_side(self.model, self.docs, groups[dist.rank], run, dist, self.tally, self.family)
             for i in groups[dist.rank] if learner is not None else ():
-                learner.reset()
                 adapt_along(learner, self.docs, [i], self.tally)
             spent += costs[n]
             if self.seconds() - told > 10:
@@ -2140,10 +2088,6 @@ class Evaluation:
                 bpb = self.tally.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
                 self.log(f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
                          f"bpb:{bpb:.4f} (of this rank's) eval_s:{told:.0f} eta_s:{left:.0f}")
-        if learner is not None:
-            learner.reset()
-        if self.degraded:
-            score_static(self.model, self.docs, rest, run, dist, self.tally)
 
 # ==== main: check, train, quantise, pack, read back from the disk, score.
 LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
@@ -2157,22 +2101,19 @@ class Plan(NamedTuple):
     validation: Documents
     stream: TrainingStream | None  # None when an artifact is only evaluated
 
-def predicted_bytes(c: ModelConfig, run: RunConfig) -> float:
+def predicted_bytes(model: GPT, run: RunConfig) -> float:
     """Size of the artifact if weights are Gaussian: an integer then holds log2(sqrt(2 pi e) qmax / clip) bits."""
     total = 0.0
-    with torch.device("meta"):
-        for name, p in GPT(c).named_parameters():
-            grid = grid_for(name, run, 1.0)
-            bits = 2.047 - math.log2(grid.clip / grid.qmax)
-            total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
+    for name, p in model.named_parameters():
+        grid = grid_for(name, run, 1.0)
+        bits = 2.047 - math.log2(grid.clip / grid.qmax)
+        total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
     return total
 
-def predicted_seconds(c: ModelConfig, run: RunConfig, dist: Dist) -> float:
+def predicted_seconds(model: GPT, run: RunConfig, dist: Dist) -> float:
     """Time of a step budget, of 6 operations a weight, visit and token, at the measured speed of a matrix product."""
-    with torch.device("meta"):
-        model = GPT(c)
     block = sum(p.numel() for p in model.blocks[0].parameters())
-    plain, looped = (len(layer_plan(c, looping)) for looping in (False, True))
+    plain, looped = (len(layer_plan(model.config, looping)) for looping in (False, True))
     visits = plain * run.enable_looping_at + looped * (1 - run.enable_looping_at)
     work = 6 * (block * visits + model.embed.numel()) * run.train_batch_tokens * run.iterations
     n, dtype = (4096, torch.bfloat16) if dist.device.type == "cuda" else (512, torch.float32)
@@ -2186,8 +2127,7 @@ def predicted_seconds(c: ModelConfig, run: RunConfig, dist: Dist) -> float:
 def check_setup(plan: Plan, log: Log) -> None:
     """Say what will be run, and refuse what cannot be: data, disk, memory, devices, bytes, minutes."""
     model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
-    free = shutil.disk_usage(".").free
-    need = 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
+    free, need = shutil.disk_usage(".").free, 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
     require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some space", UserError)
     require(dist.device.type == "cpu" or model.head_dim in (16, 32, 64, 128), f"heads are MODEL_DIM / NUM_HEADS = "
             f"{model.head_dim} wide; on a GPU they must be 16, 32, 64 or 128")
@@ -2197,12 +2137,14 @@ def check_setup(plan: Plan, log: Log) -> None:
         return
     log(f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
         f"{run.train_batch_tokens} a step, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows per rank")
-    log(f"predicted artifact: about {predicted_bytes(model, run):.0f} bytes before its ranges are fitted, "
+    with torch.device("meta"):
+        sketch = GPT(model)
+    log(f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
         f"{len(code())} bytes of code, limit {run.artifact_bytes}")
     if run.max_wallclock_seconds:
         log(f"predicted time: at most {run.max_wallclock_seconds / 60:.1f} minutes of training")
     if run.iterations:
-        seconds = predicted_seconds(model, run, dist)
+        seconds = predicted_seconds(sketch, run, dist)
         log(f"predicted time: {run.iterations} steps in {seconds / 0.8 / 60:.1f} to {seconds / 0.25 / 60:.1f} minutes")
     log(f"predicted time: at most {run.eval_seconds / 60:.1f} minutes of evaluation" if run.eval_seconds else
         "predicted time: evaluation without limit")
@@ -2299,9 +2241,8 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         dist.barrier()
     log(f"set-up took {watch.total('set-up'):.1f} s; {reserve:.1f} s are reserved for quantisation and packing")
     with watch.phase("train"):
-        history = train(trainer, stream, log, watch, reserve,
-                        lambda: static_tally(model, plan, trainer.looping(trainer.progress)).bits_per_byte,
-                        path.with_suffix(".ckpt"))
+        history = train(trainer, stream, log, watch, reserve, checkpoint=path.with_suffix(".ckpt"),
+                        validate=lambda: static_tally(model, plan, trainer.looping(trainer.progress)).bits_per_byte)
     with watch.phase("validate"):
         last_bpb = static_tally(model, plan).bits_per_byte
     with watch.phase("choose"):
@@ -2345,14 +2286,10 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) ->
     log(f"artifact {path}: static_bpb:{static.bits_per_byte:.5f}{adapted}")
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
     return {"val_bpb": tally.bits_per_byte, "val_loss": float(tally.nats.sum() / tally.counted.sum()),
-            "static_bpb": static.bits_per_byte, "validation": docs.sha256(), "documents": len(docs),
-            "tokens": int(tally.counted.sum()), "bytes": counted_bytes, "adaptation_steps": int(tally.updates.sum()),
+            "static_bpb": static.bits_per_byte, "documents": len(docs), "tokens": int(tally.counted.sum()),
+            "bytes": counted_bytes, "validation": docs.sha256(), "adaptation_steps": int(tally.updates.sum()),
             "doc_independent": int(independent), "degraded_documents": evaluation.degraded,
             "eval_seconds": watch.total(*EVALUATION_CLOCK)}
-
-RESULT_KEYS = ("val_bpb", "static_bpb", "prequant_bpb", "artifact_bytes", "code_bytes", "total_bytes", "steps",
-               "train_tokens", "train_seconds", "eval_seconds", "documents", "tokens", "bytes", "doc_independent",
-               "degraded_documents", "seed")
 
 def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
     """The table of phases, the result as a line of key:value, and the same as JSON."""
@@ -2360,7 +2297,9 @@ def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> No
     for name, seconds in watch.seconds.items():
         clock = "training" if name in TRAINING_CLOCK else "evaluation" if name in EVALUATION_CLOCK else "-"
         log(f"phase {name:26} {seconds:9.2f} s   clock: {clock}")
-    shown = {key: result[key] for key in RESULT_KEYS if key in result}
+    keys = ("val_bpb static_bpb prequant_bpb artifact_bytes code_bytes total_bytes steps train_tokens train_seconds "
+            "eval_seconds documents tokens bytes doc_independent degraded_documents seed").split()
+    shown = {key: result[key] for key in keys if key in result}
     log("result " + " ".join(f"{k}:{v:.6f}" if isinstance(v, float) else f"{k}:{v}" for k, v in shown.items()))
     write_atomically(path, [json.dumps(result, indent=1).encode()])
 
@@ -2390,10 +2329,9 @@ def run_all(only_check: bool) -> None:
     watch, run_id = Stopwatch(dist), run.run_id or time.strftime("%Y%m%d_%H%M%S")
     log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
     with watch.phase("load"):
-        log(code().decode(), screen=False)
         knobs = settings(model, run)
         pasteable = (f"{name}={shlex.quote(value) if value else ''}" for name, value in knobs.items())
-        log("\n".join([*pasteable, f"{versions()} {platform.platform()}"]), screen=False)
+        log("\n".join([code().decode(), *pasteable, f"{versions()} {platform.platform()}"]), screen=False)
         plan = make_plan(model, run, dist)
         check_setup(plan, log)
     if only_check:
@@ -2405,9 +2343,8 @@ def run_all(only_check: bool) -> None:
     result |= evaluate(plan, log, watch, artifact, run_id)
     size = artifact.stat().st_size
     result |= {"artifact_bytes": size, "code_bytes": len(code()), "total_bytes": size + len(code()),
-               "artifact_sha256": hashlib.sha256(read_file(artifact)).hexdigest(),
-               "artifact_parts": part_bytes(artifact), "world_size": dist.world, "device": device_name(dist.device),
-               "versions": versions()}
+               "artifact_sha256": hashlib.sha256(read_file(artifact)).hexdigest(), "versions": versions(),
+               "artifact_parts": part_bytes(artifact), "world_size": dist.world, "device": device_name(dist.device)}
     if dist.main:
         report(result, watch, log, LOGS / f"{run_id}.json")
     dist.close()
@@ -2424,8 +2361,7 @@ def part_bytes(path: Path) -> dict[str, int]:
     return parts | {"header": len(data) - sum(parts.values())}
 
 def end_quickly(grace_s: float = 3.0) -> None:
-    """Ctrl-C and torchrun's SIGTERM raise KeyboardInterrupt; a rank that waits in a collective would never see it, so a
-    thread that the signal wakes ends the process after a moment, without leaving a half-written file."""
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt; a thread ends a rank that waits in a collective and never sees it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     reader, writer = os.pipe()
