@@ -1853,8 +1853,8 @@ class SideBySide:
         self.last.copy_(self.tokens[:, -1:])
         self.done_there += self.tokens.size(1)
     def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        """work(*inputs), replayed where that is possible, on a stream of its own, which a capture needs. With a cache of
-        a new size it runs as it is, which warms up; the second time it is captured."""
+        """work(*inputs), replayed where possible, on a stream of its own, which a capture needs. With a cache of a new
+        size it runs as it is, which warms up; the second time it is captured."""
         if not self.replaying:
             return work(*inputs)
         key = (work.__name__, self.size)

@@ -256,7 +256,8 @@ TRAIN_ON_ALL = """        everyone = range(len(self.docs))
 """
 
 CHEATS = [
-    Cheat("train on validation, then score", audit_causality, "full", [(SCORE_ALL, SCORE_ALL + TRAIN_ON_ALL)]),
+    Cheat("train on validation, then score", audit_causality, "full",
+          [(SCORE_ALL, SCORE_ALL + TRAIN_ON_ALL), ("    learner.reset()\n    return 0 if", "    return 0 if")]),
     Cheat("learn from a chunk, then score it", audit_causality, "sgd", [(SCORE_CHUNK, LEARN_FIRST + SCORE_CHUNK)]),
     Cheat("learn first, seen in the state", audit_score_before_update, "adamw",
           [(SCORE_CHUNK, LEARN_FIRST + SCORE_CHUNK)]),
