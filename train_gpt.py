@@ -1706,8 +1706,8 @@ class Adapter:
             start = torch.empty(c.model_dim, run.ttt_lora_rank).uniform_(-bound, bound, generator=generator).to(device)
             up = torch.zeros(documents, run.ttt_lora_rank, d_out, device=device)  # so it changes nothing at first
             self.starts += [start, up[0].clone()]
-            return LowRank(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(),
-                           run.ttt_lora_alpha / run.ttt_lora_rank)
+            scale = run.ttt_lora_alpha / run.ttt_lora_rank
+            return LowRank(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
         self.starts: list[Tensor] = []  # what every document's part of `tensors` begins with
         self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
         self.head = low_rank("head")
@@ -1868,9 +1868,10 @@ class SideBySide:
                     graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
                     with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
                         self.graphs[key] = graph, own, work(*own)
-                graph, own, result = self.graphs[key]
-                for mine, given in zip(own, inputs, strict=True):
-                    mine.copy_(given)
+                else:  # not when just captured: autograd holds these inputs for the learning, still to be captured
+                    for mine, given in zip(self.graphs[key][1], inputs, strict=True):
+                        mine.copy_(given)
+                graph, _, result = self.graphs[key]
                 graph.replay()
         torch.cuda.current_stream().wait_stream(self.stream)
         return result

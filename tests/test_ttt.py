@@ -1,5 +1,6 @@
 """Test-time training: each system does what its knobs say, helps, and leaves nothing behind for the next document."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -11,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_gpt as g
 
@@ -621,3 +624,74 @@ def test_two_ranks_find_what_one_finds(tmp_path):
         np.testing.assert_allclose(first[name][0], alone[name][0], rtol=0, atol=exact, err_msg=name)
         assert first[name][1:] == alone[name][1:], name
     assert all(0 < first[f"{name}, late"] < len(MIXED) for name in ("lora", "full, document", "full, stream"))
+
+
+# ---- replayed as on a GPU ---------------------------------------------------
+
+
+class Graph(TorchDispatchMode):
+    """A CUDA graph for a CPU: what runs while it is captured runs again, in the same memory, when it is replayed. Here
+    capturing computes, too, so the replay that follows it at once does nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations, self.fresh = [], True
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.operations.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        with torch._C._AutoDispatchBelowAutograd():  # which a GPU's replay does not know of either
+            for function, args, kwargs, out in () if self.fresh else self.operations:
+                for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+        self.fresh = False
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """The graphs that were captured, once SideBySide believes that it is on a GPU."""
+    captured, plain = [], g.SideBySide.score
+
+    @contextlib.contextmanager
+    def capture(graph, pool, stream):
+        captured.append(graph)
+        with graph:
+            yield
+
+    def score_chunk(self, tokens, targets, to_learn):
+        self.learns = to_learn
+        return plain(self, tokens, targets, to_learn)
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(
+        score=score_chunk, learns=False, memory=None, stream=stream,
+        replaying=property(lambda self: self.learns, lambda self, value: None),
+    ).items():  # fmt: skip
+        monkeypatch.setattr(g.SideBySide, name, value, raising=False)
+    for name, value in dict(
+        CUDAGraph=Graph, graph=capture, current_stream=lambda: stream, stream=lambda _: contextlib.nullcontext()
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return captured
+
+
+@pytest.mark.parametrize("name", ["lora, adamw", "lora, sgd, epochs, cosine", "lora, entropy window"])
+def test_replayed_steps_are_those_that_were_captured(request, name):
+    """Whatever changes from chunk to chunk lies in memory that a graph reads again; documents end at different times,
+    and a second group reuses the graphs of the first."""
+    docs, run = documents(*(document(n, seed=n) for n in (90, 41, 88, 23))), run_config(**SYSTEMS[name])
+    model = random_model().requires_grad_(False)
+
+    def go() -> list[list[float]]:
+        family, tally = {}, Recorder(docs)
+        for group in ([0, 1], [2, 3]):
+            g.adapt_side_by_side(model, docs, group, run, g.Dist(), tally, family)
+        return [nats.tolist() for nats in tally.by_document]
+
+    expected, replays = go(), request.getfixturevalue("replays")
+    assert go() == expected
+    assert len(replays) >= 6 and not any(graph.fresh for graph in replays)  # of score, learn, move on; for 2 rows and 1
