@@ -1577,13 +1577,14 @@ def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -
         raise DataError(f"{what}: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
 
 @torch.no_grad()
-def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> None:
-    """Fill the model with what `quantise` stored."""
+def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
+    """The model, filled with what `quantise` stored."""
     check_stored(model.config, stored, what)
     for name, p in model.named_parameters():
         scale = stored.get(f"{name}.scale")
         p.copy_(stored[name] if scale is None else (stored[name].mT.float() * scale.float()[:, None]))
         require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
+    return model
 
 def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, watch: Stopwatch,
                   tokenizer_sha256: str, log: Log) -> bytes:
@@ -2183,9 +2184,7 @@ def load_artifact(path: Path, plan: Plan) -> GPT:
     require(tokenizer == plan.tokenizer.sha256, f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
             f"{plan.tokenizer.path} ({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH", DataError)
     check_stored(config, stored, str(path))
-    model = GPT(config).to(plan.dist.device)
-    restore(model, stored, str(path))
-    return model
+    return restore(GPT(config).to(plan.dist.device), stored, str(path))
 
 def static_tally(model: GPT, plan: Plan, looping: bool = True, docs: Documents | None = None) -> Tally:
     """The score of the validation set, or of other documents, without adaptation."""
@@ -2274,11 +2273,11 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) ->
         evaluation.warm_up()
     with watch.phase("evaluate: score"):
         tally = evaluation.score()
-    strict_bytes = manifest_value(Path(run.data_path), "splits", "val", "smaller_bytes")
-    counted_bytes = int(docs.target_bytes().sum())
-    if isinstance(strict_bytes, int) and 0 < strict_bytes < counted_bytes:
-        strict = tally.bits_per_byte * counted_bytes / strict_bytes
-        log(f"this tokenizer is lossy: over the {strict_bytes} bytes that survive it, val_bpb is {strict:.5f}")
+    bpb, counted_bytes = tally.bits_per_byte, int(docs.target_bytes().sum())
+    kept = manifest_value(Path(run.data_path), "splits", "val", "smaller_bytes")
+    if isinstance(kept, int) and 0 < kept < counted_bytes:
+        strict = bpb * counted_bytes / kept
+        log(f"this tokenizer is lossy: over the {kept} bytes that survive it, val_bpb is {strict:.5f}")
     with watch.phase("score without adaptation"):
         static = static_tally(model, plan) if run.ttt_enabled else tally
     if dist.main:
