@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from masked import attend_seen, chunk_band
 
 import train_gpt
 
@@ -178,17 +179,9 @@ def plain_windows(g: ModuleType, model: torch.nn.Module, document: list[int]) ->
 
 def plain_bands(g: ModuleType, model: torch.nn.Module, document: list[int]) -> np.ndarray:
     """One forward pass over the whole document, whose attention reaches back to where the chunk's window begins."""
-
-    def attend(q, k, v, _place):
-        at = torch.arange(q.size(1))
-        seen = (at <= at[:, None]) & (at >= (at[:, None] // CHUNK + 1) * CHUNK - CONTEXT)
-        k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
-
-    tokens, ours = torch.tensor([document]), g.attend
+    tokens, ours, band = torch.tensor([document]), g.attend, chunk_band(len(document) - 1, CHUNK, CONTEXT)
     try:
-        g.attend = attend
+        g.attend = lambda q, k, v, _place: attend_seen(q, k, v, band)
         return model(tokens[:, :-1], tokens[:, 1:])[0].numpy()
     finally:
         g.attend = ours
@@ -287,7 +280,8 @@ CHEATS = [
           [("chunk, lengths, family = run.ttt_chunk_tokens,",
             "chunk, lengths, family = run.ttt_chunk_tokens * (1 + int(docs.lengths[group].max() < 30)),")]),
     Cheat("rate decays over the document", audit_causality, "adamw",
-          [(STEP, "        learners.rule.multipliers = [1 - first / longest] * len(learners.rule.first)\n" + STEP)]),
+          [(STEP, "        rule = learners.rule\n"
+                  "        rule.multipliers = [1 - first / longest] * len(rule.multipliers)\n" + STEP)]),
     Cheat("the cache shows the token ahead", audit_causality, "adamw",
           [("held.new_ones(n, n).tril()", "held.new_ones(n, n).tril(1)")]),
     Cheat("a cache for the whole batch", audit_independence, "adamw",

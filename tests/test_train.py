@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
+from masked import attend_seen
 
 import train_gpt as g
 
@@ -340,10 +341,7 @@ def test_a_loss_worse_than_guessing_twice_over_is_divergence():
 def attend_by_mask(q, k, v, place):
     """Attention in segments as one graph, like a GPU's kernels: the plain one has a call for every segment."""
     at = torch.arange(q.size(1))
-    seen = (at <= at[:, None]) & (at >= (at - place.positions)[:, None])
-    k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+    return attend_seen(q, k, v, (at <= at[:, None]) & (at >= (at - place.positions)[:, None]))
 
 
 @pytest.fixture

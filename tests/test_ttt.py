@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from masked import attend_seen, chunk_band
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -198,12 +199,9 @@ class Kept:
             old = new[:, :0] if visit[i] is None else visit[i]
             old = old[:, : (new.size(1) - 1) // CHUNK * CHUNK]  # of this chunk, a later epoch's take their place
             visit[i] = torch.cat([old, new[:, old.size(1) :]], 1)
-        at, (k, v) = torch.arange(q.size(1)), visit
+        k, v = visit
         visit[:] = k.detach(), v.detach()
-        seen = (at <= at[:, None]) & (at >= (at[:, None] // CHUNK + 1) * CHUNK - CONTEXT)
-        k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
+        return attend_seen(q, k, v, chunk_band(q.size(1), CHUNK, CONTEXT))
 
 
 def plain_lora(text: list[int], make_optimizer, epochs: int, clip: float) -> np.ndarray:
@@ -246,15 +244,8 @@ def test_a_cache_holds_what_a_chunk_may_see_whatever_the_chunks_size(monkeypatch
     context from the end of the chunk; a chunk may be larger than what is kept of those before it, or leave no room."""
     text = document(100, period=7)
     found = score(documents(text), ttt_lr=0.0, ttt_chunk_tokens=chunk).by_document[0]
-
-    def attend(q, k, v, _place):
-        at = torch.arange(q.size(1))
-        seen = (at <= at[:, None]) & (at >= (at[:, None] // chunk + 1) * chunk - CONTEXT)
-        k, v = (x.repeat_interleave(q.size(2) // x.size(2), 2) for x in (k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
-
-    monkeypatch.setattr(g, "attend", attend)
+    band = chunk_band(len(text), chunk, CONTEXT)
+    monkeypatch.setattr(g, "attend", lambda q, k, v, _place: attend_seen(q, k, v, band))
     tokens = torch.tensor([[g.BOS, *text]])
     with torch.no_grad():
         expected = random_model()(tokens[:, :-1], tokens[:, 1:])[0].numpy()
