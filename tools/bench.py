@@ -43,9 +43,8 @@ def make_model(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> g
     return model.to(dist.device)
 
 
-def make_trainer(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> g.Trainer:
-    model = make_model(model_config, run, dist)
-    if dist.device.type == "cuda" and run.compile:
+def make_trainer(run: g.RunConfig, model: g.GPT, dist: g.Dist, compiled: bool = True) -> g.Trainer:
+    if compiled and dist.device.type == "cuda" and run.compile:
         g.compile_parts(model)
     return g.Trainer(model, run, dist, "benchmark")
 
@@ -106,16 +105,17 @@ def adaptation(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> N
             print_split(trace, wall)
 
 
+def attention_twin(qkv, gain, gate, cos, sin, segments, heads) -> torch.Tensor:
+    """The arguments and the result of g.PackedAttention."""
+    rope = cos[:, None], sin[:, None]
+    return g.attend_plainly(qkv[None], gain, gate[None], rope, segments, heads)[0]
+
+
 @contextlib.contextmanager
 def plain_torch() -> Iterator[None]:
     """Inside, every kernel is its twin."""
-
-    def attention(qkv, gain, gate, cos, sin, segments, heads):
-        rope = cos[:, None], sin[:, None]
-        return g.attend_plainly(qkv[None], gain, gate[None], rope, segments, heads)[0]
-
     with (
-        mock.patch.object(g, "PackedAttention", SimpleNamespace(apply=attention)),
+        mock.patch.object(g, "PackedAttention", SimpleNamespace(apply=attention_twin)),
         mock.patch.object(g, "CappedLoss", SimpleNamespace(apply=g.loss_plainly)),
     ):
         yield
@@ -125,10 +125,8 @@ def loss_at_the_end(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist, compiled: 
     """Train for ITERATIONS steps -> mean loss on one held-out batch after each of the last 20, nats a token."""
     model = g.GPT(c)
     g.init_weights(model, run.seed)
-    model.to(dist.device)
-    if compiled:
-        g.compile_parts(model)
-    trainer, stream, losses = g.Trainer(model, run, dist, "benchmark"), g.TrainingStream(run, c.vocab_size, dist), []
+    trainer = make_trainer(run, model.to(dist.device), dist, compiled)
+    stream, losses = g.TrainingStream(run, c.vocab_size, dist), []
     fixed = stream.batch(run.iterations)
     for step in range(run.iterations):
         progress = step / run.iterations
@@ -144,7 +142,7 @@ def agreement(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     second line has the same kernels without the compiler."""
     found: dict[str, float] = {}
     for name, compiled, world in (
-        ("kernels, compiled", bool(run.compile), contextlib.nullcontext()),
+        ("kernels, compiled", True, contextlib.nullcontext()),
         ("kernels", False, contextlib.nullcontext()),
         ("plain torch", False, plain_torch()),
     ):
@@ -164,16 +162,9 @@ def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     qkv = torch.randn(tokens, c.model_dim + 2 * c.kv_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
     gain = torch.full((c.num_heads,), c.qk_gain_init, device=device, requires_grad=True)
     gate = torch.rand(tokens, c.num_heads, device=device, dtype=torch.bfloat16, requires_grad=True)
-    rope = g.rotary(packed.segments.positions, c.rope_dims, c.rope_base)
-    cos, sin = (t[:, 0] for t in rope)
-
-    def attention() -> torch.Tensor:
-        return g.PackedAttention.apply(qkv, gain, gate, cos, sin, packed.segments, heads)
-
-    def attention_twin() -> torch.Tensor:
-        return g.attend_plainly(qkv[None], gain, gate[None], rope, packed.segments, heads)[0]
-
-    compare("attention", attention, attention_twin, (qkv, gain, gate))
+    cos, sin = (t[:, 0] for t in g.rotary(packed.segments.positions, c.rope_dims, c.rope_base))
+    given = (qkv, gain, gate, cos, sin, packed.segments, heads)
+    compare("attention", lambda: g.PackedAttention.apply(*given), lambda: attention_twin(*given), (qkv, gain, gate))
     z = torch.randn(tokens, c.vocab_size, device=device, dtype=torch.bfloat16, requires_grad=True)
     targets, plain = packed.targets[0], torch.compile(g.loss_plainly)
     compare("loss", lambda: g.CappedLoss.apply(z, targets, c.logit_softcap),
@@ -238,7 +229,7 @@ def main() -> None:
     if options.only in (None, "adaptation"):
         adaptation(run, model_config, dist)
     if options.only in (None, "steps"):
-        trainer = make_trainer(run, model_config, dist)
+        trainer = make_trainer(run, make_model(model_config, run, dist), dist)
         for looping in (False, True):
             steps(trainer, looping, options.count)
     dist.close()
