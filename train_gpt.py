@@ -622,7 +622,7 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
 # the keys from the start of its first query's segment to itself, a tile of keys over the queries up to the end of its
 # last key's segment. Flash attention, Dao et al. 2022 and 2023 (arXiv 2205.14135, 2307.08691). A row of `qkv` holds H
 # queries, K keys and K values; `qk` holds queries and keys that are normalised, turned by their position and scaled;
-# lse: logarithm to base 2 of a query's sum of exponentials, (H, N) fp32. `row` and `rows`: the tokens of a tile, (64,).
+# lse: logarithm to base 2 of a query's sum of exponentials, (H, N) fp32. `row`, `query`, `key`: a tile's tokens, (64,).
 
 jit = triton.jit if triton else lambda kernel: kernel
 constant = tl.constexpr if triton else float
@@ -1725,7 +1725,8 @@ class AdaptRule:
     def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
         self.run, self.multipliers = run, multipliers
         self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
-        self.first = [torch.zeros_like(t) for t in tensors]
+        first = run.ttt_optimizer == "sgd" or run.ttt_beta1 > 0  # a moment without memory is the gradient itself
+        self.first = [torch.zeros_like(t) for t in tensors] if first else []
         self.second = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
     def begin(self) -> None:
         for t in (self.steps_done, *self.first, *self.second):
@@ -2282,10 +2283,10 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) ->
         static = static_tally(model, plan) if run.ttt_enabled else tally
     if dist.main:
         write_documents(LOGS / f"{run_id}.docs.npz", tally, static)
-    adapted = f" ttt_bpb:{tally.bits_per_byte:.5f}" if run.ttt_enabled else ""
+    adapted = f" ttt_bpb:{bpb:.5f}" if run.ttt_enabled else ""
     log(f"artifact {path}: static_bpb:{static.bits_per_byte:.5f}{adapted}")
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
-    return {"val_bpb": tally.bits_per_byte, "val_loss": float(tally.nats.sum() / tally.counted.sum()),
+    return {"val_bpb": bpb, "val_loss": float(tally.nats.sum() / tally.counted.sum()),
             "static_bpb": static.bits_per_byte, "documents": len(docs), "tokens": int(tally.counted.sum()),
             "bytes": counted_bytes, "validation": docs.sha256(), "adaptation_steps": int(tally.updates.sum()),
             "doc_independent": int(independent), "degraded_documents": evaluation.degraded,
