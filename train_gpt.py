@@ -40,6 +40,7 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as torch_dist
+import torch.distributed.nn  # noqa: F401  in time: later, its defaults would hold a group, whose threads abort the exit
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
@@ -310,10 +311,8 @@ class Dist:
         return x
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum (n, ...) over ranks and keep this rank's n / world rows."""
-        if self.world == 1:
-            return x
-        if not x.is_cuda:  # gloo has no reduce-scatter
-            return self.sum_(x).chunk(self.world)[self.rank].clone()
+        if self.world == 1 or not x.is_cuda:  # gloo has no reduce-scatter
+            return self.sum_(x).chunk(self.world)[self.rank]
         out = x.new_empty(len(x) // self.world, *x.shape[1:])
         torch_dist.reduce_scatter_tensor(out, x)
         return out
