@@ -48,7 +48,7 @@ from torch import Tensor, nn
 try:
     import triton
     import triton.language as tl
-except ImportError:  # a CPU needs none
+except ImportError:
     triton = tl = None
 
 BOS = 1  # stands before every document; a constant of the data, not a knob
@@ -440,10 +440,9 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
     for i in range(size):
         piece = tokenizer.id_to_piece(i)
         control[i] = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        if control[i]:
-            continue
-        space[i] = piece.startswith("▁") and not tokenizer.is_byte(i)
-        plain[i] = 1 if tokenizer.is_byte(i) else len(piece.removeprefix("▁").encode())
+        if not control[i]:
+            space[i] = piece.startswith("▁") and not tokenizer.is_byte(i)
+            plain[i] = 1 if tokenizer.is_byte(i) else len(piece.removeprefix("▁").encode())
     return PieceBytes(plain, space, control)
 
 def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
@@ -628,6 +627,9 @@ constant = tl.constexpr if triton else float
 TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score that counts for nothing, yet no infinity
 TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the launches below
 TILE = constant(TILE_TOKENS)
+
+def kernels_serve(x: Tensor) -> bool:
+    return x.is_cuda and triton is not None  # elsewhere their twins do
 
 @jit
 def load_tile(ptr, row, tokens, heads: tl.constexpr, head, width: tl.constexpr):
@@ -991,7 +993,7 @@ class Attention(nn.Module):
                                    for part, delta in zip(parts, deltas, strict=True)], -1)
         if self.gate is not None:
             gate = (self.gate_scale * F.linear(n[..., :self.gate_width], self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
-        if qkv.is_cuda and isinstance(place, Segments):
+        if kernels_serve(qkv) and isinstance(place, Segments):
             gate = qkv.new_ones(1, qkv.size(1), self.heads.query) if gate is None else gate
             (qkv, gate), rope = (t.flatten(0, 1) for t in (qkv, gate)), (t[:, 0] for t in rope)
             y = PackedAttention.apply(qkv, self.q_gain, gate, *rope, place, self.heads)[None]
@@ -1076,7 +1078,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
         z = self.raw(x, embedding, delta).flatten(0, 1)
-        loss = CappedLoss.apply if z.is_cuda else loss_plainly
+        loss = CappedLoss.apply if kernels_serve(z) else loss_plainly
         return loss(z, targets.flatten(), self.cap).view_as(targets)
     def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D) -> entropy of every prediction, (B, T) nats"""
@@ -1259,7 +1261,6 @@ class MuonAdam:
 # ==== Container: one format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
 #   magic (8) | length of the header (4, little-endian) | header: zstd of JSON, with a table [name, type, shape, size]
 #   | every tensor's bytes in that order, a zstd frame each where the header says so | BLAKE2b-128 of all before (16)
-
 CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 24, 1 << 31
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
@@ -2131,8 +2132,11 @@ def check_setup(plan: Plan, log: Log) -> None:
     model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
     free, need = shutil.disk_usage(".").free, 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
     require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some space", UserError)
-    require(dist.device.type == "cpu" or model.head_dim in (16, 32, 64, 128), f"heads are MODEL_DIM / NUM_HEADS = "
-            f"{model.head_dim} wide; on a GPU they must be 16, 32, 64 or 128")
+    if dist.device.type == "cuda":
+        old, h = torch.cuda.get_device_capability(dist.device) < (8, 0), model.head_dim
+        require(not old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
+        require(not triton or h in (16, 32, 64, 128), f"GPUs want MODEL_DIM / NUM_HEADS = {h} to be 16, 32, 64 or 128")
+        log("kernels: Triton " + triton.__version__ if triton else "no Triton: attention and loss run in plain torch")
     log(f"devices: {dist.world} x {device_name(dist.device)}, {memory_bytes(dist.device) / 2**30:.0f} GiB each")
     log(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
     if plan.stream is None:
@@ -2143,13 +2147,10 @@ def check_setup(plan: Plan, log: Log) -> None:
         sketch = GPT(model)
     log(f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
         f"{len(code())} bytes of code, limit {run.artifact_bytes}")
-    if run.max_wallclock_seconds:
-        log(f"predicted time: at most {run.max_wallclock_seconds / 60:.1f} minutes of training")
     if run.iterations:
         seconds = predicted_seconds(sketch, run, dist)
         log(f"predicted time: {run.iterations} steps in {seconds / 0.8 / 60:.1f} to {seconds / 0.25 / 60:.1f} minutes")
-    log(f"predicted time: at most {run.eval_seconds / 60:.1f} minutes of evaluation" if run.eval_seconds else
-        "predicted time: evaluation without limit")
+    log(f"limits: {run.max_wallclock_seconds:.0f} s of training, {run.eval_seconds:.0f} s of evaluation (0: none)")
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

@@ -247,7 +247,8 @@ def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path):
     done = folder.run("--check-setup")
     assert done.returncode == 0, done.stderr
     assert "validation: 10 documents" in done.stdout and "training data: 2 shards" in done.stdout
-    assert "predicted artifact" in done.stdout and "predicted time" in done.stdout
+    assert "predicted artifact" in done.stdout and "predicted time: 12 steps" in done.stdout
+    assert "limits: 0 s of training, 0 s of evaluation (0: none)" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
     refused = folder.run("--check-setup", TRAIN_ROW_TOKENS=100)
     assert refused.returncode == 2 and "TRAIN_ROW_TOKENS=100" in refused.stderr

@@ -1,5 +1,8 @@
 """Every kernel against its plain twin, forward and backward: on a CPU in Triton's interpreter, on a GPU as compiled."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +86,30 @@ def test_packed_attention_without_xsa_is_its_twin():
 @pytest.mark.parametrize("tokens, vocab, cap", LOSSES)
 def test_the_loss_is_its_twin(tokens, vocab, cap):
     close(*loss_pair(tokens, vocab, cap, "cpu", torch.float32), 1e-5)
+
+
+@pytest.mark.parametrize("capability, head_dim, triton, said", [
+    ((9, 0), 16, True, "kernels: Triton"),
+    ((8, 0), 8, True, "MODEL_DIM / NUM_HEADS = 8"),
+    ((8, 0), 8, False, "no Triton: attention and loss run in plain torch"),
+    ((7, 5), 16, True, "DEVICE=cpu"),
+], ids=["a Hopper", "heads too narrow", "narrow, but no kernel", "a GPU without bf16"])  # fmt: skip
+def test_what_the_kernels_cannot_do_is_said_at_the_start(
+    tiny_data, tiny_config, tiny_run, monkeypatch, capability, head_dim, triton, said
+):
+    config = dataclasses.replace(tiny_config, model_dim=head_dim * tiny_config.num_heads)
+    plan = g.make_plan(config, tiny_run(), g.Dist())._replace(dist=g.Dist(device="cuda"), stream=None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**34))
+    monkeypatch.setattr(g, "triton", g.triton if triton else None)
+    lines: list[str] = []
+    if "=" in said:
+        with pytest.raises(g.UserError, match=said):
+            g.check_setup(plan, lines.append)
+    else:
+        g.check_setup(plan, lines.append)
+        assert said in lines[0] and len(lines) == 3
 
 
 @pytest.mark.gpu

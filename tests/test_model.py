@@ -46,6 +46,30 @@ def embedded(model: g.GPT, tokens: torch.Tensor) -> torch.Tensor:
     return seen[0]
 
 
+# ---- the kernels' place -----------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("off", [{}, dict(attn_gate_width=0, logit_softcap=0.0)], ids=["all", "no gate, no cap"])
+def test_the_network_learns_the_same_through_kernels_and_through_their_twins(monkeypatch, off):
+    """Loss and gradient of every parameter, with the kernels where a GPU has them."""
+    pytest.importorskip("triton")
+    model, tokens, starts = lively(num_heads=2, num_kv_heads=1, **off).requires_grad_(), some_tokens(1, 90), [0, 3, 70]
+    tokens[0, starts] = g.BOS
+    segments = packed(tokens, starts)
+
+    def nll_and_gradients() -> list[torch.Tensor]:
+        nll = model(tokens, tokens.roll(-1, 1), segments)
+        return [nll.detach(), *torch.autograd.grad(nll.square().sum(), list(model.parameters()))]
+
+    twins = nll_and_gradients()
+    monkeypatch.setattr(g, "kernels_serve", lambda x: True)
+    for twin in ("attend_plainly", "loss_plainly"):
+        monkeypatch.delattr(g, twin)
+    for name, a, b in zip(["nll", *dict(model.named_parameters())], nll_and_gradients(), twins, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")
+
+
 # ---- who sees what ----------------------------------------------------------
 
 

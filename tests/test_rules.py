@@ -308,7 +308,7 @@ CHEATS = [
     Cheat("a byte piece has the bytes of its name", audit_bytes, "static",
           [("plain[i] = 1 if tokenizer.is_byte(i) else len", "plain[i] = len")]),
     Cheat("BOS has bytes", audit_bytes, "static",
-          [("        if control[i]:\n            continue\n        space[i]", "        space[i]")]),
+          [("        if not control[i]:\n", "        if True:\n")]),
 ]  # fmt: skip
 
 
