@@ -99,8 +99,7 @@ class ModelConfig:
         require(D % H == 0, f"MODEL_DIM={D} must be a multiple of NUM_HEADS={H}")
         require(H % K == 0, f"NUM_HEADS={H} must be a multiple of NUM_KV_HEADS={K}")
         require(rope % 2 == 0 and rope <= D // H, f"ROPE_DIMS={rope} must be even and at most the head width, {D // H}")
-        require(max(self.attn_gate_width, self.smear_width) <= D,
-                f"ATTN_GATE_WIDTH and SMEAR_WIDTH must be at most MODEL_DIM={D}")
+        require(max(self.attn_gate_width, self.smear_width) <= D, f"ATTN_GATE_WIDTH or SMEAR_WIDTH > MODEL_DIM={D}")
         require(self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers, "unless NUM_LOOPS=0, "
                 f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks")
     @property
@@ -110,7 +109,7 @@ class ModelConfig:
     def kv_dim(self) -> int:
         return self.head_dim * self.num_kv_heads
 
-LORA, FULL = {"ttt_params": "lora"}, {"ttt_params": "full"}
+LORA, FULL, DOCUMENT = {"ttt_params": "lora"}, {"ttt_params": "full"}, {"ttt_scope": "document"}
 SGD, ADAMW = {"ttt_optimizer": "sgd"}, {"ttt_optimizer": "adamw"}
 
 @dataclass(frozen=True)
@@ -187,8 +186,8 @@ class RunConfig:
     ttt_ns_steps: int = knob(0, "Newton-Schulz steps on every update, 0 = plain", low=0, high=5)
     ttt_entropy_low: float = knob(0.0, "predictive entropy under which the rate is scaled down", unit="nats", low=0)
     ttt_entropy_high: float = knob(0.0, "entropy over which the rate is scaled down, 0 = no limit", unit="nats", low=0)
-    ttt_min_doc_tokens: int = knob(0, "learning starts once a document has so many scored tokens", unit="tokens", low=0)
-    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=LORA | {"ttt_scope": "document"})
+    ttt_min_doc_tokens: int = knob(0, "scored tokens of a document after which learning starts", low=0, only=DOCUMENT)
+    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=LORA | DOCUMENT)
     ttt_lora_rank: int = knob(80, "rank of the corrections", low=1, only=LORA)
     ttt_lora_alpha: float = knob(144.0, "corrections are scaled by alpha / rank", low=0, only=LORA)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "what is corrected: any of q,k,v,o,mlp,head", only=LORA)
@@ -210,8 +209,6 @@ class RunConfig:
                 f"must fit EVAL_SEQ_LEN={context} under TTT_PARAMS=lora and TTT_SCOPE=document")
         require(self.ttt_entropy_high == 0 or self.ttt_entropy_low < self.ttt_entropy_high,
                 f"TTT_ENTROPY_LOW={self.ttt_entropy_low} must be under TTT_ENTROPY_HIGH={self.ttt_entropy_high}")
-        require(self.ttt_min_doc_tokens == 0 or self.ttt_scope == "document",
-                "TTT_MIN_DOC_TOKENS counts the tokens of a document; it means nothing under TTT_SCOPE=stream")
         require(bool(self.lora_targets) and set(self.lora_targets) <= set(LORA_TARGETS),
                 f"TTT_LORA_TARGETS={self.ttt_lora_targets!r}: expected some of {','.join(LORA_TARGETS)}, with commas")
     @property
@@ -226,7 +223,8 @@ LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
 CONFIGS = (ModelConfig, RunConfig)
 KNOBS = {f.name.upper(): (f, kind) for config in CONFIGS  # {NAME: (its field, its type)}
          for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)}
-OUR_FAMILIES = ("TTT_", "MUON_", "GPTQ_", "QUANT_", "XSA_", "ROPE_", "LOOP_", "SMEAR_", "ATTN_GATE_", "UNET_", "EVAL_")
+OUR_FAMILIES = tuple("TTT_ MUON_ GPTQ_ QUANT_ XSA_ ROPE_ LOOP_ SMEAR_ ATTN_GATE_ UNET_ EVAL_ EMA_ EMBED_ MATRIX_ "
+                     "SCALAR_ WARMDOWN_ GRAD_CLIP QK_ LOGIT_ MLP_ TIED_ TIE_ HEAD_LR PHASED_TTT LQER_ VAL_".split())
 
 def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> None:
     if not ok:
@@ -250,7 +248,7 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
 def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
     """What looks like a knob of ours and is none, misspelt or retired, fails loudly; other programs' names do not."""
     for name in sorted(set(env) - set(knobs)):
-        near = difflib.get_close_matches(name, sorted(knobs), 1, 0.0 if name.startswith(OUR_FAMILIES) else 0.87)
+        near = difflib.get_close_matches(name, sorted(knobs), 1, 0.0 if name.startswith(OUR_FAMILIES) else 0.85)
         require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
@@ -459,7 +457,7 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     """The tokenizer of the data: TOKENIZER_PATH, or what the manifest in DATA_PATH names."""
     named = manifest_value(Path(run.data_path), "tokenizer", "path")
     if not run.tokenizer_path and not isinstance(named, str):
-        raise DataError(f"{run.data_path}: no manifest.json names the tokenizer; set TOKENIZER_PATH")
+        raise DataError(f"{run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH")
     path = Path(run.tokenizer_path or Path(run.data_path) / named)
     blob, processor = read_file(path, "; set TOKENIZER_PATH"), sentencepiece.SentencePieceProcessor()
     try:
@@ -467,8 +465,8 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
         size, bos = processor.get_piece_size(), processor.bos_id()
     except RuntimeError:
         raise DataError(f"{path}: not a SentencePiece model; set TOKENIZER_PATH to one") from None
-    require(size == vocab_size, f"{path}: the tokenizer has {size} pieces, VOCAB_SIZE={vocab_size}; "
-            f"set VOCAB_SIZE={size} or another TOKENIZER_PATH", DataError)
+    require(size == vocab_size, f"{path}: the tokenizer has {size} pieces, the model VOCAB_SIZE={vocab_size}; "
+            f"set {'' if run.artifact else f'VOCAB_SIZE={size} or '}another TOKENIZER_PATH", DataError)
     require(bos == BOS, f"{path}: BOS is {bos}, expected {BOS}: use another tokenizer", DataError)
     return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor)
 
@@ -479,7 +477,7 @@ def manifest_value(folder: Path, *keys: str) -> Any:
         for key in keys:
             value = value[key]
         return value
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 class Documents(NamedTuple):
@@ -515,12 +513,11 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
                 f"document: found {shard[:4].tolist()}; prepare the data again", DataError)
         check_vocabulary(path, shard, vocab_size)
     tokens = np.concatenate([*shards.values()])
-    sidecars = [p.with_name(p.name.replace("fineweb_val_", "fineweb_val_bytes_")) for p in shards]
+    sidecars, again = [p.with_name(p.name.replace("_val_", "_val_bytes_")) for p in shards], "prepare the data again"
     if any(p.exists() for p in sidecars):
         counts = [read_shard(p) for p in sidecars]
         for path, shard, count in zip(sidecars, shards.values(), counts, strict=True):
-            require(len(shard) == len(count), f"{path}: {len(count)} entries for {len(shard)} tokens; prepare the data "
-                    "again", DataError)
+            require(len(shard) == len(count), f"{path}: {len(count)} entries, {len(shard)} tokens; {again}", DataError)
         docs = split_documents(tokens, np.concatenate(counts).astype(np.int64))
     else:
         docs = split_documents(tokens, contest_bytes(tokens, piece_bytes(tokenizer.processor)))
@@ -1080,6 +1077,7 @@ class Head(nn.Module):
         z = self.raw(x, embedding, delta).flatten(0, 1)
         loss = CappedLoss.apply if kernels_serve(z) else loss_plainly
         return loss(z, targets.flatten(), self.cap).view_as(targets)
+    @torch.no_grad()
     def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D) -> entropy of every prediction, (B, T) nats"""
         log_p = self.logits(x, embedding, delta).log_softmax(-1)
@@ -1248,8 +1246,7 @@ class MuonAdam:
         pairs = enumerate(zip(self.momentum, self.stacks, strict=True))
         return {f"momentum.{i}": self.dist.all_gather(m)[:len(ps)] for i, (m, ps) in pairs} | self.moments()
     def moments(self) -> dict[str, Tensor]:
-        both = (("first", self.first), ("second", self.second))
-        return {f"{kind}.{i}": t for kind, tensors in both for i, t in enumerate(tensors)}
+        return {f"{kind}.{i}": t for kind in ("first", "second") for i, t in enumerate(getattr(self, kind))}
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
         self.steps_done = steps_done
         for i, (n, m) in enumerate(zip(self.share, self.momentum, strict=True)):
@@ -1261,15 +1258,15 @@ class MuonAdam:
 # ==== Container: one format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
 #   magic (8) | length of the header (4, little-endian) | header: zstd of JSON, with a table [name, type, shape, size]
 #   | every tensor's bytes in that order, a zstd frame each where the header says so | BLAKE2b-128 of all before (16)
-CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_TENSOR_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 24, 1 << 31
+CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_UNPACKED_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 24, 1 << 31
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
 
 def read_file(path: str | Path, advice: str = "") -> bytes:
     try:
         return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}{advice}") from None
+    except (OSError, ValueError) as error:  # a name may hold what no file's does
+        raise DataError(f"{path}: cannot be read: {error.args[-1]}{advice}") from None
 
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
     """STORED_TYPES tensors and JSON-able `meta` -> a container; `level` is zstd's, None leaves tensors as they are."""
@@ -1303,10 +1300,11 @@ def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
     (header, at), tensors = read_header(data, what), {}
     with believing_nothing(what):
+        room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)  # for all of them, lest a small file fill the memory
         for name, kind, shape, size in header["tensors"]:
             require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
-            tensors[name] = read_tensor(data[at:at + size], kind, shape, header["zstd"])
-            at += size
+            tensors[name] = read_tensor(data[at:at + size], kind, shape, header["zstd"], room)
+            at, room = at + size, room - tensors[name].nbytes
         return dict(header["meta"]), tensors
 
 @contextlib.contextmanager
@@ -1322,11 +1320,11 @@ def decompress(frame: bytes, most: int) -> bytes:
     require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
 
-def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool) -> Tensor:
+def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room: int) -> Tensor:
     dtype = STORED_TYPES[kind]
-    require(all(isinstance(n, int) and 0 <= n < MAX_TENSOR_BYTES for n in shape), f"shape {shape}")
+    require(all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in shape), f"shape {shape}")
     expected = math.prod(shape) * dtype.itemsize
-    require(expected <= MAX_TENSOR_BYTES, f"shape {shape} is too large")
+    require(expected <= room, f"shape {shape} is too large")
     raw = decompress(blob, expected) if compressed else blob
     require(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
@@ -1792,6 +1790,8 @@ class SideBySide:
         self.rule.begin()
         self.last.fill_(BOS)
         self.done_there.zero_()
+        for past in (past for cache in self.caches.values() for past in cache):
+            past.ring.zero_()  # `seen` hides what is there, but 0 times NaN is NaN
         self.done, self.size, self.past, self.scored = 0, 0, [], ()  # done: tokens that are past; size: of the cache
     def make_room(self, tokens: int) -> None:
         """Take a cache that will hold so many tokens more, or all that a chunk may see."""
@@ -1836,11 +1836,11 @@ class SideBySide:
         self.scored = (targets, x, nll)
         return nll.detach()
     def _learn(self, counted: Tensor) -> None:
-        (targets, x, nll), run, head = self.scored, self.run, self.adapter.head
+        (targets, x, nll), run, model, head = self.scored, self.run, self.model, self.adapter.head
         count = counted.sum(1).clamp(min=1)
-        entropy = entropy_sum(self.model, x, head, counted) / count if wants_entropy(run) else None
+        entropy = (model.head.entropy(x, model.embed, head) * counted).sum(1) / count if wants_entropy(run) else None
         for epoch in range(run.ttt_epochs):
-            nll = self.model.head(self.hidden(self.tokens), targets, self.model.embed, head) if epoch else nll
+            nll = model.head(self.hidden(self.tokens), targets, model.embed, head) if epoch else nll
             loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
             grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
             self.rule.step(self.adapter.tensors(), grads, chunk_rate(run, epoch, entropy))
@@ -1864,7 +1864,7 @@ class SideBySide:
         with torch.cuda.stream(self.stream):
             if key not in self.graphs:
                 self.graphs[key] = None
-                result = work(*inputs)
+                result = work(*(x.clone() for x in inputs))  # aligned as they will be: Triton compiles now, or never
             else:
                 if self.graphs[key] is None:
                     graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
@@ -1920,11 +1920,6 @@ def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: R
             tally.updates[rows[left > chunk]] += run.ttt_epochs
         learners.move_on()
 
-@torch.no_grad()
-def entropy_sum(model: GPT, x: Tensor, delta: LowRank | None, counted: Tensor) -> Tensor:
-    """States (B, C, D) and which of their predictions count (B, C) -> sum of these predictions' entropies (B,) nats."""
-    return (model.head.entropy(x, model.embed, delta) * counted).sum(1)
-
 class StreamLearner:
     """What adapts along a text: the weights, or one set of corrections. The ranks of `dist` share every chunk."""
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
@@ -1958,7 +1953,7 @@ class StreamLearner:
             x = model.hidden(tokens, segments, self.adapter)
             tally.add(row.documents[counted], model.head(x, targets, model.embed, delta)[0].cpu().numpy()[counted])
             if wants_entropy(self.run):
-                total += entropy_sum(model, x, delta, torch.from_numpy(counted).to(total.device))
+                total += model.head.entropy(x, model.embed, delta)[0, torch.from_numpy(counted)].sum()
         return total if wants_entropy(self.run) else None
     def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None) -> None:
         """Steps on a chunk of this many targets, all of them scored."""
@@ -1988,23 +1983,27 @@ def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterato
         yield pieces
 
 def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], tally: Tally,
-                may_learn: Callable[[], bool] = lambda: True) -> int:
-    """Score these documents one after another, learning from every chunk once it is scored, until `may_learn` is false;
-    then the learner is as it was -> documents that had not begun by the time that it had to stop learning."""
-    run, learning, begun, last = learner.run, True, 0, (chosen[-1], docs.lengths[chosen[-1]])
+                may_learn: Callable[[float], bool] = lambda left: True) -> int:
+    """Score these documents one after another, learning from every chunk once it is scored, until `may_learn` of the
+    targets that are left is false: they are scored at once. -> documents not begun by then; the learner is as it was"""
+    run, left, learning, unbegun = learner.run, int(docs.lengths[chosen].sum()), True, 0
     for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
-        learning = learning and may_learn()
-        begun += sum(begin == 0 for _, begin, _ in pieces) if learning else 0
-        plan = (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride))
-        rows = list(my_rows(docs, plan, run, learner.dist))
-        entropy = learner.score(rows, tally)
-        scored_of_first = pieces[0][2]  # a document's own count: under TTT_SCOPE=document a chunk is one piece
-        if learning and scored_of_first >= run.ttt_min_doc_tokens and (pieces[-1][0], pieces[-1][2]) != last:
-            learner.learn(rows, sum(end - begin for _, begin, end in pieces), entropy)
+        if not (learning := may_learn(left)):
+            (first, begin, _), lengths = pieces[0], docs.lengths
+            pieces = [(i, begin * (i == first), int(lengths[i])) for i in chosen[list(chosen).index(first):]]
+            unbegun = sum(begin == 0 for _, begin, _ in pieces)
+        rows = my_rows(docs, (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride)), run,
+                       learner.dist)
+        rows, targets = list(rows) if learning else rows, sum(end - begin for _, begin, end in pieces)
+        entropy, left = learner.score(rows, tally), left - targets
+        if not learning:
+            break
+        if left and pieces[0][2] >= run.ttt_min_doc_tokens:  # a document's own count: it is alone if that matters
+            learner.learn(rows, targets, entropy)
             if learner.dist.main:
                 tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
     learner.reset()
-    return 0 if learning else len(chosen) - begun
+    return unbegun
 
 def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
     """Rounds of groups of documents, a group for each rank, longest documents first; it changes no score."""
@@ -2033,9 +2032,8 @@ class Evaluation:
         model.requires_grad_(run.ttt_params == "full")
     def warm_up(self) -> None:
         """Time the pass without adaptation on random documents; on a GPU also compile and touch every kernel."""
-        run, many, length = self.run, 2, self.run.eval_seq_len
-        if run.batched_ttt:
-            many, length = run.ttt_batch_docs, length + run.ttt_chunk_tokens
+        run, context = self.run, self.run.eval_seq_len
+        many, length = (run.ttt_batch_docs, context + run.ttt_chunk_tokens) if run.batched_ttt else (2, context)
         text = np.random.default_rng(run.seed).integers(2, self.model.config.vocab_size, many * length, np.uint16)
         text[::length] = BOS
         docs = split_documents(text, np.ones(len(text), np.int64))
@@ -2061,10 +2059,10 @@ class Evaluation:
             learner = StreamLearner(self.model, self.run, self.dist)
             self.degraded = adapt_along(learner, self.docs, range(len(self.docs)), self.tally, self._time_left)
         return self.tally.gathered(self.dist)
-    def _time_left(self, next_seconds: float = 0.0, rest: float = 0.0) -> bool:
+    def _time_left(self, rest: float, next_seconds: float = 0.0) -> bool:
         """Whether `next_seconds` of adaptation still leave time to score `rest` tokens without; all ranks agree."""
         limit = self.run.eval_seconds * 0.98
-        after = self.seconds() + next_seconds + rest / self.static_rate / self.dist.world
+        after = self.seconds() + next_seconds + 2.0 * rest / self.static_rate / self.dist.world
         return not limit or self.dist.largest(after) <= limit
     def _score_documents(self) -> None:
         """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
@@ -2076,7 +2074,7 @@ class Evaluation:
         for n, groups in enumerate(rounds):
             rest = [i for later in rounds[n:] for group in later for i in group]
             speed = (self.seconds() - began) / spent if spent else 0.0
-            if not self._time_left(speed * costs[n], 2.0 * float(lengths[rest].sum())):
+            if not self._time_left(float(lengths[rest].sum()), speed * costs[n]):
                 self.degraded = len(rest)
                 self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
                 return score_static(self.model, self.docs, rest, run, dist, self.tally)
@@ -2173,7 +2171,7 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
         require(isinstance(values, dict) and values.keys() == hints.keys(), "other knobs than this program's")
         for f in fields(ModelConfig):
             require(type(values[f.name]) in {int, hints[f.name]}, f"{f.name} is {values[f.name]!r}")
-            parse_knob(f.name.upper(), str(values[f.name]), hints[f.name], f.metadata)
+            values[f.name] = parse_knob(f.name.upper(), str(values[f.name]), hints[f.name], f.metadata)
         return ModelConfig(**values)
     except ConfigError as error:
         raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
@@ -2235,7 +2233,8 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
             make_artifact(model, hessians, run, dist, trial, plan.tokenizer.sha256, Log(None))
             reserve = trial.total("calibrate") * run.gptq_calibration_batches + 2 * trial.total("quantise", "pack")
             return dist.largest(1.15 * reserve + 0.5)
-        reserve = warm_up(trainer, rehearse)
+        reserve, limit = warm_up(trainer, rehearse), run.max_wallclock_seconds or math.inf
+        require(reserve < limit, f"MAX_WALLCLOCK_SECONDS={limit:g}: quantising and packing take {reserve:.1f} of them")
         if run.resume:
             trainer.load(run.resume)
         dist.finish_kernels()
@@ -2327,13 +2326,14 @@ def run_all(only_check: bool) -> None:
     model, run = read_env()
     dist = Dist.from_env(run.device)
     prepare_torch(run, dist.device)
-    watch, run_id = Stopwatch(dist), run.run_id or time.strftime("%Y%m%d_%H%M%S")
+    watch, started = Stopwatch(dist), time.localtime(*dist.agree(time.time()))
+    run_id = run.run_id or time.strftime("%Y%m%d_%H%M%S", started)
     log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
     with watch.phase("load"):
-        knobs = settings(model, run)
+        plan = make_plan(model, run, dist)
+        knobs = settings(plan.model, run)
         pasteable = (f"{name}={shlex.quote(value) if value else ''}" for name, value in knobs.items())
         log("\n".join([code().decode(), *pasteable, f"{versions()} {platform.platform()}"]), screen=False)
-        plan = make_plan(model, run, dist)
         check_setup(plan, log)
     if only_check:
         return dist.close()

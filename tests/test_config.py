@@ -187,6 +187,7 @@ def test_a_long_name_may_have_two_letters_exchanged():
 
 
 @pytest.mark.parametrize("name, near", [
+    ("SED", "SEED"), ("WARMDOWN_ITERS", "WARMDOWN_FRAC"), ("EMA_DECAY", ""), ("TIED_EMBED_LR", ""), ("LQER_ENABLED", ""),
     ("TTT_RANK", "TTT_LORA_RANK"), ("TTT_CHUNK_SIZE", "TTT_CHUNK_TOKENS"), ("MUON_BACKEND_STEPS", "MUON_NS_STEPS"),
     ("MUON_MOMENTUM_WARMUP_STEPS", "MUON_MOMENTUM_WARMUP_FRAC"), ("ROPE_TRAIN_SEQ_LEN", "TRAIN_SEQ_LEN"),
     ("GPTQ_RESERVE_SECONDS", "EVAL_SECONDS"), ("SMEAR_GATE", "SMEAR_WIDTH"), ("EVAL_INCLUDE_EOS", None),
@@ -230,7 +231,7 @@ LORA_STREAM = {"TTT_PARAMS": "lora", "TTT_SCOPE": "stream"}
     ({"TTT_OPTIMIZER": "sgd", "TTT_BETA2": "0.9"}, ("TTT_BETA2", "TTT_OPTIMIZER=adamw")),
     ({"TTT_CHUNK_TOKENS": "4096"}, ("TTT_CHUNK_TOKENS=4096", "EVAL_SEQ_LEN=2048")),
     ({"TTT_ENTROPY_LOW": "3", "TTT_ENTROPY_HIGH": "2"}, ("TTT_ENTROPY_LOW=3", "TTT_ENTROPY_HIGH=2")),
-    (LORA_STREAM | {"TTT_MIN_DOC_TOKENS": "8"}, ("TTT_MIN_DOC_TOKENS", "TTT_SCOPE=stream")),
+    (LORA_STREAM | {"TTT_MIN_DOC_TOKENS": "8"}, ("TTT_MIN_DOC_TOKENS", "TTT_SCOPE=document")),
     ({"TTT_LORA_TARGETS": "q,w"}, ("TTT_LORA_TARGETS='q,w'", "q,k,v,o,mlp,head")),
     ({"TTT_LORA_TARGETS": ""}, ("TTT_LORA_TARGETS=''", "q,k,v,o,mlp,head")),
 ])  # fmt: skip

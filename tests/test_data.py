@@ -170,7 +170,11 @@ def test_the_tokenizer_is_the_manifests_or_the_one_that_is_set(tiny_data, tiny_r
     assert chosen.path == other and chosen.sha256 != named.sha256
 
 
-@pytest.mark.parametrize("manifest", [None, "", "[]", "{}", '{"tokenizer": "x"}', '{"tokenizer": {"path": 7}}', "\xff"])
+MANIFESTS = [None, "", "[]", "{}", '{"tokenizer": "x"}', '{"tokenizer": {"path": 7}}', "\xff", "[" * 10**5]
+MANIFESTS += ['{"tokenizer": {"path": "a\\u0000b"}}', '{"tokenizer": {"path": "\\ud800"}}']  # names that no file has
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=range(len(MANIFESTS)))
 def test_a_folder_that_names_no_tokenizer_is_refused(tiny_data, tiny_run, manifest):
     (tiny_data / "manifest.json").unlink()
     if manifest is not None:

@@ -151,6 +151,23 @@ def test_an_artifact_is_scored_alone_without_training_data(first, tmp_path):
     for key in ("val_bpb", "static_bpb", "val_loss", "bytes", "tokens", "artifact_bytes", "adaptation_steps"):
         assert alone[key] == first.result[key], key
     assert "steps" not in alone and not (tmp_path / "logs" / "alone.ptz").exists()
+    assert alone["knobs"] == first.result["knobs"] | {"RUN_ID": "alone", "ARTIFACT": str(first.folder.artifact())}
+
+
+def test_a_time_that_packing_alone_takes_is_refused_before_training(tmp_path):
+    done = Folder(tmp_path).run(RUN_ID="short", ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0.4)
+    assert done.returncode == 2 and "MAX_WALLCLOCK_SECONDS=0.4" in done.stderr and "result" not in done.stdout
+
+
+def test_ranks_whose_clocks_differ_name_their_files_alike(tmp_path, monkeypatch):
+    """Without RUN_ID, a rank that named the artifact by its own clock would not find the one that was written."""
+    monkeypatch.setattr(g, "LOGS", tmp_path)
+    monkeypatch.setattr(g.Dist, "agree", lambda self, *values: [0.0])  # rank 0's time
+    for name, value in SMALL.items() | {("DATA_PATH", str(tmp_path / "absent"))}:
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(g.UserError):
+        g.run_all(only_check=False)
+    assert [p.name for p in tmp_path.iterdir()] == [time.strftime("%Y%m%d_%H%M%S.txt", time.localtime(0))]
 
 
 def test_a_flipped_byte_ends_with_status_2(first):

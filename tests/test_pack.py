@@ -222,6 +222,17 @@ def test_a_bomb_is_refused_before_it_takes_memory():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 16  # KiB
 
 
+def test_many_small_bombs_are_one(monkeypatch):
+    """Each tensor is within the limit, all of them are not; what is not compressed cannot grow."""
+    one = frame(bytes(600))
+    table = [[name, "i1", [600], len(one)] for name in "ab"]
+    assert set(train_gpt.unpack(forged(table, one, one, zstd=True), "file.ptz")[1]) == {"a", "b"}
+    monkeypatch.setattr(train_gpt, "MAX_UNPACKED_BYTES", 1000)
+    assert_refused(forged(table, one, one, zstd=True))
+    plain = [[name, "i1", [600], 600] for name in "ab"]
+    assert set(train_gpt.unpack(forged(plain, bytes(600), bytes(600), zstd=False), "file.ptz")[1]) == {"a", "b"}
+
+
 # ---- what fills a network ---------------------------------------------------
 
 
@@ -310,6 +321,12 @@ def test_an_artifact_rebuilds_its_network_whatever_the_environment_says(plan, me
     assert model.config == tiny_config
     expected = dict(restored(tiny_config, stored).named_parameters())
     assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+
+def test_a_whole_number_is_a_number_too(plan, meta, stored, tmp_path):
+    whole = {name: int(value) if value == int(value) else value for name, value in meta["model"].items()}
+    model = train_gpt.load_artifact(write_artifact(tmp_path, meta | {"model": whole}, stored), plan)
+    assert repr(model.config) == repr(plan.model)
 
 
 WRONG_META = {

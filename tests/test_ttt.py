@@ -499,6 +499,18 @@ def test_a_stream_is_cut_into_equal_chunks_that_hold_every_target_once(lengths, 
     assert held == [(i, t) for i, n in enumerate(docs.lengths) for t in range(n)]
 
 
+@torch.no_grad()
+def test_a_document_that_went_astray_leaves_nothing_behind():
+    """A NaN among the keys and values that are hidden from the next document would reach its scores: 0 times NaN."""
+    tokens = torch.tensor([document(CHUNK), document(CHUNK, seed=1)])
+    learners = g.SideBySide(random_model(), run_config(**LORA), 2, torch.device("cpu"))
+    first = learners.score(tokens, tokens, to_learn=False).clone()
+    for past in learners.past:
+        past.ring.fill_(math.nan)
+    learners.begin()
+    assert torch.equal(learners.score(tokens, tokens, to_learn=False), first)
+
+
 # ---- the deadline -----------------------------------------------------------
 
 
@@ -532,6 +544,20 @@ def test_a_stream_that_runs_out_of_time_goes_on_scoring(static):
     assert late.degraded == len(MIXED)
     later = evaluation(MIXED, seconds=clock(9), eval_seconds=10.0, **SYSTEMS["full, stream"])
     assert 0 < later.score().updates.sum() and 0 < later.degraded < len(MIXED)
+
+
+@pytest.mark.parametrize("name", ["lora, stream", "full, stream"])
+def test_a_stream_keeps_time_for_the_rest_and_scores_it_at_once(static, monkeypatch, name):
+    """Chunk by chunk the rest would be read a context a chunk: many times the work of scoring without adaptation."""
+    made = evaluation(MIXED, eval_seconds=1.0, **SYSTEMS[name])
+    made.static_rate = 100.0  # tokens a second: more than the time that there is
+    passes, hidden = [], g.GPT.hidden
+    monkeypatch.setattr(g.GPT, "hidden", lambda *given, **named: passes.append(given) or hidden(*given, **named))
+    np.testing.assert_allclose(made.score().nats, static.nats, rtol=1e-5)
+    assert made.degraded == len(MIXED)
+    scored = len(passes)
+    score(MIXED, ttt_enabled=0)
+    assert scored == len(passes) - scored
 
 
 def test_the_time_left_reserves_the_score_of_the_rest():
@@ -668,6 +694,22 @@ def replays(monkeypatch):
     ).items():
         monkeypatch.setattr(torch.cuda, name, value)
     return captured
+
+
+@pytest.mark.usefixtures("replays")
+def test_what_a_step_reads_lies_aligned_from_the_first_chunk_on(monkeypatch):
+    """Triton compiles anew for what is not, and cannot while a graph is captured; chunks of one document are slices."""
+    found, scored = [], g.SideBySide._score
+
+    @functools.wraps(scored)
+    def watched(self, tokens, targets):
+        found.extend(t.data_ptr() % 16 for t in (tokens, targets))
+        return scored(self, tokens, targets)
+
+    monkeypatch.setattr(g.SideBySide, "_score", watched)
+    docs, run = documents(document(90)), run_config(**LORA)
+    g.adapt_side_by_side(random_model().requires_grad_(False), docs, [0], run, g.Dist(), g.Tally(docs))
+    assert len(found) >= 4 and not any(found[:-2])  # of the last chunk nothing is learnt: it runs as it is
 
 
 @pytest.mark.parametrize("name", ["lora, adamw", "lora, sgd, epochs, cosine", "lora, entropy window"])

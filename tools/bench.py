@@ -2,11 +2,13 @@
 
 python -m tools.bench                     the entry's shapes; knobs are environment variables, as for the entry
 python -m tools.bench --only steps        or: kernels, adaptation
-python -m tools.bench --only agreement    train on DATA_PATH with kernels and compiler, and again in plain torch
+python -m tools.bench --only agreement    train on DATA_PATH with kernels and compiler, and again in plain torch; on a
+                                          CPU the kernels want TRITON_INTERPRET=1, and shapes as small as a test's
 """
 
 import argparse
 import contextlib
+import os
 import re
 import time
 from collections import Counter
@@ -127,20 +129,17 @@ def loss_at_the_end(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist, compiled: 
 
 
 def agreement(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
-    """Kernels and compiler learn what plain torch learns, same seed and text, up to what rounding alone changes: the
-    second line has the same kernels without the compiler."""
-    found: dict[str, float] = {}
-    for name, compiled, world in (
-        ("kernels, compiled", True, contextlib.nullcontext()),
-        ("kernels", False, contextlib.nullcontext()),
-        ("plain torch", False, mock.patch.object(g, "kernels_serve", lambda _: False)),
-    ):
+    """Kernels and compiler learn what plain torch learns, same seed and text, up to what rounding alone changes. On a
+    GPU the second line has the kernels without the compiler; on a CPU they run in Triton's interpreter."""
+    on_gpu, losses = dist.device.type == "cuda", []
+    served = contextlib.nullcontext() if on_gpu else mock.patch.object(g, "kernels_serve", lambda _: True)
+    plain = mock.patch.object(g, "kernels_serve", lambda _: False)
+    worlds = [("kernels, compiled", True, served)] if on_gpu else []
+    for name, compiled, world in [*worlds, ("kernels", False, served), ("plain torch", False, plain)]:
         with world:
-            found[name] = loss_at_the_end(run, c, dist, compiled)
-        difference = found[name] - found["kernels, compiled"]
-        print(
-            f"agreement steps:{run.iterations} loss:{found[name]:.5f} difference:{difference:+.5f} {name}", flush=True
-        )
+            losses.append(loss_at_the_end(run, c, dist, compiled))
+        difference = losses[-1] - losses[0]
+        print(f"agreement steps:{run.iterations} loss:{losses[-1]:.5f} difference:{difference:+.5f} {name}", flush=True)
 
 
 def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
@@ -212,6 +211,8 @@ def main() -> None:
     g.prepare_torch(run, dist.device)
     print(f"{g.device_name(dist.device)} {g.versions()}", flush=True)
     if options.only == "agreement":
+        if dist.device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+            parser.error("on a CPU kernels run in Triton's interpreter only: set TRITON_INTERPRET=1")
         agreement(run, model_config, dist)
     if options.only in (None, "kernels") and dist.device.type == "cuda":
         kernels(run, model_config, dist)
