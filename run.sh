@@ -36,16 +36,21 @@ EOF
 
 commands() { usage | sed -n 's|^  ./run.sh \([a-z-][a-z-]*\) .*|\1|p' | xargs; }
 
-# The small run: two CPU cores, five minutes, 3 GB. Its budget is in steps, so that it repeats exactly.
+# The small run: two CPU cores, five minutes, 2 GB. Its budget is in steps, so that it repeats exactly.
 small_job() {
   default OMP_WAIT_POLICY=passive # cores may be shared: threads that spin are slow there
-  default RUN_ID=small DATA_PATH=$SMALL_DATA ITERATIONS=64 MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=10
+  [[ -n ${ARTIFACT:-} ]] || default RUN_ID=small # a score leaves the run's own files alone
+  default DATA_PATH=$SMALL_DATA ITERATIONS=64 MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=10
   default VOCAB_SIZE=2048 NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 PARALLEL_START_LAYER=4
   default NUM_LOOPS=1 LOOP_START=2 LOOP_END=3
   default HOLDOUT_TOKENS=65536 TRAIN_BATCH_TOKENS=8192 TRAIN_ROW_TOKENS=4096 MICRO_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=512
   default EVAL_SEQ_LEN=512 EVAL_STRIDE=128
-  [[ ${TTT_PARAMS:-lora} != lora ]] || default TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LR=1e-3 \
-    TTT_CHUNK_TOKENS=16 TTT_BATCH_DOCS=16
+  if [[ ${TTT_PARAMS:-lora} != lora ]]; then
+    default TTT_CHUNK_TOKENS=128 # the default is longer than these documents
+  else
+    default TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LR=1e-3 TTT_CHUNK_TOKENS=16
+    [[ ${TTT_SCOPE:-document} != document ]] || default TTT_BATCH_DOCS=16
+  fi
 }
 
 default() { # NAME=value...: for what the environment does not say

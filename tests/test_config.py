@@ -187,7 +187,7 @@ def test_a_long_name_may_have_two_letters_exchanged():
 
 
 @pytest.mark.parametrize("name, near", [
-    ("SED", "SEED"), ("WARMDOWN_ITERS", "WARMDOWN_FRAC"), ("EMA_DECAY", ""), ("TIED_EMBED_LR", ""), ("LQER_ENABLED", ""),
+    ("SED", "SEED"), ("WARMDOWN_ITERS", "WARMDOWN_FRAC"), ("EMA_DECAY", ""), ("TIED_EMBED_LR", ""), ("LQER_RANK", ""),
     ("TTT_RANK", "TTT_LORA_RANK"), ("TTT_CHUNK_SIZE", "TTT_CHUNK_TOKENS"), ("MUON_BACKEND_STEPS", "MUON_NS_STEPS"),
     ("MUON_MOMENTUM_WARMUP_STEPS", "MUON_MOMENTUM_WARMUP_FRAC"), ("ROPE_TRAIN_SEQ_LEN", "TRAIN_SEQ_LEN"),
     ("GPTQ_RESERVE_SECONDS", "EVAL_SECONDS"), ("SMEAR_GATE", "SMEAR_WIDTH"), ("EVAL_INCLUDE_EOS", None),

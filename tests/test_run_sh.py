@@ -214,6 +214,19 @@ def test_the_small_run_s_settings_are_accepted_by_the_entry(ready):
     assert model != train_gpt.ModelConfig() and run.run_id == "small"
 
 
+@pytest.mark.parametrize("given", [{"TTT_SCOPE": "stream"}, {"TTT_PARAMS": "full"}, {"TTT_ENABLED": "0"}], ids=str)
+def test_every_kind_of_adaptation_can_be_asked_of_the_small_run(ready, given):
+    """And `full` adapts: its own chunk is longer than any document here."""
+    ready.run(**given)
+    _, run = train_gpt.read_env(ready.started("train_gpt.py")[0]["env"])
+    assert run.ttt_chunk_tokens <= 128
+
+
+def test_scoring_an_artifact_does_not_take_the_name_of_the_small_run(ready):
+    ready.run(ARTIFACT="logs/small.ptz")
+    assert "RUN_ID" not in ready.started("train_gpt.py")[0]["env"]
+
+
 def test_gpus_without_data_still_mean_the_small_run(ready):
     done = ready.run(STUB_GPUS=8)
     assert re.fullmatch(r"run.sh: small run with \S+: found no data in \S+\n", done.stderr)

@@ -190,6 +190,7 @@ def test_a_failing_combination_is_reported_and_the_rest_goes_on(stand_in, capsys
     assert [lr for lr, *_ in stand_in.started()] == ["0.1", "0.5", "0.2"]
     assert "TTT_LR=0.5  failed" in out and "planted failure" in out and out.splitlines()[-1] == "TTT_LR=0.2"
     results = (stand_in.folder / "logs/sweeps/ttt_lr/results.md").read_text()
+    assert f"DATA_PATH={os.environ['DATA_PATH']}" in results, "what the environment said is part of the command"
     assert "- `TTT_LR=0.5`: planted failure" in results
     assert sweep.main(["TTT_LR=0.1,0.5,0.2"]) == 1
     assert [lr for lr, *_ in stand_in.started()][3:] == ["0.5"], "a failed one is tried again, the others are not"

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import os
 import re
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import train_gpt as g
+from tools.common import end_in_a_line
 
 CATEGORIES = {  # by the names that kernels have in a trace; the first that fits
     "attention": r"flash|fmha|attention|varlen|^prepare_",
@@ -131,6 +133,7 @@ def loss_at_the_end(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist, compiled: 
 def agreement(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     """Kernels and compiler learn what plain torch learns, same seed and text, up to what rounding alone changes. On a
     GPU the second line has the kernels without the compiler; on a CPU they run in Triton's interpreter."""
+    g.require(run.iterations > 0, "the two learn for ITERATIONS steps: set it")
     on_gpu, losses = dist.device.type == "cuda", []
     served = contextlib.nullcontext() if on_gpu else mock.patch.object(g, "kernels_serve", lambda _: True)
     plain = mock.patch.object(g, "kernels_serve", lambda _: False)
@@ -201,7 +204,7 @@ def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:
     return start.elapsed_time(end) / repeats
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=["steps", "kernels", "adaptation", "agreement"])
     parser.add_argument("--count", type=int, default=4, help="steps to time [4]")
@@ -209,6 +212,8 @@ def main() -> None:
     model_config, run = g.read_env()
     dist = g.Dist.from_env(run.device)
     g.prepare_torch(run, dist.device)
+    if options.only == "kernels" and dist.device.type == "cpu":
+        parser.error("kernels are timed on a GPU only")
     print(f"{g.device_name(dist.device)} {g.versions()}", flush=True)
     if options.only == "agreement":
         if dist.device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
@@ -223,7 +228,8 @@ def main() -> None:
         for looping in (False, True):
             steps(trainer, looping, options.count)
     dist.close()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(end_in_a_line(main))

@@ -152,8 +152,9 @@ def load_run(name: str | Path, folder: Path = LOGS) -> Run:
 
 def read_result(path: Path) -> dict[str, Any]:
     """The checked content of a .json."""
+    content = read_file(path)
     try:
-        result = json.loads(read_file(path))
+        result = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not the result of a run: {error}") from None
     if not isinstance(result, dict):

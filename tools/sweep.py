@@ -6,8 +6,8 @@ Try combinations of knobs, each a run of its own, and rank them on held-out trai
     ./run.sh sweep --file combinations.txt                                              one NAME=value ... a line
 
 Values are separated by commas, or by semicolons where values hold commas: 'TTT_LORA_TARGETS=q,v;q,k,v,o'. Combinations
-that differ in SEED alone share a line of the result. All other knobs are those of the environment, and with --eval
-those of the artifact's run.
+that differ in SEED alone share a line of the result. All other knobs are those of the environment; with --eval, what
+it does not say is as in the artifact's run, and HOLDOUT_TOKENS always is.
 
 Leaves logs/sweeps/<name>/: results.md, results.csv, results.png, and the files of every run. Finished combinations are
 not run again (same knobs, source, data and artifact), so an interrupted sweep is gone on with by the same command.
@@ -596,8 +596,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{done} of {len(jobs)} combinations are done; the same command goes on with the rest", flush=True)
             raise
         rows = rank(jobs)
+        given = shell_words({name: os.environ[name] for name in train_gpt.KNOBS if name in os.environ})
+        command = f"{given} {shlex.join(['./run.sh', 'sweep', *arguments])}".strip()
         require(bool(rows), f"every combination failed, the first: {jobs[0].at}", UserError)
-        print("\n" + write_results(folder, jobs, rows, scored, shlex.join(["./run.sh", "sweep", *arguments])))
+        print("\n" + write_results(folder, jobs, rows, scored, command))
     print(f"{folder}/results.md, results.csv, results.png")
     if rows[0].knobs and not scored.validation:  # seeds alone leave nothing to choose
         print(f"the best:\n{shell_words(rows[0].knobs)}")
