@@ -103,6 +103,12 @@ def scored_bits(predictor: codec.Predictor, documents: list[list[int]], **change
 # Bits are bits
 
 
+def allowance(bits: float) -> float:
+    """What README allows code and score to differ by. The code can be the shorter one: no token costs it more than 28
+    bits, and these networks find some tokens less likely than that."""
+    return 0.01 * bits + 8 * 16
+
+
 def test_a_document_takes_the_bits_that_the_scorer_reports_and_comes_back(artifact):
     """The four rules in one line: a score that looked ahead, was not normalised, learnt first or left a token out could
     not be decoded at this length."""
@@ -112,9 +118,9 @@ def test_a_document_takes_the_bits_that_the_scorer_reports_and_comes_back(artifa
     bits = scored_bits(predictor, [tokens])
     assert made.tokens == len(tokens) > 3 * predictor.run.eval_seq_len  # the window slides
     assert made.edits == 0
-    assert bits - 8 <= 8 * made.coded <= 1.01 * bits + 8 * 16
+    assert abs(8 * made.coded - bits) <= allowance(bits)
     without = scored_bits(predictor, [tokens], ttt_lr=0.0)
-    assert abs(without - bits) > 0.01 * bits + 8 * 16  # what was learnt counts: neither side can have left it out
+    assert abs(without - bits) > allowance(bits)  # what was learnt counts: neither side can have left it out
 
 
 def test_documents_side_by_side_take_the_bits_of_each(artifact):
@@ -128,7 +134,7 @@ def test_documents_side_by_side_take_the_bits_of_each(artifact):
     made = there_and_back(artifact, "\n\n".join(texts).encode(), split=b"\n\n")
     bits = sum(scored_bits(predictor, [document]) for document in documents)
     assert made.documents == 5
-    assert bits - 8 <= 8 * made.coded <= 1.01 * bits + 8 * 16
+    assert abs(8 * made.coded - bits) <= allowance(bits)
 
 
 def test_without_adaptation(artifact, monkeypatch):

@@ -247,7 +247,7 @@ STATIC_SCORE = "nll = model(*row.packed, looping=looping)[0].cpu().numpy()"
 NEW_LEARNERS = "or SideBySide(model, run, len(rows), dist.device, family)"
 MOVE_ON = "        learners.move_on()\n"
 SCORE_AGAIN = "        nats = learners.score(tokens[:, first:end], tokens[:, first + 1:end + 1], to_learn=False)\n"
-LEARN_IN_STREAM = "        entropy = learner.score(rows, tally)\n"
+LEARN_IN_STREAM = "        entropy, left = learner.score(rows, tally), left - targets\n"
 
 
 def while_scoring(*lines: str) -> list[tuple[str, str]]:
