@@ -106,12 +106,13 @@ has_torch() {
   "$base" -c 'import sys, torch; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 11])' &>/dev/null
 }
 
-missing() { # interpreter, files: prints the lines whose package it lacks; packages are imported by their own names
+missing() { # interpreter, files: prints the lines whose package it lacks; a package is imported by its own name, xdist
+  # by the last part of it
   "$1" - "${@:2}" <<'EOF'
 import fileinput, importlib.util, re
 for line in fileinput.input():
-    name = re.match("[a-z]+", line)
-    if name and not importlib.util.find_spec(name[0]):
+    name = re.match("(?:pytest-)?([a-z]+)", line)
+    if name and not importlib.util.find_spec(name[1]):
         print(line, end="")
 EOF
 }
@@ -185,8 +186,8 @@ choose_job() {
 start_job() { # nothing, or --check-setup
   setup requirements.txt
   choose_job
-  if ((gpus > 1 && $# == 0)); then
-    exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt.py
+  if ((gpus > 1)); then
+    exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt.py "$@"
   fi
   exec "$python" train_gpt.py "$@"
 }
@@ -208,12 +209,15 @@ run_tool_on_jobs() { # with the knobs and data that a run would have, but an art
 }
 
 run_tests() {
-  local status=0
+  local status=0 tier=()
   setup requirements.txt requirements-dev.txt
   if [[ ${1:-all} == all ]]; then "$python" -m ruff check . && "$python" -m ruff format --check . || status=1; fi
+  case ${1:-} in # a tier: as many tests at a time as there are cores
+    "" | slow | all) tier=(-n auto --dist worksteal) ;;
+  esac
   [[ ${1:-} != slow ]] || set -- -m slow "${@:2}"
   [[ ${1:-} != all ]] || set -- -m "slow or not slow" "${@:2}"
-  "$python" -m pytest "$@" || status=$?
+  "$python" -m pytest "${tier[@]}" "$@" || status=$?
   exit "$status"
 }
 

@@ -55,10 +55,8 @@ BOS = 1  # stands before every document; a constant of the data, not a knob
 
 class UserError(ValueError):
     """What a user can cause and mend: the message says what was found, what was expected and what to do."""
-
 class ConfigError(UserError):
     """A knob or a combination of knobs that cannot be run."""
-
 class DataError(UserError):
     """A file from outside that is not what it should be."""
 
@@ -156,7 +154,7 @@ class RunConfig:
     warmdown_frac: float = knob(0.85, "last part of the budget, over which the learning rate falls", low=0, high=1)
     min_lr: float = knob(0.10, "learning rate at the end, as a part of the full one", low=0, high=1)
     ema_horizon_frac: float = knob(0.06, "part of the budget over which weights are averaged, 0 = none", low=0, high=1)
-    enable_looping_at: float = knob(0.35, "part of the budget after which the loop runs", low=0, high=1)
+    enable_looping_at: float = knob(0.35, "part of the budget after which the loop runs", low=0, high=0.9)
 
     gptq_calibration_batches: int = knob(4, "training batches whose inputs weigh errors", group="Quantisation", low=1)
     gptq_damping: float = knob(0.01, "added to the Hessian's diagonal, as a part of its mean", low=1e-6)
@@ -168,7 +166,7 @@ class RunConfig:
     quant_clip_floor: float = knob(6.0, "the fit to ARTIFACT_BYTES makes no range narrower than this", low=1)
 
     eval_seq_len: int = knob(2048, "longest context in evaluation", group="Evaluation", unit="tokens", low=8)
-    eval_stride: int = knob(512, "new tokens per window after the first, without adaptation", unit="tokens", low=1)
+    eval_stride: int = knob(512, "new tokens per window after the first, where rows are packed", unit="tokens", low=1)
 
     ttt_enabled: int = knob(1, "test-time training: 1 = on, 0 = off", group="Test-time training", low=0, high=1)
     ttt_scope: Literal["document", "stream"] = knob("document", "what starts anew at every document, or goes on")
@@ -177,7 +175,7 @@ class RunConfig:
     ttt_lr: float = knob(1e-4, "learning rate", low=0, full=0.005)
     ttt_epochs: int = knob(1, "steps on every chunk", unit="steps", low=1, full=3)
     ttt_chunk_tokens: int = knob(16, "tokens scored before each learning", unit="tokens", low=8, full=32_768)
-    ttt_cosine: int = knob(0, "1 = the rate falls by a cosine over the steps on a chunk", low=0, high=1, full=1)
+    ttt_cosine: int = knob(0, "1 = the rate falls by a cosine over a chunk's epochs", low=0, high=1, full=1)
     ttt_momentum: float = knob(0.9, "SGD", low=0, high=0.9999, only=SGD)
     ttt_beta1: float = knob(0.0, "AdamW", low=0, high=0.9999, only=ADAMW)
     ttt_beta2: float = knob(0.99, "AdamW", low=0, high=0.99999, only=ADAMW)
@@ -247,7 +245,7 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
 
 def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
     """What looks like a knob of ours and is none, misspelt or retired, fails loudly; other programs' names do not."""
-    for name in sorted(set(env) - set(knobs)):
+    for name in sorted(set(env) - set(knobs) - {"ARTIFACTS", "COMPILER"}):  # which build tools set
         near = difflib.get_close_matches(name, sorted(knobs), 1, 0.0 if name.startswith(OUR_FAMILIES) else 0.85)
         require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
 
@@ -262,7 +260,6 @@ def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfi
 
 def applies(f: dataclasses.Field, config: Any) -> bool:
     return all(getattr(config, name) == value for name, value in f.metadata["only"].items())
-
 def needs(f: dataclasses.Field) -> str:
     return " and ".join(f"{name.upper()}={value}" for name, value in f.metadata["only"].items())
 
@@ -274,14 +271,13 @@ def describe_knobs() -> str:
     """The text of --help: every knob with its default, unit and meaning, in groups."""
     lines = [__doc__.split("\nA run leaves")[0].strip(), ""]
     for name, (f, kind) in KNOBS.items():
-        m = f.metadata
+        m, choices = f.metadata, get_args(kind)
         if m["group"]:
             lines.append(f"\n{m['group']}")
         default = str(m["default"]) if m["full"] is None else f"{m['default']} (full: {m['full']})"
-        unit = f" [{m['unit']}]" if m["unit"] else ""
-        only = f" (with {needs(f)})" if m["only"] else ""
-        which = f" ({' | '.join(get_args(kind))})" if get_args(kind) else ""
-        lines.append(f"  {name:26} {default or '-':24} {m['doc']}{which}{unit}{only}")
+        notes = f" ({' | '.join(choices)})" * bool(choices) + f" [{m['unit']}]" * bool(m["unit"])
+        notes += f" (with {needs(f)})" * bool(m["only"])
+        lines.append(f"  {name:26} {default or '-':24} {m['doc']}{notes}")
     return "\n".join(lines)
 
 # ==== Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
@@ -365,7 +361,8 @@ class Stopwatch:
         self.since = now
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time spent inside goes to `name`, and not to the phase around it."""
+        """Time spent inside goes to `name`, and not to the phase around it, whose kernels are waited for."""
+        self.dist.finish_kernels()
         self._book()
         self.stack.append(name)
         try:
@@ -442,7 +439,6 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
             space[i] = piece.startswith("▁") and not tokenizer.is_byte(i)
             plain[i] = 1 if tokenizer.is_byte(i) else len(piece.removeprefix("▁").encode())
     return PieceBytes(plain, space, control)
-
 def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
     """Bytes of tokens: the piece's, and 1 for a leading space unless a control token is before. (n,) -> (n,) int64"""
     after_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])  # nobody predicts the first, nothing is before
@@ -452,6 +448,7 @@ class Tokenizer(NamedTuple):
     path: Path
     sha256: str
     processor: sentencepiece.SentencePieceProcessor
+    pieces: PieceBytes
 
 def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     """The tokenizer of the data: TOKENIZER_PATH, or what the manifest in DATA_PATH names."""
@@ -462,13 +459,13 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     blob, processor = read_file(path, "; set TOKENIZER_PATH"), sentencepiece.SentencePieceProcessor()
     try:
         processor.LoadFromSerializedProto(blob)
-        size, bos = processor.get_piece_size(), processor.bos_id()
-    except RuntimeError:
+        size, bos, pieces = processor.get_piece_size(), processor.bos_id(), piece_bytes(processor)
+    except (RuntimeError, ValueError):  # a piece may be no text
         raise DataError(f"{path}: not a SentencePiece model; set TOKENIZER_PATH to one") from None
     require(size == vocab_size, f"{path}: the tokenizer has {size} pieces, the model VOCAB_SIZE={vocab_size}; "
             f"set {'' if run.artifact else f'VOCAB_SIZE={size} or '}another TOKENIZER_PATH", DataError)
     require(bos == BOS, f"{path}: BOS is {bos}, expected {BOS}: use another tokenizer", DataError)
-    return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor)
+    return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor, pieces)
 
 def manifest_value(folder: Path, *keys: str) -> Any:
     """An entry of a prepared folder's manifest.json, None where there is none."""
@@ -518,9 +515,9 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
         counts = [read_shard(p) for p in sidecars]
         for path, shard, count in zip(sidecars, shards.values(), counts, strict=True):
             require(len(shard) == len(count), f"{path}: {len(count)} entries, {len(shard)} tokens; {again}", DataError)
-        docs = split_documents(tokens, np.concatenate(counts).astype(np.int64))
     else:
-        docs = split_documents(tokens, contest_bytes(tokens, piece_bytes(tokenizer.processor)))
+        counts = [contest_bytes(tokens, tokenizer.pieces)]
+    docs = split_documents(tokens, np.concatenate(counts).astype(np.int64))
     require(docs.target_bytes().sum() > 0, f"DATA_PATH={folder}: validation stands for no text at all", DataError)
     return docs
 
@@ -553,7 +550,6 @@ def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device
     if device.type == "cuda":
         parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
     return Packed(parts[0][None], parts[1][None], Segments(parts[2], parts[3]))
-
 def pack_text(text: np.ndarray, run: RunConfig, device: torch.device) -> Packed:
     """Whole training rows of N tokens, and one more: (N + 1,)."""
     starts = segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len)
@@ -624,7 +620,6 @@ constant = tl.constexpr if triton else float
 TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score that counts for nothing, yet no infinity
 TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the launches below
 TILE = constant(TILE_TOKENS)
-
 def kernels_serve(x: Tensor) -> bool:
     return x.is_cuda and triton is not None  # elsewhere their twins do
 
@@ -781,8 +776,10 @@ def attention_key_kernel(qk_ptr, qkv_ptr, lse_ptr, positions_ptr, ends_ptr, d_y_
     d_v += load_tile(d_qkv_ptr, row, tokens, heads + 2 * kv_heads, value, width)
     store_tile(d_qk_ptr, d_k / LOG2_E, row, tokens, heads + kv_heads, key_head, width)
     store_tile(d_qkv_ptr, d_v, row, tokens, heads + 2 * kv_heads, value, width)
-
-WALK, PASS = dict(num_warps=4, num_stages=3), dict(num_warps=8)  # along a segment; over everything once
+PASS = dict(num_warps=8)  # a launch that goes over everything once
+def walk(width: int) -> dict[str, int]:
+    """A launch along segments. Wide heads leave less shared memory for tiles that are fetched ahead."""
+    return dict(num_warps=4, num_stages=3 if width < 128 else 2)
 
 class PackedAttention(torch.autograd.Function):
     """The kernels above; `attend_plainly` is their twin."""
@@ -796,7 +793,7 @@ class PackedAttention(torch.autograd.Function):
         qk, y, out = (qkv.new_empty(N, n * h) for n in (H + K, H, H))
         lse, tiles = torch.empty(H, N, device=qkv.device), -(-N // TILE_TOKENS)
         prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, qk, qkv, gain, N, False, H, K, h, cos.size(1), **PASS)
-        attention_forward_kernel[(tiles, H)](qk, qkv, gate, segments.positions, y, out, lse, N, *heads, **WALK)
+        attention_forward_kernel[(tiles, H)](qk, qkv, gate, segments.positions, y, out, lse, N, *heads, **walk(h))
         ctx.save_for_backward(qkv, gain, gate, cos, sin, qk, y, lse, *segments)
         ctx.heads = heads
         return out
@@ -807,8 +804,8 @@ class PackedAttention(torch.autograd.Function):
         d_y, d_gate, d_qk, d_qkv, drift = map(torch.empty_like, (y, gate, qk, qkv, lse))
         d_gain = torch.empty(tiles, H + K, device=qkv.device)
         attention_output_kernel[(tiles, K)](qkv, gate, y, d_out, d_y, d_gate, d_qkv, drift, N, *ctx.heads, **PASS)
-        attention_query_kernel[(tiles, H)](qk, qkv, lse, positions, d_y, drift, d_qk, N, H, K, h, **WALK)
-        attention_key_kernel[(tiles, K)](qk, qkv, lse, positions, ends, d_y, drift, d_qk, d_qkv, N, H, K, h, **WALK)
+        attention_query_kernel[(tiles, H)](qk, qkv, lse, positions, d_y, drift, d_qk, N, H, K, h, **walk(h))
+        attention_key_kernel[(tiles, K)](qk, qkv, lse, positions, ends, d_y, drift, d_qk, d_qkv, N, H, K, h, **walk(h))
         prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **PASS)
         return d_qkv, d_gain.sum(0)[:H] * (math.log2(math.e) * h ** -0.5), d_gate, None, None, None, None
 
@@ -859,7 +856,6 @@ class CappedLoss(torch.autograd.Function):
 
 def loss_plainly(z: Tensor, targets: Tensor, cap: float) -> Tensor:
     return F.cross_entropy(softcap(z, cap), targets, reduction="none")
-
 def softcap(z: Tensor, cap: float) -> Tensor:
     """Logits squashed into +-cap, or as they are if cap is 0; fp32."""
     return cap * torch.tanh(z.float() / cap) if cap else z.float()
@@ -875,13 +871,9 @@ class Heads(NamedTuple):
 class Past:
     """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
     def __init__(self, ring: Tensor):
-        self.ring = ring                  # (2, B, L, K, h), keys and values; token t lies at t % L
+        self.ring = ring                  # (2, B, K, L, h) fp32, keys and values; token t lies at t % L
         self.seen = ring.new_empty(0)     # (C, L + C) bool: which of the ring's tokens and its own a chunk's token sees
-        self.latest = (ring[0], ring[1])  # keys and values of the chunk that came last
-    def before(self, k: Tensor, v: Tensor) -> list[Tensor]:
-        """Keys and values of the ring and of a chunk, (B, C, K, h) twice -> (B, L + C, K, h) twice."""
-        self.latest = k.detach(), v.detach()
-        return [torch.cat(pair, 1) for pair in zip(self.ring, (k, v), strict=True)]
+        self.latest = (ring[0], ring[1])  # keys and values of the chunk that came last, (B, K, C, h) each
 
 class Chunk(NamedTuple):
     """The place of a chunk of C tokens in its documents: what the forward pass needs of the chunks before."""
@@ -906,7 +898,7 @@ def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, p
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     """Causal: in segments (B is 1), after the past, or in rows. (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h)"""
     if isinstance(place, Past):
-        return attend_after(q, *place.before(k, v), place.seen)
+        return attend_after(q, k, v, place)
     if place is None:
         return attend_rows(q, k, v)
     sizes = torch.unique_consecutive(place.ends, return_counts=True)[1].tolist()
@@ -920,20 +912,23 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).transpose(1, 2)
 
-def attend_after(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-    """A chunk attends to tokens before it and its own: (B, C, H, h), (B, T, K, h) twice, seen (C, T) -> (B, C, H, h)"""
-    (B, C, H, h), K = q.shape, k.size(2)
-    q = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h)  # (B, K, H / K * C, h), no key copied
-    k, v, seen = k.transpose(1, 2), v.transpose(1, 2), seen.repeat(H // K, 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h)
+def attend_after(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
+    """A chunk attends to tokens before it and its own: (B, C, H, h), (B, C, K, h) twice -> (B, C, H, h). Written out:
+    nothing is asked of the past on the way back, and a GPU's fused attention adds up gradients in any order."""
+    (B, C, H, h), K, L = q.shape, k.size(2), past.ring.size(3)
+    k, v, (old_k, old_v) = k.transpose(1, 2).float(), v.transpose(1, 2).float(), past.ring
+    past.latest = k.detach(), v.detach()
+    queries = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h).float()  # (B, K, H / K * C, h)
+    s = torch.cat([queries @ old_k.mT, queries @ k.mT], -1) * h ** -0.5
+    p = s.masked_fill(~past.seen.repeat(H // K, 1), -math.inf).softmax(-1)
+    y = p[..., :L] @ old_v + p[..., L:] @ v
+    return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h).to(q.dtype)
 
 def rotary(positions: Tensor, dims: int, base: float) -> Rope:
     """Cosine and sine of positions: (..., T) -> (..., T, 1, dims / 2) twice, fp32. RoPE, Su et al., arXiv 2104.09864"""
     frequency = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1))
     angle = positions[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + dims / 2) of the first `dims` dimensions of every head: (B, T, H, h) -> the same."""
     half = cos.size(-1)
@@ -956,7 +951,6 @@ class Deltas(NamedTuple):
     v: LowRank | None = None
     o: LowRank | None = None
     mlp: LowRank | None = None
-
 NO_DELTAS = Deltas()
 
 class Linear(nn.Module):
@@ -1312,14 +1306,13 @@ def believing_nothing(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is the file's fault."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, RecursionError, zstandard.ZstdError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, zstandard.ZstdError) as error:
         raise DataError(f"{what}: the contents are not what the format promises ({error})") from error
 
 def decompress(frame: bytes, most: int) -> bytes:
     size = zstandard.get_frame_parameters(frame).content_size
     require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
-
 def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room: int) -> Tensor:
     dtype = STORED_TYPES[kind]
     require(all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in shape), f"shape {shape}")
@@ -1334,11 +1327,9 @@ def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> fl
     """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
     by_steps, limit = step / run.iterations if run.iterations else 0.0, run.max_wallclock_seconds
     return max(by_steps, seconds / max(limit - reserve, 1e-9) if limit else 0.0)
-
 def lr_at(progress: float, run: RunConfig) -> float:
     """Factor on learning rates: 1, then falling in a line over the last WARMDOWN_FRAC of the budget, to MIN_LR."""
     return max(run.min_lr, min(1.0, (1.0 - progress) / run.warmdown_frac if run.warmdown_frac else 1.0))
-
 def momentum_at(progress: float, run: RunConfig) -> float:
     """Muon's momentum rises in a line over the first MUON_MOMENTUM_WARMUP_FRAC of the budget."""
     part = min(1.0, progress / run.muon_momentum_warmup_frac) if run.muon_momentum_warmup_frac else 1.0
@@ -1365,11 +1356,11 @@ class WeightAverage:
 
 class Trainer:
     """What training consists of, and what a checkpoint holds."""
-    def __init__(self, model: GPT, run: RunConfig, dist: Dist, tokenizer_sha256: str):
+    def __init__(self, model: GPT, run: RunConfig, dist: Dist, origin: Mapping[str, Any]):
         self.model, self.run, self.dist = model, run, dist
         self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
         self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
-        self.identity = {"kind": "checkpoint", "model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256,
+        self.identity = {"kind": "checkpoint", "model": dataclasses.asdict(model.config), **origin,
                          "train_batch_tokens": run.train_batch_tokens, "train_row_tokens": run.train_row_tokens}
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
@@ -1406,8 +1397,10 @@ class Trainer:
             require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
         shapes, ours = ({name: t.shape for name, t in ts.items()} for ts in (tensors, self.tensors()))
         require(shapes == ours, f"RESUME={path}: its tensors are not those of this run", DataError)
-        self.put(tensors, meta["step"])
-        self.step, self.progress, self.seconds_before = meta["step"], meta["progress"], meta["seconds"]
+        with believing_nothing(path):
+            step, progress, seconds = int(meta["step"]), float(meta["progress"]), float(meta["seconds"])
+        self.put(tensors, step)
+        self.step, self.progress, self.seconds_before = step, progress, seconds
 
 def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
     """A batch of this run's shapes that has nothing to do with any text, for compilation and warm-up."""
@@ -1585,10 +1578,9 @@ def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
     return model
 
 def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, watch: Stopwatch,
-                  tokenizer_sha256: str, log: Log) -> bytes:
+                  origin: Mapping[str, Any], log: Log) -> bytes:
     """Quantise and pack into ARTIFACT_BYTES with the code: ranges come from an estimate, mended for the second try."""
-    meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), "tokenizer": tokenizer_sha256,
-            "holdout_tokens": run.holdout_tokens}
+    meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **origin}
     weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
     scalars = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
     limit = run.artifact_bytes - len(code())
@@ -1596,17 +1588,16 @@ def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, di
     for attempt in (1, 2):
         with watch.phase("quantise"):
             widen = fit_ranges(weights, run, budget)
-            stored = quantise(model, hessians, run, dist, widen)
+            stored, estimate = quantise(model, hessians, run, dist, widen), entropy_bytes(weights, run, widen)
         with watch.phase("pack"):
             blob = pack(meta, stored, level=22) if dist.main else b""
             size = int(dist.agree(len(blob))[0])
-        estimate = entropy_bytes(weights, run, widen)
         log(f"pack {attempt}: ranges x{widen:.4f}, {size} bytes, entropy of rounded weights {estimate:.0f} bytes")
         if size <= limit:
             return blob
         budget = (limit - (size - estimate)) * 0.998 - 500  # what was not entropy stays, for all we know
     raise UserError(f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
-                    f"ARTIFACT_BYTES={run.artifact_bytes}: raise *_CLIP_SIGMAS, lower *_BITS or use a smaller model")
+                    f"ARTIFACT_BYTES={run.artifact_bytes}: lower *_BITS or use a smaller model")
 
 def code() -> bytes:
     """The source that is counted: this file as it stands."""
@@ -1628,7 +1619,6 @@ class Tally:
             values[:] = dist.sum_(torch.from_numpy(values)).numpy()
         wrong = np.flatnonzero(self.counted != self.docs.lengths)
         assert len(wrong) == 0, f"documents {wrong[:5]}: {self.counted[wrong[:5]]} targets scored, not once each"
-        assert int(self.counted.sum()) == len(self.docs.tokens) - 1
         return self
     @property
     def bits_per_byte(self) -> float:
@@ -1761,7 +1751,6 @@ def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | f
         return rate
     low, high = max(run.ttt_entropy_low, 1e-9), run.ttt_entropy_high or math.inf
     return rate * (entropy / low).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
-
 def wants_entropy(run: RunConfig) -> bool:
     return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
 
@@ -1771,10 +1760,8 @@ class SideBySide:
     so that a step costs a chunk and not a window. It is thousands of small kernels, and a GPU would wait for Python: a
     step is captured for every size of the cache and replayed as a CUDA graph; all that lasts changes in place."""
     SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
-    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device, family: dict | None = None):
+    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
         self.model, self.run, self.documents, self.device = model, run, documents, device
-        self.family: dict[int, SideBySide] = {} if family is None else family  # one for every number of documents
-        self.family[documents] = self
         self.room = run.eval_seq_len - run.ttt_chunk_tokens
         self.adapter = Adapter(model.config, run, documents, device)
         self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
@@ -1801,11 +1788,11 @@ class SideBySide:
         if self.past and size == self.size:
             return
         if size not in self.caches:
-            c, kind = self.model.config, torch.bfloat16 if self.device.type == "cuda" else torch.float32
-            shape = (2, self.documents, size, c.num_kv_heads, c.head_dim)
-            self.caches[size] = [Past(torch.zeros(shape, dtype=kind, device=self.device)) for _ in self.adapter.visits]
+            c = self.model.config
+            shape = (2, self.documents, c.num_kv_heads, size, c.head_dim)
+            self.caches[size] = [Past(torch.zeros(shape, device=self.device)) for _ in self.adapter.visits]
         for old, new in zip(self.past, self.caches[size], strict=False):  # no cache yet, or one for one
-            new.ring[:, :, :self.size].copy_(old.ring)
+            new.ring[..., :self.size, :].copy_(old.ring)
         self.past, self.size = self.caches[size], size
     def hidden(self, tokens: Tensor) -> Tensor:
         """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
@@ -1851,7 +1838,7 @@ class SideBySide:
             slots = (self.done_there + self.tokens.size(1) - n + torch.arange(n, device=self.device)) % self.size
             for past in self.past:
                 for ring, latest in zip(past.ring, past.latest, strict=True):
-                    ring.index_copy_(1, slots, latest[:, -n:])
+                    ring.index_copy_(2, slots, latest[:, :, -n:])
         self.last.copy_(self.tokens[:, -1:])
         self.done_there += self.tokens.size(1)
     def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -1878,21 +1865,18 @@ class SideBySide:
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
     @torch.no_grad()
-    def keep(self, rows: Tensor) -> SideBySide:
-        """These documents alone, where they are."""
-        assert len(rows) < self.documents
-        few = self.family.get(len(rows)) or SideBySide(self.model, self.run, len(rows), self.device, self.family)
-        few.begin()
-        few.done = self.done
-        for learners in (self, few):
+    def take_over(self, other: SideBySide, rows: Tensor) -> None:
+        """Go on with these documents of another's, where they are."""
+        self.begin()
+        self.done = other.done
+        for learners in (self, other):
             learners.make_room(0)
         lasting = [[*one.adapter.tensors(), *one.rule.first, *one.rule.second, one.last,
-                    *(past.ring.transpose(0, 1) for past in one.past)] for one in (few, self)]  # (B, ...) each
+                    *(past.ring.transpose(0, 1) for past in one.past)] for one in (self, other)]  # (B, ...) each
         for new, old in zip(*lasting, strict=True):
             new.copy_(old[rows])
-        few.done_there.copy_(self.done_there)
-        few.rule.steps_done.copy_(self.rule.steps_done)
-        return few
+        self.done_there.copy_(other.done_there)
+        self.rule.steps_done.copy_(other.rule.steps_done)
 
 def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist, tally: Tally,
                        family: dict[int, SideBySide] | None = None) -> None:
@@ -1903,14 +1887,22 @@ def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: R
     for row, i in zip(text, group, strict=True):
         row[:lengths[i] + 1] = docs.span(i)
     tokens = torch.from_numpy(text).to(dist.device)  # (B, T + 1)
-    learners = family.get(len(rows)) or SideBySide(model, run, len(rows), dist.device, family)
+    def learners_for(many: int) -> SideBySide:
+        if many not in family:
+            family[many] = SideBySide(model, run, many, dist.device)
+        return family[many]
+    if len(rows) not in family:
+        family.clear()  # each holds gigabytes: those of halves of another number would not be needed
+    learners = learners_for(len(rows))
     learners.begin()
     for first in range(0, longest, chunk):
         end, left = first + chunk, lengths[rows] - first  # left: (B,) targets from here on
         while len(rows) > 1 and (left > 0).sum() <= len(rows) // 2:
             kept = np.argsort(left <= 0, kind="stable")[:len(rows) // 2]  # those that go on, then some that do not
             index = torch.from_numpy(kept).to(dist.device)
-            rows, left, tokens, learners = rows[kept], left[kept], tokens[index], learners.keep(index)
+            rows, left, tokens, many = rows[kept], left[kept], tokens[index], learners
+            learners = learners_for(len(rows))
+            learners.take_over(many, index)
         inside = np.arange(chunk) < left[:, None]  # (B, chunk)
         learn = end >= run.ttt_min_doc_tokens and bool(left.max() > chunk)
         nats = learners.score(tokens[:, first:end], tokens[:, first + 1:end + 1], to_learn=learn)
@@ -1985,13 +1977,13 @@ def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterato
 def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], tally: Tally,
                 may_learn: Callable[[float], bool] = lambda left: True) -> int:
     """Score these documents one after another, learning from every chunk once it is scored, until `may_learn` of the
-    targets that are left is false: they are scored at once. -> documents not begun by then; the learner is as it was"""
-    run, left, learning, unbegun = learner.run, int(docs.lengths[chosen].sum()), True, 0
+    targets that are left is false: they are scored at once. -> how many documents they are of"""
+    run, left, learning, degraded = learner.run, int(docs.lengths[chosen].sum()), True, 0
     for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
         if not (learning := may_learn(left)):
             (first, begin, _), lengths = pieces[0], docs.lengths
             pieces = [(i, begin * (i == first), int(lengths[i])) for i in chosen[list(chosen).index(first):]]
-            unbegun = sum(begin == 0 for _, begin, _ in pieces)
+            degraded = len(pieces)
         rows = my_rows(docs, (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride)), run,
                        learner.dist)
         rows, targets = list(rows) if learning else rows, sum(end - begin for _, begin, end in pieces)
@@ -2003,7 +1995,7 @@ def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], 
             if learner.dist.main:
                 tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
     learner.reset()
-    return unbegun
+    return degraded
 
 def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
     """Rounds of groups of documents, a group for each rank, longest documents first; it changes no score."""
@@ -2013,42 +2005,54 @@ def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]
     groups += [[] for _ in range(-len(groups) % world)]
     return [groups[i:i + world] for i in range(0, len(groups), world)]
 
+def static_costs(lengths: np.ndarray, run: RunConfig) -> np.ndarray:
+    """Token passes that score each of these documents (B,) without adaptation; to foretell seconds."""
+    return np.array([sum(w.end - w.start for w in windows(0, 0, int(n), run.eval_seq_len, run.eval_stride))
+                     for n in lengths], np.float64)
 def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
     """Token passes of documents (B,) that adapt as in adapt_side_by_side, or one by one; to foretell seconds."""
-    rows, total, chunk, least = len(lengths), 0.0, run.ttt_chunk_tokens, 4096  # smaller passes take a GPU as long
+    rows, total, chunk, launches = len(lengths), 0.0, run.ttt_chunk_tokens, 1400  # tokens that take a GPU as long
     for first in range(0, int(lengths.max(initial=0)), chunk):
         left = int((lengths > first).sum())
         while left <= rows // 2 > 0:
             rows //= 2
-        total += max(least, rows * chunk)
+        total += launches + rows * chunk
     return total
+
+def random_documents(vocab_size: int, many: int, length: int) -> Documents:
+    """Documents of `length` targets but for the last, which has one less; without a byte of text."""
+    text = np.random.default_rng(0).integers(2, vocab_size, many * length, np.uint16)
+    text[::length] = BOS
+    return split_documents(text, np.ones(len(text), np.int64))
 
 class Evaluation:
     """The test-time-training score of a model: who scores what, within the time."""
     def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
         self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
         self.seconds, self.tally, self.degraded, self.family = seconds, Tally(docs), 0, {}
-        self.static_rate = math.inf  # tokens per second of a rank without adaptation, found in the warm-up
+        self.static_costs, self.static_rate = static_costs(docs.lengths, run), math.inf  # found in the warm-up, as is
+        self.slowness = 0.0  # seconds per token pass of a group that adapts; the rate is of passes without, per second
         model.requires_grad_(run.ttt_params == "full")
     def warm_up(self) -> None:
-        """Time the pass without adaptation on random documents; on a GPU also compile and touch every kernel."""
-        run, context = self.run, self.run.eval_seq_len
+        """Time passes on random documents; on a GPU also compile and touch every kernel."""
+        run, context, on_gpu = self.run, self.run.eval_seq_len, self.dist.device.type == "cuda"
         many, length = (run.ttt_batch_docs, context + run.ttt_chunk_tokens) if run.batched_ttt else (2, context)
-        text = np.random.default_rng(run.seed).integers(2, self.model.config.vocab_size, many * length, np.uint16)
-        text[::length] = BOS
-        docs = split_documents(text, np.ones(len(text), np.int64))
-        alone, everyone = Dist(device=self.dist.device), range(len(docs))
-        few = everyone[:run.micro_batch_tokens // length + 1 if self.dist.device.type == "cuda" else 1]
+        docs, alone = random_documents(self.model.config.vocab_size, many, length), Dist(device=self.dist.device)
+        few = range(len(docs))[:run.micro_batch_tokens // length + 1 if on_gpu else 1]
         for _ in range(2):  # the second time is the speed, the first compiles
             began = time.perf_counter()
             score_static(self.model, docs, few, run, alone, Tally(docs))
-            self.static_rate = len(few) * length / (time.perf_counter() - began)
-        if not run.ttt_enabled or self.dist.device.type == "cpu":
+            self.static_rate = static_costs(docs.lengths[few], run).sum() / (time.perf_counter() - began)
+        if not run.ttt_enabled or not on_gpu:
             return
-        if run.batched_ttt:
-            adapt_side_by_side(self.model, docs, everyone, run, alone, Tally(docs), self.family)
-        else:
-            adapt_along(StreamLearner(self.model, run, alone), docs, everyone, Tally(docs))
+        if not run.batched_ttt:
+            short = dataclasses.replace(run, ttt_chunk_tokens=context)  # so that there is something to learn for
+            adapt_along(StreamLearner(self.model, short, alone), docs, range(len(docs)), Tally(docs))
+            return
+        for text in (docs, random_documents(self.model.config.vocab_size, many, min(length, 512))):
+            began = time.perf_counter()
+            adapt_side_by_side(self.model, text, range(many), run, alone, Tally(text), self.family)
+            self.slowness = (time.perf_counter() - began) / group_cost(text.lengths, run)
     def score(self) -> Tally:
         """Every target of every document -> the tally of all ranks."""
         if not self.run.ttt_enabled:
@@ -2057,12 +2061,14 @@ class Evaluation:
             self._score_documents()
         else:  # a stream, whose every chunk the ranks share
             learner = StreamLearner(self.model, self.run, self.dist)
-            self.degraded = adapt_along(learner, self.docs, range(len(self.docs)), self.tally, self._time_left)
+            cost = self.static_costs.sum() / self.docs.lengths.sum()  # of a target
+            self.degraded = adapt_along(learner, self.docs, range(len(self.docs)), self.tally,
+                                        lambda left: self._time_left(left * cost))
         return self.tally.gathered(self.dist)
     def _time_left(self, rest: float, next_seconds: float = 0.0) -> bool:
-        """Whether `next_seconds` of adaptation still leave time to score `rest` tokens without; all ranks agree."""
+        """Whether `next_seconds` of adaptation leave time for `rest` token passes without it; all ranks agree."""
         limit = self.run.eval_seconds * 0.98
-        after = self.seconds() + next_seconds + 2.0 * rest / self.static_rate / self.dist.world
+        after = self.seconds() + next_seconds + 1.5 * rest / self.static_rate / self.dist.world
         return not limit or self.dist.largest(after) <= limit
     def _score_documents(self) -> None:
         """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
@@ -2073,8 +2079,8 @@ class Evaluation:
         began, spent, told = self.seconds(), 0.0, 0.0
         for n, groups in enumerate(rounds):
             rest = [i for later in rounds[n:] for group in later for i in group]
-            speed = (self.seconds() - began) / spent if spent else 0.0
-            if not self._time_left(float(lengths[rest].sum()), speed * costs[n]):
+            slowness = (self.seconds() - began) / spent if spent else self.slowness
+            if not self._time_left(self.static_costs[rest].sum(), slowness * costs[n]):
                 self.degraded = len(rest)
                 self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
                 return score_static(self.model, self.docs, rest, run, dist, self.tally)
@@ -2111,22 +2117,8 @@ def predicted_bytes(model: GPT, run: RunConfig) -> float:
         total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
     return total
 
-def predicted_seconds(model: GPT, run: RunConfig, dist: Dist) -> float:
-    """Time of a step budget, of 6 operations a weight, visit and token, at the measured speed of a matrix product."""
-    block = sum(p.numel() for p in model.blocks[0].parameters())
-    plain, looped = (len(layer_plan(model.config, looping)) for looping in (False, True))
-    visits = plain * run.enable_looping_at + looped * (1 - run.enable_looping_at)
-    work = 6 * (block * visits + model.embed.numel()) * run.train_batch_tokens * run.iterations
-    n, dtype = (4096, torch.bfloat16) if dist.device.type == "cuda" else (512, torch.float32)
-    a = torch.randn(n, n, device=dist.device).to(dtype)
-    began, done = time.perf_counter(), 0
-    while done < 3 or time.perf_counter() - began < 0.2:
-        a, done = a @ a * 1e-3, done + 1
-    a.sum().item()
-    return work / (done * 2 * n ** 3) * (time.perf_counter() - began) / dist.world
-
-def check_setup(plan: Plan, log: Log) -> None:
-    """Say what will be run, and refuse what cannot be: data, disk, memory, devices, bytes, minutes."""
+def check_setup(plan: Plan, say: Callable[[str], None]) -> None:
+    """Say what will be run, and refuse what cannot be: data, disk, devices, bytes."""
     model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
     free, need = shutil.disk_usage(".").free, 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
     require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some space", UserError)
@@ -2134,30 +2126,24 @@ def check_setup(plan: Plan, log: Log) -> None:
         old, h = torch.cuda.get_device_capability(dist.device) < (8, 0), model.head_dim
         require(not old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
         require(not triton or h in (16, 32, 64, 128), f"GPUs want MODEL_DIM / NUM_HEADS = {h} to be 16, 32, 64 or 128")
-        log("kernels: Triton " + triton.__version__ if triton else "no Triton: attention and loss run in plain torch")
-    log(f"devices: {dist.world} x {device_name(dist.device)}, {memory_bytes(dist.device) / 2**30:.0f} GiB each")
-    log(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
+        say("kernels: Triton " + triton.__version__ if triton else "no Triton: all runs in plain torch")
+    say(f"devices: {dist.world} x {device_name(dist.device)}")
+    say(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
     if plan.stream is None:
         return
-    log(f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
+    say(f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
         f"{run.train_batch_tokens} a step, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows per rank")
     with torch.device("meta"):
         sketch = GPT(model)
-    log(f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
+    say(f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
         f"{len(code())} bytes of code, limit {run.artifact_bytes}")
-    if run.iterations:
-        seconds = predicted_seconds(sketch, run, dist)
-        log(f"predicted time: {run.iterations} steps in {seconds / 0.8 / 60:.1f} to {seconds / 0.25 / 60:.1f} minutes")
-    log(f"limits: {run.max_wallclock_seconds:.0f} s of training, {run.eval_seconds:.0f} s of evaluation (0: none)")
+    fixed = sum(2 * (p.numel() if param_role(n) == "scalar" else len(p)) for n, p in sketch.named_parameters())
+    require(run.artifact_bytes > len(code()) + fixed, f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} of code and "
+            f"{fixed} of gains and scales leave nothing for weights; raise it or use a smaller model", UserError)
+    say(f"limits: {run.max_wallclock_seconds:g} s of training, {run.eval_seconds:g} s of evaluation (0: none)")
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-def memory_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
 def versions() -> str:
     cuda = f" cuda:{torch.version.cuda}" if torch.version.cuda else ""
     return (f"python:{platform.python_version()} torch:{torch.__version__}{cuda} numpy:{np.__version__} "
@@ -2191,9 +2177,8 @@ def static_tally(model: GPT, plan: Plan, looping: bool = True, docs: Documents |
     score_static(model, tally.docs, range(len(tally.docs)), plan.run, plan.dist, tally, looping)
     return tally.gathered(plan.dist)
 
-def average_is_better(trainer: Trainer, plan: Plan, log: Log) -> bool:
+def average_is_better(trainer: Trainer, plan: Plan, docs: Documents, log: Log) -> bool:
     """Whether the average of the weights or the last of them is read out: what scores better on held-out text."""
-    docs = plan.stream.held_out()
     if not len(docs):
         return True
     last = static_tally(trainer.model, plan, docs=docs).nats.sum()
@@ -2217,21 +2202,26 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         model = GPT(plan.model)
         init_weights(model, run.seed)
         model.to(dist.device)
-        if dist.device.type == "cuda" and run.compile:
+        if dist.device.type == "cuda" and run.compile and triton:  # which the compiler needs, too
             compile_parts(model)
-        trainer = Trainer(model, run, dist, plan.tokenizer.sha256)
+        held = stream.held_out()
+        origin = {"tokenizer": plan.tokenizer.sha256, "holdout_tokens": run.holdout_tokens,
+                  "holdout": hashlib.sha256(held.tokens.astype("<u2").tobytes()).hexdigest()}
+        trainer = Trainer(model, run, dist, origin)
         def rehearse(batch: list[Packed]) -> float:
-            """Time what follows training, with random text and weights, and compile the scoring of validation."""
-            with torch.no_grad():
-                model(*batch[0])
+            """Time what follows training, with senseless text and weights, and compile the scoring of validation."""
             if not run.max_wallclock_seconds:
                 return 0.0
             calibrate(model, [batch[:1]], dist)  # once more below, when nothing is new to the GPU
             trial = Stopwatch(dist)
             with trial.phase("calibrate"):
                 hessians = calibrate(model, [batch], dist)
-            make_artifact(model, hessians, run, dist, trial, plan.tokenizer.sha256, Log(None))
-            reserve = trial.total("calibrate") * run.gptq_calibration_batches + 2 * trial.total("quantise", "pack")
+            make_artifact(model, hessians, run, dist, trial, origin, Log(None))
+            for phase in ("compile", "choose"):
+                with trial.phase(phase):
+                    static_tally(model, plan, docs=Documents(np.minimum(held.tokens, BOS + 1), *held[1:]))
+            reserve = trial.total("calibrate") * run.gptq_calibration_batches
+            reserve += 2 * trial.total("choose", "quantise", "pack")
             return dist.largest(1.15 * reserve + 0.5)
         reserve, limit = warm_up(trainer, rehearse), run.max_wallclock_seconds or math.inf
         require(reserve < limit, f"MAX_WALLCLOCK_SECONDS={limit:g}: quantising and packing take {reserve:.1f} of them")
@@ -2246,7 +2236,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
     with watch.phase("validate"):
         last_bpb = static_tally(model, plan).bits_per_byte
     with watch.phase("choose"):
-        readout = "average" if average_is_better(trainer, plan, log) else "last"
+        readout = "average" if average_is_better(trainer, plan, held, log) else "last"
     with trainer.average.applied() if readout == "average" else contextlib.nullcontext():
         with watch.phase("validate"):
             prequant_bpb = static_tally(model, plan).bits_per_byte
@@ -2254,7 +2244,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         with watch.phase("calibrate"):
             batches = (stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
             hessians = calibrate(model, batches, dist)
-        blob = make_artifact(model, hessians, run, dist, watch, plan.tokenizer.sha256, log)
+        blob = make_artifact(model, hessians, run, dist, watch, origin, log)
     with watch.phase("pack"):
         if dist.main:
             write_atomically(path, [blob])
@@ -2328,13 +2318,15 @@ def run_all(only_check: bool) -> None:
     prepare_torch(run, dist.device)
     watch, started = Stopwatch(dist), time.localtime(*dist.agree(time.time()))
     run_id = run.run_id or time.strftime("%Y%m%d_%H%M%S", started)
-    log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
     with watch.phase("load"):
         plan = make_plan(model, run, dist)
-        knobs = settings(plan.model, run)
-        pasteable = (f"{name}={shlex.quote(value) if value else ''}" for name, value in knobs.items())
-        log("\n".join([code().decode(), *pasteable, f"{versions()} {platform.platform()}"]), screen=False)
-        check_setup(plan, log)
+        lines: list[str] = []
+        check_setup(plan, lines.append)
+    log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
+    knobs = settings(plan.model, run)  # what was refused above has left the files of a run of that name alone
+    pasteable = (f"{name}={shlex.quote(value) if value else ''}" for name, value in knobs.items())
+    log("\n".join([code().decode(), *pasteable, f"{versions()} {platform.platform()}"]), screen=False)
+    log("\n".join(lines))
     if only_check:
         return dist.close()
     result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest(), "knobs": knobs}

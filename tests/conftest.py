@@ -1,4 +1,5 @@
-"""Every test starts from the same random state and uses two threads, whatever the machine has.
+"""Every test starts from the same random state and uses one thread, whatever the machine has: ./run.sh runs as many
+tests at a time as there are cores.
 
 For every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`, `write_shard(path, tokens)`,
 `tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that) and `run_script` (as a user does).
@@ -7,7 +8,7 @@ For every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**
 import os
 
 # Read when torch is imported, inherited by the processes that tests start. Cores may be shared: no spinning.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import functools
@@ -30,7 +31,7 @@ if not torch.cuda.is_available():
 
 import train_gpt  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
 

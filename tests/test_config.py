@@ -168,10 +168,15 @@ def one_edit_away(a: str, b: str) -> bool:
     return any(a == b[:i] + b[i + 1:] or b == a[:i] + a[i + 1:] for i in range(max(len(a), len(b))))  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["ARTIFACTS", "COMPILER"])
+def test_names_that_build_tools_set_are_left_to_them(name):
+    read_env({name: "gcc"})
+
+
 @pytest.mark.parametrize("name", KNOBS)
 def test_a_misspelt_name_is_refused_with_a_nearest_name(name):
     misspelt = {name + "S", name.replace("_", "", 1)} | ({name[:-1], name[:2] + name[3:]} if len(name) > 4 else set())
-    for wrong in misspelt - set(KNOBS):
+    for wrong in misspelt - set(KNOBS) - {"ARTIFACTS"}:
         message = refusal({wrong: "1"})
         assert message.startswith(f"{wrong} is not a knob")
         named = message.partition("did you mean ")[2].partition("?")[0]

@@ -161,13 +161,32 @@ def test_a_time_that_packing_alone_takes_is_refused_before_training(tmp_path):
 
 def test_ranks_whose_clocks_differ_name_their_files_alike(tmp_path, monkeypatch):
     """Without RUN_ID, a rank that named the artifact by its own clock would not find the one that was written."""
-    monkeypatch.setattr(g, "LOGS", tmp_path)
+    named = []
     monkeypatch.setattr(g.Dist, "agree", lambda self, *values: [0.0])  # rank 0's time
-    for name, value in SMALL.items() | {("DATA_PATH", str(tmp_path / "absent"))}:
-        monkeypatch.setenv(name, str(value))
-    with pytest.raises(g.UserError):
+    monkeypatch.setattr(g, "train_and_pack", lambda plan, log, watch, path: named.append(path) or {})
+    monkeypatch.setattr(g, "evaluate", lambda *given: g.require(False, "far enough"))
+    monkeypatch.chdir(tmp_path)
+    for name, value in Folder(tmp_path).environment().items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(g.UserError, match="far enough"):
         g.run_all(only_check=False)
-    assert [p.name for p in tmp_path.iterdir()] == [time.strftime("%Y%m%d_%H%M%S.txt", time.localtime(0))]
+    (log,), (artifact,) = (tmp_path / "logs").iterdir(), named
+    assert log.stem == artifact.stem == time.strftime("%Y%m%d_%H%M%S", time.localtime(0))
+
+
+def test_a_run_that_is_refused_leaves_the_files_of_its_name_alone(tmp_path):
+    folder, log = Folder(tmp_path), tmp_path / "logs" / "kept.txt"
+    log.parent.mkdir()
+    log.write_text("of a run that took ten minutes")
+    for wrong in ({"DATA_PATH": "absent"}, {"ARTIFACT_BYTES": 1000}):
+        assert folder.run(RUN_ID="kept", **wrong).returncode == 2
+        assert log.read_text() == "of a run that took ten minutes"
+
+
+@pytest.mark.slow
+def test_a_budget_in_time_rehearses_what_follows_training(tmp_path):
+    result = Folder(tmp_path).result(RUN_ID="timed", ITERATIONS=0, MAX_WALLCLOCK_SECONDS=12, EVAL_SECONDS=30)
+    assert result["steps"] > 0 and result["train_seconds"] < 12 and result["degraded_documents"] == 0
 
 
 def test_a_flipped_byte_ends_with_status_2(first):
@@ -264,7 +283,7 @@ def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path):
     done = folder.run("--check-setup")
     assert done.returncode == 0, done.stderr
     assert "validation: 10 documents" in done.stdout and "training data: 2 shards" in done.stdout
-    assert "predicted artifact" in done.stdout and "predicted time: 12 steps" in done.stdout
+    assert "predicted artifact" in done.stdout
     assert "limits: 0 s of training, 0 s of evaluation (0: none)" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
     refused = folder.run("--check-setup", TRAIN_ROW_TOKENS=100)

@@ -1,7 +1,10 @@
 """Every kernel against its plain twin, forward and backward: on a CPU in Triton's interpreter, on a GPU as compiled."""
 
 import dataclasses
-from types import SimpleNamespace
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -91,7 +94,7 @@ def test_the_loss_is_its_twin(tokens, vocab, cap):
 @pytest.mark.parametrize("capability, head_dim, triton, said", [
     ((9, 0), 16, True, "kernels: Triton"),
     ((8, 0), 8, True, "MODEL_DIM / NUM_HEADS = 8"),
-    ((8, 0), 8, False, "no Triton: attention and loss run in plain torch"),
+    ((8, 0), 8, False, "no Triton: all runs in plain torch"),
     ((7, 5), 16, True, "DEVICE=cpu"),
 ], ids=["a Hopper", "heads too narrow", "narrow, but no kernel", "a GPU without bf16"])  # fmt: skip
 def test_what_the_kernels_cannot_do_is_said_at_the_start(
@@ -101,7 +104,6 @@ def test_what_the_kernels_cannot_do_is_said_at_the_start(
     plan = g.make_plan(config, tiny_run(), g.Dist())._replace(dist=g.Dist(device="cuda"), stream=None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**34))
     monkeypatch.setattr(g, "triton", g.triton if triton else None)
     lines: list[str] = []
     if "=" in said:
@@ -110,6 +112,48 @@ def test_what_the_kernels_cannot_do_is_said_at_the_start(
     else:
         g.check_setup(plan, lines.append)
         assert said in lines[0] and len(lines) == 3
+
+
+COMPILE = """
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+import train_gpt as g
+
+class Absent:  # a GPU that kernels are compiled for, but not run on
+    get_current_device = get_current_stream = lambda self, *device: 0
+    get_current_target = lambda self: GPUTarget("cuda", int(sys.argv[1]), 32)
+
+def launcher(kernel, grid):
+    def launch(*given, **options):
+        made = kernel.warmup(*given, grid=grid, **options)
+        print(kernel.__name__, made.metadata.shared)
+    return launch
+
+triton.runtime.driver.set_active(Absent())
+JITFunction.__getitem__ = launcher
+made = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+for width in map(int, sys.argv[2:]):
+    t, angles = torch.zeros(128, dtype=torch.int32), torch.zeros(128, 8)
+    given = made(128, 8 * width), torch.ones(4, requires_grad=True), made(128, 4), angles, angles
+    g.PackedAttention.apply(*given, g.Segments(t, t), g.Heads(True, 4, 2, width)).sum().backward()
+z = made(2, 8192)
+g.CappedLoss.apply(z, torch.zeros(2, dtype=torch.int64), 30.0).sum().backward()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability, room", [(80, 166_912), (86, 101_376), (90, 232_448)])
+def test_kernels_compile_for_a_gpu_and_fit_its_shared_memory(capability, room, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(g.__file__).parent)}
+    command = [sys.executable, "-c", COMPILE, str(capability), "64", "128"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes = [(name, int(size)) for name, size in map(str.split, done.stdout.splitlines())]
+    assert len(sizes) == 14 and max(size for _, size in sizes) > 40_000
+    assert [(name, size) for name, size in sizes if size > room] == []
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ import pytest
 import test_rules
 import torch
 from sentencepiece import SentencePieceProcessor
-from test_rules import BOOK_CHUNK, MODEL, RUN, SCORE_ALL
+from test_rules import BOOK_CHUNK, MODEL, RUN, SCORE_ALL, changed
 
 import train_gpt
 from data import prepare
@@ -110,12 +110,8 @@ def audit(monkeypatch, tmp_path) -> Callable[..., prove.Audit]:
 
 def plant(folder: Path, changes: Iterable[tuple[str, str]], place: Place) -> ModuleType:
     """train_gpt with these lines changed, as a file and a module of its own. {data} is where the data lies."""
-    source = test_rules.SOURCE
-    for old, new in changes:
-        assert source.count(old) == 1, f"this cheat changes a line that is not there, or not once: {old}"
-        source = source.replace(old, new.replace("{data}", str(place.data)))
     folder.mkdir()
-    (folder / "train_gpt.py").write_text(source, encoding="utf-8")
+    (folder / "train_gpt.py").write_text(changed(changes).replace("{data}", str(place.data)), encoding="utf-8")
     spec = importlib.util.spec_from_file_location("planted", folder / "train_gpt.py")
     module = sys.modules["planted"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -244,7 +240,7 @@ class Cheat(NamedTuple):
 
 HEAD_SCORE = "return loss(z, targets.flatten(), self.cap).view_as(targets)"
 STATIC_SCORE = "nll = model(*row.packed, looping=looping)[0].cpu().numpy()"
-NEW_LEARNERS = "or SideBySide(model, run, len(rows), dist.device, family)"
+NEW_LEARNERS = "SideBySide(model, run, many, dist.device)"
 MOVE_ON = "        learners.move_on()\n"
 SCORE_AGAIN = "        nats = learners.score(tokens[:, first:end], tokens[:, first + 1:end + 1], to_learn=False)\n"
 LEARN_IN_STREAM = "        entropy, left = learner.score(rows, tally), left - targets\n"
@@ -312,18 +308,17 @@ def caught(audit, places, cheat: Cheat) -> str:
         return str(error)
 
 
-@pytest.mark.parametrize("cheat", [c for c in CHEATS if c.name in QUICK], ids=lambda c: c.name)
-def test_a_cheat_is_caught(audit, places, cheat):
+def tiered(cheat: Cheat):
+    return pytest.param(cheat, id=cheat.name, marks=() if cheat.name in QUICK else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("cheat", map(tiered, CHEATS))
+def test_a_cheat_is_caught_by_its_rule(audit, places, cheat):
     assert caught(audit, places, cheat)
 
 
-@pytest.mark.slow
-def test_every_cheat_is_caught_by_its_rule(audit, places, capsys):
-    said = [caught(audit, places, cheat) for cheat in CHEATS]
-    with capsys.disabled():
-        for cheat, faults in zip(CHEATS, said, strict=True):
-            print(f"\n{cheat.rule:19}  {cheat.name}: {faults.split('; ')[0] or 'MISSED'}", end="")
-        print(f"\ncaught {sum(map(bool, said))} of {len(CHEATS)}")
-    assert [cheat.name for cheat, faults in zip(CHEATS, said, strict=True) if not faults] == []
+def test_every_rule_has_its_cheats_and_they_change_the_program_as_it_is():
     rules = [cheat.rule for cheat in CHEATS]
     assert all(rules.count(rule) >= 2 for rule in prove.PROPERTIES.keys() - {"reported"})
+    for cheat in CHEATS:
+        changed(cheat.changes)

@@ -198,11 +198,14 @@ def hessians_of(model: g.GPT) -> dict[str, torch.Tensor]:
     return g.calibrate(model, [a_batch(1), a_batch(2)], g.Dist())
 
 
+ORIGIN = {"tokenizer": "hash", "holdout_tokens": 0, "holdout": ""}
+
+
 def artifact(model: g.GPT, **overrides) -> tuple[bytes, list[str]]:
     """-> (the packed model, the lines that were logged)"""
     lines: list[str] = []
     run, dist = g.RunConfig(**overrides), g.Dist()
-    return g.make_artifact(model, hessians_of(model), run, dist, g.Stopwatch(dist), "hash", lines.append), lines
+    return g.make_artifact(model, hessians_of(model), run, dist, g.Stopwatch(dist), ORIGIN, lines.append), lines
 
 
 @pytest.mark.parametrize("part", [1.1, 0.9, 0.7])

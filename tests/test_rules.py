@@ -6,7 +6,7 @@ import hashlib
 import io
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -34,13 +34,18 @@ SYSTEMS = {
 }
 
 
-@functools.cache
-def compiled(*changes: tuple[str, str]):
+def changed(changes: Iterable[tuple[str, str]]) -> str:
+    """The program with these lines changed."""
     source = SOURCE
     for old, new in changes:
         assert source.count(old) == 1, f"this cheat changes a line that is not there, or not once: {old}"
         source = source.replace(old, new)
-    return compile(source, train_gpt.__file__, "exec")
+    return source
+
+
+@functools.cache
+def compiled(*changes: tuple[str, str]):
+    return compile(changed(changes), train_gpt.__file__, "exec")
 
 
 def build(monkeypatch, *changes: tuple[str, str]) -> ModuleType:
@@ -250,7 +255,7 @@ TRAIN_ON_ALL = """        everyone = range(len(self.docs))
 
 CHEATS = [
     Cheat("train on validation, then score", audit_causality, "full",
-          [(SCORE_ALL, SCORE_ALL + TRAIN_ON_ALL), ("    learner.reset()\n    return unbegun", "    return unbegun")]),
+          [(SCORE_ALL, SCORE_ALL + TRAIN_ON_ALL), ("    learner.reset()\n    return degraded", "    return degraded")]),
     Cheat("learn from a chunk, then score it", audit_causality, "sgd", [(SCORE_CHUNK, LEARN_FIRST + SCORE_CHUNK)]),
     Cheat("learn first, seen in the state", audit_score_before_update, "adamw",
           [(SCORE_CHUNK, LEARN_FIRST + SCORE_CHUNK)]),
@@ -284,7 +289,7 @@ CHEATS = [
     Cheat("the cache shows the token ahead", audit_causality, "adamw",
           [("held.new_ones(n, n).tril()", "held.new_ones(n, n).tril(1)")]),
     Cheat("a cache for the whole batch", audit_independence, "adamw",
-          [("slots, latest[:, -n:])", "slots, (latest + latest.mean(0))[:, -n:])")]),
+          [("slots, latest[:, :, -n:])", "slots, (latest + latest.mean(0))[:, :, -n:])")]),
     Cheat("short documents skipped", audit_single_pass, "adamw",
           [("order = np.argsort(-lengths, kind=\"stable\").tolist()",
             "order = [i for i in np.argsort(-lengths).tolist() if lengths[i] > 9]")]),

@@ -131,7 +131,7 @@ def machine(tmp_path):
 def ready(machine):
     """A machine whose python3 has everything: nothing is ever installed."""
     machine.env["STUB_TORCH"] = "2.11.0a0+git"
-    machine.has_packages("numpy", "sentencepiece", "zstandard", "hypothesis", "matplotlib", "triton")
+    machine.has_packages("numpy", "sentencepiece", "zstandard", "hypothesis", "matplotlib", "triton", "xdist")
     yield machine
     assert not (machine.folder / ".venv").exists()
 
@@ -254,20 +254,22 @@ def test_one_gpu_needs_no_torchrun(ready):
 def test_check_setup_is_told_what_the_run_would_be(ready, gpus):
     env = {"STUB_GPUS": gpus} | ({"DATA_PATH": "elsewhere"} if gpus else {})
     ready.run("check-setup", **env)
-    (entry,) = ready.started("train_gpt.py")
-    assert entry["args"] == ["--check-setup"]
+    (entry,) = ready.started("torchrun" if gpus else "train_gpt.py")
+    assert entry["args"][-1] == "--check-setup" and ("--nproc_per_node=8" in entry["args"]) == (gpus == 8)
     assert ("ITERATIONS" in entry["env"]) == (gpus == 0)
 
 
 # ---- the tests
 
+SPREAD = ["-n", "auto", "--dist", "worksteal"]
+
 
 @pytest.mark.parametrize(
     "arguments, passed, linted",
     [
-        ([], [], True),
-        (["slow"], ["-m", "slow"], False),
-        (["all", "-x"], ["-m", "slow or not slow", "-x"], True),
+        ([], SPREAD, True),
+        (["slow"], [*SPREAD, "-m", "slow"], False),
+        (["all", "-x"], [*SPREAD, "-m", "slow or not slow", "-x"], True),
         (["tests/test_pack.py", "-k", "a b"], ["tests/test_pack.py", "-k", "a b"], False),
     ],
 )
@@ -349,6 +351,14 @@ def test_a_torch_that_is_there_is_kept_and_only_the_rest_installed(machine):
     assert machine.started("pip") == []
 
 
+def test_a_plugin_that_is_not_there_is_installed(ready):
+    (ready.folder / "stubs/xdist.py").unlink()
+    ready.run("test")
+    assert "pytest-xdist==" in (ready.folder / "installed.txt").read_text()
+    assert ready.installed() == ["pytest"] and len(ready.started("pytest")) == 1
+    shutil.rmtree(ready.folder / ".venv")
+
+
 def test_a_torch_that_is_too_old_is_not_used(machine):
     machine.run(STUB_TORCH="2.10.1")
     assert "torch" in machine.installed()
@@ -420,7 +430,7 @@ def test_the_small_run_from_a_fresh_copy(tmp_path):
         assert usage.ru_maxrss * 1024 < 3e9
         return text
 
-    first = run()
+    first = run(ITERATIONS="6")
     assert any(line.startswith("result ") for line in first.splitlines()[-5:]), first[-4000:]
     shards = {path: path.stat().st_mtime_ns for path in (copy / "data/datasets/installed").iterdir()}
     run(ITERATIONS="2", TTT_ENABLED="0", RUN_ID="second")

@@ -141,7 +141,9 @@ class StandIn:
     def artifact(self, config: train_gpt.ModelConfig, **meta) -> str:
         """The path of an artifact without weights: sweeps read its description only."""
         tokenizer = hashlib.sha256((self.folder / "data/tokenizer.model").read_bytes()).hexdigest()
-        meta = dict(kind="artifact", model=dataclasses.asdict(config), tokenizer=tokenizer) | meta
+        data = self.folder / "data"
+        held = make_holdout(data, tokenizer_of(data), HELD, self.folder / "of the artifact")["sha256"]
+        meta = dict(kind="artifact", model=dataclasses.asdict(config), tokenizer=tokenizer, holdout=held) | meta
         (self.folder / "given.ptz").write_bytes(train_gpt.pack(meta, {}, None))
         return "given.ptz"
 
@@ -310,6 +312,14 @@ def test_validation_is_marked_and_needs_no_hold_out(stand_in, tiny_config, monke
     monkeypatch.setenv("DATA_PATH", "held")
     assert end_in_a_line(lambda: sweep.main(["TTT_LR=0.1", "--on", "validation"])) == 2
     assert "it holds no validation" in capsys.readouterr().err
+
+
+def test_held_out_text_that_the_artifact_may_have_learnt_is_refused(stand_in, tiny_config, write_shard, capsys):
+    artifact = stand_in.artifact(tiny_config, holdout_tokens=HELD)
+    path = sorted((stand_in.folder / "data").glob("fineweb_train_*"))[-1]
+    write_shard(path, train_gpt.read_shard(path)[:-50].tolist())
+    assert end_in_a_line(lambda: sweep.main(["TTT_LR=0.1", "--eval", artifact])) == 2
+    assert "did not learn from" in capsys.readouterr().err and stand_in.started() == []
 
 
 def test_an_evaluation_is_told_apart_by_every_knob_that_it_reads():

@@ -60,7 +60,7 @@ def settings(tmp_path):
 def new_trainer(run: g.RunConfig, dist: g.Dist | None = None, config: g.ModelConfig = CONFIG, tokenizer="hash"):
     model = g.GPT(config)
     g.init_weights(model, run.seed)
-    return g.Trainer(model, run, dist or g.Dist(), tokenizer)
+    return g.Trainer(model, run, dist or g.Dist(), {"tokenizer": tokenizer})
 
 
 def go(trainer: g.Trainer, reserve: float = 0.0, validate=None, checkpoint: Path = Path("unused"), log=None):

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import math
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -710,6 +712,37 @@ def test_what_a_step_reads_lies_aligned_from_the_first_chunk_on(monkeypatch):
     docs, run = documents(document(90)), run_config(**LORA)
     g.adapt_side_by_side(random_model().requires_grad_(False), docs, [0], run, g.Dist(), g.Tally(docs))
     assert len(found) >= 4 and not any(found[:-2])  # of the last chunk nothing is learnt: it runs as it is
+
+
+def test_what_is_captured_is_freed_at_once():
+    """Not when Python next looks for cycles: a graph that is freed while another is captured ends that capture."""
+    docs, run, family = documents(document(30), document(20, seed=2), document(10, seed=3)), run_config(**LORA), {}
+    gc.disable()
+    try:
+        g.adapt_side_by_side(random_model().requires_grad_(False), docs, [0, 1], run, g.Dist(), g.Tally(docs), family)
+        held = [weakref.ref(learners) for learners in family.values()]
+        g.adapt_side_by_side(
+            random_model().requires_grad_(False), docs, [0, 1, 2], run, g.Dist(), g.Tally(docs), family
+        )
+        assert len(held) == 2 and not any(learners() for learners in held)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+def test_adaptation_repeats_to_the_last_bit_on_a_gpu():
+    docs, run = (
+        documents(*(document(n, seed=n) for n in (900, 410, 300))),
+        run_config(**LORA, eval_seq_len=512, micro_batch_tokens=512),
+    )
+
+    def go() -> np.ndarray:
+        tally = g.Tally(docs)
+        model = random_model().cuda().requires_grad_(False)
+        g.adapt_side_by_side(model, docs, [0, 1, 2], run, g.Dist(device="cuda"), tally)
+        return tally.nats
+
+    assert np.array_equal(go(), go())
 
 
 @pytest.mark.parametrize("name", ["lora, adamw", "lora, sgd, epochs, cosine", "lora, entropy window"])

@@ -49,7 +49,7 @@ def make_model(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> g
 def make_trainer(run: g.RunConfig, model: g.GPT, dist: g.Dist, compiled: bool = True) -> g.Trainer:
     if compiled and dist.device.type == "cuda" and run.compile:
         g.compile_parts(model)
-    return g.Trainer(model, run, dist, "benchmark")
+    return g.Trainer(model, run, dist, {})
 
 
 def steps(trainer: g.Trainer, looping: bool, count: int) -> None:

@@ -211,7 +211,7 @@ def against_log(run: Run) -> Iterator[str]:
 def spoken_of(line: str) -> Iterator[tuple[str, str, str]]:
     """(name, "", text) of the results that a line of progress gives away."""
     patterns = {
-        r"devices: (\d+) x (.+), \d+ GiB each": ("world_size", "device"),
+        r"devices: (\d+) x (.+)": ("world_size", "device"),
         r"validation: (\d+) documents, (\d+) targets, (\d+) bytes": ("documents", "tokens", "bytes"),
         r"before quantisation, .*val_bpb:([\d.]+), last iterate ([\d.]+)": ("prequant_bpb", "last_bpb"),
         r"(python:\S+ .*zstandard:\S+) .*": ("versions",),

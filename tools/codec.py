@@ -333,8 +333,9 @@ def walk(predictor: Predictor, documents: range, side: Side) -> None:
         before = targets[:, -1]
         if going.sum() <= len(going) // 2:
             kept = np.flatnonzero(going)
-            learners = learners.keep(torch.from_numpy(kept))
-            learners.family.clear()  # no larger one will be needed again
+            fewer = train_gpt.SideBySide(model, run, len(kept), torch.device("cpu"))
+            fewer.take_over(learners, torch.from_numpy(kept))
+            learners = fewer
             rows, before, going = rows[kept], before[kept], going[kept]
 
 
@@ -343,7 +344,7 @@ def require_memory(config: train_gpt.ModelConfig, run: train_gpt.RunConfig, docu
     visits = len(train_gpt.layer_plan(config, looping=True))
     widths = 2 * config.model_dim * visits * len(run.lora_targets) + config.model_dim + config.vocab_size
     need = 16 * documents * (run.ttt_lora_rank * widths + run.ttt_chunk_tokens * config.vocab_size)
-    have = train_gpt.memory_bytes(torch.device("cpu"))
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     require(
         need < have,
         f"{documents} documents side by side with TTT_LORA_RANK={run.ttt_lora_rank} need "

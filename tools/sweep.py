@@ -177,8 +177,12 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
     held = run.holdout_tokens
     if on == "training":
         if run.artifact:
-            config, held = what_artifact_says(run.artifact)
-        make_holdout(Path(run.data_path), train_gpt.load_tokenizer(run, config.vocab_size), held, folder / "data")
+            config, held, digest = what_artifact_says(run.artifact)
+        tokenizer = train_gpt.load_tokenizer(run, config.vocab_size)
+        facts = make_holdout(Path(run.data_path), tokenizer, held, folder / "data")
+        require(not run.artifact or facts["sha256"] == digest, f"DATA_PATH={run.data_path}: its last {held} training "
+                f"tokens are not those that {run.artifact} did not learn from: name the data that it was trained on, "
+                "or use --on validation", DataError)  # fmt: skip
         for job in jobs:
             job.env |= {"DATA_PATH": str(folder / "data")}
     else:
@@ -194,13 +198,13 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
     return Scored(f"validation, {count}: not for choosing", True, facts)
 
 
-def what_artifact_says(artifact: str) -> tuple[train_gpt.ModelConfig, int]:
-    """Its network, and how many tokens at the end of its training data it does not know."""
+def what_artifact_says(artifact: str) -> tuple[train_gpt.ModelConfig, int, str]:
+    """Its network, how many tokens at the end of its training data it does not know, and SHA-256 of those documents."""
     header, _ = train_gpt.read_header(train_gpt.read_file(artifact), artifact)
     held = header["meta"].get("holdout_tokens", 0)
     why = f"{artifact}: held no training documents back (holdout_tokens is {held!r}): it may have learnt them; "
     require(type(held) is int and held > 0, why + "train again with HOLDOUT_TOKENS, or use --on validation", DataError)
-    return train_gpt.stored_config(header["meta"], artifact), held
+    return train_gpt.stored_config(header["meta"], artifact), held, header["meta"].get("holdout")
 
 
 def name_runs(jobs: list[Job], folder: Path, facts: dict, gpus: int) -> None:
