@@ -53,11 +53,22 @@ small_job() {
   fi
 }
 
+defaults=() # names of what the environment did not say
+
 default() { # NAME=value...: for what the environment does not say
   local pair
   for pair in "$@"; do
-    if [[ -z $(printenv "${pair%%=*}") ]]; then export "${pair?}"; fi
+    if [[ -z $(printenv "${pair%%=*}") ]]; then
+      export "${pair?}"
+      defaults+=("${pair%%=*}")
+    fi
   done
+}
+
+small_job_defaults() { # a line NAME=value each; tools/sweep.py asks for those of every combination
+  local name
+  small_job
+  for name in "${defaults[@]}"; do printf '%s=%s\n' "$name" "${!name}"; done
 }
 
 say() { printf 'run.sh: %s\n' "$*" >&2; }
@@ -205,6 +216,7 @@ run_tool() { # its name and arguments
 run_tool_on_jobs() { # with the knobs and data that a run would have, but an artifact brings those of its own run
   setup requirements.txt requirements-dev.txt
   [[ " $* " == *" --eval"[\ =]* ]] || choose_job
+  export RUN_SH_DEFAULTS=${defaults[*]} # which knobs are not the user's
   exec "$python" -m "tools.$1" "${@:2}"
 }
 
@@ -232,6 +244,7 @@ main() {
     compare | plot | bench) run_tool "$command" "$@" ;;
     sweep | record) run_tool_on_jobs "$command" "$@" ;;
     test) run_tests "$@" ;;
+    small-job-defaults) small_job_defaults ;; # for tools, not for people
     help | -h | --help) usage && run_python train_gpt.py --help ;;
     *) fail 2 "unknown command '$command'; the commands are: $(commands)" ;;
   esac

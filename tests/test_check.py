@@ -1,5 +1,6 @@
 """`./run.sh check`: a record that is true passes, and one with any number falsified does not."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -13,7 +14,6 @@ import test_record
 
 from tools import check
 from tools.common import end_in_a_line
-from train_gpt import UserError
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +84,24 @@ def falsified_readme(text: str) -> Iterator[tuple[str, str]]:
 
 
 def falsified_log(text: str) -> Iterator[tuple[str, str]]:
-    """Settings, losses, the table of phases and the result."""
+    """Settings, losses, sizes and scores on the way, the table of phases and the result."""
     source = text.index("\nVOCAB_SIZE=")
     for pattern in (r"\n[A-Z][A-Z0-9_]*=(.*)", r"\nstep:(\d+ loss:\S+)", r"train_s:(\S+)", r"before quantisation(.*)",
                     r"\nphase (.*)", r"\nresult (.*)", r"\n(devices: .*),", r"\n(validation: .*)",
-                    r"\ntraining data: \d+ shards, (\d+) ", r"\n(python:.*) \S+\n"):  # fmt: skip
+                    r"\ntraining data: \d+ shards, (\d+) ", r"\n(python:.*) \S+\n",
+                    r"\npack 1: ranges \S+ (\d+) bytes", r"\nartifact .*static_bpb:(.*)"):  # fmt: skip
         for match in re.finditer(pattern, text[source:]):
             yield from falsified_text(text, source + match.start(1), source + match.end(1))
+
+
+def falsified_audit(text: str) -> Iterator[tuple[str, str]]:
+    """What was counted again, and in which way of scoring."""
+    counted = (r"\nok +bytes (.*) of text", r"; (\d+ targets of \d+) documents in", r"\nok +reported (.*) of Tiny")
+    for pattern in counted:
+        match = re.search(pattern, text)
+        yield from falsified_text(text, match.start(1), match.end(1))
+    for old, new in ((".ptz:", "0.ptz:"), ("=lora", "=full"), ("=document", "=stream")):
+        yield f"{old} {new}", text.replace(old, new)
 
 
 FALSIFIED: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
@@ -99,6 +110,7 @@ FALSIFIED: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
     "requirements.txt": lambda text: falsified_text(text, 0, len(text)),
     "train_seed0.json": falsified_json,
     "train_seed42.log": falsified_log,
+    "audit_seed42.txt": falsified_audit,
 }
 
 
@@ -137,6 +149,151 @@ def test_a_documents_score_is_caught(copy, name):
     arrays[name][3] += 1
     np.savez(path, **arrays)
     assert any("train_seed0.json: " in line for line in check.examine(copy))
+
+
+# ---- what a log gives away, and does not ------------------------------------
+
+
+def change_log(folder: Path, pattern: str, text: str) -> list[str]:
+    """Another text for the one place in a log after its source that a pattern finds -> what check finds."""
+    path = folder / "train_seed0.log"
+    source, begin, said = path.read_text().partition("\nVOCAB_SIZE=")
+    changed, count = re.subn(pattern, text, said, flags=re.MULTILINE)
+    assert count == 1
+    path.write_text(source + begin + changed)
+    return check.examine(folder)
+
+
+def change_result(folder: Path, **changes: Any) -> list[str]:
+    """Other results in a .json, a value of None taking one out -> what check finds."""
+    path = folder / "train_seed0.json"
+    result = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in result.items() if value is not None}))
+    return check.examine(folder)
+
+
+def test_the_result_in_a_log_shows_what_a_run_shows(copy):
+    """`SHOWN` is what train_gpt.report shows."""
+    last = check.read_record(copy).runs[0].log_lines[-1]
+    assert tuple(pair.partition(":")[0] for pair in last.split()[1:]) == check.SHOWN
+
+
+@pytest.mark.parametrize("name", check.SHOWN)
+def test_what_is_taken_out_of_a_logs_result_is_missed(copy, name):
+    found = change_log(copy, rf"^(result .*?)\b{name}:\S+ ?", r"\1")
+    assert found == [f"train_seed0.json: the log's line of the result does not show {name}"]
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [("devices", "world_size"), ("validation", "documents"), ("before quantisation", "prequant_bpb"),
+     ("pack", "artifact_bytes"), ("artifact", "static_bpb"), ("python", "versions")],
+)  # fmt: skip
+def test_a_line_that_is_taken_out_is_missed(copy, line, name):
+    assert f"train_seed0.json: no line of the log's progress tells {name}" in change_log(copy, rf"^{line}\b.*\n", "")
+
+
+def test_both_scores_of_an_adapting_run_are_told(copy):
+    assert "tells val_bpb" in "; ".join(change_log(copy, r"^(artifact .*) ttt_bpb:.*", r"\1"))
+
+
+def test_documents_that_were_left_are_told(copy):
+    said = "time is short: 3 documents that have not begun are scored without adaptation\n"
+    assert change_log(copy, r"^(?=artifact )", said) == [
+        "train_seed0.json: the log says degraded_documents:3, the result 0"
+    ]
+
+
+def test_documents_that_were_left_are_told_of(copy):
+    """The other way round."""
+    found = change_result(copy, degraded_documents=4, doc_independent=0)
+    assert "train_seed0.json: no line of the log's progress tells degraded_documents" in found
+
+
+def test_the_last_try_to_pack_counts(copy):
+    size = check.read_record(copy).runs[0].result["artifact_bytes"]
+    line = "pack {}: ranges x1.0000, {} bytes, entropy of rounded weights 9 bytes\n"
+    assert change_log(copy, r"^(?=pack 1)", line.format(0, 17_000_000)) == []
+    assert change_log(copy, r"^(?=artifact )", line.format(2, size - 1)) == [
+        f"train_seed0.json: the log says artifact_bytes:{size - 1}, the result {size}"
+    ]
+
+
+# ---- results against knobs --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("enabled", "scope", "degraded", "independent"),
+    [("1", "document", 0, 1), ("1", "document", 2, 0), ("1", "stream", 0, 0), ("0", None, 0, 1), ("1", None, 0, 0)],
+)
+def test_independence_follows_from_the_knobs(copy, enabled, scope, degraded, independent):
+    """As train_gpt.evaluate has it."""
+    result = check.read_record(copy).runs[0].result
+    knobs = result["knobs"] | {"TTT_ENABLED": enabled} | ({"TTT_SCOPE": scope} if scope else {})
+    if scope is None:
+        del knobs["TTT_SCOPE"]
+    result |= dict(knobs=knobs, degraded_documents=degraded, static_bpb=result["val_bpb"])
+    for stated in (0, 1):
+        found = list(check.against_knobs(result | {"doc_independent": stated}))
+        assert ["doc_independent is" in line for line in found] == [True] * (stated != independent)
+
+
+def test_a_stream_that_calls_itself_independent_is_caught(copy):
+    """In settings, result and log alike."""
+    knobs = check.read_record(copy).runs[0].result["knobs"] | {"TTT_SCOPE": "stream"}
+    change_log(copy, "^TTT_SCOPE=document$", "TTT_SCOPE=stream")
+    assert "doc_independent is 1, its knobs and degraded_documents make it 0" in "; ".join(
+        change_result(copy, knobs=knobs)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(seed=1), dict(run_id="another"), *(dict(artifact_sha256=value) for value in (None, "x", 3, "A" * 64))],
+)
+def test_a_result_that_its_knobs_contradict_is_caught(copy, changes):
+    assert any(next(iter(changes)) in line or "of seed 1" in line for line in change_result(copy, **changes))
+
+
+def test_two_scores_without_adaptation_are_caught(copy):
+    result = check.read_record(copy).runs[0].result
+    result["knobs"]["TTT_ENABLED"] = "0"
+    assert "though nothing adapts" in "; ".join(check.against_knobs(result))
+
+
+def test_a_run_of_another_name_is_caught(copy):
+    """Its name chooses the artifact that is looked for."""
+    knobs = check.read_record(copy).runs[0].result["knobs"] | {"RUN_ID": "../../other"}
+    change_log(copy, "^RUN_ID=.*", "RUN_ID=../../other")
+    assert "was called ../../other" in "; ".join(change_result(copy, knobs=knobs, run_id="../../other"))
+
+
+# ---- audits -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", check.PROPERTIES)
+def test_an_audit_has_a_line_for_every_property_and_none_fails(copy, name):
+    path = copy / "audit_seed42.txt"
+    text = path.read_text()
+    line = re.search(rf"\nok +{name} .*", text)[0]
+    path.write_text(text.replace(line, ""))
+    assert check.examine(copy) == [f"audit_seed42.txt: it has no line for {name!r}"]
+    for failing in (text.replace(line, line.replace("ok   ", "FAIL ")), text + f"FAIL  {name:20} "):
+        path.write_text(failing)
+        assert check.examine(copy) == [f"audit_seed42.txt: it says that {name!r} FAILs"]
+    path.write_text(text.replace(line, f"\n-     {name:20} it does not apply"))
+    assert check.examine(copy) == []
+
+
+@pytest.mark.parametrize("junk", [b"", b"\xff", b"fine\n", b"\x00" * 99])
+def test_an_audit_that_says_nothing_is_caught(copy, junk):
+    (copy / "audit_seed0.txt").write_bytes(junk)
+    assert any(line.startswith("audit_seed0.txt: ") for line in check.examine(copy))
+
+
+def test_an_audit_of_another_seed_is_caught(copy):
+    shutil.copyfile(copy / "audit_seed0.txt", copy / "audit_seed42.txt")
+    assert "audit_seed42.txt: it is of Tiny_seed0, the run is Tiny_seed42" in check.examine(copy)
 
 
 # ---- what else may be wrong -------------------------------------------------
@@ -219,6 +376,86 @@ ANOTHER_KIND = [
 ]  # fmt: skip
 
 
+NONSENSE = [
+    (r"^step:2 .*", "step:1 loss:nan progress:0 train_s:nan"), (r"^step:2 .*", "step:2 loss:1e400 train_s:inf"),
+    (r"^step:2 ", f"step:{'9' * 5000} "), (r"^(training data: \d+ shards,) \d+", rf"\1 {'9' * 5000}"),
+    (r"^(training data: \d+ shards,) \d+", rf"\1 {'9' * 400}"),
+    (r"^(phase train +)\S+", rf"\g<1>{'9' * 400}.0"), (r" static_bpb:\S+ ttt", f" static_bpb:1.{'0' * 5000} ttt"),
+    (r"^TTT_LR=.*", "TTT_LR='"), (r"^TTT_LR=.*", "TTT_LR=\0"), (r"^(result val_bpb):\S+", r"\1:nan"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("pattern", "text"), NONSENSE)
+def test_nonsense_in_a_log_is_told_and_not_believed(copy, pattern, text):
+    assert change_log(copy, pattern, text)
+
+
+HUGE = 10**400  # JSON holds it, and no float does
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(steps=HUGE), dict(val_bpb=HUGE), dict(history=[[2, 0.1, HUGE]]), dict(history=[[HUGE, 0.1, 1.0]]),
+        dict(epochs=1e308), dict(train_tokens=HUGE), dict(bytes=HUGE), dict(artifact_parts={"x": HUGE}),
+        dict(phases={"train": HUGE}), dict(seed=HUGE), dict(knobs={}), dict(device="\ud800"), dict(versions="\x1b[2J"),
+    ],
+)  # fmt: skip
+def test_numbers_without_end_are_told_and_not_believed(copy, changes, capsys):
+    assert change_result(copy, **changes)
+    assert end_in_a_line(lambda: check.main([str(copy), "--no-evaluation"])) == 1
+    assert all(line.isprintable() for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("number", ["1e400", "1" + "0" * 400, "1e300", "1e-320", "NaN", "1" + "0" * 5000])
+@pytest.mark.parametrize("name", ["val_bpb", "val_bpb_std", "seeds", "bytes_per_token", "documents", "train_seconds"])
+def test_endless_numbers_in_a_submission_are_told(copy, name, number):
+    path = copy / "submission.json"
+    text = path.read_text()
+    at = text.index('"limits"')  # and the baseline after it
+    path.write_text(text[:at] + re.sub(rf'("{name}": )[^,\n]+', rf"\g<1>{number}", text[at:], count=1))
+    assert check.examine(copy)
+
+
+@pytest.mark.parametrize(
+    "source", [b"x: int = knob()", b"x: float = knob('x', '')", b"(" * 999, b"x = 1\n y", b"\x00", b"-" * 99999 + b"1"]
+)
+def test_a_source_that_is_none_is_told(copy, source):
+    """Every file agrees that it ran."""
+    (copy / "train_gpt.py").write_bytes(source)
+    for path in copy.glob("train_seed*.json"):
+        result = json.loads(path.read_text())
+        log, old = path.with_suffix(".log"), {name: result[name] for name in ("code_bytes", "total_bytes")}
+        new = dict(code_bytes=len(source), total_bytes=len(source) + result["artifact_bytes"])
+        said = log.read_bytes()[result["code_bytes"] :].decode()
+        for name in old:
+            said = said.replace(f"{name}:{old[name]}", f"{name}:{new[name]}")
+        log.write_bytes(source + said.encode())
+        path.write_text(json.dumps(result | new | {"code_sha256": hashlib.sha256(source).hexdigest()}))
+    (line,) = check.examine(copy)
+    assert line.startswith("train_gpt.py")
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, ValueError, IndexError, RecursionError, SyntaxError, MemoryError])
+@pytest.mark.parametrize("where", ["read_record", "misplaced", "against_log", "against_audit", "against_submission"])
+def test_whatever_breaks_is_one_line(copy, monkeypatch, where, error, capsys):
+    def broken(*_):
+        raise error("of a hostile record")
+
+    monkeypatch.setattr(check, where, broken)
+    assert end_in_a_line(lambda: check.main([str(copy)])) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all(f"{error.__name__}: of a hostile record" in line for line in lines)
+
+
+def test_a_finding_stays_one_line(copy, capsys):
+    """A record does not write the line that praises it."""
+    assert check.printable("a\nb\x1b[2J\ud800 é") == "a\\nb\\x1b[2J\\ud800 é"
+    change_result(copy, device=f"CPU\n{copy}: all agrees")
+    assert check.main([str(copy), "--no-evaluation"]) == 1
+    assert f"{copy}: all agrees" not in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize("change", ANOTHER_KIND)
 def test_facts_of_another_kind_are_told(copy, change):
     path = copy / "submission.json"
@@ -288,12 +525,53 @@ def test_another_score_is_a_disagreement(recorded, copy, monkeypatch, score, sta
     assert check.main([str(copy)]) == status
 
 
-def test_another_artifact_is_a_disagreement_and_other_validation_a_mistake(recorded, copy, monkeypatch):
-    logs = recorded.parents[2] / "logs"
-    assert check.main([str(copy), "--artifact", f"0={logs / 'Tiny_seed42.ptz'}"]) == 1
-    monkeypatch.setattr(check, "run_entry", fake_evaluation(0.0, "0" * 64))
-    with pytest.raises(UserError, match="another validation set"):
-        check.main([str(copy), "--artifact", f"0={logs / 'Tiny_seed0.ptz'}"])
+def test_another_artifact_is_a_disagreement(recorded, copy, monkeypatch, capsys):
+    """Be it of another size or other bytes: it is not evaluated."""
+    monkeypatch.setattr(check, "run_entry", test_record.no_start)
+    logs, other = recorded.parents[2] / "logs", copy.parents[2] / "other.ptz"
+    content = (logs / "Tiny_seed0.ptz").read_bytes()
+    for changed, reason in ((content + b"x", "bytes, the run's artifact"), (content[:-1] + b"\0", "its SHA-256 is ")):
+        assert changed != content
+        other.write_bytes(changed)
+        assert check.main([str(copy), "--artifact", f"0={other}"]) == 1
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if "not at hand" not in line]
+        assert f"{other} is another one" in line and reason in line
+
+
+def test_an_artifact_of_that_name_and_size_is_not_taken_for_it(recorded, copy, monkeypatch, capsys):
+    monkeypatch.setattr(check, "run_entry", test_record.no_start)
+    (copy.parents[2] / "logs").mkdir()
+    for seed in (0, 42):
+        content = (recorded.parents[2] / "logs" / f"Tiny_seed{seed}.ptz").read_bytes()
+        (copy.parents[2] / "logs" / f"Tiny_seed{seed}.ptz").write_bytes(content[::-1])
+    assert check.main([str(copy)]) == 0
+    assert capsys.readouterr().out.count("not at hand") == 2
+
+
+def test_another_validation_set_is_a_disagreement(recorded, copy, monkeypatch, capfd):
+    """Of the same tokenizer, so that it can be scored, and would be another text's score."""
+    made = recorded.parents[2]
+    shutil.copytree(made / "my data", copy.parents[2] / "other")
+    shard = copy.parents[2] / "other" / "fineweb_val_000000.bin"
+    tokens = check.train_gpt.read_shard(shard).copy()
+    tokens[1:3] = tokens[2], tokens[1]
+    shard.write_bytes(shard.read_bytes()[:1024] + tokens.tobytes())
+    monkeypatch.setenv("DATA_PATH", "other")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    given = [str(copy), "--artifact", f"0={made / 'logs' / 'Tiny_seed0.ptz'}"]
+    assert end_in_a_line(lambda: check.main(given)) == 1
+    out = capfd.readouterr().out.splitlines()
+    assert "another validation set" in out[-1] and "set DATA_PATH" in out[-1] and "val_bpb is" not in out[-1]
+
+
+def test_an_evaluation_that_breaks_us_ends_in_a_line(recorded, copy, monkeypatch, capsys):
+    def broken(*_):
+        raise ValueError("embedded null byte")
+
+    monkeypatch.setattr(check, "run_entry", broken)
+    given = [str(copy), "--artifact", f"0={recorded.parents[2] / 'logs' / 'Tiny_seed0.ptz'}"]
+    assert end_in_a_line(lambda: check.main(given)) == 2
+    assert "embedded null byte" in capsys.readouterr().err
 
 
 def test_what_a_deadline_left_out_is_not_repeated(recorded, copy, monkeypatch, capsys):

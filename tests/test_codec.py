@@ -229,7 +229,25 @@ def test_damage_is_noticed_wherever_it_is(compressed):
                 codec.unpack_file(damaged, "it")
 
 
+@pytest.mark.parametrize("body", [codec.MAGIC, codec.MAGIC + b"\5", codec.MAGIC + b"\5\0"])
+def test_a_file_that_ends_before_its_header_is_refused_though_its_checksum_fits(body):
+    with pytest.raises(DataError) as error:
+        codec.unpack_file(body + bytes.fromhex(codec.digest(body)), "it")
+    assert str(error.value).startswith("it: ") and "\n" not in str(error.value)
+
+
+def test_no_frame_unpacks_into_more_edits_than_a_file_may_have():
+    many = [codec.Edit(0, 1, b"")] * (codec.MAX_EDITS + 1)
+    with pytest.raises(UserError, match="cut the text up"):
+        codec.pack_edits([many, []])
+    claimed = codec.number(len(many))
+    for plain in (claimed + b"\0\1\0" * len(many) + b"\0", claimed, codec.number(1 << 62)):
+        with pytest.raises(ValueError, match="edits are claimed"):
+            codec.unpack_edits(b"\1" + codec.zstandard.compress(plain))
+
+
 @pytest.mark.parametrize("change", [
+    {"documents": 10_000, "tokens": 10_000, "split": "00" * 8000}, {"tokens": 10**400},
     {"documents": 0}, {"documents": 1 << 40}, {"tokens": -1}, {"edits": -1}, {"edits": 1 << 40}, {"threads": 0},
     {"threads": 1 << 20}, {"knobs": {"ARTIFACT": "x"}}, {"knobs": {"TTT_LR": 1}}, {"knobs": []}, {"split": "xy"},
     {"caseops": 1}, {"more": 1}])  # fmt: skip
@@ -336,8 +354,17 @@ def test_separators_as_typed():
         b"\n\n", b"<s>", b"\0", "é世".encode()]  # fmt: skip
 
 
-def test_a_sample_follows_from_the_whole_context(artifact):
-    """The likeliest tokens, one by one over kept keys and values, are those of passes over all of the text."""
+@pytest.mark.parametrize("knobs", [
+    {}, {"TTT_CHUNK_TOKENS": "64"}, {"TTT_PARAMS": "full"}, {"TTT_PARAMS": "full", "TTT_SCOPE": "stream"},
+    {"TTT_SCOPE": "stream", "TTT_CHUNK_TOKENS": "32768"},
+], ids=str)  # fmt: skip
+def test_a_sample_follows_from_the_whole_context(artifact, monkeypatch, knobs):
+    """The likeliest tokens, one by one over kept keys and values, are those of passes over all of the text, whatever
+    the artifact's run adapted."""
+    for name in ("TTT_CHUNK_TOKENS", "TTT_LORA_RANK", "TTT_BATCH_DOCS"):
+        monkeypatch.delenv(name)
+    for name, value in (knobs | {"EVAL_SEQ_LEN": "64"}).items():
+        monkeypatch.setenv(name, value)
     predictor = codec.open_predictor(artifact)
     tokens = [BOS, *codec.to_tokens(predictor, False, "a tale")[:-1]]
     drawn = sample.continued(predictor, tokens[1:], temperature=0, top_p=1, seed=0)

@@ -5,7 +5,9 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import os
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,7 +23,7 @@ from test_rules import BOOK_CHUNK, MODEL, RUN, SCORE_ALL, changed
 
 import train_gpt
 from data import prepare
-from tools import common, prove
+from tools import common, prove, watch
 
 BUDGET = dict(iterations=1, max_wallclock_seconds=0)  # a budget in steps: kernels that repeat
 SYSTEMS = test_rules.SYSTEMS | {
@@ -144,6 +146,48 @@ def test_bytes_are_counted_again_from_the_tokens(audit, places, place):
 def test_code_and_artifact_must_fit(audit, places):
     looked = audit(places["plain"], SYSTEMS["static"] | dict(artifact_bytes=100_000))
     assert "the limit is 100000" in faults_of(looked, "bytes")[0]
+
+
+def test_no_knob_raises_the_limit_of_the_contest(audit, places):
+    padding = ("BOS = 1  # stands", f"BOS = 1  # {'x' * 16_000_000} stands")
+    looked = audit(places["plain"], SYSTEMS["static"] | dict(artifact_bytes=20_000_000), [padding])
+    assert "the limit is 16000000" in faults_of(looked, "bytes")[0]
+
+
+@pytest.mark.parametrize("path, on_cpu, on_gpu", [
+    ("/dev/null", True, True), ("/dev/urandom", True, True), ("/dev/shm/psm_1", True, True),
+    ("/dev/nvidia0", False, True), ("/dev/nvidiactl", False, True), ("/dev/fd", False, False),
+    ("/dev/fd/0", False, False), ("/dev/stdin", False, False), ("/dev/sda", False, False), ("/dev/shmx", False, False),
+    ("/proc/7/fd/pipe:[8]", False, False), ("/proc/7/task/7/fd/0", False, False), ("/proc/7/mem", False, False),
+    ("/proc/7/maps", True, True), ("/proc/cpuinfo", True, True), ("{folder}/artifact.ptz", True, True),
+    ("{folder}x/artifact.ptz", False, False), (prove.__file__, False, False), (torch.__file__, True, True),
+    ("/opt/driver/libcuda.so.1", True, True), ("/opt/driver/shard.bin", False, False), ("/opt/x.so", False, False),
+    ("/usr/share/fineweb_train_000000.bin", False, False), ("subprocess.Popen: ('cc',", False, True),
+])  # fmt: skip
+def test_what_an_evaluation_may_open(tmp_path, monkeypatch, path, on_cpu, on_gpu):
+    monkeypatch.setattr(prove, "LIBRARIES", ["/opt/driver"])
+    path = path.format(folder=tmp_path)
+    assert [prove.expected(path, tmp_path, compiles) for compiles in (False, True)] == [on_cpu, on_gpu]
+
+
+def test_a_watched_program_finds_no_code_of_the_repository_and_opens_nothing_unseen(tmp_path):
+    for name in ("by path", "mapped"):
+        (tmp_path / name).write_bytes(bytes(4096))
+    (tmp_path / "program.py").write_text(PROGRAM)
+    source, root = Path(watch.__file__).read_text(), Path(watch.__file__).parent.parent
+    env = os.environ | {"PYTHONPATH": prove.elsewhere(f"{root}:{tmp_path}")}
+    subprocess.run([sys.executable, "-c", source, "program.py", "report"], cwd=tmp_path, env=env, check=True)
+    opened = set(json.loads((tmp_path / "report").read_text()))
+    assert {str(tmp_path / name) for name in ("by path", "mapped", "program.py")} <= opened
+    assert env["PYTHONPATH"] == str(tmp_path)
+
+
+PROGRAM = """
+import importlib.util, io, pathlib, torch
+assert not any(importlib.util.find_spec(name) for name in ("tools", "data", "train_gpt"))
+io.FileIO(pathlib.Path("by path")).close()
+kept = torch.from_file("mapped", size=4096, dtype=torch.uint8)
+"""
 
 
 def test_a_stream_is_not_called_independent(audit, places):
@@ -284,6 +328,10 @@ CHEATS = [
           while_scoring("import subprocess", "subprocess.getoutput('cat {data}/fineweb_train_000000.bin | wc')")),
     Cheat("the network is asked", "artifact alone", "static",
           while_scoring("import socket", "socket.socket().connect_ex(('127.0.0.1', 9))")),
+    Cheat("the program imports uncounted code", "artifact alone", "static", while_scoring("from data import prepare")),
+    Cheat("a training shard is mapped into memory", "artifact alone", "static",
+          while_scoring("shard = '{data}/fineweb_train_000000.bin'",
+                        "sys.kept = torch.from_file(shard, size=1024, dtype=torch.uint8)")),
     Cheat("less is reported than was booked", "artifact alone", "static",
           [("return float(self.nats.sum() / math.log(2)", "return float(0.999 * self.nats.sum() / math.log(2)")]),
     Cheat("every side-car's byte counts twice", "bytes", "static",

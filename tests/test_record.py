@@ -18,15 +18,25 @@ import train_gpt
 from tools import check, claims, record
 from tools.claims import CONTEST, NON_RECORD, Baseline, Facts
 from tools.common import end_in_a_line
+from tools.prove import PROPERTIES, Finding
 from tools.runs import load_run
 from tools.welch import Sample, incomplete_beta, lower_by, upper_tail
 
 WHO = dict(AUTHOR="Ada L.", GITHUB_ID="ada")
 WHAT = "Rows of 64.\nIt is smaller.\n\n### Why\n\nTo see whether 3 is 3."
 ARGUMENTS = ["Tiny", "--seeds", "42,0", "--non-record", "--what", WHAT, "--baseline", "2.5,0.01,3,2.25"]
-AUDIT = """
-import os, sys
-print("audited", sys.argv[1], "with TTT_LR", os.environ["TTT_LR"])
+AUDIT = f"""
+import json, os, sys
+result = json.load(open(sys.argv[1].removesuffix(".ptz") + ".json"))
+print("audited", sys.argv[1], "with TTT_LR", os.environ["TTT_LR"], *sys.argv[2:])
+print(sys.argv[1] + ": TTT_PARAMS=lora TTT_SCOPE=document, CPU, 1 threads")
+figures = {{
+    "bytes": "{{code_bytes}} of code + {{artifact_bytes}} of artifact; {{bytes}} of text; 9 bytes decoded again",
+    "single pass": "5 targets of 2 documents once each; {{tokens}} targets of {{documents}} documents in the shards",
+    "reported": "val_bpb {{val_bpb:.5f}} of Tiny_seed0.json: max 0.0e+00 bpb off in 2 documents",
+}}
+for name in {list(PROPERTIES)}:
+    print(f"ok    {{name:20}} " + figures.get(name, "max 0.0e+00").format(**result))
 sys.exit(int(os.environ.get("AUDIT_STATUS", "0")))
 """
 
@@ -95,7 +105,7 @@ def test_a_record_holds_its_runs_byte_for_byte(recorded):
             kept = recorded / f"train_seed{seed}{there}"
             assert kept.read_bytes() == (logs / f"Tiny_seed{seed}{ending}").read_bytes()
         assert (
-            f"audited {Path('logs', f'Tiny_seed{seed}.ptz')} with TTT_LR 0.01"
+            f"audited {Path('logs', f'Tiny_seed{seed}.ptz')} with TTT_LR 0.01 --seconds 120\n"
             in (recorded / f"audit_seed{seed}.txt").read_text()
         )
         assert (recorded / f"train_seed{seed}.log").read_bytes().startswith((recorded / "train_gpt.py").read_bytes())
@@ -151,7 +161,10 @@ def test_defaults_are_read_from_a_source_without_running_it(system):
 
 
 def test_a_source_that_cannot_be_read_is_a_users_error():
-    for source in (b"x = (", b"\x00", b"x: int = knob(print(1), '')", b"x: int = knob(1 << 10**9, '')"):
+    for source in (b"x = (", b"\x00", b"x: int = knob(print(1), '')", b"x: int = knob(1 << 10**9, '')",
+                   b"x: int = knob()", b"x: float = knob('x')", b"x: float = knob(None)", b"x: float = knob(2j)",
+                   b"x: float = knob(0x1" + b"0" * 999 + b")", b"x: int = knob(0x1" + b"0" * 9999 + b")",
+                   b"x = " + b"-" * 9999 + b"1", b"x: int = knob(" + b"-" * 199 + b"1)"):  # fmt: skip
         with pytest.raises(train_gpt.DataError, match="train_gpt.py"):
             claims.declared_defaults(source, full=False)
 
@@ -342,10 +355,34 @@ def test_an_audit_that_fails_is_no_record(home, monkeypatch):
     assert not (home / "records").exists()
 
 
-def test_an_artifact_of_another_run_is_not_audited(home):
-    (home / "logs" / "Tiny_seed42.ptz").write_bytes(b"x")
-    with pytest.raises(train_gpt.UserError, match="not the artifact of Tiny_seed42"):
+def test_the_audit_says_its_lines_as_the_stand_in_does():
+    """What is compared of an audit is told by lines of this form."""
+    assert f"ok    {'bytes':20} 9" == str(Finding("bytes", True, "9"))
+
+
+def test_the_audit_takes_the_seconds_that_are_given(home):
+    assert record.parse(ARGUMENTS).audit_seconds == 120
+    assert record.main([*ARGUMENTS, "--audit-seconds", "7"]) == 0
+    said = [path.read_text() for path in (home / "records").rglob("audit_seed*.txt")]
+    assert ["--seconds 7\n" in text for text in said] == [True, True]
+    with pytest.raises(SystemExit):
+        record.parse([*ARGUMENTS, "--audit-seconds", "0"])
+
+
+def test_an_audit_that_looks_at_too_little_is_no_record(home):
+    (home / "tools" / "prove.py").write_text(AUDIT.replace("'normalised', ", ""))
+    with pytest.raises(train_gpt.UserError, match="audit_seed0.txt: it has no line for 'normalised'"):
         record.main(ARGUMENTS)
+    assert not list((home / "records").rglob("*.txt"))
+
+
+def test_an_artifact_of_another_run_is_not_audited(home):
+    artifact = home / "logs" / "Tiny_seed42.ptz"
+    content = artifact.read_bytes()
+    for other in (b"x", content[:-1] + bytes([content[-1] ^ 1]), None):
+        artifact.unlink() if other is None else artifact.write_bytes(other)
+        with pytest.raises(train_gpt.UserError, match="not the artifact of Tiny_seed42"):
+            record.main(ARGUMENTS)
 
 
 def test_a_record_appears_whole_or_not_at_all(home, monkeypatch):

@@ -173,6 +173,20 @@ def test_a_sweep_of_an_artifact_gets_no_knobs_of_the_small_run(ready):
     assert "ITERATIONS" not in call["env"] and ready.started("prepare.py") == []
 
 
+def test_a_sweep_is_told_which_knobs_are_not_the_user_s(ready):
+    ready.run("sweep", "TTT_PARAMS=lora,full", TTT_LR=0.1)
+    (call,) = ready.started("sweep")
+    defaults = call["env"]["RUN_SH_DEFAULTS"].split()
+    assert {"ITERATIONS", "TTT_LORA_RANK", "TTT_BATCH_DOCS"} < set(defaults) <= call["env"].keys()
+    assert "TTT_LR" not in defaults
+    for given in ({}, {"TTT_PARAMS": "full"}, {"TTT_SCOPE": "stream", "TTT_LR": "0.1"}):
+        ready.run(**given)
+        env = ready.started("train_gpt.py")[0]["env"]
+        told = dict(line.split("=", 1) for line in ready.run("small-job-defaults", **given).stdout.splitlines())
+        assert told.items() <= env.items() and not told.keys() & given.keys()
+        assert {name for name in env if name.startswith("TTT_")} == {n for n in told | given if n.startswith("TTT_")}
+
+
 def test_the_entry_s_exit_status_is_passed_on(ready):
     assert ready.run(STUB_STATUS=2).returncode == 2
 

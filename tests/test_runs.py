@@ -72,6 +72,7 @@ def test_a_run_is_found_by_its_id_or_its_path_and_says_what_its_documents_say(tm
     ("adaptation_steps", 0), ("validation", "0" * 64), ("artifact_bytes", 1), ("total_bytes", 16),
     ("artifact_parts", {"x": 0.5}),
     ("code_sha256", "0" * 64), ("val_bpb", math.nan), ("seed", "1"), ("seed", True), ("phases", {"train": -1}),
+    *(pytest.param(name, 10**400, id=f"{name}-huge") for name in ("val_bpb", "eval_seconds", "seed", "tokens")),
     ("knobs", {"TTT_LR": 1}), ("history", [[2, 1.0, 3.0], [1, 2.0, 3.0]]), ("history", None), ("run_id", ""),
 ])  # fmt: skip
 def test_a_number_that_is_false_or_no_number_is_refused_by_name(tmp_path, name, value):

@@ -328,6 +328,28 @@ def test_an_evaluation_is_told_apart_by_every_knob_that_it_reads():
     assert {"SEED", "DEVICE", "COMPILE"} <= ours - sweep.training_knobs()
 
 
+def test_a_combination_has_the_defaults_of_run_sh_that_go_with_it(monkeypatch):
+    for name in train_gpt.KNOBS:
+        monkeypatch.delenv(name, raising=False)
+    told = subprocess.run([sweep.RUN_SH, "small-job-defaults"], capture_output=True, text=True, check=True).stdout
+    defaults = dict(line.split("=", 1) for line in told.splitlines())
+    for name, value in (defaults | {"RUN_SH_DEFAULTS": " ".join(defaults)}).items():
+        monkeypatch.setenv(name, value)
+
+    def made(*grid: str) -> list[dict[str, str]]:
+        return [job.env for job in sweep.make_jobs(sweep.parse_grid(grid), None, 1)]
+
+    lora, full = made("TTT_PARAMS=lora,full")
+    assert (lora["TTT_LORA_RANK"], lora["TTT_CHUNK_TOKENS"], full["TTT_CHUNK_TOKENS"]) == ("8", "16", "128")
+    assert lora["ITERATIONS"] == full["ITERATIONS"] and "TTT_LORA_RANK" not in full
+    document, stream = made("TTT_SCOPE=document,stream", "TTT_LR=0.1")
+    assert document["TTT_LORA_RANK"] == stream["TTT_LORA_RANK"] and document["TTT_LR"] == stream["TTT_LR"] == "0.1"
+    assert "TTT_BATCH_DOCS" in document.keys() - stream.keys()
+    monkeypatch.setenv("RUN_SH_DEFAULTS", " ".join(defaults.keys() - {"TTT_LORA_RANK"}))
+    with pytest.raises(train_gpt.ConfigError, match="TTT_PARAMS=full: TTT_LORA_RANK has no effect"):
+        made("TTT_PARAMS=lora,full")
+
+
 @pytest.mark.parametrize("command, words", [
     ("TTT_LRR=0.1", "did you mean TTT_LR?"),
     ("PATH=0.1", "PATH is not a knob"),

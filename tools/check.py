@@ -4,17 +4,20 @@ Check a record as an organiser would: every number of it against its logs, and t
     ./run.sh check records/TRACK/DATE_NAME ... [--artifact SEED=FILE ...] [--no-evaluation]
 
 README.md, submission.json and requirements.txt are derived again from the runs (train_seed*.log, .json, .docs.npz) and
-compared; results are compared with the logs and with the scores of the documents; the source with what the logs begin
-with; sizes and times with the limits. That runs no code of the record. Then, where the artifact of a seed is at hand
-(named, or logs/<RUN_ID>.ptz), the record's own train_gpt.py evaluates it once more, on DATA_PATH of the environment or
-else of the record, without a time limit: the score must come within 1e-4 bpb.
+compared; results are compared with the logs, with the knobs, with the audits and with the scores of the documents; the
+source with what the logs begin with; sizes and times with the limits. That runs no code of the record. Then, where the
+artifact of a seed is at hand (named, or logs/<RUN_ID>.ptz, by its SHA-256), the record's own train_gpt.py evaluates it
+once more, on DATA_PATH of the environment or else of the record, without a time limit: the score must come within 1e-4
+bpb.
 Exit status: 0 all agrees, 1 something does not (it is listed), 2 for what you can mend.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import hashlib
 import itertools
 import json
 import os
@@ -23,7 +26,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +37,8 @@ import train_gpt
 from tools import claims
 from tools.claims import Baseline, Facts
 from tools.common import end_in_a_line
-from tools.runs import Run, beside, disagreements, read_documents, read_result
+from tools.prove import PROPERTIES
+from tools.runs import Run, beside, digest, disagreements, read_documents, read_result
 from train_gpt import LOGS, DataError, UserError, read_file, require
 
 RECORDS = Path("records")
@@ -48,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for folder in options.folders:
         found = examine(folder)
         if not found and not options.no_evaluation:
-            found = evaluate_all(folder, options.artifact)
+            with believing_nothing(str(folder)):
+                found = evaluate_all(folder, options.artifact)
         for line in found:
             print(f"{folder}: {line}")
         if not found:
@@ -86,6 +91,31 @@ def find_records(root: Path = RECORDS) -> list[Path]:
 
 # -----------------------------------------------------------------------------
 # Reading a record: all of it is hostile until checked
+
+
+@contextlib.contextmanager
+def believing_nothing(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the fault of what is read there. Raises UserError, and nothing else."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # numbers without end, brackets without end, and whatever else no run writes
+        raise DataError(printable(f"{what} cannot be examined: {type(error).__name__}: {error}")) from error
+
+
+def told(findings: Iterable[str]) -> Iterator[str]:
+    """Findings, each one line that is safe to show; what breaks the search is one, too."""
+    try:
+        with believing_nothing("it"):
+            yield from map(printable, findings)
+    except UserError as error:
+        yield printable(str(error))
+
+
+def printable(line: str) -> str:
+    """A line as it stands, but for what would end it, move the cursor, or be no character at all."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class Record(NamedTuple):
@@ -138,22 +168,27 @@ def read_runs(folder: Path) -> list[Run]:
 def examine(folder: Path) -> list[str]:
     """Everything in a record that does not follow from its runs, and everything that speaks against these. No code of
     the record runs."""
-    try:
-        record = read_record(folder)
-        return [*misplaced(record), *contradictions(record)]
-    except (UserError, RecursionError) as error:  # the latter from JSON nested without end
-        return [str(error)]
+    return list(told(findings_in(folder)))
+
+
+def findings_in(folder: Path) -> Iterator[str]:
+    record = read_record(folder)
+    yield from misplaced(record)
+    yield from contradictions(record)
 
 
 def misplaced(record: Record) -> Iterator[str]:
     if record.folder.resolve().parts[-2:] != tuple(record.facts.folder.split("/")):
         yield f"it lies in {record.folder}, and says that it is {record.facts.folder}"
+    for run in record.runs:
+        if run.name != f"{record.facts.name}_seed{run.result['seed']}":
+            yield f"{run.path.name}: its run was called {run.name}, which is none of {record.facts.name}"
 
 
 def contradictions(record: Record) -> list[str]:
     """What is wrong in a record, wherever it lies."""
     folder, _, facts, runs = record
-    wrong = [f"{run.path.name}: {line}" for run in runs for line in against_files(run, folder)]
+    wrong = against_runs(record)
     if wrong:  # what follows from such runs says nothing
         return wrong
     return [
@@ -163,8 +198,14 @@ def contradictions(record: Record) -> list[str]:
         *differing_lines("requirements.txt", read_text(folder / "requirements.txt"), claims.requirements(runs[0])),
         *against_baseline(facts),
         *(f"{name} is missing" for name in needed_files(runs) if not (folder / name).is_file()),
+        *against_audits(record),
         *(f"{path.name}: artifacts are not kept in a record" for path in sorted(folder.rglob("*.ptz"))),
     ]
+
+
+def against_runs(record: Record) -> list[str]:
+    """What is wrong with single runs, whatever is claimed of them."""
+    return [f"{r.path.name}: {line}" for r in record.runs for line in told(against_files(r, record.folder))]
 
 
 def against_files(run: Run, folder: Path) -> Iterator[str]:
@@ -174,24 +215,71 @@ def against_files(run: Run, folder: Path) -> Iterator[str]:
     if run.source != read_file(folder / "train_gpt.py"):
         yield f"{run.log.name} does not begin with train_gpt.py as it lies here"
     yield from disagreements(run)
+    yield from against_knobs(run.result)
     yield from against_log(run)
 
 
 def needed_files(runs: Sequence[Run]) -> list[str]:
-    return [*claims.PLOTS, *(f"audit_seed{run.result['seed']}.txt" for run in runs)]
+    return [*claims.PLOTS, *map(audit_name, runs)]
+
+
+def audit_name(run: Run) -> str:
+    return f"audit_seed{run.result['seed']}.txt"
+
+
+def against_knobs(result: Mapping[str, Any]) -> Iterator[str]:
+    """What a result says of the way of scoring, against the knobs; and the digest that tells its artifact."""
+    knobs = result["knobs"]
+    alone = knobs.get("TTT_SCOPE") == "document" and result["degraded_documents"] == 0
+    independent = int(knobs.get("TTT_ENABLED") == "0" or alone)
+    if result["doc_independent"] != independent:
+        yield f"doc_independent is {result['doc_independent']}, its knobs and degraded_documents make it {independent}"
+    for name in ("seed", "run_id"):
+        if str(result[name]) != knobs.get(name.upper()):
+            yield f"{name} is {result[name]}, its knob {name.upper()} {knobs.get(name.upper())}"
+    if knobs.get("TTT_ENABLED") == "0" and result["val_bpb"] != result["static_bpb"]:
+        yield f"val_bpb is {result['val_bpb']}, static_bpb {result['static_bpb']}, though nothing adapts"
+    if not digest(result.get("artifact_sha256")):
+        yield f"artifact_sha256 is {str(result.get('artifact_sha256'))[:60]!r}, which no run writes"
+
+
+# -----------------------------------------------------------------------------
+# Results against text: the log of a run, and its audit
+
+# The line "result ..." shows these, if the result has them: train_gpt.report
+SHOWN = (
+    "val_bpb", "static_bpb", "prequant_bpb", "artifact_bytes", "code_bytes", "total_bytes", "steps", "train_tokens",
+    "train_seconds", "eval_seconds", "documents", "tokens", "bytes", "doc_independent", "degraded_documents", "seed",
+)  # fmt: skip
+SPOKEN = {  # a whole line of progress -> the results that it gives away
+    r"devices: (\d+) x (.+)": ("world_size", "device"),
+    r"validation: (\d+) documents, (\d+) targets, (\d+) bytes": ("documents", "tokens", "bytes"),
+    r"before quantisation, .*val_bpb:([\d.]+), last iterate ([\d.]+)": ("prequant_bpb", "last_bpb"),
+    r"artifact .+: static_bpb:([\d.]+) ttt_bpb:([\d.]+)": ("static_bpb", "val_bpb"),
+    r"artifact .+: static_bpb:([\d.]+)": ("static_bpb",),
+    r"time is short: (\d+) documents that have not begun are scored without adaptation": ("degraded_documents",),
+    r"(python:\S+ .*zstandard:\S+) .*": ("versions",),
+}
+PACKED = {r"pack \d+: ranges x\S+, (\d+) bytes, .*": ("artifact_bytes",)}  # the last such line: the first may not fit
+AUDITED = {  # a line of an audit -> the results that it counted again
+    r"ok +bytes +(\d+) of code \+ (\d+) of artifact; (\d+) of text; .*": ("code_bytes", "artifact_bytes", "bytes"),
+    r"ok +single pass .*; (\d+) targets of (\d+) documents in the shards": ("tokens", "documents"),
+    r"ok +reported +val_bpb ([\d.]+) of .*": ("val_bpb",),
+}
+
+
+def spoken_of(lines: Sequence[str], spoken: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    """(name, text) of the results that lines give away."""
+    for pattern, names in spoken.items():
+        for line in lines:
+            if match := re.fullmatch(pattern, line):
+                yield from zip(names, match.groups(), strict=True)
 
 
 def against_log(run: Run) -> Iterator[str]:
     """A result against every line of the log that says something of it."""
     result, lines = run.result, run.log_lines
-    last = lines[-1] if lines else ""
-    if not last.startswith("result "):
-        yield f"the log does not end with a result, but with {last[:60]!r}"
-    shown = [pair.partition(":") for pair in last.split()[1:]]
-    shown += [pair for line in lines for pair in spoken_of(line)]
-    for name, _, text in shown:
-        if name not in result or not says(text, result[name]):
-            yield f"the log says {name}:{text}, the result {result.get(name)}"
+    yield from against_figures(run)
     logged = {name: seconds for name, (seconds, _) in claims.phases(run).items()}
     if logged.keys() != result["phases"].keys() or any(abs(logged[n] - s) > 0.006 for n, s in result["phases"].items()):
         yield f"the log's table of phases is {logged}, the result's {result['phases']}"
@@ -201,24 +289,67 @@ def against_log(run: Run) -> Iterator[str]:
             yield f"{name} is {result.get(name)}, the phases of that clock take {total:.3f} s"
     if logged_knobs(lines) != result["knobs"]:
         yield "the settings in the log are not its knobs"
-    data = [m for line in lines if (m := re.match(r"training data: \d+ shards, (\d+) tokens", line))]
+    data = [m for line in lines if (m := re.match(r"training data: \d+ shards, (\d{1,18}) tokens", line))]
     if "epochs" in result and [round(result["epochs"] * int(m[1])) for m in data] != [result["train_tokens"]]:
         yield f"epochs is {result['epochs']}, the log says {' '.join(m[0] for m in data) or 'nothing of that'}"
-    if logged_history(lines) != [(n, f"{loss:.4f}", f"{at:.1f}") for n, at, loss in result.get("history", [])]:
+    history = [(str(n), f"{loss:.4f}", f"{at:.1f}") for n, at, loss in result.get("history", [])]
+    if logged_history(lines) != history:
         yield "the losses in the log are not its history"
 
 
-def spoken_of(line: str) -> Iterator[tuple[str, str, str]]:
-    """(name, "", text) of the results that a line of progress gives away."""
-    patterns = {
-        r"devices: (\d+) x (.+)": ("world_size", "device"),
-        r"validation: (\d+) documents, (\d+) targets, (\d+) bytes": ("documents", "tokens", "bytes"),
-        r"before quantisation, .*val_bpb:([\d.]+), last iterate ([\d.]+)": ("prequant_bpb", "last_bpb"),
-        r"(python:\S+ .*zstandard:\S+) .*": ("versions",),
-    }
-    for pattern, names in patterns.items():
-        if match := re.fullmatch(pattern, line):
-            yield from ((name, "", text) for name, text in zip(names, match.groups(), strict=True))
+def against_figures(run: Run) -> Iterator[str]:
+    """The results that the log shows at its end and gives away before, and those on which it is silent."""
+    result, lines = run.result, run.log_lines
+    last = lines[-1] if lines else ""
+    if not last.startswith("result "):
+        yield f"the log does not end with a result, but with {last[:60]!r}"
+    shown = [pair.partition(":")[::2] for pair in last.split()[1:]]
+    packs = [line for line in lines if line.startswith("pack ")]
+    spoken = [*spoken_of(lines, SPOKEN), *spoken_of(packs[-1:], PACKED)]
+    yield from disproved("the log", result, [*shown, *spoken])
+    for name in [name for name in SHOWN if name in result and name not in dict(shown)]:
+        yield f"the log's line of the result does not show {name}"
+    for name in [name for name in told_on_the_way(run) if name not in dict(spoken)]:
+        yield f"no line of the log's progress tells {name}"
+
+
+def told_on_the_way(run: Run) -> list[str]:
+    """The results that lines of SPOKEN and PACKED give away in the log of such a run."""
+    result, adapts = run.result, run.result["knobs"].get("TTT_ENABLED") != "0"
+    names = ["world_size", "documents", "versions", "static_bpb"]
+    names += ["prequant_bpb", "artifact_bytes"] if run.trained else []
+    names += ["val_bpb"] if adapts else []
+    at_once = adapts and result["degraded_documents"] and result["knobs"].get("TTT_SCOPE") == "document"
+    return [*names, "degraded_documents"] if at_once else names
+
+
+def disproved(who: str, result: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
+    for name, text in pairs:
+        if name not in result or not says(text, result[name]):
+            yield f"{who} says {name}:{text}, the result {result.get(name)}"
+
+
+def against_audits(record: Record) -> Iterator[str]:
+    for run in record.runs:
+        path = record.folder / audit_name(run)
+        if path.is_file():
+            yield from (f"{path.name}: {line}" for line in told(against_audit(run, path)))
+
+
+def against_audit(run: Run, path: Path) -> Iterator[str]:
+    """What an audit leaves open or says against a run, and where it speaks of another artifact."""
+    lines = read_text(path).splitlines()
+    for name in PROPERTIES:
+        found = [m[1] for line in lines if (m := re.fullmatch(rf"(ok|FAIL|-) +{re.escape(name)}( .*)?", line))]
+        if not found or "FAIL" in found:
+            yield f"it says that {name!r} FAILs" if found else f"it has no line for {name!r}"
+    heads = [m for line in lines if (m := re.fullmatch(r"(?:.*/)?([^/]+)\.ptz: (.*)", line))]
+    if [m[1] for m in heads] != [run.name]:
+        yield f"it is of {' and '.join(m[1] for m in heads) or 'no artifact'}, the run is {run.name}"
+    for name, value in re.findall(r"\b(TTT_[A-Z_]+)=(\w+)", " ".join(m[2] for m in heads)):
+        if run.result["knobs"].get(name) != value:
+            yield f"it audits {name}={value}, the run had {name}={run.result['knobs'].get(name)}"
+    yield from disproved("it", run.result, spoken_of(lines, AUDITED))
 
 
 def says(text: str, value: Any) -> bool:
@@ -236,10 +367,14 @@ def logged_knobs(lines: Sequence[str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words)
 
 
-def logged_history(lines: Sequence[str]) -> list[tuple[int, str, str]]:
-    """(step, loss, seconds) of every line of training."""
+def logged_history(lines: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(step, loss, seconds) of every line of training, as they are written."""
     found = (re.match(r"step:(\d+) loss:(\S+) .*train_s:(\S+)", line) for line in lines)
-    return [(int(m[1]), m[2], m[3]) for m in found if m]
+    return [(m[1], m[2], m[3]) for m in found if m]
+
+
+# -----------------------------------------------------------------------------
+# Claims against results
 
 
 def against_submission(record: Record) -> Iterator[str]:
@@ -284,13 +419,14 @@ def against_baseline(facts: Facts) -> list[str]:
 
 def baseline_of(folder: Path) -> Baseline:
     """The scores of a record, from its runs. Raises UserError where that record disagrees with itself."""
-    record = read_record(folder)
-    wrong = [*misplaced(record), *(f"{r.path.name}: {line}" for r in record.runs for line in against_files(r, folder))]
-    require(not wrong, f"the baseline {folder} disagrees with itself: {'; '.join(wrong)}", DataError)
-    stated, first = claims.submission(record.runs, record.facts), record.runs[0].result
-    std, width = stated["val_bpb_std"] or 0.0, first["bytes"] / first["tokens"]
-    seeds, totals = len(record.runs), (first["documents"], first["bytes"])
-    return Baseline(folder.as_posix(), stated["val_bpb"], std, seeds, width, *totals)
+    with believing_nothing(f"the baseline {folder}"):
+        record = read_record(folder)
+        wrong = list(told(itertools.chain(misplaced(record), against_runs(record))))
+        require(not wrong, f"the baseline {folder} disagrees with itself: {'; '.join(wrong)}", DataError)
+        stated, first = claims.submission(record.runs, record.facts), record.runs[0].result
+        std, width = stated["val_bpb_std"] or 0.0, first["bytes"] / first["tokens"]
+        seeds, totals = len(record.runs), (first["documents"], first["bytes"])
+        return Baseline(folder.as_posix(), stated["val_bpb"], std, seeds, width, *totals)
 
 
 # -----------------------------------------------------------------------------
@@ -305,7 +441,7 @@ def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
     for run in runs:
         seed = run.result["seed"]
         artifact = named.get(seed) or LOGS / f"{run.name}.ptz"
-        if seed not in named and not (artifact.is_file() and artifact.stat().st_size == run.result["artifact_bytes"]):
+        if seed not in named and (not artifact.is_file() or unlike(artifact, run)):
             print(f"{folder}: seed {seed}: its artifact is not at hand ({artifact}); not evaluated again")
         elif run.result["degraded_documents"]:
             print(f"{folder}: seed {seed}: what a deadline left unadapted cannot be repeated; not evaluated again")
@@ -316,9 +452,8 @@ def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
 
 def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
     """Score an artifact with the record's train_gpt.py, in a folder of its own."""
-    size = len(read_file(artifact))
-    if size != run.result["artifact_bytes"]:
-        yield f"{artifact} holds {size} bytes, the run's artifact {run.result['artifact_bytes']}: it is another one"
+    if difference := unlike(artifact, run):
+        yield f"{artifact} is another one: {difference}"
         return
     print(f"{folder}: seed {run.result['seed']}: evaluating {artifact} again", flush=True)
     env = evaluation_environment(run, artifact, os.environ)
@@ -326,12 +461,28 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
         status = run_entry((folder / "train_gpt.py").resolve(), env, Path(work))
         require(status == 0, f"the evaluation of {artifact} ended with status {status}: see above", UserError)
         again = read_result(Path(work) / "logs" / f"{run.name}.json")
-    require(again["validation"] == run.result["validation"],
-            f"{env['DATA_PATH']} holds another validation set than the record's: set DATA_PATH", UserError)  # fmt: skip
+    if again["validation"] != run.result["validation"]:
+        yield (f"{env['DATA_PATH']} holds another validation set ({in_short(again)}) than the record's "
+               f"({in_short(run.result)}): set DATA_PATH")  # fmt: skip
+        return
     for name in ("val_bpb", "static_bpb"):
         print(f"{folder}: seed {run.result['seed']}: {name} {again[name]:.6f}, in the record {run.result[name]:.6f}")
         if abs(again[name] - run.result[name]) > SAME_SCORE:
             yield f"{name} is {again[name]:.6f} when evaluated again, {run.result[name]:.6f} in the record"
+
+
+def unlike(artifact: Path, run: Run) -> str:
+    """In what a file differs from the artifact of a run; empty: in nothing."""
+    content, size, sha256 = read_file(artifact), run.result["artifact_bytes"], run.result.get("artifact_sha256")
+    if len(content) != size:
+        return f"it holds {len(content)} bytes, the run's artifact {size}"
+    found = hashlib.sha256(content).hexdigest()
+    return "" if found == sha256 else f"its SHA-256 is {found}, that of the run's artifact {sha256}"
+
+
+def in_short(result: Mapping[str, Any]) -> str:
+    """Which validation set was scored."""
+    return f"{result['documents']} documents, {result['tokens']} targets, sha256 {result['validation'][:12]}…"
 
 
 def evaluation_environment(run: Run, artifact: Path, env: Mapping[str, str]) -> dict[str, str]:

@@ -60,8 +60,9 @@ class Baseline:
     def __post_init__(self):
         """Raises UserError where these are no scores."""
         fit = number(self.val_bpb) and number(self.val_bpb_std) and whole(self.seeds) and self.seeds > 0
-        more = (self.bytes_per_token, self.documents, self.bytes)
-        require(fit and isinstance(self.source, str) and all(x is None or (number(x) and x > 0) for x in more),
+        fit = fit and all(x is None or (whole(x) and x > 0) for x in (self.documents, self.bytes))
+        width = self.bytes_per_token
+        require(fit and isinstance(self.source, str) and (width is None or (number(width) and width > 0)),
                 f"{self}: a baseline is a mean and a deviation in bpb, a number of seeds, perhaps bytes a token",
                 UserError)  # fmt: skip
 
@@ -272,16 +273,23 @@ def changed_settings(run: Run) -> dict[str, str]:
 @functools.lru_cache(maxsize=4)
 def declared_defaults(source: bytes, full: bool) -> dict[str, str]:
     """NAME -> default, as text, of every line `name: type = knob(default, ..., full=...)` in a train_gpt.py; of `full`
-    under TTT_PARAMS=full."""
-    defaults = {}
-    for node in ast.walk(parsed(source)):
+    under TTT_PARAMS=full. Raises DataError where one cannot be read."""
+    try:
+        return dict(defaults_in(parsed(source), full))
+    except DataError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise DataError(f"train_gpt.py: a default is missing, or no plain number or text: {error}") from None
+
+
+def defaults_in(tree: ast.Module, full: bool) -> Iterator[tuple[str, str]]:
+    for node in ast.walk(tree):
         match node:
             case ast.AnnAssign(target=ast.Name(name), annotation=kind, value=ast.Call(func=ast.Name("knob")) as call):
                 given = {word.arg: word.value for word in call.keywords}
                 value = constant(given["full"] if full and "full" in given else call.args[0])
                 is_float = isinstance(kind, ast.Name) and kind.id == "float"
-                defaults[name.upper()] = str(float(value) if is_float else value)
-    return defaults
+                yield name.upper(), str(float(value) if is_float else value)
 
 
 def parsed(source: bytes) -> ast.Module:

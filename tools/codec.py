@@ -136,6 +136,7 @@ def cut_foreign(document: bytes) -> list[Stretch]:
 # Edits: how one string of bytes becomes another.
 
 EDIT_PASSES = 2  # what the tokenizer lost, then what is no UTF-8
+MAX_EDITS = 1 << 20  # of a file; a few bytes of a frame could claim millions, and each takes a hundred in memory
 MATCH_BYTES, LOOK_AHEAD = 8, 4096  # two strings are in step again where so many bytes agree, not further off than that
 
 
@@ -238,6 +239,8 @@ def pack_edits(passes: list[list[Edit]]) -> bytes:
     """Edits of one pass after another, as they are or in a zstd frame, whichever is shorter; nothing for nothing."""
     if not any(passes):
         return b""
+    count = sum(map(len, passes))
+    require(count <= MAX_EDITS, f"{count} edits: at most {MAX_EDITS} go into a file; cut the text up", UserError)
     plain = b"".join(
         number(len(edits))
         + b"".join(number(e.same) + number(e.dropped) + number(len(e.added)) + e.added for e in edits)
@@ -253,12 +256,15 @@ def unpack_edits(data: bytes) -> list[list[Edit]]:
         return [[]] * EDIT_PASSES
     require(data[0] in {0, 1}, f"edits begin with {data[0]}")
     reader = Reader(train_gpt.decompress(data[1:], 2 * MAX_BYTES) if data[0] else data[1:])
-    passes = [
-        [Edit(reader.number(), reader.number(), reader.take()) for _ in range(reader.number())]
-        for _ in range(EDIT_PASSES)
-    ]
+    passes = [read_pass(reader) for _ in range(EDIT_PASSES)]
     require(reader.at == len(reader.data), "edits end early")
     return passes
+
+
+def read_pass(reader: Reader) -> list[Edit]:
+    count = reader.number()
+    require(count <= MAX_EDITS, f"{count} edits are claimed, at most {MAX_EDITS} are expected")
+    return [Edit(reader.number(), reader.number(), reader.take()) for _ in range(count)]
 
 
 class Reader:
@@ -535,6 +541,7 @@ def unpack_file(blob: bytes, what: str) -> Contents:
         f"{what}: damaged or cut short: the checksum does not fit its {len(blob)} bytes",
         DataError,
     )
+    require(len(body) >= 6, f"{what}: cut short: it ends before its header", DataError)
     with train_gpt.believing_nothing(what):
         (size,) = struct.unpack("<H", body[4:6])
         header = json.loads(inflate(body[6 : 6 + size]))
@@ -554,9 +561,11 @@ def check_header(header: Any) -> None:
     require(isinstance(header, dict) and header.keys() == HEADER.keys(), "the header has other entries")
     require(all(type(header[name]) is kind for name, kind in HEADER.items()), "an entry is of another kind")
     require(0 < header["documents"] <= min(header["tokens"], MAX_DOCUMENTS), "the number of documents cannot be")
+    require(header["tokens"] <= 16 * MAX_BYTES, "the number of tokens cannot be")
     require(header["edits"] >= 0, "the size of the edits cannot be")
     require(0 < header["threads"] <= 1024, "the number of threads cannot be")
-    bytes.fromhex(header["split"])
+    split = bytes.fromhex(header["split"])
+    require((header["documents"] - 1) * len(split) <= MAX_BYTES, "what stands between documents cannot be")
     for name, value in header["knobs"].items():
         require(isinstance(value, str) and (name in CODING_KNOBS or name.startswith("TTT_")), f"{name} is no knob here")
 

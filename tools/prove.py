@@ -24,7 +24,7 @@ import itertools
 import json
 import math
 import os
-import runpy
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +41,8 @@ from torch import Tensor, nn
 
 import train_gpt
 from data import prepare
-from tools import common
+from tools import common, watch
+from tools.claims import MOST_BYTES
 from tools.runs import load_run
 
 # -----------------------------------------------------------------------------
@@ -565,26 +566,10 @@ def single_pass(audit: Audit) -> Seen:
     )
 
 
-INSTALLED = ("/usr", "/bin", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev", sys.prefix, sys.base_prefix)
-GOES_OUTSIDE = ("socket.connect", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
-
-
-def watched(script: str, report: str) -> None:
-    """Run a Python script as __main__, and leave in `report` the paths that it opened and how else it reached out."""
-    opened = set()
-
-    def hook(event: str, arguments: tuple) -> None:
-        if event == "open" and isinstance(arguments[0], str | bytes):
-            opened.add(os.path.realpath(os.fsdecode(arguments[0])))
-        elif event in GOES_OUTSIDE:
-            opened.add(f"{event}: {str(arguments[:2])[:200]}")
-
-    sys.argv = [script]
-    sys.addaudithook(hook)
-    try:
-        runpy.run_path(script, run_name="__main__")
-    finally:
-        Path(report).write_text(json.dumps(sorted(opened)))
+INSTALLED = ("/usr", "/bin", "/lib", "/lib64", "/etc", "/proc", "/sys", sys.prefix, sys.base_prefix)
+LIBRARIES = [os.path.realpath(name) for name in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if name]
+DEVICES = r"/dev/(null|zero|u?random|shm/.*%s)"
+HANDED_DOWN = r"/proc/[^/]+/(task/[^/]+/)?(fd|fdinfo|map_files|mem|root|cwd)(/.*)?"  # what another process has open
 
 
 def lay_out(audit: Audit, folder: Path) -> dict[str, str]:
@@ -598,9 +583,16 @@ def lay_out(audit: Audit, folder: Path) -> dict[str, str]:
         prepare.write_shard(folder / "fineweb_val_bytes_000000.bin", [whole.bytes])
     return audit.opened.env | {
         "ARTIFACT": str(folder / "artifact.ptz"), "DATA_PATH": str(folder), "TOKENIZER_PATH": "tokenizer.model",
-        "RUN_ID": "prove", "PYTHONPATH": str(Path(common.__file__).resolve().parent.parent), "TMPDIR": str(folder),
+        "RUN_ID": "prove", "PYTHONPATH": elsewhere(audit.opened.env.get("PYTHONPATH", "")), "TMPDIR": str(folder),
         "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton"),
     }  # fmt: skip
+
+
+def elsewhere(folders: str) -> str:
+    """A PYTHONPATH without this repository, whose code is not all counted."""
+    here = Path(watch.__file__).resolve().parent.parent
+    found = [Path(folder).resolve() for folder in folders.split(os.pathsep) if folder]
+    return os.pathsep.join(str(folder) for folder in found if folder != here)
 
 
 def artifact_alone(audit: Audit) -> Seen:
@@ -609,9 +601,10 @@ def artifact_alone(audit: Audit) -> Seen:
         folder = Path(os.path.realpath(name))
         env, report = lay_out(audit, folder), folder / "opened.json"
         there = sorted(path.name for path in folder.iterdir())
-        command = "import sys; from tools import prove; prove.watched(*sys.argv[1:])"
-        script = [sys.executable, "-c", command, str(folder / "train_gpt.py"), str(report)]
-        done = subprocess.run(script, cwd=folder, env=env, capture_output=True, text=True, errors="replace")
+        source = Path(watch.__file__).read_text(encoding="utf-8")
+        script = [sys.executable, "-c", source, str(folder / "train_gpt.py"), str(report)]
+        done = subprocess.run(script, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              errors="replace")  # fmt: skip
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             return [f"the evaluation ends with status {done.returncode}: {last}"], ""
@@ -626,12 +619,16 @@ def artifact_alone(audit: Audit) -> Seen:
 def expected(path: str, folder: Path, compiles: bool) -> bool:
     """Whether an evaluation may open this: its folder, or what is installed. Python asks uname for the platform's name,
     and a GPU's compiler is started."""
-    if path.startswith(GOES_OUTSIDE):
+    if path.startswith(watch.GOES_OUTSIDE):
         return path.startswith("subprocess.Popen: ('uname'") or (compiles and path.startswith("subprocess.Popen"))
     if Path(path).name.startswith("fineweb_train_"):
         return False
+    if re.fullmatch(HANDED_DOWN, path):
+        return False
     torch_folder = Path(torch.__file__).resolve().parent.parent
-    return any(Path(path).is_relative_to(os.path.realpath(root)) for root in (folder, torch_folder, *INSTALLED))
+    installed = any(Path(path).is_relative_to(os.path.realpath(root)) for root in (folder, torch_folder, *INSTALLED))
+    library = ".so" in Path(path).suffixes and str(Path(path).parent) in LIBRARIES
+    return installed or library or bool(re.fullmatch(DEVICES % ("|nvidia.*" * compiles), path))
 
 
 def wrong_result(audit: Audit, result: dict) -> list[str]:
@@ -654,8 +651,9 @@ def bytes_counted(audit: Audit) -> Seen:
     """Code and weights are as large as their files, and documents have the bytes that their tokens decode to."""
     plan, faults = audit.opened.plan, []
     program, artifact = Path(train_gpt.__file__).read_bytes(), Path(plan.run.artifact).stat().st_size
-    if len(program) + artifact > plan.run.artifact_bytes:
-        faults.append(f"code and artifact are {len(program) + artifact} bytes, the limit is {plan.run.artifact_bytes}")
+    most = min(plan.run.artifact_bytes, MOST_BYTES)
+    if len(program) + artifact > most:
+        faults.append(f"code and artifact are {len(program) + artifact} bytes, the limit is {most}")
     result = common.read_result(Path(plan.run.artifact)) or {}
     sizes = {"artifact_bytes": artifact}
     if result.get("code_sha256") == hashlib.sha256(program).hexdigest():

@@ -6,7 +6,8 @@ Train and evaluate every seed, audit the artifacts, and write a record that chec
 Knobs come from the environment, as in any run; seed S runs with SEED=S and RUN_ID=NAME_seedS, and is skipped if
 logs/ holds it finished with the same code, knobs and validation. The record is records/<track>/<date>_NAME/. It is
 refused, with the reason, if a seed breaks a limit, if the seeds are not alike, if the hardware or the validation is not
-what the track asks for, or if the audit (./run.sh prove) of an artifact fails.
+what the track asks for, or if the audit (./run.sh prove) of an artifact fails; --audit-seconds is about how long that
+looks at each.
 AUTHOR and GITHUB_ID name who submits; without them git's user.name and github.user do.
 """
 
@@ -25,8 +26,9 @@ from typing import NamedTuple
 import torch
 
 import train_gpt
+from data.prepare import whole_number
 from tools import claims
-from tools.check import RECORDS, against_log, baseline_of, contradictions, ranks, read_record, run_entry
+from tools.check import RECORDS, against_log, baseline_of, contradictions, ranks, read_record, run_entry, told, unlike
 from tools.claims import CONTEST, CONTEST_SECONDS, DEPENDENT, MOST_BYTES, NON_RECORD, OWN_TOKENIZER, Baseline, Facts
 from tools.common import end_in_a_line
 from tools.plot import MOST_RUNS, draw_all
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"seed {job.run.seed} ({i + 1} of {len(jobs)})", flush=True)
         runs.append(job.finished or start(job))
         refuse(claims.objections(runs, facts))  # as soon as one seed speaks against it, and not after the last
-    audits = {run.result["seed"]: audit(run) for run in runs}
+    audits = {run.result["seed"]: audit(run, options.audit_seconds) for run in runs}
     print(write_record(runs, audits, facts))
     return 0
 
@@ -67,6 +69,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "unadapted; the record says so")  # fmt: skip
     add("--own-tokenizer", action="store_true", help="accept the contest's validation text in tokens of our own; the "
         "record says so")  # fmt: skip
+    add("--audit-seconds", type=whole_number, default=120, metavar="S", help="about how long the audit looks at each "
+        "artifact [%(default)s]")  # fmt: skip
     options = parser.parse_args(arguments)
     options.seeds = seed_list(options.seeds)
     return options
@@ -165,7 +169,7 @@ def find_finished(run: RunConfig, knobs: dict[str, str]) -> Run | None:
                    if had.get(name) != knobs.get(name)]  # fmt: skip
         if found.source != train_gpt.code():
             reasons.append("train_gpt.py has changed")
-        reasons += against_log(found)
+        reasons += told(against_log(found))
     if not reasons:
         print(f"{path}: finished, not run again")
         return found
@@ -220,16 +224,16 @@ def refuse(reasons: Sequence[str]) -> None:
         raise UserError("no record: " + "; ".join(reasons))
 
 
-def audit(run: Run) -> str:
+def audit(run: Run, seconds: int) -> str:
     """What `python -m tools.prove` says of a run's artifact, also on the screen. Raises UserError if it fails."""
     artifact = beside(run.path, ".ptz")
-    require(artifact.is_file() and artifact.stat().st_size == run.result["artifact_bytes"],
-            f"{artifact}: not the artifact of {run.name}, which has {run.result['artifact_bytes']} bytes; remove "
-            f"{run.path}, and it is made again", UserError)  # fmt: skip
+    difference = unlike(artifact, run) if artifact.is_file() else "it is missing"
+    require(not difference, f"{artifact}: not the artifact of {run.name}: {difference}; remove {run.path}, and it is "
+            "made again", UserError)  # fmt: skip
     print(f"auditing {artifact}", flush=True)
     env, lines = dict(os.environ) | run.result["knobs"], []
-    process = subprocess.Popen([sys.executable, "-m", "tools.prove", str(artifact)], env=env, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    command = [sys.executable, "-m", "tools.prove", str(artifact), "--seconds", str(seconds)]
+    process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with process:
         for line in process.stdout or ():
             print(line, end="", flush=True)

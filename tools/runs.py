@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -30,11 +31,11 @@ PER_DOCUMENT = {"nats": "f", "static_nats": "f", "tokens": "i", "bytes": "i", "u
 
 
 def whole(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def number(value: Any) -> bool:
-    return type(value) in {int, float} and math.isfinite(value) and value >= 0
+    return type(value) in {int, float} and 0 <= value <= sys.float_info.max
 
 
 def text(value: Any) -> bool:

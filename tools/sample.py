@@ -10,6 +10,7 @@ The text ends where the model ends its document, or after --tokens. The same see
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import os
 import sys
@@ -36,6 +37,13 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     return int(order[torch.multinomial(odds, 1, generator=generator)])
 
 
+def reading(run: train_gpt.RunConfig) -> train_gpt.RunConfig:
+    """The knobs of a reader that does not learn, whatever the artifact's run adapted, and how. Chunks are short: what
+    is kept of the text before is EVAL_SEQ_LEN less a chunk."""
+    chunk = min(run.ttt_chunk_tokens, train_gpt.RunConfig().ttt_chunk_tokens, run.eval_seq_len // 2)
+    return dataclasses.replace(run, ttt_params="lora", ttt_scope="document", ttt_lora_rank=1, ttt_chunk_tokens=chunk)
+
+
 @torch.no_grad()
 def continued(
     predictor: codec.Predictor, tokens: list[int], temperature: float, top_p: float, seed: int
@@ -43,8 +51,9 @@ def continued(
     """What follows these tokens of a document, without end. Every pass is over the new ones alone: keys and values of
     those before are kept, as many as EVAL_SEQ_LEN says."""
     model, generator = predictor.model, torch.Generator().manual_seed(seed)
-    chunk, new = predictor.run.ttt_chunk_tokens, [BOS, *tokens]
-    reader = train_gpt.SideBySide(model, predictor.run, 1, torch.device("cpu"))  # which learns nothing here
+    run = reading(predictor.run)
+    chunk, new = run.ttt_chunk_tokens, [BOS, *tokens]
+    reader = train_gpt.SideBySide(model, run, 1, torch.device("cpu"))  # which learns nothing here
     while True:
         for first in range(0, len(new), chunk):
             states = reader.hidden(torch.tensor([new[first : first + chunk]]))

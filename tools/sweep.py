@@ -48,6 +48,7 @@ from tools.runs import Interval, Run, differences, load_run
 from train_gpt import LOGS, ConfigError, DataError, UserError, require
 
 SWEEPS = LOGS / "sweeps"
+RUN_SH = Path(__file__).resolve().parent.parent / "run.sh"
 APART = {  # knobs that no sweep may vary, and why
     "RUN_ID": "every combination gets one of its own",
     "ARTIFACT": "give it as --eval ARTIFACT",
@@ -143,6 +144,22 @@ def check_names(names: Sequence[str], artifact: str | None) -> None:
         require(not artifact or name not in training_knobs(), f"{name} is for training, and --eval trains nothing")
 
 
+def given() -> dict[str, str]:
+    """The environment without what run.sh put there for a small run."""
+    defaults = os.environ.get("RUN_SH_DEFAULTS", "").split()
+    return {name: value for name, value in os.environ.items() if name not in defaults}
+
+
+def environment(knobs: Mapping[str, str]) -> dict[str, str]:
+    """This one with the knobs of a combination. Where run.sh made a small run of it, its defaults are those that go
+    with these knobs: what suits TTT_PARAMS=lora has no effect under full."""
+    env = given() | knobs
+    if os.environ.get("RUN_SH_DEFAULTS"):
+        told = subprocess.check_output([RUN_SH, "small-job-defaults"], env=env, text=True)
+        env |= dict(line.split("=", 1) for line in told.splitlines())
+    return env
+
+
 def make_jobs(combinations: list[dict[str, str]], artifact: str | None, gpus: int) -> list[Job]:
     """A job a combination, its environment read and checked as its run will."""
     for name in ("ARTIFACT", "RESUME"):
@@ -150,7 +167,7 @@ def make_jobs(combinations: list[dict[str, str]], artifact: str | None, gpus: in
     check_names(knob_names(combinations), artifact)
     jobs = []
     for knobs in combinations:
-        env = dict(os.environ) | knobs
+        env = environment(knobs)
         if artifact:
             env = knobs_of_run(Path(artifact), env) | env | {"ARTIFACT": artifact, "RESUME": ""}
         try:
@@ -600,8 +617,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{done} of {len(jobs)} combinations are done; the same command goes on with the rest", flush=True)
             raise
         rows = rank(jobs)
-        given = shell_words({name: os.environ[name] for name in train_gpt.KNOBS if name in os.environ})
-        command = f"{given} {shlex.join(['./run.sh', 'sweep', *arguments])}".strip()
+        said = shell_words({name: value for name, value in given().items() if name in train_gpt.KNOBS})
+        command = f"{said} {shlex.join(['./run.sh', 'sweep', *arguments])}".strip()
         require(bool(rows), f"every combination failed, the first: {jobs[0].at}", UserError)
         print("\n" + write_results(folder, jobs, rows, scored, command))
     print(f"{folder}/results.md, results.csv, results.png")
