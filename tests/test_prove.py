@@ -370,3 +370,15 @@ def test_every_rule_has_its_cheats_and_they_change_the_program_as_it_is():
     assert all(rules.count(rule) >= 2 for rule in prove.PROPERTIES.keys() - {"reported"})
     for cheat in CHEATS:
         changed(cheat.changes)
+
+
+def test_the_digest_of_a_state_sees_every_bit_and_every_place():
+    tensors = [torch.randn(3, 4), torch.randn(5), torch.tensor(1.5)]
+    one = prove.state_of(tensors)
+    assert one.sketch.shape == (3, 2) and prove.state_of([t.clone() for t in tensors]).digest == one.digest
+    for i, bit in itertools.product(range(5), range(32)):
+        changed_bits = tensors[1].view(torch.int32).clone()
+        changed_bits[i] ^= 1 << bit if bit < 31 else -(1 << 31)
+        assert prove.state_of([tensors[0], changed_bits.view(torch.float32), tensors[2]]).digest != one.digest
+    moved = tensors[1][[1, 0, 2, 3, 4]]
+    assert prove.state_of([tensors[0], moved, tensors[2]]).digest != one.digest
