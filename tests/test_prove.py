@@ -360,7 +360,7 @@ def tiered(cheat: Cheat):
     return pytest.param(cheat, id=cheat.name, marks=() if cheat.name in QUICK else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("cheat", map(tiered, CHEATS))
+@pytest.mark.parametrize("cheat", [*map(tiered, CHEATS)])
 def test_a_cheat_is_caught_by_its_rule(audit, places, cheat):
     assert caught(audit, places, cheat)
 

@@ -2,8 +2,10 @@
 
 python -m tools.bench                     the entry's shapes; knobs are environment variables, as for the entry
 python -m tools.bench --only steps        or: kernels, adaptation
-python -m tools.bench --only agreement    train on DATA_PATH with kernels and compiler, and again in plain torch; on a
-                                          CPU the kernels want TRITON_INTERPRET=1, and shapes as small as a test's
+python -m tools.bench --only agreement    train on DATA_PATH for ITERATIONS steps with our kernels, and again with
+                                          torch's: what both have learnt. On a CPU ours want TRITON_INTERPRET=1, and
+                                          shapes as small as a test's
+python -m tools.bench --only race         the same for MAX_WALLCLOCK_SECONDS
 """
 
 import argparse
@@ -13,10 +15,14 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.profiler import ProfilerActivity, profile
 
 import train_gpt as g
@@ -46,8 +52,8 @@ def make_model(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> g
     return model.to(dist.device)
 
 
-def make_trainer(run: g.RunConfig, model: g.GPT, dist: g.Dist, compiled: bool = True) -> g.Trainer:
-    if compiled and dist.device.type == "cuda" and run.compile:
+def make_trainer(run: g.RunConfig, model: g.GPT, dist: g.Dist) -> g.Trainer:
+    if dist.device.type == "cuda" and run.compile:
         g.compile_parts(model)
     return g.Trainer(model, run, dist, {})
 
@@ -114,35 +120,102 @@ def attention_twin(qkv, gain, gate, cos, sin, segments, heads) -> torch.Tensor:
     return g.attend_plainly(qkv[None], gain, gate[None], rope, segments, heads)[0]
 
 
-def loss_at_the_end(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist, compiled: bool) -> float:
-    """Train for ITERATIONS steps -> mean loss on one held-out batch after each of the last 20, nats a token."""
+class Bounded(NamedTuple):
+    """Segments of a packed row as torch's kernel wants them, too."""
+
+    positions: torch.Tensor
+    ends: torch.Tensor
+    bounds: torch.Tensor  # (MOST_SEGMENTS + 1,) int32, where segments begin, then the row's end: one shape for all rows
+
+
+MOST_SEGMENTS = 512
+
+
+@contextlib.contextmanager
+def torch_kernels(longest: int) -> Iterator[None]:
+    """The entry without its own kernels: everything in plain torch, attention on packed rows by torch's kernel."""
+    plain_pack = g.pack_row
+
+    def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> g.Packed:
+        packed = plain_pack(tokens, targets, starts, device)
+        g.require(len(starts) <= MOST_SEGMENTS, f"a row of {len(starts)} segments: lower MICRO_BATCH_TOKENS")
+        bounds = np.full(MOST_SEGMENTS + 1, len(tokens), np.int32)
+        bounds[: len(starts)] = starts
+        return packed._replace(segments=Bounded(*packed.segments, torch.from_numpy(bounds).to(device)))
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, place: Bounded) -> torch.Tensor:
+        k, v = (t[0].repeat_interleave(q.size(2) // k.size(2), 1) for t in (k, v))
+        bounds = place.bounds, place.bounds, longest, longest
+        return varlen_attn(q[0], k, v, *bounds, window_size=(-1, 0))[None]
+
+    with mock.patch.multiple(g, kernels_serve=lambda _: False, pack_row=pack_row, attend=attend):
+        yield
+
+
+def two_paths(run: g.RunConfig, dist: g.Dist) -> Iterator[str]:
+    """The names of the fast path and of the plain one, each while the entry is so."""
+    if dist.device.type == "cuda":
+        paths = {"our kernels": contextlib.nullcontext(), "torch's kernels": torch_kernels(run.train_seq_len)}
+    else:  # ours in Triton's interpreter
+        paths = {name: mock.patch.object(g, "kernels_serve", lambda _, ours=ours: ours)
+                 for name, ours in (("our kernels", True), ("plain torch", False))}  # fmt: skip
+    for name, path in paths.items():
+        torch._dynamo.reset()
+        with path:
+            yield name
+
+
+def new_trainer(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> g.Trainer:
     model = g.GPT(c)
     g.init_weights(model, run.seed)
-    trainer = make_trainer(run, model.to(dist.device), dist, compiled)
+    return make_trainer(run, model.to(dist.device), dist)
+
+
+def loss_at_the_end(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> float:
+    """Train for ITERATIONS steps -> mean loss on one held-out batch after each of the last 20, nats a token."""
+    trainer = new_trainer(run, c, dist)
     stream, losses = g.TrainingStream(run, c.vocab_size, dist), []
     fixed = stream.batch(run.iterations)
     for step in range(run.iterations):
         progress = step / run.iterations
-        trainer.step_on(stream.batch(step), progress, trainer.looping(progress))
+        loss = trainer.step_on(stream.batch(step), progress, trainer.looping(progress))
+        if step % run.train_log_every == 0:
+            print(f"  step:{step} loss:{loss.item():.4f}", flush=True)
         if step >= run.iterations - 20:
             with torch.no_grad():
-                losses.append(sum(model(*part).sum().item() for part in fixed) / run.train_batch_tokens)
+                losses.append(sum(trainer.model(*part).sum().item() for part in fixed) / run.train_batch_tokens)
     return sum(losses) / len(losses)
 
 
 def agreement(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
-    """Kernels and compiler learn what plain torch learns, same seed and text, up to what rounding alone changes. On a
-    GPU the second line has the kernels without the compiler; on a CPU they run in Triton's interpreter."""
+    """Our kernels learn what torch's do, same seed, text and steps, up to what rounding alone changes."""
     g.require(run.iterations > 0, "the two learn for ITERATIONS steps: set it")
-    on_gpu, losses = dist.device.type == "cuda", []
-    served = contextlib.nullcontext() if on_gpu else mock.patch.object(g, "kernels_serve", lambda _: True)
-    plain = mock.patch.object(g, "kernels_serve", lambda _: False)
-    worlds = [("kernels, compiled", True, served)] if on_gpu else []
-    for name, compiled, world in [*worlds, ("kernels", False, served), ("plain torch", False, plain)]:
-        with world:
-            losses.append(loss_at_the_end(run, c, dist, compiled))
-        difference = losses[-1] - losses[0]
-        print(f"agreement steps:{run.iterations} loss:{losses[-1]:.5f} difference:{difference:+.5f} {name}", flush=True)
+    losses: list[float] = []
+    for name in two_paths(run, dist):
+        began = time.perf_counter()
+        losses.append(loss_at_the_end(run, c, dist))
+        print(f"agreement steps:{run.iterations} loss:{losses[-1]:.5f} difference:{losses[-1] - losses[0]:+.5f} "
+              f"seconds:{time.perf_counter() - began:.0f} (compiler and all) {name}", flush=True)  # fmt: skip
+
+
+def race(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
+    """What our kernels and torch's learn in the same time: mean loss on the held-out text, nats a token."""
+    g.require(run.max_wallclock_seconds > 0, "the two learn for MAX_WALLCLOCK_SECONDS: set it")
+    for name in two_paths(run, dist):
+        trainer, stream, watch = new_trainer(run, c, dist), g.TrainingStream(run, c.vocab_size, dist), g.Stopwatch(dist)
+        g.warm_up(trainer, lambda batch: 0.0)
+        with watch.phase("train"):
+            g.train(trainer, stream, g.Log(None, dist.main), watch, 0.0, lambda: float("nan"), Path("unused"))
+        held, found = stream.held_out(), {}
+        for readout, weights in (("last", contextlib.nullcontext()), ("average", trainer.average.applied())):
+            with weights:
+                tally = g.Tally(held)
+                g.score_static(trainer.model, held, range(len(held)), run, dist, tally)
+                found[readout] = tally.gathered(dist).nats.sum() / held.lengths.sum()
+        seconds = watch.total("train")
+        print(f"race seconds:{seconds:.1f} steps:{trainer.step} "
+              f"tokens_per_s:{trainer.step * run.train_batch_tokens / seconds:.0f} "
+              f"last:{found['last']:.5f} average:{found['average']:.5f} {name}", flush=True)  # fmt: skip
 
 
 def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
@@ -206,19 +279,19 @@ def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["steps", "kernels", "adaptation", "agreement"])
+    parser.add_argument("--only", choices=["steps", "kernels", "adaptation", "agreement", "race"])
     parser.add_argument("--count", type=int, default=4, help="steps to time [4]")
     options = parser.parse_args()
     model_config, run = g.read_env()
     dist = g.Dist.from_env(run.device)
     g.prepare_torch(run, dist.device)
-    if options.only == "kernels" and dist.device.type == "cpu":
-        parser.error("kernels are timed on a GPU only")
+    if options.only in ("kernels", "race") and dist.device.type == "cpu":
+        parser.error(f"{options.only}: timed on a GPU only")
     print(f"{g.device_name(dist.device)} {g.versions()}", flush=True)
-    if options.only == "agreement":
+    if options.only in ("agreement", "race"):
         if dist.device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
             parser.error("on a CPU kernels run in Triton's interpreter only: set TRITON_INTERPRET=1")
-        agreement(run, model_config, dist)
+        (agreement if options.only == "agreement" else race)(run, model_config, dist)
     if options.only in (None, "kernels") and dist.device.type == "cuda":
         kernels(run, model_config, dist)
     if options.only in (None, "adaptation"):

@@ -79,7 +79,7 @@ def odd_factors(size: int, device: torch.device) -> Tensor:
 
 
 def state_of(tensors: Iterable[Tensor]) -> State:
-    """Computed where the tensors (any shape, fp32) are: to copy all of them at every chunk would take most of the time."""
+    """Computed where the tensors (any shape, fp32) are: to copy them at every chunk would take most of the time."""
     sums, sketch = [], []
     for t in tensors:
         flat = t.detach().flatten()
@@ -333,8 +333,8 @@ class Audit:
         return Text(np.array(docs.tokens[span], np.uint16), np.array(docs.bytes[span], np.int64))
 
     def choose(self, sizes: np.ndarray) -> list[int]:
-        """Tokens of every document -> the sample, in the order of the shard; each is scored 20 times, and 5 times closely, in pairs
-        twice as often."""
+        """Tokens of every document -> the sample, in the order of the shard; each is scored 20 times, and 5 times
+        closely, in pairs twice as often."""
         order = np.argsort(sizes, kind="stable")
         order = order[sizes[order] > 2]
         train_gpt.require(len(order) > 0, "no validation document has two tokens", train_gpt.DataError)
