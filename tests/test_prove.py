@@ -163,6 +163,9 @@ def test_no_knob_raises_the_limit_of_the_contest(audit, places):
     ("{folder}x/artifact.ptz", False, False), (prove.__file__, False, False), (torch.__file__, True, True),
     ("/opt/driver/libcuda.so.1", True, True), ("/opt/driver/shard.bin", False, False), ("/opt/x.so", False, False),
     ("/usr/share/fineweb_train_000000.bin", False, False), ("subprocess.Popen: ('cc',", False, True),
+    ("os.posix_spawn: ('/opt/triton/bin/ptxas', ['/opt/triton/bin/ptxas', '-v'", False, True),
+    ("subprocess.Popen: ('uname',", True, True), ("subprocess.Popen: ('curl', ['gcc',", False, False),
+    ("socket.connect: (<socket>, ('gcc', 80))", False, False), ("os.system: (b'gcc',)", False, False),
 ])  # fmt: skip
 def test_what_an_evaluation_may_open(tmp_path, monkeypatch, path, on_cpu, on_gpu):
     monkeypatch.setattr(prove, "LIBRARIES", ["/opt/driver"])
@@ -382,3 +385,13 @@ def test_the_digest_of_a_state_sees_every_bit_and_every_place():
         assert prove.state_of([tensors[0], changed_bits.view(torch.float32), tensors[2]]).digest != one.digest
     moved = tensors[1][[1, 0, 2, 3, 4]]
     assert prove.state_of([tensors[0], moved, tensors[2]]).digest != one.digest
+
+
+def test_what_rounding_may_do_to_a_document_grows_with_the_root_of_its_targets():
+    cpu, gpu = prove.TOLERANCES["cpu"], prove.TOLERANCES["cuda"]
+    assert cpu.of(100, 300) == cpu.of(1, 1) == 1e-6
+    assert gpu.of(400, 1200) - gpu.bpb == pytest.approx((gpu.of(100, 300) - gpu.bpb) / 2)
+    widest = prove.Widest(gpu)
+    widest.compare_sums("within", 0.9 * gpu.of(100, 300) * 300 * np.log(2), 100, 300)
+    widest.compare_sums("beyond", 1.1 * gpu.of(100, 300) * 300 * np.log(2), 100, 300)
+    assert [fault.split(":")[0] for fault in widest.faults] == ["beyond"]

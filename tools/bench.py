@@ -172,10 +172,14 @@ def new_trainer(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> g.Trainer:
 
 
 def loss_at_the_end(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> float:
-    """Train for ITERATIONS steps -> mean loss on one held-out batch after each of the last 20, nats a token."""
+    """Train for ITERATIONS steps -> mean loss on one batch of held-out text after each of the last 20, nats a
+    token."""
     trainer = new_trainer(run, c, dist)
     stream, losses = g.TrainingStream(run, c.vocab_size, dist), []
-    fixed = stream.batch(run.iterations)
+    text, n = stream.held_out().tokens, run.micro_batch_tokens // run.train_row_tokens * run.train_row_tokens
+    starts = range(0, run.train_batch_tokens, n)
+    g.require(len(text) > starts[-1] + n, f"HOLDOUT_TOKENS={run.holdout_tokens} must be a batch and more")
+    fixed = [g.pack_text(text[start : start + n + 1], run, dist.device) for start in starts]
     for step in range(run.iterations):
         progress = step / run.iterations
         loss = trainer.step_on(stream.batch(step), progress, trainer.looping(progress))
@@ -183,7 +187,7 @@ def loss_at_the_end(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> float:
             print(f"  step:{step} loss:{loss.item():.4f}", flush=True)
         if step >= run.iterations - 20:
             with torch.no_grad():
-                losses.append(sum(trainer.model(*part).sum().item() for part in fixed) / run.train_batch_tokens)
+                losses.append(sum(trainer.model(*part).sum().item() for part in fixed) / (n * len(fixed)))
     return sum(losses) / len(losses)
 
 

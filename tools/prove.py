@@ -279,9 +279,15 @@ class Tolerance(NamedTuple):
 
     bpb: float  # of a document, or of that part of it which is compared
     nats: float  # of a single target
+    walk: float  # nats: rounding errors of n targets add up to this, times the root of n
+
+    def of(self, targets: int, size: int) -> float:
+        """Bits per byte that so many targets of `size` bytes may be off together."""
+        return self.bpb + self.walk * math.sqrt(targets) / math.log(2) / max(1, size)
 
 
-TOLERANCES = {"cpu": Tolerance(1e-6, 1e-4), "cuda": Tolerance(1e-3, 0.1)}
+# On a GPU a batch of another shape rounds otherwise, and a step of Adam makes much of little: EXPERIMENTS.md, 11.
+TOLERANCES = {"cpu": Tolerance(1e-6, 1e-4, 0.0), "cuda": Tolerance(1e-4, 0.25, 0.05)}
 SUM_TOLERANCE = 1e-5  # of probabilities that should add up to one
 
 
@@ -298,13 +304,13 @@ class Widest:
         self.nats = max(self.nats, most)
         if most > self.tolerance.nats:
             self.faults.append(f"{what}: {most:.2g} nats at target {int(abs(apart).argmax())}")
-        self.compare_sums(what, float(apart.sum()), int(size.sum()))
+        self.compare_sums(what, float(apart.sum()), len(nats), int(size.sum()))
 
-    def compare_sums(self, what: str, apart: float, size: int) -> None:
-        """The difference of two sums of nats, and the bytes that both are of."""
+    def compare_sums(self, what: str, apart: float, targets: int, size: int) -> None:
+        """The difference of two sums of nats, and the targets and bytes that both are of."""
         bpb = abs(apart) / math.log(2) / max(1, size)
         self.bpb, self.seen = max(self.bpb, bpb), self.seen + 1
-        if bpb > self.tolerance.bpb:
+        if bpb > self.tolerance.of(targets, size):
             self.faults.append(f"{what}: {bpb:.2g} bpb")
 
     def __str__(self) -> str:
@@ -526,7 +532,7 @@ def independence(audit: Audit) -> Seen:
         for way, nats in {"in its batch": batch[i], "in another batch": elsewhere[i]}.items():
             widest.compare(f"document {audit.chosen[i]} {way}, and alone", nats, alone.nats, text.bytes[1:])
         what, size = f"document {audit.chosen[i]} by eight ranks and by one", int(text.bytes.sum())
-        widest.compare_sums(what, ranks[i] - audit.together.sums[i], size)
+        widest.compare_sums(what, ranks[i] - audit.together.sums[i], len(text.tokens), size)
         total += float((elsewhere[i] - alone.nats).sum())
     bpb = abs(total) / math.log(2) / int(joined(audit.texts).bytes.sum())
     return widest.faults, f"{widest}, {bpb:.1e} in all; {len(audit.texts)} documents, each in 4 settings"
@@ -582,6 +588,7 @@ def single_pass(audit: Audit) -> Seen:
 INSTALLED = ("/usr", "/bin", "/lib", "/lib64", "/etc", "/proc", "/sys", sys.prefix, sys.base_prefix)
 LIBRARIES = [os.path.realpath(name) for name in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if name]
 DEVICES = r"/dev/(null|zero|u?random|shm/.*%s)"
+STARTS, COMPILERS = ("subprocess.Popen", "os.posix_spawn"), ("cc", "gcc", "clang", "ptxas", "ldconfig")  # Triton's
 HANDED_DOWN = r"/proc/[^/]+/(task/[^/]+/)?(fd|fdinfo|map_files|mem|root|cwd)(/.*)?"  # what another process has open
 
 
@@ -631,9 +638,11 @@ def artifact_alone(audit: Audit) -> Seen:
 
 def expected(path: str, folder: Path, compiles: bool) -> bool:
     """Whether an evaluation may open this: its folder, or what is installed. Python asks uname for the platform's name,
-    and a GPU's compiler is started."""
+    and a GPU's compilers are started."""
     if path.startswith(watch.GOES_OUTSIDE):
-        return path.startswith("subprocess.Popen: ('uname'") or (compiles and path.startswith("subprocess.Popen"))
+        event, _, arguments = path.partition(": ")
+        program = Path((arguments.split("'") + [""])[1]).name
+        return event in STARTS and (program == "uname" or (compiles and program in COMPILERS))
     if Path(path).name.startswith("fineweb_train_"):
         return False
     if re.fullmatch(HANDED_DOWN, path):
@@ -651,7 +660,7 @@ def wrong_result(audit: Audit, result: dict) -> list[str]:
     truth = {"documents": len(audit.texts), "tokens": len(whole.tokens) - 1, "bytes": size, "degraded_documents": 0}
     faults = [f"{name} is {result[name]}, counted {value}" for name, value in truth.items() if result[name] != value]
     bpb = float(audit.together.nats.sum()) / math.log(2) / size
-    if not abs(result["val_bpb"] - bpb) <= audit.tolerance.bpb:
+    if not abs(result["val_bpb"] - bpb) <= audit.tolerance.of(truth["tokens"], size):
         faults.append(f"val_bpb is {result['val_bpb']:.7f}, what is booked adds up to {bpb:.7f}")
     return faults
 
@@ -736,7 +745,8 @@ def reported(audit: Audit) -> Seen:
     widest = Widest(audit.tolerance)
     whole = len(audit.chosen) - (audit.chosen[-1] < len(audit.starts) - 2)  # the last of the sample lacks its BOS
     for i, text, nats in zip(audit.chosen[:whole], audit.texts, audit.together.sums, strict=False):
-        widest.compare_sums(f"document {i}, as reported", nats - run.nats[i], int(text.bytes.sum()))
+        size = int(text.bytes.sum())
+        widest.compare_sums(f"document {i}, as reported", nats - run.nats[i], len(text.tokens), size)
     return (
         widest.faults,
         f"val_bpb {run.bpb:.5f} of {path.name}: max {widest.bpb:.1e} bpb off in {widest.seen} documents",
