@@ -164,6 +164,7 @@ def test_no_knob_raises_the_limit_of_the_contest(audit, places):
     ("/opt/driver/libcuda.so.1", True, True), ("/opt/driver/shard.bin", False, False), ("/opt/x.so", False, False),
     ("/usr/share/fineweb_train_000000.bin", False, False), ("subprocess.Popen: ('cc',", False, True),
     ("os.posix_spawn: ('/opt/triton/bin/ptxas', ['/opt/triton/bin/ptxas', '-v'", False, True),
+    ("subprocess.Popen: ('file', ['file', '-b', '/usr/bin/python3.12'])", False, True),
     ("subprocess.Popen: ('uname',", True, True), ("subprocess.Popen: ('curl', ['gcc',", False, False),
     ("socket.connect: (<socket>, ('gcc', 80))", False, False), ("os.system: (b'gcc',)", False, False),
 ])  # fmt: skip

@@ -588,7 +588,7 @@ def single_pass(audit: Audit) -> Seen:
 INSTALLED = ("/usr", "/bin", "/lib", "/lib64", "/etc", "/proc", "/sys", sys.prefix, sys.base_prefix)
 LIBRARIES = [os.path.realpath(name) for name in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if name]
 DEVICES = r"/dev/(null|zero|u?random|shm/.*%s)"
-STARTS, COMPILERS = ("subprocess.Popen", "os.posix_spawn"), ("cc", "gcc", "clang", "ptxas", "ldconfig")  # Triton's
+STARTS, COMPILERS = ("subprocess.Popen", "os.posix_spawn"), ("cc", "gcc", "clang", "ptxas", "ldconfig", "file")  # Triton's
 HANDED_DOWN = r"/proc/[^/]+/(task/[^/]+/)?(fd|fdinfo|map_files|mem|root|cwd)(/.*)?"  # what another process has open
 
 
@@ -638,7 +638,7 @@ def artifact_alone(audit: Audit) -> Seen:
 
 def expected(path: str, folder: Path, compiles: bool) -> bool:
     """Whether an evaluation may open this: its folder, or what is installed. Python asks uname for the platform's name,
-    and a GPU's compilers are started."""
+    and a GPU's compilers are started, which ask `file` what Python is."""
     if path.startswith(watch.GOES_OUTSIDE):
         event, _, arguments = path.partition(": ")
         program = Path((arguments.split("'") + [""])[1]).name
