@@ -372,7 +372,7 @@ class Audit:
         cost = sum(map(self.cost, np.diff(document_starts(text.tokens)))) / (dist or self.dist).world
         self.spent += cost * (self.closeness if closely else 1.0)
         elapsed = time.monotonic() - self.began
-        if elapsed - self.told > 10:
+        if elapsed - self.told > 10 and self.planned < math.inf:  # not while documents are being chosen
             self.told = elapsed
             self.tell(f"prove: {elapsed:.0f} s, about {elapsed * max(0.0, self.planned / self.spent - 1):.0f} s left")
         return heard
@@ -588,7 +588,8 @@ def single_pass(audit: Audit) -> Seen:
 INSTALLED = ("/usr", "/bin", "/lib", "/lib64", "/etc", "/proc", "/sys", sys.prefix, sys.base_prefix)
 LIBRARIES = [os.path.realpath(name) for name in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if name]
 DEVICES = r"/dev/(null|zero|u?random|shm/.*%s)"
-STARTS, COMPILERS = ("subprocess.Popen", "os.posix_spawn"), ("cc", "gcc", "clang", "ptxas", "ldconfig", "file")  # Triton's
+STARTS = ("subprocess.Popen", "os.posix_spawn")
+COMPILERS = ("cc", "gcc", "clang", "ptxas", "ldconfig", "file")  # what Triton starts
 HANDED_DOWN = r"/proc/[^/]+/(task/[^/]+/)?(fd|fdinfo|map_files|mem|root|cwd)(/.*)?"  # what another process has open
 
 
