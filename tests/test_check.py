@@ -525,6 +525,20 @@ def test_another_score_is_a_disagreement(recorded, copy, monkeypatch, score, sta
     assert check.main([str(copy)]) == status
 
 
+@pytest.mark.parametrize(("gpu_here", "named", "evaluated"), [(True, False, 2), (False, False, 0), (False, True, 1)])
+def test_what_a_gpu_scored_is_not_evaluated_unasked_on_a_cpu(
+    recorded, copy, monkeypatch, capsys, gpu_here, named, evaluated
+):
+    monkeypatch.setattr(check, "run_entry", fake_evaluation(0.0))
+    monkeypatch.setattr(check, "made_on_gpu", lambda run: True)
+    monkeypatch.setattr(check.torch.cuda, "is_available", lambda: gpu_here)
+    logs = shutil.copytree(recorded.parents[2] / "logs", copy.parents[2] / "logs")
+    more = ["--artifact", f"0={logs / 'Tiny_seed0.ptz'}"] if named else []
+    assert check.main([str(copy), *more]) == 0
+    out = capsys.readouterr().out
+    assert out.count("evaluating") == evaluated and out.count("would take hours") == 2 - evaluated
+
+
 def test_another_artifact_is_a_disagreement(recorded, copy, monkeypatch, capsys):
     """Be it of another size or other bytes: it is not evaluated."""
     monkeypatch.setattr(check, "run_entry", test_record.no_start)

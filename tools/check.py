@@ -8,7 +8,7 @@ compared; results are compared with the logs, with the knobs, with the audits an
 source with what the logs begin with; sizes and times with the limits. That runs no code of the record. Then, where the
 artifact of a seed is at hand (named, or logs/<RUN_ID>.ptz, by its SHA-256), the record's own train_gpt.py evaluates it
 once more, on DATA_PATH of the environment or else of the record, without a time limit: the score must come within 1e-4
-bpb.
+bpb. Where a GPU scored it and there is none, it must be named.
 Exit status: 0 all agrees, 1 something does not (it is listed), 2 for what you can mend.
 """
 
@@ -443,11 +443,18 @@ def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
         artifact = named.get(seed) or LOGS / f"{run.name}.ptz"
         if seed not in named and (not artifact.is_file() or unlike(artifact, run)):
             print(f"{folder}: seed {seed}: its artifact is not at hand ({artifact}); not evaluated again")
+        elif seed not in named and made_on_gpu(run) and not torch.cuda.is_available():
+            print(f"{folder}: seed {seed}: a GPU scored {artifact}, a CPU would take hours: not evaluated without "
+                  f"--artifact {seed}={artifact}")  # fmt: skip
         elif run.result["degraded_documents"]:
             print(f"{folder}: seed {seed}: what a deadline left unadapted cannot be repeated; not evaluated again")
         else:
             wrong += [f"seed {seed}: {line}" for line in evaluate_again(folder, run, artifact)]
     return wrong
+
+
+def made_on_gpu(run: Run) -> bool:
+    return not run.result["device"].startswith("CPU")
 
 
 def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
