@@ -48,6 +48,7 @@ from torch import Tensor, nn
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
     triton = tl = None
 
@@ -337,6 +338,30 @@ class Dist:
         if self.world > 1:
             torch_dist.destroy_process_group()
 
+class Replay:
+    """work(*inputs), captured and replayed as CUDA graphs: it is thousands of small kernels, and a GPU would wait for
+    Python. Under a new key it runs as it is, which warms up; the second time it is captured. What lasts must change in
+    place, and the next replay overwrites a result. A capture needs a stream of its own from the first time on."""
+    def __init__(self):
+        self.graphs, self.memory, self.stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+    def __call__(self, key: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if key not in self.graphs:  # inputs aligned as they will be: Triton compiles now, or never
+                self.graphs[key], result = None, work(*(x.clone() for x in inputs))
+            else:
+                if self.graphs[key] is None:
+                    graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+                    with torch.cuda.graph(graph, self.memory, self.stream, capture_error_mode="thread_local"):
+                        self.graphs[key] = graph, own, work(*own)
+                else:  # not when just captured: autograd may hold these inputs for a backward still to be captured
+                    for mine, given in zip(self.graphs[key][1], inputs, strict=True):
+                        mine.copy_(given)
+                graph, _, result = self.graphs[key]
+                graph.replay()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
 class Log:
     """Lines to the screen and to logs/<RUN_ID>.txt; rank 0 alone has either."""
     def __init__(self, path: Path | None, screen: bool = False):
@@ -622,6 +647,8 @@ TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the launches b
 TILE = constant(TILE_TOKENS)
 def kernels_serve(x: Tensor) -> bool:
     return x.is_cuda and triton is not None  # elsewhere their twins do
+def kernels_train(x: Tensor, weight: Tensor) -> bool:  # the MLP's and the mix's pay where weights learn from much text
+    return kernels_serve(x) and torch.is_grad_enabled() and weight.requires_grad
 
 @jit
 def load_tile(ptr, row, tokens, heads: tl.constexpr, head, width: tl.constexpr):
@@ -854,6 +881,99 @@ class CappedLoss(torch.autograd.Function):
         loss_kernel[(len(z),)](z, targets, d_nll.contiguous(), lse, d_z, True, **ctx.launch)
         return d_z, None, None
 
+# The MLP: its activation is taken while a product is still in registers: the hidden layer, four times as wide as x, is
+# not read and written once more each way. Tiles come and go by the copy engine (TMA), which knows their bounds.
+MLP_TILE, MLP_DEPTH = 128, 32
+
+@jit
+def mlp_kernel(x, w, h, out, cols: tl.constexpr, depth: tl.constexpr, back: tl.constexpr, slope: tl.constexpr,
+               tile: tl.constexpr, step: tl.constexpr):
+    """Tiles of x w^T: h, and out, its LeakyReLU squared. Back: out is x w^T times the activation's slope at h."""
+    across = tl.cdiv(cols, tile)
+    row, col = tl.program_id(0) // across * tile, tl.program_id(0) % across * tile
+    y = tl.zeros([tile, tile], tl.float32)
+    for k in range(0, depth, step):
+        y = tl.dot(x.load([row, k]), w.load([col, k]).T, y)
+    if back:
+        z = h.load([row, col]).to(tl.float32)
+        y *= tl.where(z > 0, 2 * z, 2 * slope * slope * z)
+    else:
+        h.store([row, col], y.to(h.dtype))
+        y *= tl.where(y > 0, y, slope * slope * y)
+    out.store([row, col], y.to(out.dtype))
+
+def launch_mlp(x: Tensor, w: Tensor, h: Tensor, out: Tensor, back: bool, slope: float) -> None:
+    """(N, D), (W, D), (N, W), (N, W)"""
+    tiles, parts = triton.cdiv(len(x), MLP_TILE) * triton.cdiv(len(w), MLP_TILE), ((x, MLP_DEPTH), (w, MLP_DEPTH))
+    parts = [TensorDescriptor.from_tensor(t, [MLP_TILE, n]) for t, n in (*parts, (h, MLP_TILE), (out, MLP_TILE))]
+    mlp_kernel[(tiles,)](*parts, len(w), x.size(1), back, slope, MLP_TILE, MLP_DEPTH, num_warps=4, num_stages=4)
+
+class PackedMLP(torch.autograd.Function):
+    """The kernel above and the products around it; its twin is in `MLP`."""
+    @staticmethod
+    def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
+        """(N, D), (W, D), (D, W) -> (N, D)"""
+        h, a = (x.new_empty(len(x), len(up)) for _ in range(2))
+        launch_mlp(x, up, h, a, False, slope)
+        ctx.save_for_backward(x, up, down, h, a)
+        ctx.slope = slope
+        return a @ down.mT
+    @staticmethod
+    def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        (x, up, down, h, a), d_y = ctx.saved_tensors, d_y.contiguous()
+        d_h = torch.empty_like(h)
+        launch_mlp(d_y, down.mT.contiguous(), h, d_h, True, ctx.slope)
+        return d_h @ up, d_h.mT @ x, d_y.mT @ a, None
+
+# What a block begins with: a mix y of its input x and the embeddings x0, and its norm n. The compiler would read all of
+# it twice more on the way back, for the mix's gradient, which is sums over tokens; on the way there it does well.
+MIX_PROGRAMS, MIX_ROWS = 1056, 4  # eight programs for each of a Hopper's 132 multiprocessors, four rows at a time
+
+@jit
+def mix_kernel(x_ptr, x0_ptr, mix_ptr, scale_ptr, d_y_ptr, d_n_ptr, d_gating_ptr, d_x_ptr, d_x0_ptr, d_mix_ptr, tokens,
+               gating: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
+    """From the gradients of y, n and n's first columns, which open gates, to those of x, x0 and, in parts, the mix."""
+    col = tl.arange(0, cols)[None, :]
+    keep, add = tl.load(mix_ptr + col, col < width, 0.0), tl.load(mix_ptr + width + col, col < width, 0.0)
+    d_keep, d_add, scale = tl.zeros([1, cols], tl.float32), tl.zeros([1, cols], tl.float32), tl.load(scale_ptr)
+    for start in range(tl.program_id(0) * rows, tokens, tl.num_programs(0) * rows):
+        row = start + tl.arange(0, rows)[:, None]
+        at, there = row * width + col, (row < tokens) & (col < width)
+        x, x0 = tl.load(x_ptr + at, there, 0.0).to(tl.float32), tl.load(x0_ptr + at, there, 0.0).to(tl.float32)
+        d_n = tl.load(d_n_ptr + at, there, 0.0).to(tl.float32)
+        d_n += tl.load(d_gating_ptr + row * gating + col, there & (col < gating), 0.0).to(tl.float32)
+        y = keep * x + add * x0
+        factor = tl.rsqrt(tl.sum(y * y, 1) / width + 1e-6)[:, None]
+        along = tl.sum(y * d_n, 1)[:, None] / width * factor * factor
+        d_y = tl.load(d_y_ptr + at, there, 0.0).to(tl.float32) + scale * factor * (d_n - y * along)
+        tl.store(d_x_ptr + at, (keep * d_y).to(d_x_ptr.dtype.element_ty), there)
+        tl.store(d_x0_ptr + at, (add * d_y).to(d_x0_ptr.dtype.element_ty), there)
+        d_keep, d_add = d_keep + tl.sum(d_y * x, 0)[None, :], d_add + tl.sum(d_y * x0, 0)[None, :]
+    d_mix_ptr += tl.program_id(0) * 2 * width + col
+    tl.store(d_mix_ptr, d_keep, col < width)
+    tl.store(d_mix_ptr + width, d_add, col < width)
+
+class PackedMix(torch.autograd.Function):
+    """`mix_plainly`, with the kernel above on the way back."""
+    @staticmethod
+    def forward(ctx, x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, x0, mix, scale)
+        y, n, first = mix_plainly(x, x0, mix, scale, gating)
+        return y, n, first.contiguous()
+    @staticmethod
+    def backward(ctx, d_y: Tensor, d_n: Tensor, d_gating: Tensor) -> tuple[Tensor | None, ...]:
+        (x, x0, mix, scale), gating, D = ctx.saved_tensors, d_gating.size(-1), d_n.size(-1)
+        d_x, d_x0, d_mix = torch.empty_like(x), torch.empty_like(x), x.new_empty(MIX_PROGRAMS, 2, D, dtype=mix.dtype)
+        given = [t.contiguous() for t in (x, x0, mix, scale, d_y, d_n, d_gating)]
+        mix_kernel[(MIX_PROGRAMS,)](*given, d_x, d_x0, d_mix, x.numel() // D, gating, D, MIX_ROWS,
+                                    1 << (D - 1).bit_length(), num_warps=2)
+        return d_x, d_x0, d_mix.sum(0), None, None
+
+def mix_plainly(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, D) twice, (2, D), () -> y = mix[0] x + mix[1] x0, n = scale norm(y), n's first columns (B, T, gating)"""
+    y = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
+    n = norm(y) * scale.to(x.dtype)
+    return y, n, n[..., :gating]
 def loss_plainly(z: Tensor, targets: Tensor, cap: float) -> Tensor:
     return F.cross_entropy(softcap(z, cap), targets, reduction="none")
 def softcap(z: Tensor, cap: float) -> Tensor:
@@ -975,15 +1095,15 @@ class Attention(nn.Module):
         self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
-    def forward(self, n: Tensor, scale: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
-        """Normalised input (B, T, D), scale of the outputs (D,) -> (B, T, D)"""
+    def forward(self, n: Tensor, gating: Tensor, scale: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
+        """Normalised input (B, T, D), its first columns, scale of the outputs (D,) -> (B, T, D)"""
         (B, T, _), parts, deltas, gate = n.shape, (self.q, self.k, self.v), (d.q, d.k, d.v), None
         qkv = F.linear(n, torch.cat([part.weight for part in parts]).to(n.dtype))  # one product of three matrices
         if any(deltas):
             qkv = qkv + torch.cat([n.new_zeros(B, T, len(part.weight)) if delta is None else delta(n)
                                    for part, delta in zip(parts, deltas, strict=True)], -1)
         if self.gate is not None:
-            gate = (self.gate_scale * F.linear(n[..., :self.gate_width], self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
+            gate = (self.gate_scale * F.linear(gating, self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
         if kernels_serve(qkv) and isinstance(place, Segments):
             gate = qkv.new_ones(1, qkv.size(1), self.heads.query) if gate is None else gate
             (qkv, gate), rope = (t.flatten(0, 1) for t in (qkv, gate)), (t[:, 0] for t in rope)
@@ -999,7 +1119,11 @@ class MLP(nn.Module):
         self.slope, width = c.mlp_leaky_slope, c.mlp_mult * c.model_dim
         self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
     def forward(self, x: Tensor, scale: Tensor, delta: LowRank | None = None) -> Tensor:
-        y = self.down(F.leaky_relu(self.up(x), self.slope).square(), None, scale)
+        if kernels_train(x, self.up.weight):
+            weights = self.up.weight.to(x.dtype), (self.down.weight * scale[:, None]).to(x.dtype)
+            y = PackedMLP.apply(x.flatten(0, 1), *weights, self.slope).view_as(x)
+        else:
+            y = self.down(F.leaky_relu(self.up(x), self.slope).square(), None, scale)
         return y if delta is None else y + delta(x) * scale.to(x.dtype)
 
 class Block(nn.Module):
@@ -1012,16 +1136,16 @@ class Block(nn.Module):
         self.register_buffer("input_scale", torch.tensor((index + 1.0) ** -c.ln_scale_power), persistent=False)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(c.model_dim)), nn.Parameter(torch.ones(c.model_dim))
         self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # (x, x0)
-    def mixed(self, x: Tensor, x0: Tensor) -> Tensor:
-        mix = self.input_mix.to(x.dtype)
-        return mix[0] * x + mix[1] * x0
-    def attend_to(self, x: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
-        return self.attention(norm(x) * self.input_scale.to(x.dtype), self.attn_scale, rope, place, d)
+    def attend_to(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
+        """-> x mixed with x0, and what attention makes of it"""
+        mix = PackedMix.apply if kernels_train(x, self.input_mix) else mix_plainly
+        x, n, gating = mix(x, x0, self.input_mix, self.input_scale, self.attention.gate_width)
+        return x, self.attention(n, gating, self.attn_scale, rope, place, d)
     def think_on(self, x: Tensor, d: Deltas) -> Tensor:
         return self.mlp(norm(x) * self.input_scale.to(x.dtype), self.mlp_scale, d.mlp)
     def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
-        x = self.mixed(x, x0)
-        x = x + self.attend_to(x, rope, place, d)
+        x, attn = self.attend_to(x, x0, rope, place, d)
+        x = x + attn
         return x + self.think_on(x, d)
 
 class LaneBlock(Block):
@@ -1032,7 +1156,7 @@ class LaneBlock(Block):
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
         self.lane_mix = nn.Parameter(torch.ones(2, 2))        # [lane written][attention, MLP]
     def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
-        attn, mlp = self.attend_to(self.mixed(a, x0), rope, place, d), self.think_on(m, d)
+        (_, attn), mlp = self.attend_to(a, x0, rope, place, d), self.think_on(m, d)
         keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
         return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
 
@@ -1206,14 +1330,15 @@ class MuonAdam:
         self.first, self.second = ([torch.zeros_like(p) for p in self.dense] for _ in range(2))
         covered = [id(p) for ps in (*self.stacks, self.dense) for p in ps]
         assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter has exactly one rule"
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)  # where a replayed pass adds to it; of what a pass does not use it stays zero
     def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Sum the gradients over ranks -> (this rank's share of every stack, all dense ones, norm of the whole)."""
         shares = []
         for n, ps in zip(self.share, self.stacks, strict=True):
             g, padding = torch.stack([p.grad for p in ps]), n * self.dist.world - len(ps)
             shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.dense]  # a pass may use no skip
-        flat = self.dist.sum_(torch.cat([g.flatten() for g in grads]))
+        flat = self.dist.sum_(torch.cat([p.grad.flatten() for p in self.dense]))
         dense = [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in self.dense]), self.dense, strict=True)]
         each = [self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[:len(ps)]  # matrix by matrix,
                 for g, ps in zip(shares, self.stacks, strict=True)]  # so that the sum's order knows no ranks
@@ -1232,8 +1357,7 @@ class MuonAdam:
         updates = adam_directions(dense, self.first, self.second, self.steps_done, run.beta1, run.beta2, run.adam_eps)
         for p, u, (lr, wd) in zip(self.dense, updates, self.rates, strict=True):
             p.mul_(1 - lr * lr_scale * wd).sub_(u, alpha=lr * lr_scale)
-        for p in (p for ps in (*self.stacks, self.dense) for p in ps):
-            p.grad = None
+        torch._foreach_zero_([p.grad for ps in (*self.stacks, self.dense) for p in ps])
         return norm_
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, whole on every rank."""
@@ -1359,18 +1483,26 @@ class Trainer:
     def __init__(self, model: GPT, run: RunConfig, dist: Dist, origin: Mapping[str, Any]):
         self.model, self.run, self.dist = model, run, dist
         self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
+        self.replay = Replay() if dist.device.type == "cuda" and run.compile else None
         self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
         self.identity = {"kind": "checkpoint", "model": dataclasses.asdict(model.config), **origin,
                          "train_batch_tokens": run.train_batch_tokens, "train_row_tokens": run.train_row_tokens}
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
+    def learn_from(self, part: Packed, looping: bool) -> Tensor:
+        """Add a micro-batch's gradients to those that are there -> its part of the batch's mean loss, nats."""
+        def work(tokens: Tensor, targets: Tensor, *segments: Tensor) -> Tensor:
+            segments = type(part.segments)(*segments)
+            loss = self.model(tokens, targets, segments, looping=looping).sum() / self.run.train_batch_tokens
+            loss.backward()
+            return loss.detach()
+        given = part.tokens, part.targets, *part.segments
+        return work(*given) if self.replay is None else self.replay(looping, work, *given)
     def step_on(self, batch: Sequence[Packed], progress: float, looping: bool) -> Tensor:
         """One optimizer step on this rank's micro-batches -> mean loss of all ranks, nats per token, on the device."""
         total = torch.zeros((), device=self.dist.device)
-        for tokens, targets, segments in batch:
-            loss = self.model(tokens, targets, segments, looping=looping).sum() / self.run.train_batch_tokens
-            loss.backward()
-            total += loss.detach()
+        for part in batch:
+            total += self.learn_from(part, looping)
         self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
         return self.dist.sum_(total)
     def tensors(self) -> dict[str, Tensor]:
@@ -1757,17 +1889,14 @@ def wants_entropy(run: RunConfig) -> bool:
 class SideBySide:
     """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
     learns from it. No row reaches another. Earlier chunks are seen as the keys and values that they left in their turn,
-    so that a step costs a chunk and not a window. It is thousands of small kernels, and a GPU would wait for Python: a
-    step is captured for every size of the cache and replayed as a CUDA graph; all that lasts changes in place."""
+    so that a step costs a chunk and not a window. On a GPU a step is replayed, captured for every size of the cache."""
     SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
     def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
         self.model, self.run, self.documents, self.device = model, run, documents, device
         self.room = run.eval_seq_len - run.ttt_chunk_tokens
         self.adapter = Adapter(model.config, run, documents, device)
         self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
-        self.caches, self.graphs, self.replaying = {}, {}, False  # caches of every size, and graphs of work with them
-        if device.type == "cuda":
-            self.memory, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.caches, self.replay = {}, Replay() if device.type == "cuda" and run.compile else None  # caches by size
         self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
         self.done_there = torch.zeros((), dtype=torch.int64, device=device)
         self.begin()
@@ -1807,7 +1936,7 @@ class SideBySide:
     def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
         """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
         self.make_room(tokens.size(1))
-        self.replaying = to_learn and self.device.type == "cuda" and bool(self.run.compile)
+        self.replaying = to_learn and self.replay is not None
         with torch.set_grad_enabled(to_learn):
             return self._do(self._score, tokens, targets)
     def learn(self, counted: Tensor) -> None:
@@ -1831,6 +1960,8 @@ class SideBySide:
             loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
             grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
             self.rule.step(self.adapter.tensors(), grads, chunk_rate(run, epoch, entropy))
+    def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        return self.replay((work.__name__, self.size), work, *inputs) if self.replaying else work(*inputs)
     @torch.no_grad()
     def _move_on(self) -> None:
         if self.size:
@@ -1841,29 +1972,6 @@ class SideBySide:
                     ring.index_copy_(2, slots, latest[:, :, -n:])
         self.last.copy_(self.tokens[:, -1:])
         self.done_there += self.tokens.size(1)
-    def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        """work(*inputs), replayed where possible, on a stream of its own, which a capture needs. With a cache of a new
-        size it runs as it is, which warms up; the second time it is captured."""
-        if not self.replaying:
-            return work(*inputs)
-        key = (work.__name__, self.size)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            if key not in self.graphs:
-                self.graphs[key] = None
-                result = work(*(x.clone() for x in inputs))  # aligned as they will be: Triton compiles now, or never
-            else:
-                if self.graphs[key] is None:
-                    graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-                    with torch.cuda.graph(graph, pool=self.memory, stream=self.stream):
-                        self.graphs[key] = graph, own, work(*own)
-                else:  # not when just captured: autograd holds these inputs for the learning, still to be captured
-                    for mine, given in zip(self.graphs[key][1], inputs, strict=True):
-                        mine.copy_(given)
-                graph, _, result = self.graphs[key]
-                graph.replay()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return result
     @torch.no_grad()
     def take_over(self, other: SideBySide, rows: Tensor) -> None:
         """Go on with these documents of another's, where they are."""

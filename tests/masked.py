@@ -11,6 +11,12 @@ def attend_seen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
+def attend_segments(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, segments) -> torch.Tensor:
+    """Causal in every segment: the same operations, whatever the segments are."""
+    at = torch.arange(q.size(1))
+    return attend_seen(q, k, v, (at <= at[:, None]) & (at >= (at - segments.positions)[:, None]))
+
+
 def chunk_band(tokens: int, chunk: int, context: int) -> torch.Tensor:
     """Who sees whom in a document of chunks, (T, T) bool: what is past, back to where the chunk's window begins."""
     at = torch.arange(tokens)

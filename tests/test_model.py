@@ -185,7 +185,8 @@ def test_exclusive_attention_says_nothing_of_its_own_value(exclusive):
     attention = lively(xsa_last_n=5 if exclusive else 0).blocks[0].attention
     attention.o.weight.data = torch.eye(32)
     n = torch.randn(2, 12, 32)
-    y = attention(n, torch.ones(32), g.rotary(torch.arange(12), 4, 10000.0), None, g.NO_DELTAS).view(2, 12, 4, 8)
+    rope = g.rotary(torch.arange(12), 4, 10000.0)
+    y = attention(n, n[..., : attention.gate_width], torch.ones(32), rope, None, g.NO_DELTAS).view(2, 12, 4, 8)
     own = attention.v(n).view(2, 12, 2, 8).repeat_interleave(2, 2)
     said = (y * own).sum(-1).abs()
     assert (said.max() < 1e-5) if exclusive else (said.mean() > 0.1)

@@ -12,7 +12,7 @@ import train_gpt
 SOURCE = Path(train_gpt.__file__).read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
 KNOBS = {f.name for kind in train_gpt.CONFIGS for f in fields(kind)}
-LINE_BUDGET = 2400
+LINE_BUDGET = 2500  # 2,400 until training's kernels and graphs: EXPERIMENTS.md, section 20
 
 
 def found(kind: type[ast.AST], within: ast.AST = TREE) -> list:

@@ -1,8 +1,10 @@
 """Training learns, repeats bit by bit, goes on from a checkpoint as if never interrupted, and stops in time."""
 
 import dataclasses
+import gc
 import math
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
-from masked import attend_seen
+from graphs import pretend
+from masked import attend_seen, attend_segments
 
 import train_gpt as g
 
@@ -178,13 +181,46 @@ def test_warming_up_leaves_no_trace(settings):
     assert g.warm_up(trainer, rehearse) == 3.5
     assert [tuple(p.tokens.shape) for p in rehearsed] == [(1, 128)] * 2  # the shapes of a real batch
     assert differing(before, everything(trainer)) == []
-    assert trainer.optimizer.steps_done == 0 and all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.optimizer.steps_done == 0 and not any(p.grad.any() for p in trainer.model.parameters())
 
 
 def test_training_is_the_same_with_and_without_warm_up(settings):
     cold, warm = new_trainer(settings()), new_trainer(settings(warmup_steps=3))
     g.warm_up(warm, lambda batch: 0.0)
     assert go(cold)[0] == go(warm)[0] and differing(everything(cold), everything(warm)) == []
+
+
+# ---- replayed as on a GPU ---------------------------------------------------
+
+
+def test_replayed_passes_learn_what_others_do(settings, monkeypatch):
+    """Of text with segments of its own in every batch, in both loop modes, and from warm-up into training."""
+    monkeypatch.setattr(g, "attend", attend_segments)
+    run = settings(iterations=12, enable_looping_at=0.5)
+    plain, replayed = new_trainer(run), new_trainer(run)
+    g.warm_up(plain, lambda batch: 0.0)
+    expected = go(plain)[0]
+    captured = pretend(monkeypatch)
+    replayed.replay = g.Replay()
+    g.warm_up(replayed, lambda batch: 0.0)
+    assert len(captured) == 2 and go(replayed)[0] == expected and len(captured) == 2
+    assert not any(graph.fresh for graph in captured) and differing(everything(plain), everything(replayed)) == []
+
+
+def test_a_captured_pass_is_freed_at_once(settings, monkeypatch):
+    """Not when Python next looks for cycles: a graph that is freed while another is captured ends that capture."""
+    monkeypatch.setattr(g, "attend", attend_segments)
+    captured, trainer = pretend(monkeypatch), new_trainer(settings())
+    trainer.replay = g.Replay()
+    g.warm_up(trainer, lambda batch: 0.0)
+    held = [weakref.ref(graph) for graph in captured]
+    captured.clear()
+    gc.disable()
+    try:
+        del trainer
+        assert len(held) == 2 and not any(graph() for graph in held)
+    finally:
+        gc.enable()
 
 
 # ---- checkpoints ------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Test-time training: each system does what its knobs say, helps, and leaves nothing behind for the next document."""
 
-import contextlib
 import functools
 import gc
 import hashlib
@@ -12,11 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from graphs import pretend
 from hypothesis import given
 from hypothesis import strategies as st
 from masked import attend_seen, chunk_band
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import train_gpt as g
 
@@ -648,54 +646,17 @@ def test_two_ranks_find_what_one_finds(tmp_path):
 # ---- replayed as on a GPU ---------------------------------------------------
 
 
-class Graph(TorchDispatchMode):
-    """A CUDA graph for a CPU: what runs while it is captured runs again, in the same memory, when it is replayed. Here
-    capturing computes, too, so the replay that follows it at once does nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.operations, self.fresh = [], True
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, out))
-        return out
-
-    def replay(self):
-        with torch._C._AutoDispatchBelowAutograd():  # which a GPU's replay does not know of either
-            for function, args, kwargs, out in () if self.fresh else self.operations:
-                for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
-                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
-                        old.copy_(new)
-        self.fresh = False
-
-
 @pytest.fixture
 def replays(monkeypatch):
     """The graphs that were captured, once SideBySide believes that it is on a GPU."""
-    captured, plain = [], g.SideBySide.score
+    plain = g.SideBySide.__init__
 
-    @contextlib.contextmanager
-    def capture(graph, pool, stream):
-        captured.append(graph)
-        with graph:
-            yield
+    def begin(self, *given):
+        plain(self, *given)
+        self.replay = g.Replay()
 
-    def score_chunk(self, tokens, targets, to_learn):
-        self.learns = to_learn
-        return plain(self, tokens, targets, to_learn)
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in dict(
-        score=score_chunk, learns=False, memory=None, stream=stream,
-        replaying=property(lambda self: self.learns, lambda self, value: None),
-    ).items():  # fmt: skip
-        monkeypatch.setattr(g.SideBySide, name, value, raising=False)
-    for name, value in dict(
-        CUDAGraph=Graph, graph=capture, current_stream=lambda: stream, stream=lambda _: contextlib.nullcontext()
-    ).items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return captured
+    monkeypatch.setattr(g.SideBySide, "__init__", begin)
+    return pretend(monkeypatch)
 
 
 @pytest.mark.usefixtures("replays")
