@@ -207,6 +207,20 @@ def test_replayed_passes_learn_what_others_do(settings, monkeypatch):
     assert not any(graph.fresh for graph in captured) and differing(everything(plain), everything(replayed)) == []
 
 
+@pytest.mark.gpu
+def test_replayed_passes_learn_what_others_do_on_a_gpu(settings):
+    """In bf16, and with gradients of embeddings that a GPU adds up in any order: up to rounding."""
+    config, found = dataclasses.replace(CONFIG, num_heads=2, num_kv_heads=1, rope_dims=8), []
+    for again in (0, 1):
+        run = settings(compile=again, iterations=12, enable_looping_at=0.5)
+        trainer = new_trainer(run, config=config)
+        trainer = g.Trainer(trainer.model.cuda(), run, g.Dist(device="cuda"), {})
+        assert (trainer.replay is not None) == bool(again)
+        g.warm_up(trainer, lambda batch: 0.0)
+        found.append(go(trainer)[0])
+    assert found[0] == pytest.approx(found[1], rel=2e-2) and found[0][-1] < 0.9 * found[0][0]
+
+
 def test_a_captured_pass_is_freed_at_once(settings, monkeypatch):
     """Not when Python next looks for cycles: a graph that is freed while another is captured ends that capture."""
     monkeypatch.setattr(g, "attend", attend_segments)

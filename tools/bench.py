@@ -22,6 +22,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.varlen import varlen_attn
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,6 +32,8 @@ from tools.common import end_in_a_line
 CATEGORIES = {  # by the names that kernels have in a trace; the first that fits
     "attention": r"flash|fmha|attention|varlen|^prepare_",
     "loss": r"^loss_",
+    "GEMM with activation": r"^mlp_",
+    "mix and norm, back": r"^mix_",
     "GEMM": r"gemm|nvjet|cutlass|cublas|splitK|sm90_xmma",
     "communication": r"nccl",
     "elementwise, compiled": r"^triton_",
@@ -225,26 +228,31 @@ def race(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
 def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     """Each kernel's time, forward and backward, beside those of its twin in plain torch."""
     packed = g.random_batch(run, c.vocab_size, dist)[0]
-    tokens, device = packed.tokens.size(1), dist.device
+    tokens, D, hidden, slope = packed.tokens.size(1), c.model_dim, c.mlp_mult * c.model_dim, c.mlp_leaky_slope
     heads = g.Heads(True, c.num_heads, c.num_kv_heads, c.head_dim)
-    qkv = torch.randn(tokens, c.model_dim + 2 * c.kv_dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-    gain = torch.full((c.num_heads,), c.qk_gain_init, device=device, requires_grad=True)
-    gate = torch.rand(tokens, c.num_heads, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(shape, device=dist.device, dtype=dtype, requires_grad=True)
+
+    learnt = normal(tokens, D + 2 * c.kv_dim), normal(c.num_heads, dtype=torch.float32), normal(tokens, c.num_heads)
     cos, sin = (t[:, 0] for t in g.rotary(packed.segments.positions, c.rope_dims, c.rope_base))
-    given = (qkv, gain, gate, cos, sin, packed.segments, heads)
-    compare("attention", lambda: g.PackedAttention.apply(*given), lambda: attention_twin(*given), (qkv, gain, gate))
-    z = torch.randn(tokens, c.vocab_size, device=device, dtype=torch.bfloat16, requires_grad=True)
-    targets, plain = packed.targets[0], torch.compile(g.loss_plainly)
-    compare("loss", lambda: g.CappedLoss.apply(z, targets, c.logit_softcap),
-            lambda: plain(z, targets, c.logit_softcap), (z,))  # fmt: skip
+    compare("attention", g.PackedAttention.apply, attention_twin, learnt, cos, sin, packed.segments, heads)
+    mlp = torch.compile(lambda x, up, down, slope: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down))
+    compare("mlp", g.PackedMLP.apply, mlp, (normal(tokens, D), normal(hidden, D), normal(D, hidden)), slope)
+    learnt = normal(1, tokens, D), normal(1, tokens, D), normal(2, D, dtype=torch.float32)
+    given = torch.ones((), device=dist.device), c.attn_gate_width
+    compare("mix", torch.compile(g.PackedMix.apply), torch.compile(g.mix_plainly), learnt, *given)
+    given = packed.targets[0], c.logit_softcap
+    compare("loss", g.CappedLoss.apply, torch.compile(g.loss_plainly), (normal(tokens, c.vocab_size),), *given)
 
 
-def compare(name: str, ours: Callable, twin: Callable, inputs: tuple[torch.Tensor, ...]) -> None:
+def compare(name: str, ours: Callable, twin: Callable, learnt: tuple[torch.Tensor, ...], *given: object) -> None:
     times = []
     for f in (ours, twin):
-        slope = torch.randn_like(f())
-        forward = milliseconds(f)
-        both = milliseconds(lambda f=f, slope=slope: torch.autograd.grad(f(), inputs, slope))
+        out = f(*learnt, *given)
+        slopes = [torch.randn_like(y) for y in (out if isinstance(out, tuple) else (out,))]
+        forward = milliseconds(lambda f=f: f(*learnt, *given))
+        both = milliseconds(lambda f=f, slopes=slopes: torch.autograd.grad(f(*learnt, *given), learnt, slopes))
         times.append((forward, both))
     (a, b), (x, y) = times
     print(f"{name}: forward {a:.3f} ms, with backward {b:.3f}; twin {x:.3f}, {y:.3f}; ratio {x / a:.2f}, {y / b:.2f}")
