@@ -1908,7 +1908,7 @@ class SideBySide:
         self.done_there.zero_()
         for past in (past for cache in self.caches.values() for past in cache):
             past.ring.zero_()  # `seen` hides what is there, but 0 times NaN is NaN
-        self.done, self.size, self.past, self.scored = 0, 0, [], ()  # done: tokens that are past; size: of the cache
+        self.done, self.size, self.past, self.scored, self.replaying = 0, 0, [], (), False  # tokens past, cache size
     def make_room(self, tokens: int) -> None:
         """Take a cache that will hold so many tokens more, or all that a chunk may see."""
         size = self.size or min(self.room, self.SMALLEST_CACHE)

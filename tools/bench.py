@@ -136,7 +136,7 @@ MOST_SEGMENTS = 512
 
 @contextlib.contextmanager
 def torch_kernels(longest: int) -> Iterator[None]:
-    """The entry without its own kernels: everything in plain torch, attention on packed rows by torch's kernel."""
+    """The entry without its own kernels and replays: all in plain torch, attention on packed rows by torch's kernel."""
     plain_pack = g.pack_row
 
     def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> g.Packed:
@@ -151,7 +151,8 @@ def torch_kernels(longest: int) -> Iterator[None]:
         bounds = place.bounds, place.bounds, longest, longest
         return varlen_attn(q[0], k, v, *bounds, window_size=(-1, 0))[None]
 
-    with mock.patch.multiple(g, kernels_serve=lambda _: False, pack_row=pack_row, attend=attend):
+    plain = {"kernels_serve": lambda _: False, "Replay": lambda: None, "pack_row": pack_row, "attend": attend}
+    with mock.patch.multiple(g, **plain):
         yield
 
 
@@ -229,14 +230,10 @@ def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     """Each kernel's time, forward and backward, beside those of its twin in plain torch."""
     packed = g.random_batch(run, c.vocab_size, dist)[0]
     tokens, D, hidden, slope = packed.tokens.size(1), c.model_dim, c.mlp_mult * c.model_dim, c.mlp_leaky_slope
-    heads = g.Heads(True, c.num_heads, c.num_kv_heads, c.head_dim)
 
     def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(shape, device=dist.device, dtype=dtype, requires_grad=True)
 
-    learnt = normal(tokens, D + 2 * c.kv_dim), normal(c.num_heads, dtype=torch.float32), normal(tokens, c.num_heads)
-    cos, sin = (t[:, 0] for t in g.rotary(packed.segments.positions, c.rope_dims, c.rope_base))
-    compare("attention", g.PackedAttention.apply, attention_twin, learnt, cos, sin, packed.segments, heads)
     mlp = torch.compile(lambda x, up, down, slope: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down))
     compare("mlp", g.PackedMLP.apply, mlp, (normal(tokens, D), normal(hidden, D), normal(D, hidden)), slope)
     learnt = normal(1, tokens, D), normal(1, tokens, D), normal(2, D, dtype=torch.float32)
@@ -244,6 +241,10 @@ def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     compare("mix", torch.compile(g.PackedMix.apply), torch.compile(g.mix_plainly), learnt, *given)
     given = packed.targets[0], c.logit_softcap
     compare("loss", g.CappedLoss.apply, torch.compile(g.loss_plainly), (normal(tokens, c.vocab_size),), *given)
+    learnt = normal(tokens, D + 2 * c.kv_dim), normal(c.num_heads, dtype=torch.float32), normal(tokens, c.num_heads)
+    heads = g.Heads(True, c.num_heads, c.num_kv_heads, c.head_dim)
+    cos, sin = (t[:, 0] for t in g.rotary(packed.segments.positions, c.rope_dims, c.rope_base))
+    compare("attention", g.PackedAttention.apply, attention_twin, learnt, cos, sin, packed.segments, heads)
 
 
 def compare(name: str, ours: Callable, twin: Callable, learnt: tuple[torch.Tensor, ...], *given: object) -> None:
@@ -297,6 +298,8 @@ def main() -> int:
     model_config, run = g.read_env()
     dist = g.Dist.from_env(run.device)
     g.prepare_torch(run, dist.device)
+    if not dist.main:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, rank 0 speaks
     if options.only in ("kernels", "race") and dist.device.type == "cpu":
         parser.error(f"{options.only}: timed on a GPU only")
     print(f"{g.device_name(dist.device)} {g.versions()}", flush=True)
