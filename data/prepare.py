@@ -461,22 +461,27 @@ def encode_batch(model: bytes, caseops: bool, batch: Batch) -> list[Encoded]:
 
 
 def calm_signals() -> None:
-    """A worker leaves Ctrl-C to its parent, which ends it by SIGTERM."""
+    """A worker leaves Ctrl-C to its parent, which ends it by SIGTERM, if at all."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that do not outlive this block, however it ends."""
+def worker_pool(workers: int, patient: bool = True) -> Iterator[ProcessPoolExecutor]:
+    """Processes that do not outlive this block, however it ends. What they are at when it fails is awaited, for a pool
+    waits in vain for the rest of a long result whose sender was ended; without patience they are ended."""
     context = multiprocessing.get_context("fork")  # they share the imports of this process
     pool = ProcessPoolExecutor(workers, context, initializer=calm_signals)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
+        pool.submit(os.getpid)  # forks them all; Python drops what a signal raises in the hooks of a fork
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         yield pool
     except BrokenProcessPool:
         raise UserError("a worker process died, most likely for lack of memory; use fewer --workers") from None
     except BaseException:
-        for child in multiprocessing.active_children():
+        for child in () if patient else multiprocessing.active_children():
             child.terminate()
         raise
     finally:
@@ -511,6 +516,19 @@ class Progress:
                 return future.result(timeout=1)
             except TimeoutError:
                 self()
+
+
+def train_apart(path: Path, *given: Any) -> bytes:
+    """`train_tokenizer` in a process that can be ended, in which no Python runs that could hear of Ctrl-C."""
+    with worker_pool(1, patient=False) as pool:
+        Progress("training the tokenizer").wait(pool.submit(save_tokenizer, path, *given))
+    model = path.read_bytes()
+    path.unlink()
+    return model
+
+
+def save_tokenizer(path: Path, *given: Any) -> None:
+    path.write_bytes(train_tokenizer(*given))  # and not returned: nothing long is sent by who may be ended
 
 
 def encode_all(pool: ProcessPoolExecutor, workers: int, parts: list[Part], model: bytes,
@@ -726,15 +744,15 @@ def prepare_text(args: argparse.Namespace, source: dict, rule: str, find_parts: 
                   "sentencepiece": sentencepiece.__version__}
     if manifest := find_prepared(final, parameters):
         return report(final, manifest, ": already prepared")
-    with workspace(final) as folder, worker_pool(args.workers) as pool:
+    with workspace(final) as folder:
         parts = find_parts(folder)
         if not model:
-            training = pool.submit(train_tokenizer, parts, args.vocab_size, caseops)
-            model = Progress("training the tokenizer").wait(training)
+            model = train_apart(folder / "tokenizer.model", parts, args.vocab_size, caseops)
         encoder, guard = load_encoder(model, caseops), SplitGuard(leave_out)
         writers = {split: ShardWriter(folder, split, args.shard_tokens) for split in SPLITS}
-        for encoded in encode_all(pool, args.workers, parts, model, caseops):
-            writers[encoded.split].add(guard(encoded))
+        with worker_pool(args.workers) as pool:
+            for encoded in encode_all(pool, args.workers, parts, model, caseops):
+                writers[encoded.split].add(guard(encoded))
         splits = {split: split_facts(writer, guard, caseops, rule) for split, writer in writers.items()}
         facts = {"parameters": parameters, "split_rule": rule, "splits": splits}
         manifest = write_manifest(folder, final, model, encoder, facts)

@@ -46,6 +46,7 @@ def seeded():
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "longest" not in item.keywords)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

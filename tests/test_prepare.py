@@ -537,20 +537,61 @@ def test_two_preparations_of_one_name_do_not_meet(small, capsys):
     assert sorted(p.name for p in folder.parent.iterdir()) == ["jsonl"]
 
 
+# What a preparation is at when the signal comes: `at_it` says so.
+INTERRUPTED = """
+import hashlib, os, runpy, sys, time
+from multiprocessing.connection import Connection
+import sentencepiece
+parent, at_it, send, train = os.getpid(), lambda: open("at it", "w").close(), Connection._send, {train}
+def send_in_two(self, data, *more):
+    if len(data) < 1 << 16 or os.getpid() == parent:
+        return send(self, data, *more)
+    send(self, data[:9], *more)
+    at_it()
+    time.sleep(1)
+    send(self, data[9:], *more)
+Connection._send, sentencepiece.SentencePieceTrainer.train = send_in_two, train
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+TRAIN = "sentencepiece.SentencePieceTrainer.train"
+TRAIN_LONG = "lambda **_: (at_it(), hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30))"  # Python hears no signal
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_within_seconds(tmp_path, sent):
-    """While the tokenizer is trained, in which no Python runs that could hear of it."""
-    text = write_lines(tmp_path / "a.jsonl", sentences(40_000, 3))
-    command = [sys.executable, ROOT / "data" / "prepare.py", "jsonl", text, "--out", tmp_path / "out"]
-    process = subprocess.Popen([*command, "--vocab-size", "4000"], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out" / "datasets").exists():
-        time.sleep(0.1)
-    time.sleep(2)
-    process.send_signal(sent)
-    begin = time.monotonic()
-    assert process.wait(20) == 130 and time.monotonic() - begin < 5
-    assert "interrupted" in process.stderr.read() and not list((tmp_path / "out" / "datasets").iterdir())
+@pytest.mark.parametrize("train", [TRAIN_LONG, TRAIN], ids=["in training", "while a long result is sent"])
+def test_a_signal_ends_it_within_seconds(tmp_path, train, sent):
+    text = write_lines(tmp_path / "a.jsonl", sentences(3000, 3))
+    command = [sys.executable, "-c", INTERRUPTED.format(train=train), ROOT / "data" / "prepare.py", "jsonl", text]
+    options = ["--out", tmp_path / "out", "--vocab-size", "400"]
+    process = subprocess.Popen([*command, *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "at it").exists():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.01)
+        process.send_signal(sent)
+        begin = time.monotonic()
+        assert process.wait(20) == 130 and time.monotonic() - begin < 5
+        assert "interrupted" in process.stderr.read() and not list((tmp_path / "out" / "datasets").iterdir())
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+def test_a_signal_while_workers_are_made_is_not_lost():
+    """Python drops what is raised in the hooks of a fork."""
+    program = """
+import os, signal
+from data import prepare
+os.register_at_fork(after_in_parent=lambda: signal.raise_signal(signal.SIGINT))
+try:
+    with prepare.worker_pool(1):
+        print("lost")
+except KeyboardInterrupt:
+    print("heard")
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "heard\n", done
 
 
 # ---- installed text ---------------------------------------------------------

@@ -421,6 +421,7 @@ def test_no_python_or_an_old_one_is_refused(machine):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_the_small_run_from_a_fresh_copy(tmp_path):
     """Real data, training, packing and scoring, with the interpreter of the tests; twice, to see what is reused."""
     copy = tmp_path / "a copy"

@@ -420,7 +420,7 @@ def test_on_a_terminal_the_table_is_redrawn_within_the_screen(monkeypatch, capsy
     jobs = [sweep.Job({"TTT_LR": str(i)}, {}, state="done" if i < 9 else "running") for i in range(10)]
     screen = sweep.Screen(jobs)
     screen.terminal = True
-    monkeypatch.setattr(sweep.shutil, "get_terminal_size", lambda: os.terminal_size((40, 8)))
+    monkeypatch.setattr(sweep.shutil, "get_terminal_size", lambda fallback=None: os.terminal_size((40, 8)))
     screen.show(12.0)
     screen.show(12.0)  # too soon
     screen.show(0.0, last=True)
