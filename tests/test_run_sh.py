@@ -448,6 +448,6 @@ def test_the_small_run_from_a_fresh_copy(tmp_path):
     first = run(ITERATIONS="6")
     assert any(line.startswith("result ") for line in first.splitlines()[-5:]), first[-4000:]
     shards = {path: path.stat().st_mtime_ns for path in (copy / "data/datasets/installed").iterdir()}
-    run(ITERATIONS="2", TTT_ENABLED="0", RUN_ID="second")
+    run(ITERATIONS="2", TTT_ENABLED="0", HOLDOUT_TOKENS="8192", RUN_ID="second")
     assert {path: path.stat().st_mtime_ns for path in (copy / "data/datasets/installed").iterdir()} == shards
     assert not (copy / ".venv").exists()
