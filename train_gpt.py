@@ -339,15 +339,16 @@ class Dist:
             torch_dist.destroy_process_group()
 
 class Replay:
-    """work(*inputs), captured and replayed as CUDA graphs: it is thousands of small kernels, and a GPU would wait for
-    Python. Under a new key it runs as it is, which warms up; the second time it is captured. What lasts must change in
-    place, and the next replay overwrites a result. A capture needs a stream of its own from the first time on."""
+    """CUDA graphs of work(*inputs), as a GPU would wait for Python to start thousands of small kernels. Under a new key
+    it runs as it is, which warms up; then it is captured, then replayed, all on a stream of its own. What lasts must
+    change in place, nothing may be read from the GPU, and a replay overwrites the result of the last."""
     def __init__(self):
         self.graphs, self.memory, self.stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     def __call__(self, key: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        key = (key, *(x.shape for x in inputs))
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            if key not in self.graphs:  # inputs aligned as they will be: Triton compiles now, or never
+            if key not in self.graphs:  # clones lie as the captured ones will: kernels compiled now are those used then
                 self.graphs[key], result = None, work(*(x.clone() for x in inputs))
             else:
                 if self.graphs[key] is None:
@@ -577,8 +578,7 @@ def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device
     return Packed(parts[0][None], parts[1][None], Segments(parts[2], parts[3]))
 def pack_text(text: np.ndarray, run: RunConfig, device: torch.device) -> Packed:
     """Whole training rows of N tokens, and one more: (N + 1,)."""
-    starts = segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len)
-    return pack_row(text[:-1], text[1:], starts, device)
+    return pack_row(text[:-1], text[1:], segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len), device)
 
 class TrainingStream:
     """The training shards, endless. Batch b is the same rows for any number of ranks; rank r gets the r-th share."""
@@ -647,7 +647,9 @@ TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the launches b
 TILE = constant(TILE_TOKENS)
 def kernels_serve(x: Tensor) -> bool:
     return x.is_cuda and triton is not None  # elsewhere their twins do
-def kernels_train(x: Tensor, weight: Tensor) -> bool:  # the MLP's and the mix's pay where weights learn from much text
+def has_tma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+def kernels_train(x: Tensor, weight: Tensor) -> bool:  # those of MLP and mix pay where weights learn, from much text
     return kernels_serve(x) and torch.is_grad_enabled() and weight.requires_grad
 
 @jit
@@ -881,14 +883,14 @@ class CappedLoss(torch.autograd.Function):
         loss_kernel[(len(z),)](z, targets, d_nll.contiguous(), lse, d_z, True, **ctx.launch)
         return d_z, None, None
 
-# The MLP: its activation is taken while a product is still in registers: the hidden layer, four times as wide as x, is
-# not read and written once more each way. Tiles come and go by the copy engine (TMA), which knows their bounds.
+# The MLP: its activation is taken while a product is still in registers: the hidden layer, MLP_MULT times as wide as x,
+# is not read and written once more each way. Tiles come and go by a Hopper's copy engine (TMA), which knows bounds.
 MLP_TILE, MLP_DEPTH = 128, 32
 
 @jit
 def mlp_kernel(x, w, h, out, cols: tl.constexpr, depth: tl.constexpr, back: tl.constexpr, slope: tl.constexpr,
                tile: tl.constexpr, step: tl.constexpr):
-    """Tiles of x w^T: h, and out, its LeakyReLU squared. Back: out is x w^T times the activation's slope at h."""
+    """Tiles of x w^T: h, and out, its LeakyReLU squared. Back: of d_y and down^T, out is d_h: times the slope at h."""
     across = tl.cdiv(cols, tile)
     row, col = tl.program_id(0) // across * tile, tl.program_id(0) % across * tile
     y = tl.zeros([tile, tile], tl.float32)
@@ -932,7 +934,7 @@ MIX_PROGRAMS, MIX_ROWS = 1056, 4  # eight programs for each of a Hopper's 132 mu
 @jit
 def mix_kernel(x_ptr, x0_ptr, mix_ptr, scale_ptr, d_y_ptr, d_n_ptr, d_gating_ptr, d_x_ptr, d_x0_ptr, d_mix_ptr, tokens,
                gating: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
-    """From the gradients of y, n and n's first columns, which open gates, to those of x, x0 and, in parts, the mix."""
+    """From the gradients of y, n and n's first columns to those of x, x0 and the mix; of that, a sum per program."""
     col = tl.arange(0, cols)[None, :]
     keep, add = tl.load(mix_ptr + col, col < width, 0.0), tl.load(mix_ptr + width + col, col < width, 0.0)
     d_keep, d_add, scale = tl.zeros([1, cols], tl.float32), tl.zeros([1, cols], tl.float32), tl.load(scale_ptr)
@@ -1116,10 +1118,10 @@ class MLP(nn.Module):
     """scale * (down(LeakyReLU(up(x)) squared), and beside it an optional correction). (B, T, D), (D,) -> (B, T, D)"""
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.slope, width = c.mlp_leaky_slope, c.mlp_mult * c.model_dim
+        self.slope, self.fused, width = c.mlp_leaky_slope, True, c.mlp_mult * c.model_dim
         self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
     def forward(self, x: Tensor, scale: Tensor, delta: LowRank | None = None) -> Tensor:
-        if kernels_train(x, self.up.weight):
+        if self.fused and kernels_train(x, self.up.weight):
             weights = self.up.weight.to(x.dtype), (self.down.weight * scale[:, None]).to(x.dtype)
             y = PackedMLP.apply(x.flatten(0, 1), *weights, self.slope).view_as(x)
         else:
@@ -1193,8 +1195,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
         z = self.raw(x, embedding, delta).flatten(0, 1)
-        loss = CappedLoss.apply if kernels_serve(z) else loss_plainly
-        return loss(z, targets.flatten(), self.cap).view_as(targets)
+        return (CappedLoss.apply if kernels_serve(z) else loss_plainly)(z, targets.flatten(), self.cap).view_as(targets)
     @torch.no_grad()
     def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D) -> entropy of every prediction, (B, T) nats"""
@@ -1212,8 +1213,7 @@ def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
     order = list(range(c.num_layers))
     if looping and c.num_loops:
         order[c.loop_end + 1:c.loop_end + 1] = list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
-    half = len(order) // 2
-    pairs = min(half, c.unet_skips)
+    half, pairs = len(order) // 2, min(len(order) // 2, c.unet_skips)
     return tuple(Visit(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
                  for i, block in enumerate(order))
 
@@ -1275,6 +1275,8 @@ def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
 
 def compile_parts(model: GPT) -> None:
     """Block by block: blocks of a kind share one graph. Training alone pays for this; evaluation runs eagerly."""
+    for block in model.blocks:
+        block.mlp.fused = has_tma(model.embed.device)  # the compiler breaks off at descriptors elsewhere
     for part in (model.input, model.head, model.skip, *model.blocks):
         part.compile()
 
@@ -1320,8 +1322,7 @@ class MuonAdam:
         self.run, self.dist, self.steps_done = run, dist, 0
         matrices, embeddings, scalars = ([p for name, p in model.named_parameters() if param_role(name) == role]
                                          for role in ("matrix", "embedding", "scalar"))
-        shapes = dict.fromkeys(p.shape for p in matrices)
-        by_shape = [[p for p in matrices if p.shape == shape] for shape in shapes]
+        by_shape = [[p for p in matrices if p.shape == shape] for shape in dict.fromkeys(p.shape for p in matrices)]
         self.stacks = sorted(by_shape, key=lambda ps: -sum(p.numel() for p in ps))
         self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank; the last may be padding
         self.momentum = [ps[0].new_zeros(n, *ps[0].shape) for n, ps in zip(self.share, self.stacks, strict=True)]
@@ -1483,7 +1484,7 @@ class Trainer:
     def __init__(self, model: GPT, run: RunConfig, dist: Dist, origin: Mapping[str, Any]):
         self.model, self.run, self.dist = model, run, dist
         self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
-        self.replay = Replay() if dist.device.type == "cuda" and run.compile else None
+        self.replay = Replay() if dist.device.type == "cuda" and run.compile and triton else None
         self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
         self.identity = {"kind": "checkpoint", "model": dataclasses.asdict(model.config), **origin,
                          "train_batch_tokens": run.train_batch_tokens, "train_row_tokens": run.train_row_tokens}
@@ -1544,12 +1545,11 @@ def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
 
 def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
     """Compile both loop modes on random tokens, rehearse what follows, restore the trainer -> seconds to reserve."""
-    run, config = trainer.run, trainer.model.config
-    before = {name: t.clone() for name, t in trainer.tensors().items()}
-    batch = random_batch(run, config.vocab_size, trainer.dist)
-    for looping in (False, True) if config.num_loops else (False,):
-        for _ in range(run.warmup_steps):
-            trainer.step_on(batch, 0.0, looping)
+    before, config = {name: t.clone() for name, t in trainer.tensors().items()}, trainer.model.config
+    batch = random_batch(trainer.run, config.vocab_size, trainer.dist)
+    for some in (batch[:1], *[batch] * trainer.run.warmup_steps):  # all graphs are captured after all memory was tried
+        for looping in (False, True) if config.num_loops else (False,):
+            trainer.step_on(some, 0.0, looping)
     reserve = rehearse(batch)
     trainer.put(before, 0)
     return reserve
@@ -1812,8 +1812,7 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
     lengths = docs.lengths
     plan = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
     for row in my_rows(docs, plan, run, dist):
-        nll = model(*row.packed, looping=looping)[0].cpu().numpy()
-        tally.add(row.documents[row.counted], nll[row.counted])
+        tally.add(row.documents[row.counted], model(*row.packed, looping=looping)[0].cpu().numpy()[row.counted])
 
 # ==== Test-time training: a chunk is scored, then learnt from. What adapts starts anew at each document or in a stream.
 class Adapter:
@@ -2234,7 +2233,8 @@ def check_setup(plan: Plan, say: Callable[[str], None]) -> None:
         old, h = torch.cuda.get_device_capability(dist.device) < (8, 0), model.head_dim
         require(not old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
         require(not triton or h in (16, 32, 64, 128), f"GPUs want MODEL_DIM / NUM_HEADS = {h} to be 16, 32, 64 or 128")
-        say("kernels: Triton " + triton.__version__ if triton else "no Triton: all runs in plain torch")
+        say(f"kernels: Triton {triton.__version__}{'' if has_tma(dist.device) else ', but cuBLAS for the MLP: no TMA'}"
+            if triton else "no Triton: all runs in plain torch")
     say(f"devices: {dist.world} x {device_name(dist.device)}")
     say(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
     if plan.stream is None:

@@ -460,32 +460,38 @@ def encode_batch(model: bytes, caseops: bool, batch: Batch) -> list[Encoded]:
     return results
 
 
-def calm_signals() -> None:
-    """A worker leaves Ctrl-C to its parent, which ends it by SIGTERM, if at all."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come after this block instead of within it. Processes that it starts never hear them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
 def worker_pool(workers: int, patient: bool = True) -> Iterator[ProcessPoolExecutor]:
-    """Processes that do not outlive this block, however it ends. What they are at when it fails is awaited, for a pool
-    waits in vain for the rest of a long result whose sender was ended; without patience they are ended."""
-    context = multiprocessing.get_context("fork")  # they share the imports of this process
-    pool = ProcessPoolExecutor(workers, context, initializer=calm_signals)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Processes that do not outlive this block, however it ends. When it fails they first finish what they are at: were
+    one killed in the middle of sending a long result, the pool would wait for the rest of it for ever. Only work with
+    short results may do without that patience."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))  # they share the imports of this process
+    kill = True
     try:
-        pool.submit(os.getpid)  # forks them all; Python drops what a signal raises in the hooks of a fork
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with signals_held():  # Python drops what a signal raises in the hooks of a fork
+            pool.submit(os.getpid)  # forks them all
+        kill = not patient
         yield pool
+        kill = False
     except BrokenProcessPool:
-        raise UserError("a worker process died, most likely for lack of memory; use fewer --workers") from None
-    except BaseException:
-        for child in () if patient else multiprocessing.active_children():
-            child.terminate()
-        raise
+        kill = True
+        hint = "; use fewer --workers" if workers > 1 else ""
+        raise UserError(f"a worker process died, most likely for lack of memory{hint}") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        with signals_held():
+            for child in multiprocessing.active_children() if kill else ():
+                child.kill()
+            pool.shutdown(cancel_futures=True)
 
 
 class Progress:
@@ -519,7 +525,8 @@ class Progress:
 
 
 def train_apart(path: Path, *given: Any) -> bytes:
-    """`train_tokenizer` in a process that can be ended, in which no Python runs that could hear of Ctrl-C."""
+    """`train_tokenizer` in a process that can be killed: Ctrl-C reaches Python only between its own instructions, and
+    SentencePiece may take minutes for one. The model comes back as a file."""
     with worker_pool(1, patient=False) as pool:
         Progress("training the tokenizer").wait(pool.submit(save_tokenizer, path, *given))
     model = path.read_bytes()
@@ -528,7 +535,7 @@ def train_apart(path: Path, *given: Any) -> bytes:
 
 
 def save_tokenizer(path: Path, *given: Any) -> None:
-    path.write_bytes(train_tokenizer(*given))  # and not returned: nothing long is sent by who may be ended
+    path.write_bytes(train_tokenizer(*given))
 
 
 def encode_all(pool: ProcessPoolExecutor, workers: int, parts: list[Part], model: bytes,

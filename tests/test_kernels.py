@@ -178,10 +178,11 @@ def test_the_loss_is_its_twin(tokens, vocab, cap):
 
 @pytest.mark.parametrize("capability, head_dim, triton, said", [
     ((9, 0), 16, True, "kernels: Triton"),
+    ((8, 9), 16, True, "but cuBLAS for the MLP: no TMA"),
     ((8, 0), 8, True, "MODEL_DIM / NUM_HEADS = 8"),
     ((8, 0), 8, False, "no Triton: all runs in plain torch"),
     ((7, 5), 16, True, "DEVICE=cpu"),
-], ids=["a Hopper", "heads too narrow", "narrow, but no kernel", "a GPU without bf16"])  # fmt: skip
+], ids=["a Hopper", "before Hopper", "heads too narrow", "narrow, but no kernel", "a GPU without bf16"])  # fmt: skip
 def test_what_the_kernels_cannot_do_is_said_at_the_start(
     tiny_data, tiny_config, tiny_run, monkeypatch, capability, head_dim, triton, said
 ):
@@ -196,7 +197,7 @@ def test_what_the_kernels_cannot_do_is_said_at_the_start(
             g.check_setup(plan, lines.append)
     else:
         g.check_setup(plan, lines.append)
-        assert said in lines[0] and len(lines) == 3
+        assert said in lines[0] and len(lines) == 3 and ("TMA" in lines[0]) == (triton and capability < (9, 0))
 
 
 COMPILE = """

@@ -413,6 +413,18 @@ def test_blocks_compile_without_a_graph_break(index):
         torch.testing.assert_close(compiled(*streams, rope, None, deltas), block(*streams, rope, None, deltas))
 
 
+@pytest.mark.parametrize("capability, tma", [((8, 9), False), ((9, 0), True), ((10, 0), True)])
+def test_before_hopper_compiled_blocks_do_without_the_copy_engine(monkeypatch, capability, tma):
+    """Else the compiler would break their graphs at its descriptors."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert g.has_tma(torch.device("cuda", 0)) == tma and not g.has_tma(torch.device("cpu"))
+    model = lively()
+    assert all(block.mlp.fused for block in model.blocks)
+    monkeypatch.setattr(g, "has_tma", lambda device: tma)
+    g.compile_parts(model)
+    assert all(block.mlp.fused == tma for block in model.blocks)
+
+
 def new_adapter(model: g.GPT, rows: int) -> g.Adapter:
     return g.Adapter(model.config, g.RunConfig(ttt_lora_rank=3, ttt_lora_alpha=6.0), rows, torch.device("cpu"))
 

@@ -558,23 +558,51 @@ TRAIN_LONG = "lambda **_: (at_it(), hashlib.pbkdf2_hmac('sha256', b'', b'', 1 <<
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", ["INT", "TERM", "INT, INT, INT", "TERM to all"])
 @pytest.mark.parametrize("train", [TRAIN_LONG, TRAIN], ids=["in training", "while a long result is sent"])
 def test_a_signal_ends_it_within_seconds(tmp_path, train, sent):
+    """And all its workers, also if it comes again, or to them, too, as from `timeout`."""
     text = write_lines(tmp_path / "a.jsonl", sentences(3000, 3))
     command = [sys.executable, "-c", INTERRUPTED.format(train=train), ROOT / "data" / "prepare.py", "jsonl", text]
-    options = ["--out", tmp_path / "out", "--vocab-size", "400"]
-    process = subprocess.Popen([*command, *options], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    command += ["--out", tmp_path / "out", "--vocab-size", "400", "--workers", "3"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
         while not (tmp_path / "at it").exists():
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.01)
-        process.send_signal(sent)
+        for name in sent.removesuffix(" to all").split(", "):
+            send = os.killpg if sent.endswith(" to all") else os.kill
+            send(process.pid, signal.Signals["SIG" + name])
+            time.sleep(0.2)
         begin = time.monotonic()
-        assert process.wait(20) == 130 and time.monotonic() - begin < 5
-        assert "interrupted" in process.stderr.read() and not list((tmp_path / "out" / "datasets").iterdir())
+        _, said = process.communicate(timeout=20)  # not before all who hold the pipe have ended
+        assert process.returncode in (130, -signal.SIGINT) and time.monotonic() - begin < 5  # -2: at Python's own end
+        assert "interrupted" in said and not list((tmp_path / "out" / "datasets").iterdir())
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_all_be_made_are_ended():
+    program = """
+import errno, os
+from data import prepare
+fork, made = os.fork, []
+def failing():
+    if len(made) == 2:
+        raise OSError(errno.EAGAIN, "no more processes")
+    made.append(child := fork())
+    return child
+os.fork = failing
+try:
+    with prepare.worker_pool(4):
+        print("all made")
+except OSError as error:
+    print(error.strerror)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "no more processes\n", done
 
 
 @pytest.mark.slow

@@ -221,6 +221,39 @@ def test_replayed_passes_learn_what_others_do_on_a_gpu(settings):
     assert found[0] == pytest.approx(found[1], rel=2e-2) and found[0][-1] < 0.9 * found[0][0]
 
 
+def test_passes_are_captured_before_the_clock_and_after_both_loop_modes_have_run(settings, monkeypatch):
+    """What a first pass takes beside the memory of graphs would otherwise be the most there is."""
+    monkeypatch.setattr(g, "attend", attend_segments)
+    captured, ran_before = pretend(monkeypatch), []
+    trainer, capture = new_trainer(settings(micro_batch_tokens=256)), torch.cuda.graph
+    trainer.replay = g.Replay()
+    monkeypatch.setattr(
+        torch.cuda,
+        "graph",
+        lambda *given, **more: (ran_before.append(len(trainer.replay.graphs)), capture(*given, **more))[1],
+    )
+    g.warm_up(trainer, lambda batch: 0.0)
+    assert ran_before == [2, 2] and len(captured) == 2
+
+
+def test_inputs_of_another_shape_are_captured_apart(monkeypatch):
+    captured = pretend(monkeypatch)
+    replay = g.Replay()
+    for shape in [(3, 4), (3, 4), (3, 1), (3, 4), (3, 1), (3, 4)]:
+        x = torch.randn(shape)
+        torch.testing.assert_close(replay("key", lambda x: 2 * x, x), 2 * x)
+    assert len(captured) == 2
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_without_triton_passes_are_not_replayed(settings, monkeypatch, triton):
+    """Attention of packed rows in plain torch asks the GPU where segments begin, which no capture allows."""
+    pretend(monkeypatch)
+    monkeypatch.setattr(g, "triton", g.triton if triton else None)
+    model, run = g.GPT(CONFIG), settings()
+    assert (g.Trainer(model, run, g.Dist(device="cuda"), {}).replay is not None) == triton
+
+
 def test_a_captured_pass_is_freed_at_once(settings, monkeypatch):
     """Not when Python next looks for cycles: a graph that is freed while another is captured ends that capture."""
     monkeypatch.setattr(g, "attend", attend_segments)

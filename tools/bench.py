@@ -79,7 +79,7 @@ def steps(trainer: g.Trainer, looping: bool, count: int) -> None:
     seconds = go(count) / count
     late = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
     print(f"loop:{int(looping)} first_step_s:{first:.1f} step_ms:{1e3 * seconds:.1f} "
-          f"tokens_per_s:{run.train_batch_tokens / seconds:.0f} peak_GiB:{peak_gib(dist):.1f} "
+          f"tokens_per_s:{run.train_batch_tokens / seconds:.0f} {peak_memory()} "
           f"compiled_after_warm_up:{late}", flush=True)  # fmt: skip
     if dist.device.type == "cuda":
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
@@ -110,7 +110,7 @@ def adaptation(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> N
         go(run.eval_seq_len // chunk)
         late = go(4) / 4
         print(f"adaptation documents:{documents} chunk:{chunk} step_ms:{1e3 * early:.1f} at the start, "
-              f"{1e3 * late:.1f} with a full context; peak_GiB:{peak_gib(dist):.1f}", flush=True)  # fmt: skip
+              f"{1e3 * late:.1f} with a full context; {peak_memory()}", flush=True)  # fmt: skip
         if dist.device.type == "cuda":
             with profile(activities=[ProfilerActivity.CUDA]) as trace:
                 wall = go(2)
@@ -259,8 +259,10 @@ def compare(name: str, ours: Callable, twin: Callable, learnt: tuple[torch.Tenso
     print(f"{name}: forward {a:.3f} ms, with backward {b:.3f}; twin {x:.3f}, {y:.3f}; ratio {x / a:.2f}, {y / b:.2f}")
 
 
-def peak_gib(dist: g.Dist) -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if dist.device.type == "cuda" else 0.0
+def peak_memory() -> str:
+    """What tensors took at the most, and what the process held for them: that of graphs is held beside the rest."""
+    most = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return "peak_GiB:{:.1f} reserved_GiB:{:.1f}".format(*(n / 2**30 for n in most))
 
 
 def print_split(trace: profile, wall: float) -> None:
