@@ -23,7 +23,7 @@ usage() {
   ./run.sh check ...    every number of a record folder against its logs; with its artifact, the score again
   ./run.sh bench ...    speed on this machine: steps, kernels against their twins, where the time goes
   ./run.sh test         ruff and the default tests; `test slow`: the slow ones; `test all`: both; or pytest's arguments
-  ./run.sh help         this text, then every knob
+  ./run.sh help         this text, then every knob with the full run's default (the small run's: small_job in run.sh)
 
 A knob is an environment variable: TTT_LR=3e-4 ./run.sh. Three more are read here:
   DATA_PATH        folder of prepared data; where there are GPUs, it makes the run the full one

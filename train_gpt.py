@@ -537,7 +537,7 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
         check_vocabulary(path, shard, vocab_size)
     tokens = np.concatenate([*shards.values()])
     sidecars, again = [p.with_name(p.name.replace("_val_", "_val_bytes_")) for p in shards], "prepare the data again"
-    if any(p.exists() for p in sidecars):
+    if any(p.exists() for p in sidecars) or manifest_value(Path(folder), "splits", "val", "sidecars"):
         counts = [read_shard(p) for p in sidecars]
         for path, shard, count in zip(sidecars, shards.values(), counts, strict=True):
             require(len(shard) == len(count), f"{path}: {len(count)} entries, {len(shard)} tokens; {again}", DataError)
@@ -640,11 +640,9 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
 # queries, K keys and K values; `qk` holds queries and keys that are normalised, turned by their position and scaled;
 # lse: logarithm to base 2 of a query's sum of exponentials, (H, N) fp32. `row`, `query`, `key`: a tile's tokens, (64,).
 
-jit = triton.jit if triton else lambda kernel: kernel
-constant = tl.constexpr if triton else float
+jit, constant = (triton.jit, tl.constexpr) if triton else (lambda kernel: kernel, float)
 TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score that counts for nothing, yet no infinity
-TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the launches below
-TILE = constant(TILE_TOKENS)
+TILE_TOKENS, TILE = 64, constant(64)  # the fastest of those tried on an H200, as are the launches below
 def kernels_serve(x: Tensor) -> bool:
     return x.is_cuda and triton is not None  # elsewhere their twins do
 def has_tma(device: torch.device) -> bool:
@@ -1195,7 +1193,8 @@ class Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
         z = self.raw(x, embedding, delta).flatten(0, 1)
-        return (CappedLoss.apply if kernels_serve(z) else loss_plainly)(z, targets.flatten(), self.cap).view_as(targets)
+        loss = CappedLoss.apply if kernels_serve(z) else loss_plainly
+        return loss(z, targets.flatten(), self.cap).view_as(targets)
     @torch.no_grad()
     def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D) -> entropy of every prediction, (B, T) nats"""
@@ -1812,7 +1811,8 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
     lengths = docs.lengths
     plan = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
     for row in my_rows(docs, plan, run, dist):
-        tally.add(row.documents[row.counted], model(*row.packed, looping=looping)[0].cpu().numpy()[row.counted])
+        nll = model(*row.packed, looping=looping)[0].cpu().numpy()
+        tally.add(row.documents[row.counted], nll[row.counted])
 
 # ==== Test-time training: a chunk is scored, then learnt from. What adapts starts anew at each document or in a stream.
 class Adapter:

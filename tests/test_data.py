@@ -130,6 +130,14 @@ def side_car(folder, write_shard, entries):
     return write_shard(folder / "fineweb_val_bytes_000000.bin", entries)
 
 
+def test_a_side_car_that_the_manifest_names_may_not_be_missing(tiny_data, tiny_run):
+    """The tokens alone would stand for more bytes, where markers are tokens: a score too good."""
+    path = tiny_data / "manifest.json"
+    splits = {"val": {"sidecars": [{"file": "fineweb_val_bytes_000000.bin"}]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"splits": splits}))
+    assert "fineweb_val_bytes_000000.bin" in refusal(load, tiny_run())
+
+
 def test_a_side_car_says_how_many_bytes_tokens_stand_for(tiny_data, tiny_run, write_shard):
     count = len(train_gpt.read_shard(validation_shard(tiny_data)))
     entries = [random.randrange(300) for _ in range(count)]

@@ -293,8 +293,9 @@ def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=["steps", "kernels", "adaptation", "agreement", "race"])
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, formatter_class=raw)
+    parser.add_argument("--only", choices=["steps", "kernels", "adaptation", "agreement", "race"], help="see above")
     parser.add_argument("--count", type=int, default=4, help="steps to time [4]")
     options = parser.parse_args()
     model_config, run = g.read_env()
@@ -302,6 +303,8 @@ def main() -> int:
     g.prepare_torch(run, dist.device)
     if not dist.main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, rank 0 speaks
+    if dist.device.type == "cpu" and run.device != "cpu":
+        parser.error("no GPU, and a CPU takes hours for these shapes: if you mean it, set DEVICE=cpu and smaller ones")
     if options.only in ("kernels", "race") and dist.device.type == "cpu":
         parser.error(f"{options.only}: timed on a GPU only")
     print(f"{g.device_name(dist.device)} {g.versions()}", flush=True)
