@@ -341,7 +341,7 @@ CHEATS = [
     Cheat("every side-car's byte counts twice", "bytes", "static",
           [("np.concatenate(counts).astype(np.int64)", "np.concatenate(counts).astype(np.int64) * 2")], "caseops"),
     Cheat("the side-car is passed over", "bytes", "static",
-          [("if any(p.exists() for p in sidecars):", "if not sidecars:")], "caseops"),
+          [("if any(p.exists() for p in sidecars) or", "if not sidecars and")], "caseops"),
 ]  # fmt: skip
 QUICK = (
     "attention to the token ahead",
