@@ -1212,7 +1212,7 @@ def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
     order = list(range(c.num_layers))
     if looping and c.num_loops:
         order[c.loop_end + 1:c.loop_end + 1] = list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
-    half, pairs = len(order) // 2, min(len(order) // 2, c.unet_skips)
+    pairs = min(half := len(order) // 2, c.unet_skips)
     return tuple(Visit(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
                  for i, block in enumerate(order))
 
@@ -1546,7 +1546,7 @@ def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> floa
     """Compile both loop modes on random tokens, rehearse what follows, restore the trainer -> seconds to reserve."""
     before, config = {name: t.clone() for name, t in trainer.tensors().items()}, trainer.model.config
     batch = random_batch(trainer.run, config.vocab_size, trainer.dist)
-    for some in (batch[:1], *[batch] * trainer.run.warmup_steps):  # all graphs are captured after all memory was tried
+    for some in [batch[:1]] * bool(trainer.replay) + [batch] * trainer.run.warmup_steps:  # both modes run, then capture
         for looping in (False, True) if config.num_loops else (False,):
             trainer.step_on(some, 0.0, looping)
     reserve = rehearse(batch)
@@ -2233,8 +2233,8 @@ def check_setup(plan: Plan, say: Callable[[str], None]) -> None:
         old, h = torch.cuda.get_device_capability(dist.device) < (8, 0), model.head_dim
         require(not old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
         require(not triton or h in (16, 32, 64, 128), f"GPUs want MODEL_DIM / NUM_HEADS = {h} to be 16, 32, 64 or 128")
-        say(f"kernels: Triton {triton.__version__}{'' if has_tma(dist.device) else ', but cuBLAS for the MLP: no TMA'}"
-            if triton else "no Triton: all runs in plain torch")
+        say("no Triton: all runs in plain torch" if not triton else "kernels: Triton " + triton.__version__
+            + ", but cuBLAS for the MLP: no TMA" * (bool(run.compile) and not has_tma(dist.device)))
     say(f"devices: {dist.world} x {device_name(dist.device)}")
     say(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
     if plan.stream is None:

@@ -198,6 +198,8 @@ def test_what_the_kernels_cannot_do_is_said_at_the_start(
     else:
         g.check_setup(plan, lines.append)
         assert said in lines[0] and len(lines) == 3 and ("TMA" in lines[0]) == (triton and capability < (9, 0))
+        g.check_setup(plan._replace(run=dataclasses.replace(plan.run, compile=0)), (uncompiled := []).append)
+        assert "TMA" not in uncompiled[0]
 
 
 COMPILE = """

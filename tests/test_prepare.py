@@ -583,6 +583,12 @@ def test_a_signal_ends_it_within_seconds(tmp_path, train, sent):
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def said_by(program: str) -> str:
+    """A process of its own, which must end; its output tells how."""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_workers_that_cannot_all_be_made_are_ended():
     program = """
@@ -601,8 +607,7 @@ try:
 except OSError as error:
     print(error.strerror)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "no more processes\n", done
+    assert said_by(program) == "no more processes\n"
 
 
 @pytest.mark.slow
@@ -618,8 +623,7 @@ try:
 except KeyboardInterrupt:
     print("heard")
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "heard\n", done
+    assert said_by(program) == "heard\n"
 
 
 # ---- installed text ---------------------------------------------------------

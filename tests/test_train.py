@@ -227,11 +227,12 @@ def test_passes_are_captured_before_the_clock_and_after_both_loop_modes_have_run
     captured, ran_before = pretend(monkeypatch), []
     trainer, capture = new_trainer(settings(micro_batch_tokens=256)), torch.cuda.graph
     trainer.replay = g.Replay()
-    monkeypatch.setattr(
-        torch.cuda,
-        "graph",
-        lambda *given, **more: (ran_before.append(len(trainer.replay.graphs)), capture(*given, **more))[1],
-    )
+
+    def graph(*given, **options):
+        ran_before.append(len(trainer.replay.graphs))
+        return capture(*given, **options)
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
     g.warm_up(trainer, lambda batch: 0.0)
     assert ran_before == [2, 2] and len(captured) == 2
 

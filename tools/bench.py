@@ -1,11 +1,12 @@
 """Speed on this machine: training steps in both loop modes, where their time goes, and each kernel against its twin.
 
-python -m tools.bench                     the entry's shapes; knobs are environment variables, as for the entry
+python -m tools.bench                     the entry's shapes; knobs are environment variables, as for the entry, and on
+                                          a CPU DEVICE=cpu is one of them
 python -m tools.bench --only steps        or: kernels, adaptation
 python -m tools.bench --only agreement    train on DATA_PATH for ITERATIONS steps with our kernels, and again with
                                           torch's: what both have learnt. On a CPU ours want TRITON_INTERPRET=1, and
                                           shapes as small as a test's
-python -m tools.bench --only race         the same for MAX_WALLCLOCK_SECONDS
+python -m tools.bench --only race         the same for MAX_WALLCLOCK_SECONDS, on a GPU
 """
 
 import argparse
@@ -293,8 +294,9 @@ def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:
 
 
 def main() -> int:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m tools.bench", description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=["steps", "kernels", "adaptation", "agreement", "race"], help="see above")
     parser.add_argument("--count", type=int, default=4, help="steps to time [4]")
     options = parser.parse_args()
