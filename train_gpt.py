@@ -13,6 +13,7 @@ every document) and .ptz (the artifact).
 Sections begin with "# ====". Shapes: B rows or documents, T tokens, D model width, H query heads, K key/value heads,
 h head width, V vocabulary, R adapter rank, S attention segments.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -54,24 +55,41 @@ except ImportError:
 
 BOS = 1  # stands before every document; a constant of the data, not a knob
 
+
 class UserError(ValueError):
     """What a user can cause and mend: the message says what was found, what was expected and what to do."""
+
+
 class ConfigError(UserError):
     """A knob or a combination of knobs that cannot be run."""
+
+
 class DataError(UserError):
     """A file from outside that is not what it should be."""
 
+
 # ==== Config: every knob once, with its default, its unit and a line of doc. Nothing else reads the environment.
-def knob(default: Any, doc: str, *, group: str = "", unit: str = "", low: float | None = None,
-         high: float | None = None, full: Any = None, only: Mapping[str, str] | None = None) -> Any:
+def knob(
+    default: Any,
+    doc: str,
+    *,
+    group: str = "",
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    full: Any = None,
+    only: Mapping[str, str] | None = None,
+) -> Any:
     """A field of a config. `full` is the default under TTT_PARAMS=full where it differs; `only` names the knobs and
     values without which this one has no effect, so that setting it then is refused. `group` opens a group of --help."""
     meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, full=full, only=only or {})
     return field(default=default if full is None else None, metadata=meta)
 
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What the artifact carries to rebuild the network that it holds. A width, count or scale of 0 turns a part off."""
+
     vocab_size: int = knob(8192, "pieces of the tokenizer", group="Model", unit="tokens", low=4, high=65536)
     num_layers: int = knob(11, "distinct blocks", low=1, high=1024)
     model_dim: int = knob(512, "width of the residual stream", low=8, high=16384)
@@ -93,27 +111,36 @@ class ModelConfig:
     num_loops: int = knob(2, "further runs of the blocks LOOP_START..LOOP_END, 0 = none", low=0, high=64)
     loop_start: int = knob(3, "first block of the loop", low=0)
     loop_end: int = knob(5, "last block of the loop", low=0)
+
     def __post_init__(self):
         D, H, K, rope = self.model_dim, self.num_heads, self.num_kv_heads, self.rope_dims
         require(D % H == 0, f"MODEL_DIM={D} must be a multiple of NUM_HEADS={H}")
         require(H % K == 0, f"NUM_HEADS={H} must be a multiple of NUM_KV_HEADS={K}")
         require(rope % 2 == 0 and rope <= D // H, f"ROPE_DIMS={rope} must be even and at most the head width, {D // H}")
         require(max(self.attn_gate_width, self.smear_width) <= D, f"ATTN_GATE_WIDTH or SMEAR_WIDTH > MODEL_DIM={D}")
-        require(self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers, "unless NUM_LOOPS=0, "
-                f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks")
+        require(
+            self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
+            "unless NUM_LOOPS=0, "
+            f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks",
+        )
+
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
+
     @property
     def kv_dim(self) -> int:
         return self.head_dim * self.num_kv_heads
 
+
 LORA, FULL, DOCUMENT = {"ttt_params": "lora"}, {"ttt_params": "full"}, {"ttt_scope": "document"}
 SGD, ADAMW = {"ttt_optimizer": "sgd"}, {"ttt_optimizer": "adamw"}
+
 
 @dataclass(frozen=True)
 class RunConfig:
     """How one run behaves; never needed to rebuild an artifact's network."""
+
     run_id: str = knob("", "name of the files in logs/; empty = the time of day", group="Run")
     seed: int = knob(1337, "seeds the initial weights and the adapters", low=0, high=2**31)
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to run; auto = GPUs if there are any")
@@ -193,6 +220,7 @@ class RunConfig:
     ttt_freeze_blocks: int = knob(2, "first blocks that do not adapt", low=0, only=FULL)
     ttt_lr_mult_mlp_out: float = knob(3.0, "factor on the rate of MLP output matrices", low=0, only=FULL)
     ttt_lr_mult_in: float = knob(0.5, "factor on the rate of q, k, v and MLP input matrices", low=0, only=FULL)
+
     def __post_init__(self):
         for f in fields(self):  # defaults that depend on what adapts
             if getattr(self, f.name) is None:
@@ -200,34 +228,54 @@ class RunConfig:
         batch, row, context = self.train_batch_tokens, self.train_row_tokens, self.eval_seq_len
         require(self.iterations + self.max_wallclock_seconds > 0, "ITERATIONS and MAX_WALLCLOCK_SECONDS are 0: set one")
         require(batch % row == 0, f"TRAIN_BATCH_TOKENS={batch} must be a multiple of TRAIN_ROW_TOKENS={row}")
-        require(self.micro_batch_tokens >= max(row, context), f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must hold "
-                f"a row, TRAIN_ROW_TOKENS={row}, and a context, EVAL_SEQ_LEN={context}")
+        require(
+            self.micro_batch_tokens >= max(row, context),
+            f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must hold "
+            f"a row, TRAIN_ROW_TOKENS={row}, and a context, EVAL_SEQ_LEN={context}",
+        )
         require(self.eval_stride <= context, f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={context}")
         require(not (self.artifact and self.resume), "ARTIFACT trains nothing, RESUME goes on training: set only one")
-        require(self.ttt_chunk_tokens <= context or not self.batched_ttt, f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} "
-                f"must fit EVAL_SEQ_LEN={context} under TTT_PARAMS=lora and TTT_SCOPE=document")
-        require(self.ttt_entropy_high == 0 or self.ttt_entropy_low < self.ttt_entropy_high,
-                f"TTT_ENTROPY_LOW={self.ttt_entropy_low} must be under TTT_ENTROPY_HIGH={self.ttt_entropy_high}")
-        require(bool(self.lora_targets) and set(self.lora_targets) <= set(LORA_TARGETS),
-                f"TTT_LORA_TARGETS={self.ttt_lora_targets!r}: expected some of {','.join(LORA_TARGETS)}, with commas")
+        require(
+            self.ttt_chunk_tokens <= context or not self.batched_ttt,
+            f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} "
+            f"must fit EVAL_SEQ_LEN={context} under TTT_PARAMS=lora and TTT_SCOPE=document",
+        )
+        require(
+            self.ttt_entropy_high == 0 or self.ttt_entropy_low < self.ttt_entropy_high,
+            f"TTT_ENTROPY_LOW={self.ttt_entropy_low} must be under TTT_ENTROPY_HIGH={self.ttt_entropy_high}",
+        )
+        require(
+            bool(self.lora_targets) and set(self.lora_targets) <= set(LORA_TARGETS),
+            f"TTT_LORA_TARGETS={self.ttt_lora_targets!r}: expected some of {','.join(LORA_TARGETS)}, with commas",
+        )
+
     @property
     def lora_targets(self) -> tuple[str, ...]:
         return tuple(self.ttt_lora_targets.split(","))
+
     @property
     def batched_ttt(self) -> bool:
         """Many documents adapt side by side, each with corrections of its own."""
         return self.ttt_params == "lora" and self.ttt_scope == "document"
 
+
 LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
 CONFIGS = (ModelConfig, RunConfig)
-KNOBS = {f.name.upper(): (f, kind) for config in CONFIGS  # {NAME: (its field, its type)}
-         for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)}
-OUR_FAMILIES = tuple("TTT_ MUON_ GPTQ_ QUANT_ XSA_ ROPE_ LOOP_ SMEAR_ ATTN_GATE_ UNET_ EVAL_ EMA_ EMBED_ MATRIX_ "
-                     "SCALAR_ WARMDOWN_ GRAD_CLIP QK_ LOGIT_ MLP_ TIED_ TIE_ HEAD_LR PHASED_TTT LQER_ VAL_".split())
+KNOBS = {
+    f.name.upper(): (f, kind)
+    for config in CONFIGS  # {NAME: (its field, its type)}
+    for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
+}
+OUR_FAMILIES = tuple(
+    "TTT_ MUON_ GPTQ_ QUANT_ XSA_ ROPE_ LOOP_ SMEAR_ ATTN_GATE_ UNET_ EVAL_ EMA_ EMBED_ MATRIX_ "
+    "SCALAR_ WARMDOWN_ GRAD_CLIP QK_ LOGIT_ MLP_ TIED_ TIE_ HEAD_LR PHASED_TTT LQER_ VAL_".split()
+)
+
 
 def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> None:
     if not ok:
         raise error(message)
+
 
 def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     """One environment string -> one checked value."""
@@ -244,11 +292,13 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     require(meta["high"] is None or value <= meta["high"], want + f"at most {meta['high']}")
     return value
 
+
 def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
     """What looks like a knob of ours and is none, misspelt or retired, fails loudly; other programs' names do not."""
     for name in sorted(set(env) - set(knobs) - {"ARTIFACTS", "COMPILER"}):  # which build tools set
         near = difflib.get_close_matches(name, sorted(knobs), 1, 0.0 if name.startswith(OUR_FAMILIES) else 0.85)
         require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
+
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
     """Build both configs from the environment; the only function that reads it, with Dist.from_env."""
@@ -259,14 +309,19 @@ def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfi
         require(name not in env or applies(f, run), f"{name} has no effect here: it needs {needs(f)}")
     return model, run
 
+
 def applies(f: dataclasses.Field, config: Any) -> bool:
     return all(getattr(config, name) == value for name, value in f.metadata["only"].items())
+
+
 def needs(f: dataclasses.Field) -> str:
     return " and ".join(f"{name.upper()}={value}" for name, value in f.metadata["only"].items())
+
 
 def settings(*configs: Any) -> dict[str, str]:
     """The knobs of these configs as an environment would give them; those without effect are left out."""
     return {f.name.upper(): str(getattr(c, f.name)) for c in configs for f in fields(c) if applies(f, c)}
+
 
 def describe_knobs() -> str:
     """The text of --help: every knob with its default, unit and meaning, in groups."""
@@ -281,11 +336,14 @@ def describe_knobs() -> str:
         lines.append(f"  {name:26} {default or '-':24} {m['doc']}{notes}")
     return "\n".join(lines)
 
+
 # ==== Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
 class Dist:
     """The ranks of a run. GPU tensors travel by NCCL, decisions by gloo from host to host: none waits for a GPU."""
+
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
         self.rank, self.world, self.device, self.main = rank, world, torch.device(device), rank == 0
+
     @classmethod
     def from_env(cls, device: str, env: Mapping[str, str] = os.environ) -> Dist:
         """Join the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or stand alone."""
@@ -293,17 +351,22 @@ class Dist:
         require(not use_gpu or torch.cuda.is_available(), "DEVICE=cuda, but torch sees no GPU: use DEVICE=cpu or auto")
         rank, world, local = (int(env.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if use_gpu:
-            require(local < torch.cuda.device_count(), f"rank {local} of this machine finds only "
-                    f"{torch.cuda.device_count()} GPUs: start torchrun with --nproc_per_node at most that")
+            require(
+                local < torch.cuda.device_count(),
+                f"rank {local} of this machine finds only "
+                f"{torch.cuda.device_count()} GPUs: start torchrun with --nproc_per_node at most that",
+            )
             torch.cuda.set_device(local)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums only with this
         if world > 1:
             torch_dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
         return cls(rank, world, f"cuda:{local}" if use_gpu else "cpu")
+
     def sum_(self, x: Tensor) -> Tensor:
         if self.world > 1:
             torch_dist.all_reduce(x)
         return x
+
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum (n, ...) over ranks and keep this rank's n / world rows."""
         if self.world == 1 or not x.is_cuda:  # gloo has no reduce-scatter
@@ -311,6 +374,7 @@ class Dist:
         out = x.new_empty(len(x) // self.world, *x.shape[1:])
         torch_dist.reduce_scatter_tensor(out, x)
         return out
+
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, ...) of every rank -> (n * world, ...) on all."""
         if self.world == 1:
@@ -318,32 +382,40 @@ class Dist:
         out = x.new_empty(len(x) * self.world, *x.shape[1:])
         torch_dist.all_gather_into_tensor(out, x.contiguous())
         return out
+
     def agree(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
         box = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             torch_dist.broadcast(box, src=0)
         return box.tolist()
+
     def largest(self, value: float) -> float:
         box = torch.tensor(value, dtype=torch.float64)
         if self.world > 1:
             torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
         return box.item()
+
     def barrier(self) -> None:
         self.largest(0.0)
+
     def finish_kernels(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
     def close(self) -> None:
         if self.world > 1:
             torch_dist.destroy_process_group()
+
 
 class Replay:
     """CUDA graphs of work(*inputs), as a GPU would wait for Python to start thousands of small kernels. Under a new key
     it runs as it is, which warms up; then it is captured, then replayed, all on a stream of its own. What lasts must
     change in place, nothing may be read from the GPU, and a replay overwrites the result of the last."""
+
     def __init__(self):
         self.graphs, self.memory, self.stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
     def __call__(self, key: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
         key = (key, *(x.shape for x in inputs))
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -363,28 +435,35 @@ class Replay:
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
+
 class Log:
     """Lines to the screen and to logs/<RUN_ID>.txt; rank 0 alone has either."""
+
     def __init__(self, path: Path | None, screen: bool = False):
         self.file, self.screen = None, screen
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115, open for the whole run
+
     def __call__(self, message: str, screen: bool = True) -> None:
         if self.screen and screen:
             print(message, flush=True)
         if self.file is not None:
             print(message, file=self.file, flush=True)
 
+
 class Stopwatch:
     """Seconds of every phase; some phases count against a limit, and pauses are phases of their own."""
+
     def __init__(self, dist: Dist):
         self.dist, self.seconds, self.stack, self.since = dist, {}, [], time.perf_counter()
+
     def _book(self) -> None:
         now = time.perf_counter()
         if self.stack:
             self.seconds[self.stack[-1]] = self.seconds.get(self.stack[-1], 0.0) + now - self.since
         self.since = now
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time spent inside goes to `name`, and not to the phase around it, whose kernels are waited for."""
@@ -397,13 +476,16 @@ class Stopwatch:
         finally:
             self._book()
             self.stack.pop()
+
     def total(self, *names: str) -> float:
         """Seconds so far of these phases, the running one included."""
         self._book()
         return sum(self.seconds.get(name, 0.0) for name in names)
 
+
 TRAINING_CLOCK = ("train", "choose", "calibrate", "quantise", "pack")  # from the first real batch to the packed file
 EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from opening the artifact to the final score
+
 
 def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
     """Write beside, then rename: a reader sees the whole file or none, and an interrupted write leaves nothing."""
@@ -419,8 +501,10 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
     finally:
         beside.unlink(missing_ok=True)
 
+
 # ==== Data: shards are memory-mapped and hostile until checked; a batch is a pure function of its number.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+
 
 def read_shard(path: Path | str) -> np.ndarray:
     """Memory-map a shard: 256 little-endian int32 (magic, version, count, zeros), then `count` uint16 -> (count,)."""
@@ -432,15 +516,25 @@ def read_shard(path: Path | str) -> np.ndarray:
     if size < header_bytes:
         raise DataError(f"{path}: {size} bytes are too few for a shard's header of {header_bytes}; {hint}")
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
-    require((magic, version) == (SHARD_MAGIC, SHARD_VERSION), f"{path}: not a shard: magic and version are {magic}, "
-            f"{version}, expected {SHARD_MAGIC}, {SHARD_VERSION}; {hint}", DataError)
-    require(0 <= count and size == header_bytes + 2 * count, f"{path}: the header promises {count} tokens, the size of "
-            f"{size} bytes holds {(size - header_bytes) / 2:g}: truncated or damaged; {hint}", DataError)
+    require(
+        (magic, version) == (SHARD_MAGIC, SHARD_VERSION),
+        f"{path}: not a shard: magic and version are {magic}, "
+        f"{version}, expected {SHARD_MAGIC}, {SHARD_VERSION}; {hint}",
+        DataError,
+    )
+    require(
+        0 <= count and size == header_bytes + 2 * count,
+        f"{path}: the header promises {count} tokens, the size of "
+        f"{size} bytes holds {(size - header_bytes) / 2:g}: truncated or damaged; {hint}",
+        DataError,
+    )
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,)) if count else np.zeros(0, "<u2")
+
 
 def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
     largest = int(tokens.max(initial=0))
     require(largest < vocab_size, f"{path}: token {largest} >= VOCAB_SIZE={vocab_size}: another tokenizer's", DataError)
+
 
 def find_shards(folder: str, kind: str) -> list[Path]:
     """The shards fineweb_<kind>_NNNNNN.bin of a folder, in order; at least one."""
@@ -448,11 +542,14 @@ def find_shards(folder: str, kind: str) -> list[Path]:
     require(paths != [], f"DATA_PATH={folder}: no fineweb_{kind}_*.bin; prepare some (./run.sh data --help)", DataError)
     return paths
 
+
 class PieceBytes(NamedTuple):
     """What a tokenizer's pieces weigh, by the contest's formula."""
-    plain: np.ndarray    # (V,) int64, UTF-8 bytes of the piece without its leading space mark
-    space: np.ndarray    # (V,) bool, it begins with the space mark
+
+    plain: np.ndarray  # (V,) int64, UTF-8 bytes of the piece without its leading space mark
+    space: np.ndarray  # (V,) bool, it begins with the space mark
     control: np.ndarray  # (V,) bool, control or unknown: no bytes, and no space is counted after it
+
 
 def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
     """A byte piece is 1 byte; any other its UTF-8 length without the leading "▁"; control and unknown pieces 0."""
@@ -465,16 +562,20 @@ def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
             space[i] = piece.startswith("▁") and not tokenizer.is_byte(i)
             plain[i] = 1 if tokenizer.is_byte(i) else len(piece.removeprefix("▁").encode())
     return PieceBytes(plain, space, control)
+
+
 def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
     """Bytes of tokens: the piece's, and 1 for a leading space unless a control token is before. (n,) -> (n,) int64"""
     after_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])  # nobody predicts the first, nothing is before
     return pieces.plain[tokens] + (pieces.space[tokens] & after_text)
+
 
 class Tokenizer(NamedTuple):
     path: Path
     sha256: str
     processor: sentencepiece.SentencePieceProcessor
     pieces: PieceBytes
+
 
 def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     """The tokenizer of the data: TOKENIZER_PATH, or what the manifest in DATA_PATH names."""
@@ -488,10 +589,15 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
         size, bos, pieces = processor.get_piece_size(), processor.bos_id(), piece_bytes(processor)
     except (RuntimeError, ValueError):  # a piece may be no text
         raise DataError(f"{path}: not a SentencePiece model; set TOKENIZER_PATH to one") from None
-    require(size == vocab_size, f"{path}: the tokenizer has {size} pieces, the model VOCAB_SIZE={vocab_size}; "
-            f"set {'' if run.artifact else f'VOCAB_SIZE={size} or '}another TOKENIZER_PATH", DataError)
+    require(
+        size == vocab_size,
+        f"{path}: the tokenizer has {size} pieces, the model VOCAB_SIZE={vocab_size}; "
+        f"set {'' if run.artifact else f'VOCAB_SIZE={size} or '}another TOKENIZER_PATH",
+        DataError,
+    )
     require(bos == BOS, f"{path}: BOS is {bos}, expected {BOS}: use another tokenizer", DataError)
     return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor, pieces)
+
 
 def manifest_value(folder: Path, *keys: str) -> Any:
     """An entry of a prepared folder's manifest.json, None where there is none."""
@@ -503,37 +609,50 @@ def manifest_value(folder: Path, *keys: str) -> Any:
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
+
 class Documents(NamedTuple):
     """The validation set: a stream of tokens and where its documents begin."""
+
     tokens: np.ndarray  # (n,) uint16, BOS before every document
-    bytes: np.ndarray   # (n,) int64, bytes of original text that a token stands for
+    bytes: np.ndarray  # (n,) int64, bytes of original text that a token stands for
     starts: np.ndarray  # (documents + 1,) position of every BOS, then n
+
     def __len__(self) -> int:
         return len(self.starts) - 1
+
     @property
     def lengths(self) -> np.ndarray:
         """Targets of every document: its tokens after BOS and the BOS that follows it; the last has no closing BOS."""
         return np.minimum(self.starts[1:], len(self.tokens) - 1) - self.starts[:-1]
+
     def span(self, i: int) -> np.ndarray:
         """Document i with its closing BOS: (lengths[i] + 1,)."""
-        return self.tokens[self.starts[i]:self.starts[i + 1] + 1]
+        return self.tokens[self.starts[i] : self.starts[i + 1] + 1]
+
     def sha256(self) -> str:
         """Tells this validation set from any other."""
         return hashlib.sha256(self.tokens.astype("<u2").tobytes() + self.bytes.astype("<i8").tobytes()).hexdigest()
+
     def target_bytes(self) -> np.ndarray:
         """Bytes of every document's targets (documents,)."""
         ahead = np.concatenate([[0], np.cumsum(self.bytes[1:], dtype=np.int64)])  # ahead[t]: bytes of targets 1..t
         return ahead[self.starts[:-1] + self.lengths] - ahead[self.starts[:-1]]
 
+
 def split_documents(tokens: np.ndarray, token_bytes: np.ndarray) -> Documents:
     return Documents(tokens, token_bytes, np.append(np.flatnonzero(tokens == BOS), len(tokens)))
+
 
 def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Documents:
     """All validation shards, checked whole: they are small, and a wrong one would cost a whole run."""
     shards = {path: read_shard(path) for path in find_shards(folder, "val")}
     for path, shard in shards.items():
-        require(len(shard) > 1 and shard[0] == BOS, f"{path}: validation must begin with BOS ({BOS}) and hold a "
-                f"document: found {shard[:4].tolist()}; prepare the data again", DataError)
+        require(
+            len(shard) > 1 and shard[0] == BOS,
+            f"{path}: validation must begin with BOS ({BOS}) and hold a "
+            f"document: found {shard[:4].tolist()}; prepare the data again",
+            DataError,
+        )
         check_vocabulary(path, shard, vocab_size)
     tokens = np.concatenate([*shards.values()])
     sidecars, again = [p.with_name(p.name.replace("_val_", "_val_bytes_")) for p in shards], "prepare the data again"
@@ -547,10 +666,13 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
     require(docs.target_bytes().sum() > 0, f"DATA_PATH={folder}: validation stands for no text at all", DataError)
     return docs
 
+
 class Segments(NamedTuple):
     """Where attention restarts in a packed row of N tokens."""
+
     positions: Tensor  # (N,) int32, place of every token in its segment
-    ends: Tensor       # (N,) int32, where the segment of every token ends
+    ends: Tensor  # (N,) int32, where the segment of every token ends
+
 
 def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
     """Where segments of consecutive rows begin: every row, every BOS, and seq_len tokens after each. (N,) -> (S,)"""
@@ -561,27 +683,36 @@ def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndar
     nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     return np.repeat(starts, pieces) + nth * seq_len
 
+
 class Packed(NamedTuple):
     """One forward pass of packed text."""
-    tokens: Tensor   # (1, N) int64
+
+    tokens: Tensor  # (1, N) int64
     targets: Tensor  # (1, N) int64
     segments: Segments
+
 
 def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Packed:
     """Arrays (N,), (N,), (S,) -> device tensors; the copy does not wait for the GPU."""
     sizes = np.diff(starts, append=len(tokens))
     positions, ends = np.arange(len(tokens)) - np.repeat(starts, sizes), np.repeat(starts + sizes, sizes)
-    parts = [torch.from_numpy(np.ascontiguousarray(a, dtype=t)) for a, t in
-             ((tokens, np.int64), (targets, np.int64), (positions, np.int32), (ends, np.int32))]
+    parts = [
+        torch.from_numpy(np.ascontiguousarray(a, dtype=t))
+        for a, t in ((tokens, np.int64), (targets, np.int64), (positions, np.int32), (ends, np.int32))
+    ]
     if device.type == "cuda":
         parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
     return Packed(parts[0][None], parts[1][None], Segments(parts[2], parts[3]))
+
+
 def pack_text(text: np.ndarray, run: RunConfig, device: torch.device) -> Packed:
     """Whole training rows of N tokens, and one more: (N + 1,)."""
     return pack_row(text[:-1], text[1:], segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len), device)
 
+
 class TrainingStream:
     """The training shards, endless. Batch b is the same rows for any number of ranks; rank r gets the r-th share."""
+
     def __init__(self, run: RunConfig, vocab_size: int, dist: Dist):
         self.run, self.vocab_size, self.dist = run, vocab_size, dist
         self.paths = find_shards(run.data_path, "train")
@@ -591,46 +722,59 @@ class TrainingStream:
         self.total = int(self.ends[-1]) - run.holdout_tokens  # what is chosen is chosen on text that nobody trains on
         self.rows_per_pass, self.passes = deal_rows(run, dist.world)
         self.worker, self.ahead = ThreadPoolExecutor(1), {}  # {number of a batch: its Future}, what is fetched already
-        require(BOS in self.shards[0][:1 << 24], f"{self.paths[0]}: no BOS ({BOS}); prepare the data again", DataError)
+        require(BOS in self.shards[0][: 1 << 24], f"{self.paths[0]}: no BOS ({BOS}); prepare the data again", DataError)
         row, held = run.train_row_tokens, run.holdout_tokens
-        require(self.total > row, f"DATA_PATH={run.data_path}: {self.ends[-1]} training tokens less HOLDOUT_TOKENS="
-                f"{held} are no more than a row, TRAIN_ROW_TOKENS={row}: prepare more data or lower these", DataError)
+        require(
+            self.total > row,
+            f"DATA_PATH={run.data_path}: {self.ends[-1]} training tokens less HOLDOUT_TOKENS="
+            f"{held} are no more than a row, TRAIN_ROW_TOKENS={row}: prepare more data or lower these",
+            DataError,
+        )
+
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens from any position of the endless stream: (count,) uint16."""
         parts, at = [], start % self.total
         while count:
             i = int(np.searchsorted(self.ends, at, side="right"))
-            parts.append(self.shards[i][at - self.begins[i]:][:min(count, self.total - at)])
+            parts.append(self.shards[i][at - self.begins[i] :][: min(count, self.total - at)])
             check_vocabulary(self.paths[i], parts[-1], self.vocab_size)
             count, at = count - len(parts[-1]), (at + len(parts[-1])) % self.total
         return np.concatenate(parts)
+
     def held_out(self) -> Documents:
         """The whole documents of the text that training never reads, a byte a token: nobody counts theirs."""
-        text = np.concatenate([s[max(0, self.total - at):] for s, at in zip(self.shards, self.begins, strict=True)])
+        text = np.concatenate([s[max(0, self.total - at) :] for s, at in zip(self.shards, self.begins, strict=True)])
         starts = np.flatnonzero(text == BOS)
-        text = text[starts[0]:starts[-1]] if len(starts) else text[:0]
+        text = text[starts[0] : starts[-1]] if len(starts) else text[:0]
         check_vocabulary(self.paths[-1], text, self.vocab_size)
         return split_documents(text, np.ones(len(text), np.int64))
+
     def _load(self, batch: int) -> list[Packed]:
         rows = self.rows_per_pass * self.run.train_row_tokens
         first = batch * self.run.train_batch_tokens + self.dist.rank * self.passes * rows
         starts = range(first, first + self.passes * rows, rows)
         return [pack_text(self.read(start, rows + 1), self.run, self.dist.device) for start in starts]
+
     def batch(self, number: int) -> list[Packed]:
         """This rank's micro-batches of a batch; the next one is fetched meanwhile."""
         this = self.ahead.get(number) or self.worker.submit(self._load, number)
         self.ahead = {number + 1: self.worker.submit(self._load, number + 1)}
         return this.result()
 
+
 def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
     """(rows of one forward pass, passes of a step) on each rank."""
     rows = run.train_batch_tokens // run.train_row_tokens
     nearest = max(1, round(rows / world)) * world * run.train_row_tokens
-    require(rows % world == 0, f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} is {rows} rows of {run.train_row_tokens} "
-            f"tokens, which {world} ranks cannot share equally; the nearest valid batch is {nearest}")
+    require(
+        rows % world == 0,
+        f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} is {rows} rows of {run.train_row_tokens} "
+        f"tokens, which {world} ranks cannot share equally; the nearest valid batch is {nearest}",
+    )
     share = rows // world
     fit = max(n for n in range(1, share + 1) if share % n == 0 and n * run.train_row_tokens <= run.micro_batch_tokens)
     return fit, share // fit
+
 
 # ==== Kernels: what a GPU runs where plain torch would read and write too often. Each has a twin in plain torch.
 #
@@ -643,12 +787,19 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
 jit, constant = (triton.jit, tl.constexpr) if triton else (lambda kernel: kernel, float)
 TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score that counts for nothing, yet no infinity
 TILE_TOKENS, TILE = 64, constant(64)  # the fastest of those tried on an H200, as are the launches below
+
+
 def kernels_serve(x: Tensor) -> bool:
     return x.is_cuda and triton is not None  # elsewhere their twins do
+
+
 def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def kernels_train(x: Tensor, weight: Tensor) -> bool:  # those of MLP and mix pay where weights learn, from much text
     return kernels_serve(x) and torch.is_grad_enabled() and weight.requires_grad
+
 
 @jit
 def load_tile(ptr, row, tokens, heads: tl.constexpr, head, width: tl.constexpr):
@@ -656,14 +807,27 @@ def load_tile(ptr, row, tokens, heads: tl.constexpr, head, width: tl.constexpr):
     at = (row[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
     return tl.load(ptr + at, row[:, None] < tokens, 0.0)
 
+
 @jit
 def store_tile(ptr, tile, row, tokens, heads: tl.constexpr, head, width: tl.constexpr):
     at = (row[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
     tl.store(ptr + at, tile.to(ptr.dtype.element_ty), row[:, None] < tokens)
 
+
 @jit
-def turned(x, ptr, row, tokens, heads: tl.constexpr, head, cos_ptr, sin_ptr, way: tl.constexpr, width: tl.constexpr,
-           half: tl.constexpr):
+def turned(
+    x,
+    ptr,
+    row,
+    tokens,
+    heads: tl.constexpr,
+    head,
+    cos_ptr,
+    sin_ptr,
+    way: tl.constexpr,
+    width: tl.constexpr,
+    half: tl.constexpr,
+):
     """The tile x, which lies at `ptr`, with the pairs (i, i + half) turned by their token's angles; way -1: back."""
     row, d = row[:, None], tl.arange(0, width)[None, :]
     turns, lower = (row < tokens) & (d < 2 * half), d < half
@@ -671,9 +835,23 @@ def turned(x, ptr, row, tokens, heads: tl.constexpr, head, cos_ptr, sin_ptr, way
     cos, sin = tl.load(cos_ptr + row * half + angle, turns, 1.0), tl.load(sin_ptr + row * half + angle, turns, 0.0)
     return x * cos + tl.where(lower, -way, way) * sin * tl.load(ptr + at, turns, 0.0).to(tl.float32)
 
+
 @jit
-def prepare_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, qk_ptr, d_qkv_ptr, d_gain_ptr, tokens, back: tl.constexpr,
-                   heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr, half: tl.constexpr):
+def prepare_kernel(
+    qkv_ptr,
+    gain_ptr,
+    cos_ptr,
+    sin_ptr,
+    qk_ptr,
+    d_qkv_ptr,
+    d_gain_ptr,
+    tokens,
+    back: tl.constexpr,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    width: tl.constexpr,
+    half: tl.constexpr,
+):
     """Queries and keys: normalised, turned, times the gain of their head. Back: from the gradient of qk to qkv's."""
     row, head = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1)
     x = load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)
@@ -689,6 +867,7 @@ def prepare_kernel(qkv_ptr, gain_ptr, cos_ptr, sin_ptr, qk_ptr, d_qkv_ptr, d_gai
         y = turned(x, qkv_ptr, row, tokens, heads + 2 * kv_heads, head, cos_ptr, sin_ptr, 1, width, half)
         store_tile(qk_ptr, y * factor * gain, row, tokens, heads + kv_heads, head, width)
 
+
 @jit
 def scores(q, k, positions_ptr, first_query, first_key, tokens):
     """Scores of queries and keys, (64, h) twice -> (64, 64), in units of log 2. Only where a tile may hold what is not
@@ -700,6 +879,7 @@ def scores(q, k, positions_ptr, first_query, first_key, tokens):
         s = tl.where((key[None, :] <= query[:, None]) & (key[None, :] >= begin[:, None]), s, TINY)
     return s
 
+
 @jit
 def direction(v):
     """Values (64, h) at length 1, and what they were divided by (64, 1)."""
@@ -707,9 +887,22 @@ def direction(v):
     length = tl.sqrt(tl.maximum(tl.sum(v * v, 1), 1e-24))[:, None]
     return v / length, length
 
+
 @jit
-def attention_forward_kernel(qk_ptr, qkv_ptr, gate_ptr, positions_ptr, y_ptr, out_ptr, lse_ptr, tokens,
-                             exclusive: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr):
+def attention_forward_kernel(
+    qk_ptr,
+    qkv_ptr,
+    gate_ptr,
+    positions_ptr,
+    y_ptr,
+    out_ptr,
+    lse_ptr,
+    tokens,
+    exclusive: tl.constexpr,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    width: tl.constexpr,
+):
     """What attention gives, y, and out: y without its part along the token's own value, times the gate of its head."""
     first, head = tl.program_id(0) * TILE, tl.program_id(1)
     row, key_head = first + tl.arange(0, TILE), heads + head // (heads // kv_heads)
@@ -734,9 +927,23 @@ def attention_forward_kernel(qk_ptr, qkv_ptr, gate_ptr, positions_ptr, y_ptr, ou
     gate = tl.load(gate_ptr + row * heads + head, row < tokens, 0.0).to(tl.float32)
     store_tile(out_ptr, y * gate[:, None], row, tokens, heads, head, width)
 
+
 @jit
-def attention_output_kernel(qkv_ptr, gate_ptr, y_ptr, d_out_ptr, d_y_ptr, d_gate_ptr, d_qkv_ptr, drift_ptr, tokens,
-                            exclusive: tl.constexpr, heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr):
+def attention_output_kernel(
+    qkv_ptr,
+    gate_ptr,
+    y_ptr,
+    d_out_ptr,
+    d_y_ptr,
+    d_gate_ptr,
+    d_qkv_ptr,
+    drift_ptr,
+    tokens,
+    exclusive: tl.constexpr,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    width: tl.constexpr,
+):
     """Back from out to y, to the gates and to the own values; also a query's drift, sum(y * d_y)."""
     row, kv_head = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1)
     group, value = heads // kv_heads, heads + kv_heads + kv_head
@@ -759,9 +966,21 @@ def attention_output_kernel(qkv_ptr, gate_ptr, y_ptr, d_out_ptr, d_y_ptr, d_gate
     d_own = (d_own - tl.sum(d_own * own, 1)[:, None] * own) / length
     store_tile(d_qkv_ptr, d_own, row, tokens, heads + 2 * kv_heads, value, width)
 
+
 @jit
-def attention_query_kernel(qk_ptr, qkv_ptr, lse_ptr, positions_ptr, d_y_ptr, drift_ptr, d_qk_ptr, tokens,
-                           heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr):
+def attention_query_kernel(
+    qk_ptr,
+    qkv_ptr,
+    lse_ptr,
+    positions_ptr,
+    d_y_ptr,
+    drift_ptr,
+    d_qk_ptr,
+    tokens,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    width: tl.constexpr,
+):
     """Gradients of a tile of queries."""
     first, head = tl.program_id(0) * TILE, tl.program_id(1)
     row, key_head = first + tl.arange(0, TILE), heads + head // (heads // kv_heads)
@@ -779,9 +998,23 @@ def attention_query_kernel(qk_ptr, qkv_ptr, lse_ptr, positions_ptr, d_y_ptr, dri
         d_q += tl.dot(d_s.to(k.dtype), k)
     store_tile(d_qk_ptr, d_q / LOG2_E, row, tokens, heads + kv_heads, head, width)
 
+
 @jit
-def attention_key_kernel(qk_ptr, qkv_ptr, lse_ptr, positions_ptr, ends_ptr, d_y_ptr, drift_ptr, d_qk_ptr, d_qkv_ptr,
-                         tokens, heads: tl.constexpr, kv_heads: tl.constexpr, width: tl.constexpr):
+def attention_key_kernel(
+    qk_ptr,
+    qkv_ptr,
+    lse_ptr,
+    positions_ptr,
+    ends_ptr,
+    d_y_ptr,
+    drift_ptr,
+    d_qk_ptr,
+    d_qkv_ptr,
+    tokens,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    width: tl.constexpr,
+):
     """Gradients of a tile of keys and values, from all query heads that share them; values have some already."""
     first, kv_head, group = tl.program_id(0) * TILE, tl.program_id(1), heads // kv_heads
     row, key_head, value = first + tl.arange(0, TILE), heads + kv_head, heads + kv_heads + kv_head
@@ -803,20 +1036,27 @@ def attention_key_kernel(qk_ptr, qkv_ptr, lse_ptr, positions_ptr, ends_ptr, d_y_
     d_v += load_tile(d_qkv_ptr, row, tokens, heads + 2 * kv_heads, value, width)
     store_tile(d_qk_ptr, d_k / LOG2_E, row, tokens, heads + kv_heads, key_head, width)
     store_tile(d_qkv_ptr, d_v, row, tokens, heads + 2 * kv_heads, value, width)
+
+
 PASS = dict(num_warps=8)  # a launch that goes over everything once
+
+
 def walk(width: int) -> dict[str, int]:
     """A launch along segments. Wide heads leave less shared memory for tiles that are fetched ahead."""
     return dict(num_warps=4, num_stages=3 if width < 128 else 2)
 
+
 class PackedAttention(torch.autograd.Function):
     """The kernels above; `attend_plainly` is their twin."""
+
     @staticmethod
-    def forward(ctx, qkv: Tensor, gain: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, segments: Segments,
-                heads: Heads) -> Tensor:
+    def forward(
+        ctx, qkv: Tensor, gain: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, segments: Segments, heads: Heads
+    ) -> Tensor:
         """(N, (H + 2 K) h), (H,), (N, H), cosine and sine (N, rope_dims / 2) -> (N, H h)"""
         N, (_, H, K, h) = len(qkv), heads
-        assert qkv.numel() < 2 ** 31, "the kernels count in 32 bits: lower MICRO_BATCH_TOKENS"
-        gain = torch.cat([gain * (math.log2(math.e) * h ** -0.5), gain.new_ones(K)])  # scores come in units of log 2
+        assert qkv.numel() < 2**31, "the kernels count in 32 bits: lower MICRO_BATCH_TOKENS"
+        gain = torch.cat([gain * (math.log2(math.e) * h**-0.5), gain.new_ones(K)])  # scores come in units of log 2
         qk, y, out = (qkv.new_empty(N, n * h) for n in (H + K, H, H))
         lse, tiles = torch.empty(H, N, device=qkv.device), -(-N // TILE_TOKENS)
         prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, qk, qkv, gain, N, False, H, K, h, cos.size(1), **PASS)
@@ -824,6 +1064,7 @@ class PackedAttention(torch.autograd.Function):
         ctx.save_for_backward(qkv, gain, gate, cos, sin, qk, y, lse, *segments)
         ctx.heads = heads
         return out
+
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         qkv, gain, gate, cos, sin, qk, y, lse, positions, ends = ctx.saved_tensors
@@ -834,9 +1075,11 @@ class PackedAttention(torch.autograd.Function):
         attention_query_kernel[(tiles, H)](qk, qkv, lse, positions, d_y, drift, d_qk, N, H, K, h, **walk(h))
         attention_key_kernel[(tiles, K)](qk, qkv, lse, positions, ends, d_y, drift, d_qk, d_qkv, N, H, K, h, **walk(h))
         prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **PASS)
-        return d_qkv, d_gain.sum(0)[:H] * (math.log2(math.e) * h ** -0.5), d_gate, None, None, None, None
+        return d_qkv, d_gain.sum(0)[:H] * (math.log2(math.e) * h**-0.5), d_gate, None, None, None, None
+
 
 # The loss: a program holds all logits z of a token, so that they are read once on the way there and once back.
+
 
 @jit
 def capped(z, cap: tl.constexpr):
@@ -844,9 +1087,19 @@ def capped(z, cap: tl.constexpr):
     z = z.to(tl.float32)
     return cap - 2 * cap / (1 + tl.exp2(z * (2 * LOG2_E / cap))) if cap > 0 else z
 
+
 @jit
-def loss_kernel(z_ptr, target_ptr, nll_ptr, lse_ptr, d_z_ptr, back: tl.constexpr, vocab: tl.constexpr,
-                cap: tl.constexpr, cols: tl.constexpr):
+def loss_kernel(
+    z_ptr,
+    target_ptr,
+    nll_ptr,
+    lse_ptr,
+    d_z_ptr,
+    back: tl.constexpr,
+    vocab: tl.constexpr,
+    cap: tl.constexpr,
+    cols: tl.constexpr,
+):
     """Negative log-likelihoods and logs of sums of exponentials, nats. Back: from nll's gradient to z's."""
     token, col = tl.program_id(0).to(tl.int64), tl.arange(0, cols)
     target, z_ptr = tl.load(target_ptr + token), z_ptr + token * vocab
@@ -864,8 +1117,10 @@ def loss_kernel(z_ptr, target_ptr, nll_ptr, lse_ptr, d_z_ptr, back: tl.constexpr
         tl.store(lse_ptr + token, lse)
         tl.store(nll_ptr + token, lse - capped(tl.load(z_ptr + target), cap))
 
+
 class CappedLoss(torch.autograd.Function):
     """The kernel above; `loss_plainly` is its twin."""
+
     @staticmethod
     def forward(ctx, z: Tensor, targets: Tensor, cap: float) -> Tensor:
         """Logits (N, V) before the cap, (N,) -> (N,) nats"""
@@ -874,6 +1129,7 @@ class CappedLoss(torch.autograd.Function):
         loss_kernel[(len(z),)](z, targets, nll, lse, z, False, **ctx.launch)
         ctx.save_for_backward(z, targets, lse)
         return nll
+
     @staticmethod
     def backward(ctx, d_nll: Tensor) -> tuple[Tensor | None, ...]:
         z, targets, lse = ctx.saved_tensors
@@ -881,13 +1137,25 @@ class CappedLoss(torch.autograd.Function):
         loss_kernel[(len(z),)](z, targets, d_nll.contiguous(), lse, d_z, True, **ctx.launch)
         return d_z, None, None
 
+
 # The MLP: its activation is taken while a product is still in registers: the hidden layer, MLP_MULT times as wide as x,
 # is not read and written once more each way. Tiles come and go by a Hopper's copy engine (TMA), which knows bounds.
 MLP_TILE, MLP_DEPTH = 128, 32
 
+
 @jit
-def mlp_kernel(x, w, h, out, cols: tl.constexpr, depth: tl.constexpr, back: tl.constexpr, slope: tl.constexpr,
-               tile: tl.constexpr, step: tl.constexpr):
+def mlp_kernel(
+    x,
+    w,
+    h,
+    out,
+    cols: tl.constexpr,
+    depth: tl.constexpr,
+    back: tl.constexpr,
+    slope: tl.constexpr,
+    tile: tl.constexpr,
+    step: tl.constexpr,
+):
     """Tiles of x w^T: h, and out, its LeakyReLU squared. Back: of d_y and down^T, out is d_h: times the slope at h."""
     across = tl.cdiv(cols, tile)
     row, col = tl.program_id(0) // across * tile, tl.program_id(0) % across * tile
@@ -902,14 +1170,17 @@ def mlp_kernel(x, w, h, out, cols: tl.constexpr, depth: tl.constexpr, back: tl.c
         y *= tl.where(y > 0, y, slope * slope * y)
     out.store([row, col], y.to(out.dtype))
 
+
 def launch_mlp(x: Tensor, w: Tensor, h: Tensor, out: Tensor, back: bool, slope: float) -> None:
     """(N, D), (W, D), (N, W), (N, W)"""
     tiles, parts = triton.cdiv(len(x), MLP_TILE) * triton.cdiv(len(w), MLP_TILE), ((x, MLP_DEPTH), (w, MLP_DEPTH))
     parts = [TensorDescriptor.from_tensor(t, [MLP_TILE, n]) for t, n in (*parts, (h, MLP_TILE), (out, MLP_TILE))]
     mlp_kernel[(tiles,)](*parts, len(w), x.size(1), back, slope, MLP_TILE, MLP_DEPTH, num_warps=4, num_stages=4)
 
+
 class PackedMLP(torch.autograd.Function):
     """The kernel above and the products around it; its twin is in `MLP`."""
+
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
         """(N, D), (W, D), (D, W) -> (N, D)"""
@@ -918,6 +1189,7 @@ class PackedMLP(torch.autograd.Function):
         ctx.save_for_backward(x, up, down, h, a)
         ctx.slope = slope
         return a @ down.mT
+
     @staticmethod
     def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, ...]:
         (x, up, down, h, a), d_y = ctx.saved_tensors, d_y.contiguous()
@@ -925,13 +1197,30 @@ class PackedMLP(torch.autograd.Function):
         launch_mlp(d_y, down.mT.contiguous(), h, d_h, True, ctx.slope)
         return d_h @ up, d_h.mT @ x, d_y.mT @ a, None
 
+
 # What a block begins with: a mix y of its input x and the embeddings x0, and its norm n. The compiler would read all of
 # it twice more on the way back, for the mix's gradient, which is sums over tokens; on the way there it does well.
 MIX_PROGRAMS, MIX_ROWS = 1056, 4  # eight programs for each of a Hopper's 132 multiprocessors, four rows at a time
 
+
 @jit
-def mix_kernel(x_ptr, x0_ptr, mix_ptr, scale_ptr, d_y_ptr, d_n_ptr, d_gating_ptr, d_x_ptr, d_x0_ptr, d_mix_ptr, tokens,
-               gating: tl.constexpr, width: tl.constexpr, rows: tl.constexpr, cols: tl.constexpr):
+def mix_kernel(
+    x_ptr,
+    x0_ptr,
+    mix_ptr,
+    scale_ptr,
+    d_y_ptr,
+    d_n_ptr,
+    d_gating_ptr,
+    d_x_ptr,
+    d_x0_ptr,
+    d_mix_ptr,
+    tokens,
+    gating: tl.constexpr,
+    width: tl.constexpr,
+    rows: tl.constexpr,
+    cols: tl.constexpr,
+):
     """From the gradients of y, n and n's first columns to those of x, x0 and the mix; of that, a sum per program."""
     col = tl.arange(0, cols)[None, :]
     keep, add = tl.load(mix_ptr + col, col < width, 0.0), tl.load(mix_ptr + width + col, col < width, 0.0)
@@ -953,55 +1242,72 @@ def mix_kernel(x_ptr, x0_ptr, mix_ptr, scale_ptr, d_y_ptr, d_n_ptr, d_gating_ptr
     tl.store(d_mix_ptr, d_keep, col < width)
     tl.store(d_mix_ptr + width, d_add, col < width)
 
+
 class PackedMix(torch.autograd.Function):
     """`mix_plainly`, with the kernel above on the way back."""
+
     @staticmethod
     def forward(ctx, x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, x0, mix, scale)
         y, n, first = mix_plainly(x, x0, mix, scale, gating)
         return y, n, first.contiguous()
+
     @staticmethod
     def backward(ctx, d_y: Tensor, d_n: Tensor, d_gating: Tensor) -> tuple[Tensor | None, ...]:
         (x, x0, mix, scale), gating, D = ctx.saved_tensors, d_gating.size(-1), d_n.size(-1)
         d_x, d_x0, d_mix = torch.empty_like(x), torch.empty_like(x), x.new_empty(MIX_PROGRAMS, 2, D, dtype=mix.dtype)
         given = [t.contiguous() for t in (x, x0, mix, scale, d_y, d_n, d_gating)]
-        mix_kernel[(MIX_PROGRAMS,)](*given, d_x, d_x0, d_mix, x.numel() // D, gating, D, MIX_ROWS,
-                                    1 << (D - 1).bit_length(), num_warps=2)
+        mix_kernel[(MIX_PROGRAMS,)](
+            *given, d_x, d_x0, d_mix, x.numel() // D, gating, D, MIX_ROWS, 1 << (D - 1).bit_length(), num_warps=2
+        )
         return d_x, d_x0, d_mix.sum(0), None, None
+
 
 def mix_plainly(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, D) twice, (2, D), () -> y = mix[0] x + mix[1] x0, n = scale norm(y), n's first columns (B, T, gating)"""
     y = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
     n = norm(y) * scale.to(x.dtype)
     return y, n, n[..., :gating]
+
+
 def loss_plainly(z: Tensor, targets: Tensor, cap: float) -> Tensor:
     return F.cross_entropy(softcap(z, cap), targets, reduction="none")
+
+
 def softcap(z: Tensor, cap: float) -> Tensor:
     """Logits squashed into +-cap, or as they are if cap is 0; fp32."""
     return cap * torch.tanh(z.float() / cap) if cap else z.float()
 
+
 # ==== Attention in plain torch: whatever does not run on packed rows of a GPU.
 class Heads(NamedTuple):
     """What the columns of a row of `qkv` are: H queries, K keys and K values of width h."""
+
     exclusive: bool  # the output drops what a token says of itself, its part along the own value (XSA)
     query: int
     kv: int
     width: int
 
+
 class Past:
     """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
+
     def __init__(self, ring: Tensor):
-        self.ring = ring                  # (2, B, K, L, h) fp32, keys and values; token t lies at t % L
-        self.seen = ring.new_empty(0)     # (C, L + C) bool: which of the ring's tokens and its own a chunk's token sees
+        self.ring = ring  # (2, B, K, L, h) fp32, keys and values; token t lies at t % L
+        self.seen = ring.new_empty(0)  # (C, L + C) bool: which of the ring's tokens and its own a chunk's token sees
         self.latest = (ring[0], ring[1])  # keys and values of the chunk that came last, (B, K, C, h) each
+
 
 class Chunk(NamedTuple):
     """The place of a chunk of C tokens in its documents: what the forward pass needs of the chunks before."""
+
     positions: Tensor  # (1 + C,) int64, of the token before it and of its own
     visits: list[Past]
 
-Rope = tuple[Tensor, Tensor]    # cosine and sine of every token's angles
+
+Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's angles
 Place = Segments | Past | None  # what a visit sees: its segment, what is past and itself, or its row
+
 
 def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, place: Place, heads: Heads) -> Tensor:
     """What the kernels compute, and the same on rows and after what is past. (B, T, (H + 2 K) h) -> (B, T, H h)"""
@@ -1015,6 +1321,7 @@ def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, p
         y = y - (y * own).sum(-1, keepdim=True) * own
     return (y if gate is None else y.reshape(B, T, H, h) * gate[..., None]).reshape(B, T, H * h)
 
+
 def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     """Causal: in segments (B is 1), after the past, or in rows. (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h)"""
     if isinstance(place, Past):
@@ -1025,12 +1332,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
     parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
     return torch.cat([attend_rows(*part) for part in parts], 1)
 
+
 def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, K, T, h) twice
     group = q.size(1) // k.size(1)
     if not q.is_cuda:  # the CPU's fast kernel knows no groups
         k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).transpose(1, 2)
+
 
 def attend_after(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
     """A chunk attends to tokens before it and its own: (B, C, H, h), (B, C, K, h) twice -> (B, C, H, h). Written out:
@@ -1039,54 +1348,70 @@ def attend_after(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
     k, v, (old_k, old_v) = k.transpose(1, 2).float(), v.transpose(1, 2).float(), past.ring
     past.latest = k.detach(), v.detach()
     queries = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h).float()  # (B, K, H / K * C, h)
-    s = torch.cat([queries @ old_k.mT, queries @ k.mT], -1) * h ** -0.5
+    s = torch.cat([queries @ old_k.mT, queries @ k.mT], -1) * h**-0.5
     p = s.masked_fill(~past.seen.repeat(H // K, 1), -math.inf).softmax(-1)
     y = p[..., :L] @ old_v + p[..., L:] @ v
     return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h).to(q.dtype)
+
 
 def rotary(positions: Tensor, dims: int, base: float) -> Rope:
     """Cosine and sine of positions: (..., T) -> (..., T, 1, dims / 2) twice, fp32. RoPE, Su et al., arXiv 2104.09864"""
     frequency = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1))
     angle = positions[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + dims / 2) of the first `dims` dimensions of every head: (B, T, H, h) -> the same."""
     half = cos.size(-1)
-    a, b, rest = x[..., :half].float(), x[..., half:2 * half].float(), x[..., 2 * half:]
+    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
+
 
 # ==== Model: one forward pass for training, scoring and adaptation; adapters add corrections where the weights are.
 class LowRank(NamedTuple):
     """Corrections of one matrix, one per document: x -> scale * up(down(x)), (B, T, in) -> (B, T, out)."""
+
     down: Tensor  # (B, in, R) fp32
-    up: Tensor    # (B, R, out) fp32
+    up: Tensor  # (B, R, out) fp32
     scale: float
+
     def __call__(self, x: Tensor) -> Tensor:
         return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
 
+
 class Deltas(NamedTuple):
     """The corrections of one visit to a block; None leaves a matrix alone. `mlp` stands beside the whole MLP."""
+
     q: LowRank | None = None
     k: LowRank | None = None
     v: LowRank | None = None
     o: LowRank | None = None
     mlp: LowRank | None = None
+
+
 NO_DELTAS = Deltas()
+
 
 class Linear(nn.Module):
     """A matrix: fp32 master weight, multiplied in the dtype of x. A scale of its outputs is folded into the weight."""
+
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
     def forward(self, x: Tensor, delta: LowRank | None = None, scale: Tensor | None = None) -> Tensor:
         y = F.linear(x, (self.weight if scale is None else self.weight * scale[:, None]).to(x.dtype))
         return y if delta is None else y + (delta(x) if scale is None else delta(x) * scale.to(x.dtype))
 
+
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
+
 class Attention(nn.Module):
     """Grouped-query attention with normalised queries and keys, partial RoPE, XSA and a sparse output gate."""
+
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
         self.heads = Heads(index >= c.num_layers - c.xsa_last_n, c.num_heads, c.num_kv_heads, c.head_dim)
@@ -1095,13 +1420,19 @@ class Attention(nn.Module):
         self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
+
     def forward(self, n: Tensor, gating: Tensor, scale: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         """Normalised input (B, T, D), its first columns, scale of the outputs (D,) -> (B, T, D)"""
         (B, T, _), parts, deltas, gate = n.shape, (self.q, self.k, self.v), (d.q, d.k, d.v), None
         qkv = F.linear(n, torch.cat([part.weight for part in parts]).to(n.dtype))  # one product of three matrices
         if any(deltas):
-            qkv = qkv + torch.cat([n.new_zeros(B, T, len(part.weight)) if delta is None else delta(n)
-                                   for part, delta in zip(parts, deltas, strict=True)], -1)
+            qkv = qkv + torch.cat(
+                [
+                    n.new_zeros(B, T, len(part.weight)) if delta is None else delta(n)
+                    for part, delta in zip(parts, deltas, strict=True)
+                ],
+                -1,
+            )
         if self.gate is not None:
             gate = (self.gate_scale * F.linear(gating, self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
         if kernels_serve(qkv) and isinstance(place, Segments):
@@ -1112,12 +1443,15 @@ class Attention(nn.Module):
             y = attend_plainly(qkv, self.q_gain, gate, rope, place, self.heads)
         return self.o(y, d.o, scale)
 
+
 class MLP(nn.Module):
     """scale * (down(LeakyReLU(up(x)) squared), and beside it an optional correction). (B, T, D), (D,) -> (B, T, D)"""
+
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.slope, self.fused, width = c.mlp_leaky_slope, True, c.mlp_mult * c.model_dim
         self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
+
     def forward(self, x: Tensor, scale: Tensor, delta: LowRank | None = None) -> Tensor:
         if self.fused and kernels_train(x, self.up.weight):
             weights = self.up.weight.to(x.dtype), (self.down.weight * scale[:, None]).to(x.dtype)
@@ -1126,9 +1460,12 @@ class MLP(nn.Module):
             y = self.down(F.leaky_relu(self.up(x), self.slope).square(), None, scale)
         return y if delta is None else y + delta(x) * scale.to(x.dtype)
 
+
 class Block(nn.Module):
     """Attention, then the MLP, on one residual stream. x and normalised embeddings, (B, T, D) twice -> (B, T, D)"""
+
     lanes = False
+
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
         self.attention, self.mlp = Attention(c, index), MLP(c)
@@ -1136,85 +1473,109 @@ class Block(nn.Module):
         self.register_buffer("input_scale", torch.tensor((index + 1.0) ** -c.ln_scale_power), persistent=False)
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(c.model_dim)), nn.Parameter(torch.ones(c.model_dim))
         self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # (x, x0)
+
     def attend_to(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
         """-> x mixed with x0, and what attention makes of it"""
         mix = PackedMix.apply if kernels_train(x, self.input_mix) else mix_plainly
         x, n, gating = mix(x, x0, self.input_mix, self.input_scale, self.attention.gate_width)
         return x, self.attention(n, gating, self.attn_scale, rope, place, d)
+
     def think_on(self, x: Tensor, d: Deltas) -> Tensor:
         return self.mlp(norm(x) * self.input_scale.to(x.dtype), self.mlp_scale, d.mlp)
+
     def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
         x, attn = self.attend_to(x, x0, rope, place, d)
         x = x + attn
         return x + self.think_on(x, d)
 
+
 class LaneBlock(Block):
     """Attention and MLP side by side: one reads lane `a`, the other lane `m`, and both write to both."""
+
     lanes = True
+
     def __init__(self, c: ModelConfig, index: int):
         super().__init__(c, index)
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
-        self.lane_mix = nn.Parameter(torch.ones(2, 2))        # [lane written][attention, MLP]
+        self.lane_mix = nn.Parameter(torch.ones(2, 2))  # [lane written][attention, MLP]
+
     def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
         (_, attn), mlp = self.attend_to(a, x0, rope, place, d), self.think_on(m, d)
         keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
         return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
 
+
 class Skip(nn.Module):
     """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate)). (B, T, D) twice, (D,) twice -> (B, T, D)"""
+
     def forward(self, x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
 
+
 class Input(nn.Module):
     """Tokens to normalised embeddings, each smeared with the one before it in its document."""
+
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.smear = nn.Parameter(torch.zeros(c.smear_width)) if c.smear_width else None
         self.smear_gain = nn.Parameter(torch.zeros(1)) if c.smear_width else None
+
     def forward(self, tokens: Tensor, positions: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
         """(B, T), place of every token in its segment (T,), (V, D) -> (B, T, D)"""
         e = F.embedding(tokens, embedding)
         if self.smear is not None:
-            gate = self.smear_gain * (e[..., :len(self.smear)] @ self.smear).sigmoid()
+            gate = self.smear_gain * (e[..., : len(self.smear)] @ self.smear).sigmoid()
             gate = gate * ((tokens != BOS) & (positions > 0))  # nothing passes into a document, nor into a segment
             e = torch.cat([e[:, :1], e[:, 1:] + gate[:, 1:, None] * e[:, :-1]], 1)
         return norm(e).to(dtype)
 
+
 class Head(nn.Module):
     """Hidden states to scores: logits of the tied embedding, soft-capped, over the whole vocabulary."""
+
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.cap = c.logit_softcap
+
     def logits(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
         return softcap(self.raw(x, embedding, delta), self.cap)  # (B, T, D) -> (B, T, V) fp32
+
     def raw(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
         z = F.linear(x, embedding.to(x.dtype))
         return z if delta is None else z + delta(x)
+
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
         z = self.raw(x, embedding, delta).flatten(0, 1)
         loss = CappedLoss.apply if kernels_serve(z) else loss_plainly
         return loss(z, targets.flatten(), self.cap).view_as(targets)
+
     @torch.no_grad()
     def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
         """(B, T, D) -> entropy of every prediction, (B, T) nats"""
         log_p = self.logits(x, embedding, delta).log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1)
 
+
 class Visit(NamedTuple):
     """One step of the trunk. Loops and skips are data, decided here and nowhere else."""
+
     block: int
-    saves: bool       # its output goes to a later visit
+    saves: bool  # its output goes to a later visit
     skip: int | None  # row of skip_weight, where an earlier output arrives
+
 
 def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
     """The visits of a forward pass. The first half saves, the second takes back, last saved first (a U-Net)."""
     order = list(range(c.num_layers))
     if looping and c.num_loops:
-        order[c.loop_end + 1:c.loop_end + 1] = list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
+        order[c.loop_end + 1 : c.loop_end + 1] = list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
     pairs = min(half := len(order) // 2, c.unet_skips)
-    return tuple(Visit(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
-                 for i, block in enumerate(order))
+    return tuple(
+        Visit(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
+        for i, block in enumerate(order)
+    )
+
 
 class GPT(nn.Module):
     def __init__(self, c: ModelConfig):
@@ -1226,8 +1587,14 @@ class GPT(nn.Module):
         pairs = sum(v.saves for v in layer_plan(c, looping=True))
         self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim)) if pairs else None
         self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
-    def hidden(self, tokens: Tensor, place: Segments | Chunk | None = None, adapter: Adapter | None = None,
-               looping: bool = True) -> Tensor:
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        place: Segments | Chunk | None = None,
+        adapter: Adapter | None = None,
+        looping: bool = True,
+    ) -> Tensor:
         """Tokens (B, T) -> normalised states before the head (B, T, D); attention is causal in every segment (then B is
         1), else in every row. A chunk's tokens are the one before it and its own, its states (B, T - 1, D) its own."""
         positions = torch.arange(tokens.size(1), device=tokens.device) if place is None else place.positions
@@ -1249,11 +1616,19 @@ class GPT(nn.Module):
             if visit.saves:
                 saved.append(a)
         return norm(a if m is None else 0.5 * (a + m))
-    def forward(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None, adapter: Adapter | None = None,
-                looping: bool = True) -> Tensor:
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        segments: Segments | None = None,
+        adapter: Adapter | None = None,
+        looping: bool = True,
+    ) -> Tensor:
         """Tokens (B, T), targets of the last n (B, n) -> their negative log-likelihood, (B, n) nats; callers reduce."""
-        x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1):].contiguous()
+        x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1) :].contiguous()
         return self.head(x, targets, self.embed, None if adapter is None else adapter.head)
+
 
 def init_weights(model: GPT, seed: int) -> None:
     """Matrices orthogonal, those that write to the residual stream zero, the embedding narrow. Drawn on the CPU."""
@@ -1266,11 +1641,13 @@ def init_weights(model: GPT, seed: int) -> None:
         elif param_role(name) == "matrix":
             p.data.copy_(nn.init.orthogonal_(torch.empty(p.shape), generator=generator))
 
+
 def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
     """The one place that says what a parameter is; initialisation, optimizer and quantiser ask here."""
     if name == "embed":
         return "embedding"
     return "matrix" if name.endswith(".weight") else "scalar"
+
 
 def compile_parts(model: GPT) -> None:
     """Block by block: blocks of a kind share one graph. Training alone pays for this; evaluation runs eagerly."""
@@ -1279,10 +1656,17 @@ def compile_parts(model: GPT) -> None:
     for part in (model.input, model.head, model.skip, *model.blocks):
         part.compile()
 
+
 # ==== Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape are stacked and shared over the ranks.
 # Coefficients of each Newton-Schulz step: Polar Express, Amsel et al. 2025 (arXiv 2505.16932)
-POLAR_EXPRESS = ((8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606),
-                 (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324))
+POLAR_EXPRESS = (
+    (8.15655, -22.48329, 15.87877),
+    (4.04293, -2.80892, 0.50002),
+    (3.89167, -2.77248, 0.50606),
+    (3.28575, -2.36813, 0.46449),
+    (2.34654, -1.70978, 0.42324),
+)
+
 
 def orthogonalise(g: Tensor, steps: int) -> Tensor:
     """The nearest semi-orthogonal matrix of each, roughly: singular values go to about 1. (n, r, c) -> the same."""
@@ -1295,32 +1679,45 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
         x = a * x + (b * s + c * (s @ s)) @ x
     return (x.mT if tall else x).to(g.dtype)
 
+
 def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
     """Nesterov momentum, rows set to one length, orthogonalised, scaled to the matrix's aspect. (n, r, c) -> same.
     Muon, Jordan 2024; row normalisation as MuonEq-R. `momentum` is updated in place."""
     momentum.mul_(mu).add_(g)
     return orthogonalise(F.normalize(g + mu * momentum, dim=-1), steps) * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
 
-def adam_directions(grads: list[Tensor], first: list[Tensor], second: list[Tensor], step: int | Tensor, beta1: float,
-                    beta2: float, eps: float) -> list[Tensor]:
+
+def adam_directions(
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    step: int | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> list[Tensor]:
     """Bias-corrected m / (sqrt(v) + eps) of AdamW (arXiv 1711.05101) for every tensor; moments updated in place."""
     if beta1:  # without it the gradient is its own average: two passes less over much memory
         torch._foreach_lerp_(first, grads, 1 - beta1)
     torch._foreach_mul_(second, beta2)
     torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-    denominator = torch._foreach_div(second, 1 - beta2 ** step)
+    denominator = torch._foreach_div(second, 1 - beta2**step)
     torch._foreach_sqrt_(denominator)
     torch._foreach_add_(denominator, eps)
     if not beta1:
         return torch._foreach_div(grads, denominator)
-    return torch._foreach_div(torch._foreach_div(first, denominator), 1 - beta1 ** step)
+    return torch._foreach_div(torch._foreach_div(first, denominator), 1 - beta1**step)
+
 
 class MuonAdam:
     """Ranks sum gradients, update a share of each stack, gather all: with equal sums their number changes nothing."""
+
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.run, self.dist, self.steps_done = run, dist, 0
-        matrices, embeddings, scalars = ([p for name, p in model.named_parameters() if param_role(name) == role]
-                                         for role in ("matrix", "embedding", "scalar"))
+        matrices, embeddings, scalars = (
+            [p for name, p in model.named_parameters() if param_role(name) == role]
+            for role in ("matrix", "embedding", "scalar")
+        )
         by_shape = [[p for p in matrices if p.shape == shape] for shape in dict.fromkeys(p.shape for p in matrices)]
         self.stacks = sorted(by_shape, key=lambda ps: -sum(p.numel() for p in ps))
         self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank; the last may be padding
@@ -1332,6 +1729,7 @@ class MuonAdam:
         assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter has exactly one rule"
         for p in model.parameters():
             p.grad = torch.zeros_like(p)  # where a replayed pass adds to it; of what a pass does not use it stays zero
+
     def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Sum the gradients over ranks -> (this rank's share of every stack, all dense ones, norm of the whole)."""
         shares = []
@@ -1340,9 +1738,12 @@ class MuonAdam:
             shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
         flat = self.dist.sum_(torch.cat([p.grad.flatten() for p in self.dense]))
         dense = [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in self.dense]), self.dense, strict=True)]
-        each = [self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[:len(ps)]  # matrix by matrix,
-                for g, ps in zip(shares, self.stacks, strict=True)]  # so that the sum's order knows no ranks
+        each = [
+            self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[: len(ps)]  # matrix by matrix,
+            for g, ps in zip(shares, self.stacks, strict=True)
+        ]  # so that the sum's order knows no ranks
         return shares, dense, torch.cat([*each, flat.norm()[None]]).norm()
+
     @torch.no_grad()
     def step(self, lr_scale: float, mu: float) -> Tensor:
         """One update from the gradients in p.grad, which it clears -> norm of the reduced gradient."""
@@ -1353,25 +1754,29 @@ class MuonAdam:
         for ps, g, momentum in zip(self.stacks, shares, self.momentum, strict=True):
             update = self.dist.all_gather(muon_update(g, momentum, mu, run.muon_ns_steps))
             torch._foreach_mul_(ps, 1 - run.matrix_lr * lr_scale * run.muon_wd)
-            torch._foreach_add_(ps, list(update[:len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
+            torch._foreach_add_(ps, list(update[: len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
         updates = adam_directions(dense, self.first, self.second, self.steps_done, run.beta1, run.beta2, run.adam_eps)
         for p, u, (lr, wd) in zip(self.dense, updates, self.rates, strict=True):
             p.mul_(1 - lr * lr_scale * wd).sub_(u, alpha=lr * lr_scale)
         torch._foreach_zero_([p.grad for ps in (*self.stacks, self.dense) for p in ps])
         return norm_
+
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, whole on every rank."""
         pairs = enumerate(zip(self.momentum, self.stacks, strict=True))
-        return {f"momentum.{i}": self.dist.all_gather(m)[:len(ps)] for i, (m, ps) in pairs} | self.moments()
+        return {f"momentum.{i}": self.dist.all_gather(m)[: len(ps)] for i, (m, ps) in pairs} | self.moments()
+
     def moments(self) -> dict[str, Tensor]:
         return {f"{kind}.{i}": t for kind in ("first", "second") for i, t in enumerate(getattr(self, kind))}
+
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
         self.steps_done = steps_done
         for i, (n, m) in enumerate(zip(self.share, self.momentum, strict=True)):
-            mine = state[f"momentum.{i}"][self.dist.rank * n:(self.dist.rank + 1) * n]
-            m.zero_()[:len(mine)].copy_(mine)
+            mine = state[f"momentum.{i}"][self.dist.rank * n : (self.dist.rank + 1) * n]
+            m.zero_()[: len(mine)].copy_(mine)
         for name, t in self.moments().items():
             t.copy_(state[name])
+
 
 # ==== Container: one format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
 #   magic (8) | length of the header (4, little-endian) | header: zstd of JSON, with a table [name, type, shape, size]
@@ -1380,25 +1785,32 @@ CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_UNPACKED_BYTES = b"PGOLF\x0
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
 
+
 def read_file(path: str | Path, advice: str = "") -> bytes:
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # a name may hold what no file's does
         raise DataError(f"{path}: cannot be read: {error.args[-1]}{advice}") from None
 
+
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
     """STORED_TYPES tensors and JSON-able `meta` -> a container; `level` is zstd's, None leaves tensors as they are."""
+
     def stored(t: Tensor) -> bytes:
         raw = t.detach().cpu().contiguous().numpy().tobytes()
         return raw if level is None else zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
+
     with ThreadPoolExecutor() as pool:
         blobs = list(pool.map(stored, tensors.values()))  # a frame each: in parallel, and with its own statistics
-    table = [[name, TYPE_NAMES[t.dtype], list(t.shape), len(blob)]
-             for (name, t), blob in zip(tensors.items(), blobs, strict=True)]
+    table = [
+        [name, TYPE_NAMES[t.dtype], list(t.shape), len(blob)]
+        for (name, t), blob in zip(tensors.items(), blobs, strict=True)
+    ]
     header = json.dumps({"meta": dict(meta), "zstd": level is not None, "tensors": table}, separators=(",", ":"))
     header = zstandard.ZstdCompressor(level=19).compress(header.encode())
     body = b"".join([CONTAINER_MAGIC, len(header).to_bytes(4, "little"), header, *blobs])
     return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+
 
 def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
     """A container's checked bytes -> (its header, where the tensors begin)."""
@@ -1407,12 +1819,13 @@ def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
     if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
         raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
     with believing_nothing(what):
-        end = at + int.from_bytes(body[at - 4:at], "little")
+        end = at + int.from_bytes(body[at - 4 : at], "little")
         header = json.loads(decompress(body[at:end], MAX_HEADER_BYTES))
         require(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
         require(isinstance(header["meta"], dict), "meta is not a table")
         require(end + sum(entry[3] for entry in header["tensors"]) == len(body), "sizes do not add up")
         return header, end
+
 
 def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
@@ -1421,9 +1834,10 @@ def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)  # for all of them, lest a small file fill the memory
         for name, kind, shape, size in header["tensors"]:
             require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
-            tensors[name] = read_tensor(data[at:at + size], kind, shape, header["zstd"], room)
+            tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
             at, room = at + size, room - tensors[name].nbytes
         return dict(header["meta"]), tensors
+
 
 @contextlib.contextmanager
 def believing_nothing(what: str) -> Iterator[None]:
@@ -1433,10 +1847,13 @@ def believing_nothing(what: str) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, zstandard.ZstdError) as error:
         raise DataError(f"{what}: the contents are not what the format promises ({error})") from error
 
+
 def decompress(frame: bytes, most: int) -> bytes:
     size = zstandard.get_frame_parameters(frame).content_size
     require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+
+
 def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room: int) -> Tensor:
     dtype = STORED_TYPES[kind]
     require(all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in shape), f"shape {shape}")
@@ -1446,28 +1863,37 @@ def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room
     require(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
     return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
 
+
 # ==== Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
 def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
     """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
     by_steps, limit = step / run.iterations if run.iterations else 0.0, run.max_wallclock_seconds
     return max(by_steps, seconds / max(limit - reserve, 1e-9) if limit else 0.0)
+
+
 def lr_at(progress: float, run: RunConfig) -> float:
     """Factor on learning rates: 1, then falling in a line over the last WARMDOWN_FRAC of the budget, to MIN_LR."""
     return max(run.min_lr, min(1.0, (1.0 - progress) / run.warmdown_frac if run.warmdown_frac else 1.0))
+
+
 def momentum_at(progress: float, run: RunConfig) -> float:
     """Muon's momentum rises in a line over the first MUON_MOMENTUM_WARMUP_FRAC of the budget."""
     part = min(1.0, progress / run.muon_momentum_warmup_frac) if run.muon_momentum_warmup_frac else 1.0
     return run.muon_momentum_start + part * (run.muon_momentum - run.muon_momentum_start)
 
+
 class WeightAverage:
     """Exponential average of all parameters; its horizon is a part of the budget, so that a short run forgets, too."""
+
     def __init__(self, model: GPT, horizon: float):
         self.params, self.horizon = [p.detach() for p in model.parameters()], horizon  # the model's own memory
         self.values = [p.clone() for p in self.params]
+
     def update(self, spent: float) -> None:
         """After a step that took `spent` of the budget."""
         keep = math.exp(-spent / self.horizon) if self.horizon else 0.0
         torch._foreach_lerp_(self.values, self.params, 1.0 - keep)
+
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the average inside, and its own weights again afterwards."""
@@ -1478,26 +1904,38 @@ class WeightAverage:
         finally:
             torch._foreach_copy_(self.params, own)
 
+
 class Trainer:
     """What training consists of, and what a checkpoint holds."""
+
     def __init__(self, model: GPT, run: RunConfig, dist: Dist, origin: Mapping[str, Any]):
         self.model, self.run, self.dist = model, run, dist
         self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
         self.replay = Replay() if dist.device.type == "cuda" and run.compile and triton else None
         self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
-        self.identity = {"kind": "checkpoint", "model": dataclasses.asdict(model.config), **origin,
-                         "train_batch_tokens": run.train_batch_tokens, "train_row_tokens": run.train_row_tokens}
+        self.identity = {
+            "kind": "checkpoint",
+            "model": dataclasses.asdict(model.config),
+            **origin,
+            "train_batch_tokens": run.train_batch_tokens,
+            "train_row_tokens": run.train_row_tokens,
+        }
+
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
+
     def learn_from(self, part: Packed, looping: bool) -> Tensor:
         """Add a micro-batch's gradients to those that are there -> its part of the batch's mean loss, nats."""
+
         def work(tokens: Tensor, targets: Tensor, *segments: Tensor) -> Tensor:
             segments = type(part.segments)(*segments)
             loss = self.model(tokens, targets, segments, looping=looping).sum() / self.run.train_batch_tokens
             loss.backward()
             return loss.detach()
+
         given = part.tokens, part.targets, *part.segments
         return work(*given) if self.replay is None else self.replay(looping, work, *given)
+
     def step_on(self, batch: Sequence[Packed], progress: float, looping: bool) -> Tensor:
         """One optimizer step on this rank's micro-batches -> mean loss of all ranks, nats per token, on the device."""
         total = torch.zeros((), device=self.dist.device)
@@ -1505,10 +1943,12 @@ class Trainer:
             total += self.learn_from(part, looping)
         self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
         return self.dist.sum_(total)
+
     def tensors(self) -> dict[str, Tensor]:
         state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         state |= {f"average.{i}": v for i, v in enumerate(self.average.values)}
         return state | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+
     def save(self, path: Path, seconds: float) -> None:
         """Write a checkpoint; every rank calls, rank 0 writes."""
         meta = self.identity | {"step": self.step, "progress": self.progress, "seconds": seconds}
@@ -1516,6 +1956,7 @@ class Trainer:
         if self.dist.main:
             write_atomically(path, [pack(meta, tensors, level=None)])
         self.dist.barrier()
+
     @torch.no_grad()
     def put(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Take over all that `tensors` gave, after so many steps."""
@@ -1523,6 +1964,7 @@ class Trainer:
             if not name.startswith("optimizer."):
                 t.copy_(tensors[name])
         self.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in tensors.items()}, step)
+
     def load(self, path: str) -> None:
         meta, tensors = unpack(read_file(path), path)
         for key, ours in self.identity.items():
@@ -1534,6 +1976,7 @@ class Trainer:
         self.put(tensors, step)
         self.step, self.progress, self.seconds_before = step, progress, seconds
 
+
 def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
     """A batch of this run's shapes that has nothing to do with any text, for compilation and warm-up."""
     rows, passes = deal_rows(run, dist.world)
@@ -1541,6 +1984,7 @@ def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
     text = generator.integers(2, vocab_size, rows * run.train_row_tokens + 1).astype(np.uint16)
     text[generator.random(len(text)) < 1 / 500] = BOS
     return [pack_text(text, run, dist.device)] * passes
+
 
 def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
     """Compile both loop modes on random tokens, rehearse what follows, restore the trainer -> seconds to reserve."""
@@ -1553,12 +1997,25 @@ def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> floa
     trainer.put(before, 0)
     return reserve
 
-def check_loss(loss: float, step: int, vocab_size: int) -> None:
-    require(loss < 2 * math.log(vocab_size), f"training diverged: the loss of step {step} is {loss:.3f} nats, more "
-            "than twice that of guessing; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM", UserError)
 
-def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, reserve: float,
-          validate: Callable[[], float], checkpoint: Path) -> list[tuple[int, float, float]]:
+def check_loss(loss: float, step: int, vocab_size: int) -> None:
+    require(
+        loss < 2 * math.log(vocab_size),
+        f"training diverged: the loss of step {step} is {loss:.3f} nats, more "
+        "than twice that of guessing; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM",
+        UserError,
+    )
+
+
+def train(
+    trainer: Trainer,
+    stream: TrainingStream,
+    log: Log,
+    watch: Stopwatch,
+    reserve: float,
+    validate: Callable[[], float],
+    checkpoint: Path,
+) -> list[tuple[int, float, float]]:
     """Train until the budget is spent -> (step, seconds, loss) of every logged step."""
     run, dist, history = trainer.run, trainer.dist, []
     pending, logged_at, saved_at = torch.zeros(()), trainer.seconds_before, trainer.seconds_before
@@ -1583,14 +2040,17 @@ def train(trainer: Trainer, stream: TrainingStream, log: Log, watch: Stopwatch, 
             history.append((trainer.step, now, value))
             speed = run.train_log_every * run.train_batch_tokens / max(now - logged_at, 1e-9)
             epochs, eta = trainer.step * run.train_batch_tokens / stream.total, now / max(progress, 1e-9) - now
-            log(f"step:{trainer.step} loss:{value:.4f} progress:{progress:.3f} loop:{int(looping)} "
-                f"tokens_per_s:{speed:.0f} epoch:{epochs:.2f} train_s:{now:.1f} eta_s:{eta:.0f}")
+            log(
+                f"step:{trainer.step} loss:{value:.4f} progress:{progress:.3f} loop:{int(looping)} "
+                f"tokens_per_s:{speed:.0f} epoch:{epochs:.2f} train_s:{now:.1f} eta_s:{eta:.0f}"
+            )
             logged_at = now
         if run.val_loss_every and trainer.step % run.val_loss_every == 0:
             with watch.phase("validate"):
                 log(f"step:{trainer.step} val_bpb:{validate():.5f} (last iterate, without adaptation)")
     check_loss(pending.item(), trainer.step, stream.vocab_size)
     return history
+
 
 # ==== Quantise: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
 @torch.no_grad()
@@ -1600,11 +2060,16 @@ def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> di
     qkv = (".q.weight", ".k.weight", ".v.weight")  # the attention itself hears what goes into these at once
     heard = {name: name.rsplit(".", 2 if name.endswith(qkv) else 1)[0] for name in matrices}  # by which module
     sums = {heard[name]: torch.zeros(p.size(1), p.size(1), device=p.device) for name, p in matrices.items()}
+
     def add(module: str, inputs: Tensor) -> None:
         x = inputs.flatten(0, -2).float()
         sums[module].addmm_(x.mT, x)
-    hooks = [model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
-             for name in sums if name != "embed"]
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+        for name in sums
+        if name != "embed"
+    ]
     with torch.compiler.set_stance("force_eager"):  # hooks do not fire in compiled code
         for tokens, _, segments in (row for batch in batches for row in batch):
             add("embed", model.hidden(tokens, segments))  # it is quantised as the output matrix that it also is
@@ -1612,6 +2077,7 @@ def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> di
         hook.remove()
     sums = {module: dist.sum_(h) for module, h in sums.items()}
     return {name: sums[heard[name]] for name in matrices}
+
 
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128) -> Tensor:
     """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
@@ -1635,13 +2101,17 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: flo
         w[:, end:] -= errors @ upper[start:end, end:]
     return q[:, order.argsort()].to(torch.int8)
 
+
 class Grid(NamedTuple):
     """How a kind of matrix is rounded: to integers in +-qmax, which stand for +-clip deviations of a row."""
+
     qmax: int
     clip: float
+
     def scale(self, weight: Tensor) -> Tensor:
         """Step of every row (r,) fp16; at least the smallest normal fp16, so that no row divides by zero."""
-        return (self.clip * weight.float().std(1) / self.qmax).clamp(2.0 ** -14, 65504).half()
+        return (self.clip * weight.float().std(1) / self.qmax).clamp(2.0**-14, 65504).half()
+
 
 def grid_for(name: str, run: RunConfig, widen: float) -> Grid:
     """The grid of a matrix, its range widened by a common factor."""
@@ -1649,6 +2119,7 @@ def grid_for(name: str, run: RunConfig, widen: float) -> Grid:
         return Grid(2 ** (run.embed_bits - 1) - 1, run.embed_clip_sigmas * widen)
     clip = run.mlp_clip_sigmas if ".mlp." in name else run.attn_clip_sigmas
     return Grid(2 ** (run.matrix_bits - 1) - 1, clip * widen)
+
 
 def entropy_bytes(weights: Mapping[str, Tensor], run: RunConfig, widen: float) -> float:
     """Bytes that the rounded weights hold at the entropy of their integers, matrix by matrix, with their scales."""
@@ -1660,6 +2131,7 @@ def entropy_bytes(weights: Mapping[str, Tensor], run: RunConfig, widen: float) -
         total += float(-(p * p.clamp(min=1e-300).log2()).sum()) * w.numel() / 8 + 2 * len(w)
     return total
 
+
 def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> float:
     """The smallest common widening of all ranges whose entropy fits the budget (bytes); none goes under the floor."""
     low, high = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas), 64.0
@@ -1669,6 +2141,7 @@ def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> 
         middle = math.sqrt(low * high)
         low, high = (low, middle) if entropy_bytes(weights, run, middle) <= budget else (middle, high)
     return high
+
 
 @torch.no_grad()
 def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, widen: float) -> dict[str, Tensor]:
@@ -1686,6 +2159,7 @@ def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: D
             stored[name] = gptq(p, hessians[name], scale.float(), grid.qmax, run.gptq_damping)
     return {name: dist.sum_(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())}
 
+
 def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -> None:
     """Names, types and shapes must be those that `quantise` stores of this network; takes no memory for it."""
     with torch.device("meta"):
@@ -1698,6 +2172,7 @@ def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -
     if wrong:
         raise DataError(f"{what}: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
 
+
 @torch.no_grad()
 def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
     """The model, filled with what `quantise` stored."""
@@ -1708,8 +2183,16 @@ def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
         require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
     return model
 
-def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, watch: Stopwatch,
-                  origin: Mapping[str, Any], log: Log) -> bytes:
+
+def make_artifact(
+    model: GPT,
+    hessians: Mapping[str, Tensor],
+    run: RunConfig,
+    dist: Dist,
+    watch: Stopwatch,
+    origin: Mapping[str, Any],
+    log: Log,
+) -> bytes:
     """Quantise and pack into ARTIFACT_BYTES with the code: ranges come from an estimate, mended for the second try."""
     meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **origin}
     weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
@@ -1727,23 +2210,30 @@ def make_artifact(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, di
         if size <= limit:
             return blob
         budget = (limit - (size - estimate)) * 0.998 - 500  # what was not entropy stays, for all we know
-    raise UserError(f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
-                    f"ARTIFACT_BYTES={run.artifact_bytes}: lower *_BITS or use a smaller model")
+    raise UserError(
+        f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
+        f"ARTIFACT_BYTES={run.artifact_bytes}: lower *_BITS or use a smaller model"
+    )
+
 
 def code() -> bytes:
     """The source that is counted: this file as it stands."""
     return Path(__file__).read_bytes()
 
+
 # ==== Score: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
 class Tally:
     """Nats, scored targets and adaptation steps of every document."""
+
     def __init__(self, docs: Documents):
         self.docs = docs
         self.nats, self.counted, self.updates = np.zeros(len(docs)), np.zeros(len(docs)), np.zeros(len(docs))
+
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         """Scores (n,) of targets that belong to these documents (n,)."""
         self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
         self.counted += np.bincount(documents, minlength=len(self.docs))
+
     def gathered(self, dist: Dist) -> Tally:
         """All ranks' sums, after checking that every target was scored exactly once."""
         for values in (self.nats, self.counted, self.updates):
@@ -1751,16 +2241,20 @@ class Tally:
         wrong = np.flatnonzero(self.counted != self.docs.lengths)
         assert len(wrong) == 0, f"documents {wrong[:5]}: {self.counted[wrong[:5]]} targets scored, not once each"
         return self
+
     @property
     def bits_per_byte(self) -> float:
         return float(self.nats.sum() / math.log(2) / self.docs.target_bytes().sum())
 
+
 class Window(NamedTuple):
     """Inputs start..end-1 of a document, of which first..end-1 are scored (input i predicts token i + 1)."""
+
     document: int
     start: int
     first: int
     end: int
+
 
 def windows(document: int, begin: int, end: int, context: int, stride: int) -> Iterator[Window]:
     """The windows that score inputs begin..end-1 of a document: the first window reaches to `context`, each further one
@@ -1770,11 +2264,14 @@ def windows(document: int, begin: int, end: int, context: int, stride: int) -> I
         yield Window(document, max(0, edge - context), begin, min(edge, end))
         begin, edge = edge, edge + stride
 
+
 class Scored(NamedTuple):
     """A packed row of windows: what to run, whose targets it holds and which of them count."""
+
     packed: Packed
     documents: np.ndarray  # (N,)
-    counted: np.ndarray    # (N,) bool
+    counted: np.ndarray  # (N,) bool
+
 
 def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     """Windows, in order, in rows of at most row_tokens."""
@@ -1787,26 +2284,29 @@ def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
         used += w.end - w.start
     return rows
 
+
 def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:
     """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow."""
     size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, row_plan(plan, run.micro_batch_tokens)
     if len(rows) == 1:
         size = min(size, -(-sum(w.end - w.start for w in rows[0]) // longest) * longest)
-    for row in rows[dist.rank::dist.world]:
+    for row in rows[dist.rank :: dist.world]:
         text, targets = np.full(size, BOS, np.uint16), np.full(size, BOS, np.uint16)
         documents, counted, starts, at = np.zeros(size, np.int64), np.zeros(size, bool), [], 0
         for w in row:
             span, n = docs.span(w.document), w.end - w.start
             starts.append(at)
-            text[at:at + n], targets[at:at + n] = span[w.start:w.end], span[w.start + 1:w.end + 1]
-            documents[at:at + n], counted[at + w.first - w.start:at + n] = w.document, True
+            text[at : at + n], targets[at : at + n] = span[w.start : w.end], span[w.start + 1 : w.end + 1]
+            documents[at : at + n], counted[at + w.first - w.start : at + n] = w.document, True
             at += n
         starts.extend(range(at, size, longest))  # of padding, which nothing attends to and nothing counts
         yield Scored(pack_row(text, targets, np.array(starts), dist.device), documents, counted)
 
+
 @torch.no_grad()
-def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunConfig, dist: Dist, tally: Tally,
-                 looping: bool = True) -> None:
+def score_static(
+    model: GPT, docs: Documents, chosen: Iterable[int], run: RunConfig, dist: Dist, tally: Tally, looping: bool = True
+) -> None:
     """Score these documents without adaptation."""
     lengths = docs.lengths
     plan = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
@@ -1814,11 +2314,14 @@ def score_static(model: GPT, docs: Documents, chosen: Iterable[int], run: RunCon
         nll = model(*row.packed, looping=looping)[0].cpu().numpy()
         tally.add(row.documents[row.counted], nll[row.counted])
 
+
 # ==== Test-time training: a chunk is scored, then learnt from. What adapts starts anew at each document or in a stream.
 class Adapter:
     """The corrections of B documents, for every visit of the trunk and for the head; they start from the seed alone."""
+
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
-        generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim ** -0.5
+        generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim**-0.5
+
         def low_rank(target: str) -> LowRank | None:
             if target not in run.lora_targets:
                 return None
@@ -1828,28 +2331,35 @@ class Adapter:
             self.starts += [start, up[0].clone()]
             scale = run.ttt_lora_alpha / run.ttt_lora_rank
             return LowRank(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
+
         self.starts: list[Tensor] = []  # what every document's part of `tensors` begins with
         self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
         self.head = low_rank("head")
+
     def tensors(self) -> list[Tensor]:
         """All that adapts, documents first: (B, ...) each."""
         parts = [part for visit in self.visits for part in visit] + [self.head]
         return [t for part in parts if part is not None for t in (part.down, part.up)]
+
     def begin(self) -> None:
         for t, start in zip(self.tensors(), self.starts, strict=True):
             t.copy_(start)
 
+
 class AdaptRule:
     """The step of test-time training on tensors (B, ...): clipping, moments, decay and rate are each document's own."""
+
     def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
         self.run, self.multipliers = run, multipliers
         self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
         first = run.ttt_optimizer == "sgd" or run.ttt_beta1 > 0  # a moment without memory is the gradient itself
         self.first = [torch.zeros_like(t) for t in tensors] if first else []
         self.second = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
+
     def begin(self) -> None:
         for t in (self.steps_done, *self.first, *self.second):
             t.zero_()
+
     @torch.no_grad()
     def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor | float) -> None:
         """Tensors and gradients (B, ...), learning rate (B,) or of all; tensors change in place."""
@@ -1871,9 +2381,11 @@ class AdaptRule:
             rate = per_document(lr, t)
             t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, d, value=-multiplier)
 
+
 def per_document(values: Tensor, like: Tensor) -> Tensor:
     """(B,) -> (B, 1, ...), to go with (B, ...)"""
     return values.view(-1, *[1] * (like.ndim - 1))
+
 
 def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
     """Learning rate of a step on a chunk: by a cosine over epochs, less where its entropy (B,) leaves the window."""
@@ -1882,14 +2394,19 @@ def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | f
         return rate
     low, high = max(run.ttt_entropy_low, 1e-9), run.ttt_entropy_high or math.inf
     return rate * (entropy / low).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
+
+
 def wants_entropy(run: RunConfig) -> bool:
     return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
+
 
 class SideBySide:
     """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
     learns from it. No row reaches another. Earlier chunks are seen as the keys and values that they left in their turn,
     so that a step costs a chunk and not a window. On a GPU a step is replayed, captured for every size of the cache."""
+
     SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
+
     def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
         self.model, self.run, self.documents, self.device = model, run, documents, device
         self.room = run.eval_seq_len - run.ttt_chunk_tokens
@@ -1899,6 +2416,7 @@ class SideBySide:
         self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
         self.done_there = torch.zeros((), dtype=torch.int64, device=device)
         self.begin()
+
     @torch.no_grad()
     def begin(self) -> None:
         self.adapter.begin()
@@ -1908,6 +2426,7 @@ class SideBySide:
         for past in (past for cache in self.caches.values() for past in cache):
             past.ring.zero_()  # `seen` hides what is there, but 0 times NaN is NaN
         self.done, self.size, self.past, self.scored, self.replaying = 0, 0, [], (), False  # tokens past, cache size
+
     def make_room(self, tokens: int) -> None:
         """Take a cache that will hold so many tokens more, or all that a chunk may see."""
         size = self.size or min(self.room, self.SMALLEST_CACHE)
@@ -1920,8 +2439,9 @@ class SideBySide:
             shape = (2, self.documents, c.num_kv_heads, size, c.head_dim)
             self.caches[size] = [Past(torch.zeros(shape, device=self.device)) for _ in self.adapter.visits]
         for old, new in zip(self.past, self.caches[size], strict=False):  # no cache yet, or one for one
-            new.ring[..., :self.size, :].copy_(old.ring)
+            new.ring[..., : self.size, :].copy_(old.ring)
         self.past, self.size = self.caches[size], size
+
     def hidden(self, tokens: Tensor) -> Tensor:
         """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
         n, self.tokens = tokens.size(1), tokens
@@ -1932,24 +2452,29 @@ class SideBySide:
             past.seen = seen
         place = Chunk(self.done_there + torch.arange(-1, n, device=self.device), self.past)
         return self.model.hidden(torch.cat([self.last, tokens], 1), place, self.adapter)
+
     def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
         """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
         self.make_room(tokens.size(1))
         self.replaying = to_learn and self.replay is not None
         with torch.set_grad_enabled(to_learn):
             return self._do(self._score, tokens, targets)
+
     def learn(self, counted: Tensor) -> None:
         """Steps on the chunk that was scored last; which of its targets count: (B, C)."""
         self._do(self._learn, counted)
+
     def move_on(self) -> None:
         """The tokens that `hidden` or `score` saw last are past."""
         self._do(self._move_on)
         self.done += self.tokens.size(1)
+
     def _score(self, tokens: Tensor, targets: Tensor) -> Tensor:
         x = self.hidden(tokens)
         nll = self.model.head(x, targets, self.model.embed, self.adapter.head)
         self.scored = (targets, x, nll)
         return nll.detach()
+
     def _learn(self, counted: Tensor) -> None:
         (targets, x, nll), run, model, head = self.scored, self.run, self.model, self.adapter.head
         count = counted.sum(1).clamp(min=1)
@@ -1959,8 +2484,10 @@ class SideBySide:
             loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
             grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
             self.rule.step(self.adapter.tensors(), grads, chunk_rate(run, epoch, entropy))
+
     def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
         return self.replay((work.__name__, self.size), work, *inputs) if self.replaying else work(*inputs)
+
     @torch.no_grad()
     def _move_on(self) -> None:
         if self.size:
@@ -1971,6 +2498,7 @@ class SideBySide:
                     ring.index_copy_(2, slots, latest[:, :, -n:])
         self.last.copy_(self.tokens[:, -1:])
         self.done_there += self.tokens.size(1)
+
     @torch.no_grad()
     def take_over(self, other: SideBySide, rows: Tensor) -> None:
         """Go on with these documents of another's, where they are."""
@@ -1978,26 +2506,44 @@ class SideBySide:
         self.done = other.done
         for learners in (self, other):
             learners.make_room(0)
-        lasting = [[*one.adapter.tensors(), *one.rule.first, *one.rule.second, one.last,
-                    *(past.ring.transpose(0, 1) for past in one.past)] for one in (self, other)]  # (B, ...) each
+        lasting = [
+            [
+                *one.adapter.tensors(),
+                *one.rule.first,
+                *one.rule.second,
+                one.last,
+                *(past.ring.transpose(0, 1) for past in one.past),
+            ]
+            for one in (self, other)
+        ]  # (B, ...) each
         for new, old in zip(*lasting, strict=True):
             new.copy_(old[rows])
         self.done_there.copy_(other.done_there)
         self.rule.steps_done.copy_(other.rule.steps_done)
 
-def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist, tally: Tally,
-                       family: dict[int, SideBySide] | None = None) -> None:
+
+def adapt_side_by_side(
+    model: GPT,
+    docs: Documents,
+    group: Sequence[int],
+    run: RunConfig,
+    dist: Dist,
+    tally: Tally,
+    family: dict[int, SideBySide] | None = None,
+) -> None:
     """Score documents that adapt side by side. When half of the rows have ended, the others go on in half as many."""
     chunk, lengths, family = run.ttt_chunk_tokens, docs.lengths, {} if family is None else family
     rows, longest = np.array(group), int(lengths[group].max())  # rows: each one's document
     text = np.full((len(rows), -(-longest // chunk) * chunk + 1), BOS, np.int64)  # padded; everything is causal
     for row, i in zip(text, group, strict=True):
-        row[:lengths[i] + 1] = docs.span(i)
+        row[: lengths[i] + 1] = docs.span(i)
     tokens = torch.from_numpy(text).to(dist.device)  # (B, T + 1)
+
     def learners_for(many: int) -> SideBySide:
         if many not in family:
             family[many] = SideBySide(model, run, many, dist.device)
         return family[many]
+
     if len(rows) not in family:
         family.clear()  # each holds gigabytes: those of halves of another number would not be needed
     learners = learners_for(len(rows))
@@ -2005,22 +2551,24 @@ def adapt_side_by_side(model: GPT, docs: Documents, group: Sequence[int], run: R
     for first in range(0, longest, chunk):
         end, left = first + chunk, lengths[rows] - first  # left: (B,) targets from here on
         while len(rows) > 1 and (left > 0).sum() <= len(rows) // 2:
-            kept = np.argsort(left <= 0, kind="stable")[:len(rows) // 2]  # those that go on, then some that do not
+            kept = np.argsort(left <= 0, kind="stable")[: len(rows) // 2]  # those that go on, then some that do not
             index = torch.from_numpy(kept).to(dist.device)
             rows, left, tokens, many = rows[kept], left[kept], tokens[index], learners
             learners = learners_for(len(rows))
             learners.take_over(many, index)
         inside = np.arange(chunk) < left[:, None]  # (B, chunk)
         learn = end >= run.ttt_min_doc_tokens and bool(left.max() > chunk)
-        nats = learners.score(tokens[:, first:end], tokens[:, first + 1:end + 1], to_learn=learn)
+        nats = learners.score(tokens[:, first:end], tokens[:, first + 1 : end + 1], to_learn=learn)
         tally.add(np.repeat(rows, inside.sum(1)), nats.cpu().numpy()[inside])
         if learn:
             learners.learn(torch.from_numpy(inside).to(dist.device))
             tally.updates[rows[left > chunk]] += run.ttt_epochs
         learners.move_on()
 
+
 class StreamLearner:
     """What adapts along a text: the weights, or one set of corrections. The ranks of `dist` share every chunk."""
+
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.model, self.run, self.dist = model, run, dist
         self.adapter = Adapter(model.config, run, 1, dist.device) if run.ttt_params == "lora" else None
@@ -2036,12 +2584,14 @@ class StreamLearner:
             multipliers = [factors.get(name.removesuffix(".weight").split(".")[-1], 1.0) for name in named]
         self.rule = AdaptRule(self.tensors, multipliers, run)
         self.begin = [t.detach().clone() for t in self.tensors]
+
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the artifact's weights, with nothing remembered."""
         for t, value in zip(self.tensors, self.begin, strict=True):
             t.copy_(value)
         self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)
+
     @torch.no_grad()
     def score(self, rows: Sequence[Scored], tally: Tally) -> Tensor | None:
         """Score this rank's rows of a chunk -> sum of entropies (1,), if wanted."""
@@ -2054,6 +2604,7 @@ class StreamLearner:
             if wants_entropy(self.run):
                 total += model.head.entropy(x, model.embed, delta)[0, torch.from_numpy(counted)].sum()
         return total if wants_entropy(self.run) else None
+
     def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None) -> None:
         """Steps on a chunk of this many targets, all of them scored."""
         dist, entropy = self.dist, None if entropy is None else self.dist.sum_(entropy) / targets
@@ -2065,6 +2616,7 @@ class StreamLearner:
                 torch._foreach_add_(grads, list(torch.autograd.grad(loss, self.leaves, materialize_grads=True)))
             grads = [dist.sum_(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
             self.rule.step(self.tensors, grads, chunk_rate(self.run, epoch, entropy))
+
 
 def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
     """Cut these documents, one after another, into chunks of `chunk` targets: lists of (document, begin, end)."""
@@ -2081,18 +2633,25 @@ def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterato
     if pieces:
         yield pieces
 
-def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], tally: Tally,
-                may_learn: Callable[[float], bool] = lambda left: True) -> int:
+
+def adapt_along(
+    learner: StreamLearner,
+    docs: Documents,
+    chosen: Sequence[int],
+    tally: Tally,
+    may_learn: Callable[[float], bool] = lambda left: True,
+) -> int:
     """Score these documents one after another, learning from every chunk once it is scored, until `may_learn` of the
     targets that are left is false: they are scored at once. -> how many documents they are of"""
     run, left, learning, degraded = learner.run, int(docs.lengths[chosen].sum()), True, 0
     for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
         if not (learning := may_learn(left)):
             (first, begin, _), lengths = pieces[0], docs.lengths
-            pieces = [(i, begin * (i == first), int(lengths[i])) for i in chosen[list(chosen).index(first):]]
+            pieces = [(i, begin * (i == first), int(lengths[i])) for i in chosen[list(chosen).index(first) :]]
             degraded = len(pieces)
-        rows = my_rows(docs, (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride)), run,
-                       learner.dist)
+        rows = my_rows(
+            docs, (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride)), run, learner.dist
+        )
         rows, targets = list(rows) if learning else rows, sum(end - begin for _, begin, end in pieces)
         entropy, left = learner.score(rows, tally), left - targets
         if not learning:
@@ -2104,18 +2663,24 @@ def adapt_along(learner: StreamLearner, docs: Documents, chosen: Sequence[int], 
     learner.reset()
     return degraded
 
+
 def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
     """Rounds of groups of documents, a group for each rank, longest documents first; it changes no score."""
     order = np.argsort(-lengths, kind="stable").tolist()
     batch = min(batch, -(-len(order) // world))
-    groups = [order[i:i + batch] for i in range(0, len(order), batch)]
+    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
     groups += [[] for _ in range(-len(groups) % world)]
-    return [groups[i:i + world] for i in range(0, len(groups), world)]
+    return [groups[i : i + world] for i in range(0, len(groups), world)]
+
 
 def static_costs(lengths: np.ndarray, run: RunConfig) -> np.ndarray:
     """Token passes that score each of these documents (B,) without adaptation; to foretell seconds."""
-    return np.array([sum(w.end - w.start for w in windows(0, 0, int(n), run.eval_seq_len, run.eval_stride))
-                     for n in lengths], np.float64)
+    return np.array(
+        [sum(w.end - w.start for w in windows(0, 0, int(n), run.eval_seq_len, run.eval_stride)) for n in lengths],
+        np.float64,
+    )
+
+
 def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
     """Token passes of documents (B,) that adapt as in adapt_side_by_side, or one by one; to foretell seconds."""
     rows, total, chunk, launches = len(lengths), 0.0, run.ttt_chunk_tokens, 1400  # tokens that take a GPU as long
@@ -2126,26 +2691,30 @@ def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
         total += launches + rows * chunk
     return total
 
+
 def random_documents(vocab_size: int, many: int, length: int) -> Documents:
     """Documents of `length` targets but for the last, which has one less; without a byte of text."""
     text = np.random.default_rng(0).integers(2, vocab_size, many * length, np.uint16)
     text[::length] = BOS
     return split_documents(text, np.ones(len(text), np.int64))
 
+
 class Evaluation:
     """The test-time-training score of a model: who scores what, within the time."""
+
     def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
         self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
         self.seconds, self.tally, self.degraded, self.family = seconds, Tally(docs), 0, {}
         self.static_costs, self.static_rate = static_costs(docs.lengths, run), math.inf  # found in the warm-up, as is
         self.slowness = 0.0  # seconds per token pass of a group that adapts; the rate is of passes without, per second
         model.requires_grad_(run.ttt_params == "full")
+
     def warm_up(self) -> None:
         """Time passes on random documents; on a GPU also compile and touch every kernel."""
         run, context, on_gpu = self.run, self.run.eval_seq_len, self.dist.device.type == "cuda"
         many, length = (run.ttt_batch_docs, context + run.ttt_chunk_tokens) if run.batched_ttt else (2, context)
         docs, alone = random_documents(self.model.config.vocab_size, many, length), Dist(device=self.dist.device)
-        few = range(len(docs))[:run.micro_batch_tokens // length + 1 if on_gpu else 1]
+        few = range(len(docs))[: run.micro_batch_tokens // length + 1 if on_gpu else 1]
         for _ in range(2):  # the second time is the speed, the first compiles
             began = time.perf_counter()
             score_static(self.model, docs, few, run, alone, Tally(docs))
@@ -2160,6 +2729,7 @@ class Evaluation:
             began = time.perf_counter()
             adapt_side_by_side(self.model, text, range(many), run, alone, Tally(text), self.family)
             self.slowness = (time.perf_counter() - began) / group_cost(text.lengths, run)
+
     def score(self) -> Tally:
         """Every target of every document -> the tally of all ranks."""
         if not self.run.ttt_enabled:
@@ -2169,14 +2739,17 @@ class Evaluation:
         else:  # a stream, whose every chunk the ranks share
             learner = StreamLearner(self.model, self.run, self.dist)
             cost = self.static_costs.sum() / self.docs.lengths.sum()  # of a target
-            self.degraded = adapt_along(learner, self.docs, range(len(self.docs)), self.tally,
-                                        lambda left: self._time_left(left * cost))
+            self.degraded = adapt_along(
+                learner, self.docs, range(len(self.docs)), self.tally, lambda left: self._time_left(left * cost)
+            )
         return self.tally.gathered(self.dist)
+
     def _time_left(self, rest: float, next_seconds: float = 0.0) -> bool:
         """Whether `next_seconds` of adaptation leave time for `rest` token passes without it; all ranks agree."""
         limit = self.run.eval_seconds * 0.98
         after = self.seconds() + next_seconds + 1.5 * rest / self.static_rate / self.dist.world
         return not limit or self.dist.largest(after) <= limit
+
     def _score_documents(self) -> None:
         """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
         run, dist, lengths = self.run, self.dist, self.docs.lengths
@@ -2200,20 +2773,26 @@ class Evaluation:
                 told = self.seconds()
                 left, here = (self.seconds() - began) * (sum(costs) / spent - 1), self.tally.counted > 0
                 bpb = self.tally.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
-                self.log(f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
-                         f"bpb:{bpb:.4f} (of this rank's) eval_s:{told:.0f} eta_s:{left:.0f}")
+                self.log(
+                    f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
+                    f"bpb:{bpb:.4f} (of this rank's) eval_s:{told:.0f} eta_s:{left:.0f}"
+                )
+
 
 # ==== main: check, train, quantise, pack, read back from the disk, score.
 LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
 
+
 class Plan(NamedTuple):
     """What is known before anything is paid for."""
+
     model: ModelConfig
     run: RunConfig
     dist: Dist
     tokenizer: Tokenizer
     validation: Documents
     stream: TrainingStream | None  # None when an artifact is only evaluated
+
 
 def predicted_bytes(model: GPT, run: RunConfig) -> float:
     """Size of the artifact if weights are Gaussian: an integer then holds log2(sqrt(2 pi e) qmax / clip) bits."""
@@ -2224,6 +2803,7 @@ def predicted_bytes(model: GPT, run: RunConfig) -> float:
         total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
     return total
 
+
 def check_setup(plan: Plan, say: Callable[[str], None]) -> None:
     """Say what will be run, and refuse what cannot be: data, disk, devices, bytes."""
     model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
@@ -2233,29 +2813,48 @@ def check_setup(plan: Plan, say: Callable[[str], None]) -> None:
         old, h = torch.cuda.get_device_capability(dist.device) < (8, 0), model.head_dim
         require(not old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
         require(not triton or h in (16, 32, 64, 128), f"GPUs want MODEL_DIM / NUM_HEADS = {h} to be 16, 32, 64 or 128")
-        say("no Triton: all runs in plain torch" if not triton else "kernels: Triton " + triton.__version__
-            + ", but cuBLAS for the MLP: no TMA" * (bool(run.compile) and not has_tma(dist.device)))
+        say(
+            "no Triton: all runs in plain torch"
+            if not triton
+            else "kernels: Triton "
+            + triton.__version__
+            + ", but cuBLAS for the MLP: no TMA" * (bool(run.compile) and not has_tma(dist.device))
+        )
     say(f"devices: {dist.world} x {device_name(dist.device)}")
     say(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
     if plan.stream is None:
         return
-    say(f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
-        f"{run.train_batch_tokens} a step, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows per rank")
+    say(
+        f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
+        f"{run.train_batch_tokens} a step, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows per rank"
+    )
     with torch.device("meta"):
         sketch = GPT(model)
-    say(f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
-        f"{len(code())} bytes of code, limit {run.artifact_bytes}")
+    say(
+        f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
+        f"{len(code())} bytes of code, limit {run.artifact_bytes}"
+    )
     fixed = sum(2 * (p.numel() if param_role(n) == "scalar" else len(p)) for n, p in sketch.named_parameters())
-    require(run.artifact_bytes > len(code()) + fixed, f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} of code and "
-            f"{fixed} of gains and scales leave nothing for weights; raise it or use a smaller model", UserError)
+    require(
+        run.artifact_bytes > len(code()) + fixed,
+        f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} of code and "
+        f"{fixed} of gains and scales leave nothing for weights; raise it or use a smaller model",
+        UserError,
+    )
     say(f"limits: {run.max_wallclock_seconds:g} s of training, {run.eval_seconds:g} s of evaluation (0: none)")
+
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
 def versions() -> str:
     cuda = f" cuda:{torch.version.cuda}" if torch.version.cuda else ""
-    return (f"python:{platform.python_version()} torch:{torch.__version__}{cuda} numpy:{np.__version__} "
-            f"sentencepiece:{sentencepiece.__version__} zstandard:{zstandard.__version__}")
+    return (
+        f"python:{platform.python_version()} torch:{torch.__version__}{cuda} numpy:{np.__version__} "
+        f"sentencepiece:{sentencepiece.__version__} zstandard:{zstandard.__version__}"
+    )
+
 
 def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
     """The network's configuration that an artifact carries, checked like the environment's."""
@@ -2270,20 +2869,27 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
     except ConfigError as error:
         raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
 
+
 def load_artifact(path: Path, plan: Plan) -> GPT:
     """The model that a file holds, built from that file alone."""
     meta, stored = unpack(read_file(path), str(path))
     config, tokenizer = stored_config(meta, str(path)), str(meta.get("tokenizer"))
-    require(tokenizer == plan.tokenizer.sha256, f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
-            f"{plan.tokenizer.path} ({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH", DataError)
+    require(
+        tokenizer == plan.tokenizer.sha256,
+        f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
+        f"{plan.tokenizer.path} ({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
+        DataError,
+    )
     check_stored(config, stored, str(path))
     return restore(GPT(config).to(plan.dist.device), stored, str(path))
+
 
 def static_tally(model: GPT, plan: Plan, looping: bool = True, docs: Documents | None = None) -> Tally:
     """The score of the validation set, or of other documents, without adaptation."""
     tally = Tally(plan.validation if docs is None else docs)
     score_static(model, tally.docs, range(len(tally.docs)), plan.run, plan.dist, tally, looping)
     return tally.gathered(plan.dist)
+
 
 def average_is_better(trainer: Trainer, plan: Plan, docs: Documents, log: Log) -> bool:
     """Whether the average of the weights or the last of them is read out: what scores better on held-out text."""
@@ -2296,12 +2902,21 @@ def average_is_better(trainer: Trainer, plan: Plan, docs: Documents, log: Log) -
     log(f"{len(docs)} held-out documents: average {average / targets:.5f}, last {last / targets:.5f} nats a token")
     return bool(average <= last)
 
+
 def write_documents(path: Path, tally: Tally, static: Tally) -> None:
     """What every document scored, in the order of the validation set, for those who compare runs."""
     out, docs = io.BytesIO(), tally.docs
-    np.savez_compressed(out, nats=tally.nats, static_nats=static.nats, tokens=docs.lengths, bytes=docs.target_bytes(),
-                        updates=tally.updates.astype(np.int64), validation=np.array(docs.sha256()))
+    np.savez_compressed(
+        out,
+        nats=tally.nats,
+        static_nats=static.nats,
+        tokens=docs.lengths,
+        bytes=docs.target_bytes(),
+        updates=tally.updates.astype(np.int64),
+        validation=np.array(docs.sha256()),
+    )
     write_atomically(path, [out.getvalue()])
+
 
 def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
     """Everything from random weights to an artifact on the disk -> what the result says of it."""
@@ -2313,9 +2928,13 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         if dist.device.type == "cuda" and run.compile and triton:  # which the compiler needs, too
             compile_parts(model)
         held = stream.held_out()
-        origin = {"tokenizer": plan.tokenizer.sha256, "holdout_tokens": run.holdout_tokens,
-                  "holdout": hashlib.sha256(held.tokens.astype("<u2").tobytes()).hexdigest()}
+        origin = {
+            "tokenizer": plan.tokenizer.sha256,
+            "holdout_tokens": run.holdout_tokens,
+            "holdout": hashlib.sha256(held.tokens.astype("<u2").tobytes()).hexdigest(),
+        }
         trainer = Trainer(model, run, dist, origin)
+
         def rehearse(batch: list[Packed]) -> float:
             """Time what follows training, with senseless text and weights, and compile the scoring of validation."""
             if not run.max_wallclock_seconds:
@@ -2331,6 +2950,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
             reserve = trial.total("calibrate") * run.gptq_calibration_batches
             reserve += 2 * trial.total("choose", "quantise", "pack")
             return dist.largest(1.15 * reserve + 0.5)
+
         reserve, limit = warm_up(trainer, rehearse), run.max_wallclock_seconds or math.inf
         require(reserve < limit, f"MAX_WALLCLOCK_SECONDS={limit:g}: quantising and packing take {reserve:.1f} of them")
         if run.resume:
@@ -2339,8 +2959,15 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         dist.barrier()
     log(f"set-up took {watch.total('set-up'):.1f} s; {reserve:.1f} s are reserved for quantisation and packing")
     with watch.phase("train"):
-        history = train(trainer, stream, log, watch, reserve, checkpoint=path.with_suffix(".ckpt"),
-                        validate=lambda: static_tally(model, plan, trainer.looping(trainer.progress)).bits_per_byte)
+        history = train(
+            trainer,
+            stream,
+            log,
+            watch,
+            reserve,
+            checkpoint=path.with_suffix(".ckpt"),
+            validate=lambda: static_tally(model, plan, trainer.looping(trainer.progress)).bits_per_byte,
+        )
     with watch.phase("validate"):
         last_bpb = static_tally(model, plan).bits_per_byte
     with watch.phase("choose"):
@@ -2358,8 +2985,17 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
             write_atomically(path, [blob])
         dist.barrier()
     tokens, seconds = trainer.step * run.train_batch_tokens, trainer.seconds_before + watch.total(*TRAINING_CLOCK)
-    return {"steps": trainer.step, "train_tokens": tokens, "epochs": tokens / stream.total, "last_bpb": last_bpb,
-            "readout": readout, "prequant_bpb": prequant_bpb, "history": history, "train_seconds": seconds}
+    return {
+        "steps": trainer.step,
+        "train_tokens": tokens,
+        "epochs": tokens / stream.total,
+        "last_bpb": last_bpb,
+        "readout": readout,
+        "prequant_bpb": prequant_bpb,
+        "history": history,
+        "train_seconds": seconds,
+    }
+
 
 def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
     """Read an artifact from the disk and score it -> what the result says of it."""
@@ -2383,11 +3019,20 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) ->
     adapted = f" ttt_bpb:{bpb:.5f}" if run.ttt_enabled else ""
     log(f"artifact {path}: static_bpb:{static.bits_per_byte:.5f}{adapted}")
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
-    return {"val_bpb": bpb, "val_loss": float(tally.nats.sum() / tally.counted.sum()),
-            "static_bpb": static.bits_per_byte, "documents": len(docs), "tokens": int(tally.counted.sum()),
-            "bytes": counted_bytes, "validation": docs.sha256(), "adaptation_steps": int(tally.updates.sum()),
-            "doc_independent": int(independent), "degraded_documents": evaluation.degraded,
-            "eval_seconds": watch.total(*EVALUATION_CLOCK)}
+    return {
+        "val_bpb": bpb,
+        "val_loss": float(tally.nats.sum() / tally.counted.sum()),
+        "static_bpb": static.bits_per_byte,
+        "documents": len(docs),
+        "tokens": int(tally.counted.sum()),
+        "bytes": counted_bytes,
+        "validation": docs.sha256(),
+        "adaptation_steps": int(tally.updates.sum()),
+        "doc_independent": int(independent),
+        "degraded_documents": evaluation.degraded,
+        "eval_seconds": watch.total(*EVALUATION_CLOCK),
+    }
+
 
 def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
     """The table of phases, the result as a line of key:value, and the same as JSON."""
@@ -2395,11 +3040,14 @@ def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> No
     for name, seconds in watch.seconds.items():
         clock = "training" if name in TRAINING_CLOCK else "evaluation" if name in EVALUATION_CLOCK else "-"
         log(f"phase {name:26} {seconds:9.2f} s   clock: {clock}")
-    keys = ("val_bpb static_bpb prequant_bpb artifact_bytes code_bytes total_bytes steps train_tokens train_seconds "
-            "eval_seconds documents tokens bytes doc_independent degraded_documents seed").split()
+    keys = (
+        "val_bpb static_bpb prequant_bpb artifact_bytes code_bytes total_bytes steps train_tokens train_seconds "
+        "eval_seconds documents tokens bytes doc_independent degraded_documents seed"
+    ).split()
     shown = {key: result[key] for key in keys if key in result}
     log("result " + " ".join(f"{k}:{v:.6f}" if isinstance(v, float) else f"{k}:{v}" for k, v in shown.items()))
     write_atomically(path, [json.dumps(result, indent=1).encode()])
+
 
 def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
     """Open and check all that the run will read."""
@@ -2411,6 +3059,7 @@ def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
     stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
     return Plan(model, run, dist, tokenizer, validation, stream)
 
+
 def prepare_torch(run: RunConfig, device: torch.device) -> None:
     """A budget in steps repeats exactly, so it gets deterministic kernels; a budget in time gets the fastest."""
     torch.manual_seed(run.seed)
@@ -2419,6 +3068,7 @@ def prepare_torch(run: RunConfig, device: torch.device) -> None:
     if run.iterations and not run.max_wallclock_seconds:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
 
 def run_all(only_check: bool) -> None:
     model, run = read_env()
@@ -2443,12 +3093,20 @@ def run_all(only_check: bool) -> None:
         result |= train_and_pack(plan, log, watch, artifact)
     result |= evaluate(plan, log, watch, artifact, run_id)
     size = artifact.stat().st_size
-    result |= {"artifact_bytes": size, "code_bytes": len(code()), "total_bytes": size + len(code()),
-               "artifact_sha256": hashlib.sha256(read_file(artifact)).hexdigest(), "versions": versions(),
-               "artifact_parts": part_bytes(artifact), "world_size": dist.world, "device": device_name(dist.device)}
+    result |= {
+        "artifact_bytes": size,
+        "code_bytes": len(code()),
+        "total_bytes": size + len(code()),
+        "artifact_sha256": hashlib.sha256(read_file(artifact)).hexdigest(),
+        "versions": versions(),
+        "artifact_parts": part_bytes(artifact),
+        "world_size": dist.world,
+        "device": device_name(dist.device),
+    }
     if dist.main:
         report(result, watch, log, LOGS / f"{run_id}.json")
     dist.close()
+
 
 def part_bytes(path: Path) -> dict[str, int]:
     """Bytes of an artifact by kind of tensor, as they lie in the file; `header` is the rest."""
@@ -2461,6 +3119,7 @@ def part_bytes(path: Path) -> dict[str, int]:
         parts[kind] = parts.get(kind, 0) + size
     return parts | {"header": len(data) - sum(parts.values())}
 
+
 def end_quickly(grace_s: float = 3.0) -> None:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt; a thread ends a rank that waits in a collective and never sees it."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -2468,6 +3127,7 @@ def end_quickly(grace_s: float = 3.0) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
     def watch() -> None:
         while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
             pass
@@ -2475,7 +3135,9 @@ def end_quickly(grace_s: float = 3.0) -> None:
         for partial in LOGS.rglob(f".*.{os.getpid()}.partial"):
             partial.unlink(missing_ok=True)
         os._exit(INTERRUPTED)
+
     threading.Thread(target=watch, daemon=True).start()
+
 
 def main(arguments: Sequence[str]) -> int:
     """-> exit status: 0, 2 for what a user can mend, 130 when interrupted."""
@@ -2495,6 +3157,7 @@ def main(arguments: Sequence[str]) -> int:
         print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
+
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ every validation token; those of a document add up to its UTF-8 length. A datase
 
 Sections: CaseOps, Tokenizer, Documents, Installed text, Encoding, Shards, Text, Hub, Published shards, Command line.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -132,12 +133,13 @@ TOKENIZER_TEXT_BYTES = 100_000_000  # enough for stable merges; training holds a
 
 class Encoder(NamedTuple):
     """A checked tokenizer and what follows from it."""
+
     processor: sentencepiece.SentencePieceProcessor
-    caseops: bool            # text is transformed first
-    exact: bool              # decoding gives the very text back
-    pieces: PieceBytes       # the contest's formula
+    caseops: bool  # text is transformed first
+    exact: bool  # decoding gives the very text back
+    pieces: PieceBytes  # the contest's formula
     piece_sizes: np.ndarray  # (V,) int64, UTF-8 bytes of normalised text that a piece covers
-    byte_ids: list[int]      # (256,) the byte pieces
+    byte_ids: list[int]  # (256,) the byte pieces
 
 
 @functools.lru_cache(2)
@@ -199,12 +201,25 @@ def train_tokenizer(parts: list[Part], vocab_size: int, caseops: bool) -> bytes:
     model, texts = io.BytesIO(), list(tokenizer_text(parts, caseops))
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, pad_id=0, bos_id=BOS, eos_id=2, unk_id=3,
-            normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False,  # exact
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            pad_id=0,
+            bos_id=BOS,
+            eos_id=2,
+            unk_id=3,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,  # exact
             split_by_unicode_script=not caseops,  # or the markers could not merge with the letters beside them
-            split_digits=True, character_coverage=0.9999, max_sentence_length=1 << 30, minloglevel=3,
-            num_threads=4)  # fixed, because the model records it
+            split_digits=True,
+            character_coverage=0.9999,
+            max_sentence_length=1 << 30,
+            minloglevel=3,
+            num_threads=4,
+        )  # fixed, because the model records it
     except RuntimeError as error:
         reason = str(error).split("] ")[-1].strip() or "there is too little of it"
         raise DataError(f"--vocab-size {vocab_size}: no tokenizer can be trained on this text: {reason}") from None
@@ -227,12 +242,15 @@ def tokenizer_text(parts: list[Part], caseops: bool) -> Iterator[str]:
 # Documents: lines of JSON, read in batches; every document says for itself which split it belongs to.
 
 BATCH_BYTES = 1 << 20
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".zst": lambda raw: io.BufferedReader(
-    zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))}
+OPENERS = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".zst": lambda raw: io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)),
+}
 
 
 class Document(NamedTuple):
-    where: str   # file:line
+    where: str  # file:line
     number: int  # of its line, from 0
     text: str
     digest: int  # 64 bits that tell texts apart
@@ -240,20 +258,21 @@ class Document(NamedTuple):
 
 class Part(NamedTuple):
     """A file of documents and its rule for the split."""
+
     path: str
     all_validation: bool = False
     first_validation: int = 0  # leading documents for validation
-    hash_validation: int = 0   # documents whose digest lies below this are for validation
+    hash_validation: int = 0  # documents whose digest lies below this are for validation
 
     def is_validation(self, document: Document) -> bool:
-        return (self.all_validation or document.number < self.first_validation
-                or document.digest < self.hash_validation)
+        return self.all_validation or document.number < self.first_validation or document.digest < self.hash_validation
 
 
 class Batch(NamedTuple):
     """About BATCH_BYTES of consecutive lines."""
+
     part: Part
-    first: int     # number of the first line, from 0
+    first: int  # number of the first line, from 0
     lines: list[bytes]
     consumed: int  # bytes read of all files so far, as they lie there
 
@@ -315,10 +334,37 @@ def file_parts(patterns: list[str], **rule: Any) -> list[Part]:
 # in them runs; only compiled things, which have no source, are asked in this process.
 
 MIN_CHARACTERS = 200  # shorter docstrings are labels rather than text
-APART = {"antigravity", "distutils", "ensurepip", "idlelib", "lib2to3", "test", "tests", "this", "tkinter", "turtle",
-         "turtledemo"}  # tests, jokes, and what some systems package apart from Python
-COMPILED = ("builtins", "array", "binascii", "cmath", "itertools", "math", "time", "zlib", "numpy", "numpy.linalg",
-            "numpy.random", "torch", "torch.fft", "torch.linalg", "torch.nn.functional", "torch.special")
+APART = {
+    "antigravity",
+    "distutils",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "test",
+    "tests",
+    "this",
+    "tkinter",
+    "turtle",
+    "turtledemo",
+}  # tests, jokes, and what some systems package apart from Python
+COMPILED = (
+    "builtins",
+    "array",
+    "binascii",
+    "cmath",
+    "itertools",
+    "math",
+    "time",
+    "zlib",
+    "numpy",
+    "numpy.linalg",
+    "numpy.random",
+    "torch",
+    "torch.fft",
+    "torch.linalg",
+    "torch.nn.functional",
+    "torch.special",
+)
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")
 
 
@@ -400,14 +446,15 @@ MEASURES = ("original_bytes", "decoded_bytes", "smaller_bytes", "contest_bytes")
 
 class Encoded(NamedTuple):
     """The d documents of a batch that belong to one split, n tokens in all."""
+
     split: str
-    tokens: np.ndarray    # (n,) uint16, BOS before every document
-    sidecar: np.ndarray   # (n,) uint16; (0,) in training
-    lengths: np.ndarray   # (d,) tokens of every document
+    tokens: np.ndarray  # (n,) uint16, BOS before every document
+    sidecar: np.ndarray  # (n,) uint16; (0,) in training
+    lengths: np.ndarray  # (d,) tokens of every document
     measures: np.ndarray  # (d, 4) int64, see MEASURES
-    digests: list[int]    # (d,)
-    where: list[str]      # (d,)
-    empty: int            # documents left out because they have no tokens
+    digests: list[int]  # (d,)
+    where: list[str]  # (d,)
+    empty: int  # documents left out because they have no tokens
 
 
 def encode_document(encoder: Encoder, text: str, validation: bool) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -452,11 +499,18 @@ def encode_batch(model: bytes, caseops: bool, batch: Batch) -> list[Encoded]:
     for validation, documents in rows.items():
         tokens, sidecars, measures, digests, where = zip(*documents, strict=True) if documents else [()] * 5
         none = np.zeros(0, np.uint16)
-        results.append(Encoded(
-            "val" if validation else "train",
-            np.concatenate([none, *tokens]), np.concatenate([none, *sidecars]) if validation else none,
-            np.array([len(t) for t in tokens], np.int64), np.array(measures, np.int64).reshape(-1, len(MEASURES)),
-            list(digests), list(where), empty[validation]))
+        results.append(
+            Encoded(
+                "val" if validation else "train",
+                np.concatenate([none, *tokens]),
+                np.concatenate([none, *sidecars]) if validation else none,
+                np.array([len(t) for t in tokens], np.int64),
+                np.array(measures, np.int64).reshape(-1, len(MEASURES)),
+                list(digests),
+                list(where),
+                empty[validation],
+            )
+        )
     return results
 
 
@@ -512,8 +566,12 @@ class Progress:
             message += f", {done / 1e6:,.0f} MB, {(done - before) / 1e6 / spent:.1f} MB/s"
         if done > before and self.total > 0:
             message += f", {done / self.total:.0%}, {(self.total - done) * spent / (done - before):.0f} s left"
-        print(f"\r\x1b[K{message}" if self.terminal else message, end="\r" if self.terminal else "\n", file=sys.stderr,
-              flush=True)
+        print(
+            f"\r\x1b[K{message}" if self.terminal else message,
+            end="\r" if self.terminal else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def wait(self, future: Future) -> Any:
         """The future's result, with a sign of life while it is awaited."""
@@ -538,8 +596,9 @@ def save_tokenizer(path: Path, *given: Any) -> None:
     path.write_bytes(train_tokenizer(*given))
 
 
-def encode_all(pool: ProcessPoolExecutor, workers: int, parts: list[Part], model: bytes,
-               caseops: bool) -> Iterator[Encoded]:
+def encode_all(
+    pool: ProcessPoolExecutor, workers: int, parts: list[Part], model: bytes, caseops: bool
+) -> Iterator[Encoded]:
     """All files in order. Only a few batches are under way at a time, so memory does not grow with the text."""
     progress = Progress("encoding", sum(Path(part.path).stat().st_size for part in parts))
     pending: deque[tuple[Future, int]] = deque()
@@ -576,11 +635,16 @@ class SplitGuard:
             return encoded
         if not self.leave_out:
             i = int(keep.argmin())
-            raise DataError(f"{encoded.where[i]}: this training document is in validation too "
-                            f"({self.validation[encoded.digests[i]]}): a score would mean nothing; remove one of them")
+            raise DataError(
+                f"{encoded.where[i]}: this training document is in validation too "
+                f"({self.validation[encoded.digests[i]]}): a score would mean nothing; remove one of them"
+            )
         self.copies["left out"] += int((~keep).sum())
-        return encoded._replace(tokens=encoded.tokens[np.repeat(keep, encoded.lengths)],
-                                lengths=encoded.lengths[keep], measures=encoded.measures[keep])
+        return encoded._replace(
+            tokens=encoded.tokens[np.repeat(keep, encoded.lengths)],
+            lengths=encoded.lengths[keep],
+            measures=encoded.measures[keep],
+        )
 
     def training_copies(self) -> int:
         seen = np.concatenate([np.zeros(0, np.uint64), *self.training])
@@ -629,9 +693,12 @@ class ShardWriter:
         self.sidecars: list[dict] = []
 
     def add(self, encoded: Encoded) -> None:
-        self.totals += Counter(documents=len(encoded.lengths), tokens=len(encoded.tokens),
-                               empty_documents=encoded.empty,
-                               **dict(zip(MEASURES, encoded.measures.sum(0).tolist(), strict=True)))
+        self.totals += Counter(
+            documents=len(encoded.lengths),
+            tokens=len(encoded.tokens),
+            empty_documents=encoded.empty,
+            **dict(zip(MEASURES, encoded.measures.sum(0).tolist(), strict=True)),
+        )
         ends, begin, document = np.cumsum(encoded.lengths), 0, 0
         while document < len(ends):
             fitting = int(np.searchsorted(ends, begin + self.limit - self.held, side="right"))
@@ -686,16 +753,24 @@ def workspace(final: Path, key: str = "") -> Iterator[Path]:
 
 
 def versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "sentencepiece": sentencepiece.__version__,
-            "numpy": np.__version__, "torch": str(torch.__version__)}
+    return {
+        "python": platform.python_version(),
+        "sentencepiece": sentencepiece.__version__,
+        "numpy": np.__version__,
+        "torch": str(torch.__version__),
+    }
 
 
 def write_manifest(folder: Path, final: Path, model: bytes, encoder: Encoder, facts: dict) -> dict:
     """Write the manifest into the folder that will be `final`, and the tokenizer to its place."""
     path = final.parent.parent / "tokenizers" / f"{final.name}.model"
-    tokenizer = {"path": f"../../tokenizers/{path.name}", "sha256": hashlib.sha256(model).hexdigest(),
-                 "vocab_size": encoder.processor.get_piece_size(), "exact": encoder.exact,
-                 "transform": "caseops" if encoder.caseops else "none"}
+    tokenizer = {
+        "path": f"../../tokenizers/{path.name}",
+        "sha256": hashlib.sha256(model).hexdigest(),
+        "vocab_size": encoder.processor.get_piece_size(),
+        "exact": encoder.exact,
+        "transform": "caseops" if encoder.caseops else "none",
+    }
     manifest = {"format": FORMAT, **facts, "tokenizer": tokenizer, "versions": versions()}
     write_atomically(folder / "manifest.json", [json.dumps(manifest, indent=1).encode() + b"\n"])
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -709,9 +784,11 @@ def find_prepared(final: Path, parameters: dict) -> dict | None:
         manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
         files = [f for split in manifest["splits"].values() for f in split["shards"] + split["sidecars"]]
         tokenizer = manifest["tokenizer"]
-        same = (manifest["parameters"] == parameters
-                and all((final / f["file"]).stat().st_size == f["bytes"] for f in files)
-                and file_sha256(final / tokenizer["path"]) == tokenizer["sha256"])
+        same = (
+            manifest["parameters"] == parameters
+            and all((final / f["file"]).stat().st_size == f["bytes"] for f in files)
+            and file_sha256(final / tokenizer["path"]) == tokenizer["sha256"]
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if same else None
@@ -728,8 +805,10 @@ def report(final: Path, manifest: dict, note: str = "") -> None:
                 print(f"{name}: {split[f'{what}_documents']:,} documents {what.replace('_', ' ')}")
     counted, smaller = (manifest["splits"]["val"][f"{what}_bytes"] for what in ("contest", "smaller"))
     if counted and smaller and counted > smaller:
-        print(f"warning: val: the contest's formula counts {counted:,} bytes, {counted - smaller:,} more than the "
-              "smaller of original and decoded text: its bits per byte flatter by as much")
+        print(
+            f"warning: val: the contest's formula counts {counted:,} bytes, {counted - smaller:,} more than the "
+            "smaller of original and decoded text: its bits per byte flatter by as much"
+        )
     print(f"{final}{note}")
 
 
@@ -737,8 +816,9 @@ def report(final: Path, manifest: dict, note: str = "") -> None:
 # Text: one way from documents to a dataset, whatever their source.
 
 
-def prepare_text(args: argparse.Namespace, source: dict, rule: str, find_parts: Callable[[Path], list[Part]],
-                 leave_out: bool = False) -> None:
+def prepare_text(
+    args: argparse.Namespace, source: dict, rule: str, find_parts: Callable[[Path], list[Part]], leave_out: bool = False
+) -> None:
     """Documents -> a dataset. `source` must name all that decides what `find_parts` finds; `rule` tells the split."""
     final, model, caseops = args.out / "datasets" / args.name, b"", args.caseops is not False
     if args.tokenizer:
@@ -746,9 +826,14 @@ def prepare_text(args: argparse.Namespace, source: dict, rule: str, find_parts: 
         processor = load_encoder(model, False, str(args.tokenizer)).processor
         has_markers = processor.piece_to_id(TITLE) != processor.unk_id()
         caseops = has_markers if args.caseops is None else args.caseops
-    parameters = {"format": FORMAT, "source": source, "shard_tokens": args.shard_tokens, "caseops": caseops,
-                  "tokenizer": hashlib.sha256(model).hexdigest() if model else f"{args.vocab_size} pieces, trained",
-                  "sentencepiece": sentencepiece.__version__}
+    parameters = {
+        "format": FORMAT,
+        "source": source,
+        "shard_tokens": args.shard_tokens,
+        "caseops": caseops,
+        "tokenizer": hashlib.sha256(model).hexdigest() if model else f"{args.vocab_size} pieces, trained",
+        "sentencepiece": sentencepiece.__version__,
+    }
     if manifest := find_prepared(final, parameters):
         return report(final, manifest, ": already prepared")
     with workspace(final) as folder:
@@ -773,10 +858,14 @@ def split_facts(writer: ShardWriter, guard: SplitGuard, caseops: bool, rule: str
         raise DataError(f"no document is for {writer.split}: {rule}; give more text or another split")
     facts = {name: writer.totals[name] for name in ("documents", "tokens", *MEASURES, "empty_documents")}
     training = writer.split == "train"
-    return {**facts, "contest_bytes": None if caseops else facts["contest_bytes"],  # the formula knows no markers
-            "duplicate_documents": guard.training_copies() if training else guard.copies["val"],
-            "left_out_documents": guard.copies["left out"] if training else 0,
-            "shards": writer.shards, "sidecars": writer.sidecars}
+    return {
+        **facts,
+        "contest_bytes": None if caseops else facts["contest_bytes"],  # the formula knows no markers
+        "duplicate_documents": guard.training_copies() if training else guard.copies["val"],
+        "left_out_documents": guard.copies["left out"] if training else 0,
+        "shards": writer.shards,
+        "sidecars": writer.sidecars,
+    }
 
 
 def prepare_installed(args: argparse.Namespace) -> None:
@@ -805,8 +894,11 @@ def prepare_contest(args: argparse.Namespace) -> None:
     if not args.documents:
         return prepare_published(args)
     if args.val_docs < CONTEST_VAL_DOCS:
-        print(f"warning: --val-docs {args.val_docs}: documents up to the {CONTEST_VAL_DOCS:,}th are the contest's "
-              "validation, and here you train on them: no score of this is one of the contest", file=sys.stderr)
+        print(
+            f"warning: --val-docs {args.val_docs}: documents up to the {CONTEST_VAL_DOCS:,}th are the contest's "
+            "validation, and here you train on them: no score of this is one of the contest",
+            file=sys.stderr,
+        )
     args.name = args.name or "contest_documents"
     hub = Hub(args.base_url, args.repo or PLAIN_REPOSITORY)
     source = {"kind": "contest documents", "hub": hub.base_url, "repo": hub.repo, "val_docs": args.val_docs}
@@ -835,8 +927,8 @@ HUB = "https://huggingface.co"
 CONTEST_VAL_DOCS = 50_000
 PLAIN_REPOSITORY = "willdepueoai/parameter-golf"
 REPOSITORIES = {"caseops": "romeerp/parameter-golf-caseops-v1", "sp8192": "kevclark/parameter-golf"}
-MAX_ATTEMPTS = 6       # in a row that come no further
-FIRST_PAUSE_S = 1.0    # doubled at every further attempt
+MAX_ATTEMPTS = 6  # in a row that come no further
+FIRST_PAUSE_S = 1.0  # doubled at every further attempt
 LONGEST_PAUSE_S = 60.0
 TIMEOUT_S = 60
 PASSING_STATES = {408, 425, 429, 500, 502, 503, 504}
@@ -845,6 +937,7 @@ NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionEr
 
 class LinkedDigest(urllib.request.HTTPRedirectHandler):
     """The hub redirects to where a large file lies, and names its SHA-256 in doing so."""
+
     digest = ""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
@@ -854,6 +947,7 @@ class LinkedDigest(urllib.request.HTTPRedirectHandler):
 
 class Hub(NamedTuple):
     """A repository of datasets that has the contest's layout."""
+
     base_url: str
     repo: str
 
@@ -991,8 +1085,10 @@ def published_entry(hub: Hub, folder: Path, dataset: str) -> tuple[int, int, str
                 raise ValueError(f"{train_shards} shards of training, {val_shards} of validation")
             return train_shards, val_shards, tokenizer["model_path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: does not describe {dataset} and its SentencePiece model ({error!r}); "
-                        "choose another --variant or --repo") from None
+        raise DataError(
+            f"{where}: does not describe {dataset} and its SentencePiece model ({error!r}); "
+            "choose another --variant or --repo"
+        ) from None
     raise UserError(f"{where}: no {dataset}; it has {', '.join(sorted(datasets))}; choose another --variant or --repo")
 
 
@@ -1014,8 +1110,10 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
             leaked |= digests & validation if split == "train" else set()
             progress()
     if len(leaked) > MAX_LEAK * len(validation):
-        raise DataError(f"{folder}: {len(leaked):,} of {len(validation):,} validation documents are in training too: a "
-                        "score would mean nothing; choose another --repo")
+        raise DataError(
+            f"{folder}: {len(leaked):,} of {len(validation):,} validation documents are in training too: a "
+            "score would mean nothing; choose another --repo"
+        )
     splits["val"] |= {"in_training_documents": len(leaked), **weigh_validation(folder, names, encoder)}
     return {split: splits[split] for split in SPLITS}
 
@@ -1036,8 +1134,10 @@ def checked_shard(path: Path, vocab_size: int) -> np.ndarray:
 def document_digests(tokens: np.ndarray) -> set[bytes]:
     """Hashes of the documents that both begin and end in a shard."""
     starts = np.flatnonzero(tokens == BOS).tolist()
-    return {hashlib.blake2b(tokens[a:b].tobytes(), digest_size=8).digest()
-            for a, b in zip(starts[:-1], starts[1:], strict=True)}
+    return {
+        hashlib.blake2b(tokens[a:b].tobytes(), digest_size=8).digest()
+        for a, b in zip(starts[:-1], starts[1:], strict=True)
+    }
 
 
 def weigh_validation(folder: Path, names: dict[str, list[str]], encoder: Encoder) -> dict:
@@ -1084,25 +1184,38 @@ def folder_name(text: str) -> str:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prepare.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sources = parser.add_subparsers(required=True, metavar="SOURCE")
     commands = {}
     for name, run, vocab_size, doc in (
-            ("installed", prepare_installed, 2048, "the documentation of Python, NumPy and torch on this machine"),
-            ("jsonl", prepare_jsonl, 8192, 'files with one document a line: a JSON string, or an object with "text"'),
-            ("contest", prepare_contest, 8192, "the contest's published shards, or its documents, from the hub")):
+        ("installed", prepare_installed, 2048, "the documentation of Python, NumPy and torch on this machine"),
+        ("jsonl", prepare_jsonl, 8192, 'files with one document a line: a JSON string, or an object with "text"'),
+        ("contest", prepare_contest, 8192, "the contest's published shards, or its documents, from the hub"),
+    ):
         commands[name] = command = sources.add_parser(name, help=doc, description=doc)
         command.set_defaults(run=run)
         add = command.add_argument
-        add("--out", type=Path, default=Path(__file__).resolve().parent,
-            help="folder for datasets/ and tokenizers/ [that of this file]")
-        add("--name", type=folder_name, default=None if name == "contest" else name,
-            help=f"name of the dataset [{'the published one' if name == 'contest' else name}]")
+        add(
+            "--out",
+            type=Path,
+            default=Path(__file__).resolve().parent,
+            help="folder for datasets/ and tokenizers/ [that of this file]",
+        )
+        add(
+            "--name",
+            type=folder_name,
+            default=None if name == "contest" else name,
+            help=f"name of the dataset [{'the published one' if name == 'contest' else name}]",
+        )
         add("--tokenizer", type=Path, help="SentencePiece model to use [one is trained]")
         add("--vocab-size", type=whole_number, default=vocab_size, help="pieces of a trained one [%(default)s]")
-        add("--caseops", action=argparse.BooleanOptionalAction,
-            help="spell capitals as markers [yes, or if the given tokenizer has the markers]")
+        add(
+            "--caseops",
+            action=argparse.BooleanOptionalAction,
+            help="spell capitals as markers [yes, or if the given tokenizer has the markers]",
+        )
         add("--workers", type=whole_number, default=len(os.sched_getaffinity(0)), help="processes [one a core]")
         add("--shard-tokens", type=whole_number, default=100_000_000, help="tokens of a shard, at most [%(default)s]")
     add = commands["installed"].add_argument
@@ -1112,12 +1225,20 @@ def command_line() -> argparse.ArgumentParser:
     add("--val", nargs="+", help="files for validation [--val-fraction decides]")
     add("--val-fraction", type=float, default=0.02, help="share of the texts for validation, by hash [%(default)s]")
     add = commands["contest"].add_argument
-    add("--variant", type=folder_name, default="caseops",
-        help="sp1024, sp8192, caseops, or what follows fineweb10B_ in a name [%(default)s]")
+    add(
+        "--variant",
+        type=folder_name,
+        default="caseops",
+        help="sp1024, sp8192, caseops, or what follows fineweb10B_ in a name [%(default)s]",
+    )
     add("--train-shards", type=whole_number, default=80, help="of 100 million tokens and 200 MB [%(default)s]")
     add("--documents", action="store_true", help="the text, 48 GB, to be encoded here, instead of shards")
-    add("--val-docs", type=whole_number, default=CONTEST_VAL_DOCS,
-        help="with --documents: how many come first, for validation [%(default)s]")
+    add(
+        "--val-docs",
+        type=whole_number,
+        default=CONTEST_VAL_DOCS,
+        help="with --documents: how many come first, for validation [%(default)s]",
+    )
     add("--repo", help="OWNER/NAME on the hub [the one that publishes the variant]")
     add("--base-url", type=web_address, default=HUB, help="the hub [%(default)s]")
     return parser

@@ -57,9 +57,22 @@ def pytest_collection_modifyitems(items):
 def tiny_config() -> train_gpt.ModelConfig:
     """A network with every mechanism in it: 64 pieces, width 32, 4 layers, heads 4/2, a loop, lanes, skips, gates."""
     return train_gpt.ModelConfig(
-        vocab_size=TINY_VOCAB, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4,
-        xsa_last_n=2, attn_gate_width=4, smear_width=4, unet_skips=2, parallel_start_layer=3, num_loops=1,
-        loop_start=1, loop_end=2)  # fmt: skip
+        vocab_size=TINY_VOCAB,
+        num_layers=4,
+        model_dim=32,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_mult=2,
+        rope_dims=4,
+        xsa_last_n=2,
+        attn_gate_width=4,
+        smear_width=4,
+        unet_skips=2,
+        parallel_start_layer=3,
+        num_loops=1,
+        loop_start=1,
+        loop_end=2,
+    )
 
 
 @pytest.fixture
@@ -67,10 +80,26 @@ def tiny_run(tmp_path) -> Callable[..., train_gpt.RunConfig]:
     """tiny_run(**overrides): three steps of 256 tokens in rows of 64 on the CPU, contexts of 32, chunks of 8, data in
     tmp_path / "data", where `tiny_data` puts it."""
     tiny = dict(
-        run_id="tiny", device="cpu", data_path=str(tmp_path / "data"), iterations=3, max_wallclock_seconds=0.0,
-        eval_seconds=0.0, warmup_steps=1, train_batch_tokens=256, train_row_tokens=64, micro_batch_tokens=128,
-        train_seq_len=32, holdout_tokens=0, train_log_every=1, gptq_calibration_batches=1, eval_seq_len=32,
-        eval_stride=8, ttt_chunk_tokens=8, ttt_batch_docs=4, ttt_lora_rank=2)  # fmt: skip
+        run_id="tiny",
+        device="cpu",
+        data_path=str(tmp_path / "data"),
+        iterations=3,
+        max_wallclock_seconds=0.0,
+        eval_seconds=0.0,
+        warmup_steps=1,
+        train_batch_tokens=256,
+        train_row_tokens=64,
+        micro_batch_tokens=128,
+        train_seq_len=32,
+        holdout_tokens=0,
+        train_log_every=1,
+        gptq_calibration_batches=1,
+        eval_seq_len=32,
+        eval_stride=8,
+        ttt_chunk_tokens=8,
+        ttt_batch_docs=4,
+        ttt_lora_rank=2,
+    )
     return lambda **overrides: train_gpt.RunConfig(**(tiny | overrides))
 
 
@@ -85,8 +114,16 @@ def trained(**options) -> bytes:
     chance, model = random.Random(1), io.BytesIO()
     text = [" ".join(chance.choices(words(), k=40)) for _ in range(100)]
     defaults = dict(
-        vocab_size=TINY_VOCAB, model_type="bpe", bos_id=1, eos_id=2, normalization_rule_name="identity",
-        add_dummy_prefix=False, remove_extra_whitespaces=False, num_threads=1, minloglevel=2)  # fmt: skip
+        vocab_size=TINY_VOCAB,
+        model_type="bpe",
+        bos_id=1,
+        eos_id=2,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        num_threads=1,
+        minloglevel=2,
+    )
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **(defaults | options))
     return model.getvalue()
 

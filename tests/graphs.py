@@ -42,8 +42,12 @@ def pretend(monkeypatch) -> list[Graph]:
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
     for name, value in dict(
-        CUDAGraph=Graph, graph=capture, graph_pool_handle=lambda: None, Stream=lambda: stream,
-        current_stream=lambda: stream, stream=lambda _: contextlib.nullcontext()
-    ).items():  # fmt: skip
+        CUDAGraph=Graph,
+        graph=capture,
+        graph_pool_handle=lambda: None,
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=lambda _: contextlib.nullcontext(),
+    ).items():
         monkeypatch.setattr(torch.cuda, name, value)
     return captured

@@ -86,10 +86,20 @@ def falsified_readme(text: str) -> Iterator[tuple[str, str]]:
 def falsified_log(text: str) -> Iterator[tuple[str, str]]:
     """Settings, losses, sizes and scores on the way, the table of phases and the result."""
     source = text.index("\nVOCAB_SIZE=")
-    for pattern in (r"\n[A-Z][A-Z0-9_]*=(.*)", r"\nstep:(\d+ loss:\S+)", r"train_s:(\S+)", r"before quantisation(.*)",
-                    r"\nphase (.*)", r"\nresult (.*)", r"\n(devices: .*),", r"\n(validation: .*)",
-                    r"\ntraining data: \d+ shards, (\d+) ", r"\n(python:.*) \S+\n",
-                    r"\npack 1: ranges \S+ (\d+) bytes", r"\nartifact .*static_bpb:(.*)"):  # fmt: skip
+    for pattern in (
+        r"\n[A-Z][A-Z0-9_]*=(.*)",
+        r"\nstep:(\d+ loss:\S+)",
+        r"train_s:(\S+)",
+        r"before quantisation(.*)",
+        r"\nphase (.*)",
+        r"\nresult (.*)",
+        r"\n(devices: .*),",
+        r"\n(validation: .*)",
+        r"\ntraining data: \d+ shards, (\d+) ",
+        r"\n(python:.*) \S+\n",
+        r"\npack 1: ranges \S+ (\d+) bytes",
+        r"\nartifact .*static_bpb:(.*)",
+    ):
         for match in re.finditer(pattern, text[source:]):
             yield from falsified_text(text, source + match.start(1), source + match.end(1))
 
@@ -186,9 +196,15 @@ def test_what_is_taken_out_of_a_logs_result_is_missed(copy, name):
 
 @pytest.mark.parametrize(
     ("line", "name"),
-    [("devices", "world_size"), ("validation", "documents"), ("before quantisation", "prequant_bpb"),
-     ("pack", "artifact_bytes"), ("artifact", "static_bpb"), ("python", "versions")],
-)  # fmt: skip
+    [
+        ("devices", "world_size"),
+        ("validation", "documents"),
+        ("before quantisation", "prequant_bpb"),
+        ("pack", "artifact_bytes"),
+        ("artifact", "static_bpb"),
+        ("python", "versions"),
+    ],
+)
 def test_a_line_that_is_taken_out_is_missed(copy, line, name):
     assert f"train_seed0.json: no line of the log's progress tells {name}" in change_log(copy, rf"^{line}\b.*\n", "")
 
@@ -333,8 +349,19 @@ def test_the_contests_limits_hold_whatever_the_record_says(copy):
     assert "asks for 8 x H100" in found and "the contest's are 50,000" in found and "it lies in" in found
 
 
-@pytest.mark.parametrize("name", ["loss.png", "audit_seed42.txt", "train_seed42.log", "train_seed42.json", "README.md",
-                                  "train_seed42.docs.npz", "train_gpt.py", "requirements.txt"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "loss.png",
+        "audit_seed42.txt",
+        "train_seed42.log",
+        "train_seed42.json",
+        "README.md",
+        "train_seed42.docs.npz",
+        "train_gpt.py",
+        "requirements.txt",
+    ],
+)
 def test_a_missing_file_is_caught(copy, name):
     (copy / name).unlink()
     assert any(name in line for line in check.examine(copy))
@@ -362,27 +389,42 @@ def test_a_folder_elsewhere_is_caught(copy):
 @pytest.mark.parametrize(
     "junk", [b"", b"\xff\xfe", b"[]", b"{}", b"null", b'{"baseline": {}}', b"[" * 3000, b"7" * 5000]
 )
-@pytest.mark.parametrize("name", ["submission.json", "README.md", "train_seed0.json", "train_seed0.log",
-                                  "train_seed0.docs.npz", "train_gpt.py"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    ["submission.json", "README.md", "train_seed0.json", "train_seed0.log", "train_seed0.docs.npz", "train_gpt.py"],
+)
 def test_junk_is_told_and_not_believed(copy, name, junk):
     (copy / name).write_bytes(junk)
     assert check.examine(copy)
 
 
 ANOTHER_KIND = [
-    dict(allowed=[["x"]]), dict(allowed=["everything"]), dict(limits={}), dict(limits=3), dict(author=3),
-    dict(date="x"), dict(name="../../x"), dict(track=[]), dict(baseline=[1]), dict(baseline={"source": "given"}),
+    dict(allowed=[["x"]]),
+    dict(allowed=["everything"]),
+    dict(limits={}),
+    dict(limits=3),
+    dict(author=3),
+    dict(date="x"),
+    dict(name="../../x"),
+    dict(track=[]),
+    dict(baseline=[1]),
+    dict(baseline={"source": "given"}),
     dict(limits={"train_seconds": "long", "eval_seconds": float("inf")}),
-]  # fmt: skip
+]
 
 
 NONSENSE = [
-    (r"^step:2 .*", "step:1 loss:nan progress:0 train_s:nan"), (r"^step:2 .*", "step:2 loss:1e400 train_s:inf"),
-    (r"^step:2 ", f"step:{'9' * 5000} "), (r"^(training data: \d+ shards,) \d+", rf"\1 {'9' * 5000}"),
+    (r"^step:2 .*", "step:1 loss:nan progress:0 train_s:nan"),
+    (r"^step:2 .*", "step:2 loss:1e400 train_s:inf"),
+    (r"^step:2 ", f"step:{'9' * 5000} "),
+    (r"^(training data: \d+ shards,) \d+", rf"\1 {'9' * 5000}"),
     (r"^(training data: \d+ shards,) \d+", rf"\1 {'9' * 400}"),
-    (r"^(phase train +)\S+", rf"\g<1>{'9' * 400}.0"), (r" static_bpb:\S+ ttt", f" static_bpb:1.{'0' * 5000} ttt"),
-    (r"^TTT_LR=.*", "TTT_LR='"), (r"^TTT_LR=.*", "TTT_LR=\0"), (r"^(result val_bpb):\S+", r"\1:nan"),
-]  # fmt: skip
+    (r"^(phase train +)\S+", rf"\g<1>{'9' * 400}.0"),
+    (r" static_bpb:\S+ ttt", f" static_bpb:1.{'0' * 5000} ttt"),
+    (r"^TTT_LR=.*", "TTT_LR='"),
+    (r"^TTT_LR=.*", "TTT_LR=\0"),
+    (r"^(result val_bpb):\S+", r"\1:nan"),
+]
 
 
 @pytest.mark.parametrize(("pattern", "text"), NONSENSE)
@@ -396,11 +438,21 @@ HUGE = 10**400  # JSON holds it, and no float does
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(steps=HUGE), dict(val_bpb=HUGE), dict(history=[[2, 0.1, HUGE]]), dict(history=[[HUGE, 0.1, 1.0]]),
-        dict(epochs=1e308), dict(train_tokens=HUGE), dict(bytes=HUGE), dict(artifact_parts={"x": HUGE}),
-        dict(phases={"train": HUGE}), dict(seed=HUGE), dict(knobs={}), dict(device="\ud800"), dict(versions="\x1b[2J"),
+        dict(steps=HUGE),
+        dict(val_bpb=HUGE),
+        dict(history=[[2, 0.1, HUGE]]),
+        dict(history=[[HUGE, 0.1, 1.0]]),
+        dict(epochs=1e308),
+        dict(train_tokens=HUGE),
+        dict(bytes=HUGE),
+        dict(artifact_parts={"x": HUGE}),
+        dict(phases={"train": HUGE}),
+        dict(seed=HUGE),
+        dict(knobs={}),
+        dict(device="\ud800"),
+        dict(versions="\x1b[2J"),
     ],
-)  # fmt: skip
+)
 def test_numbers_without_end_are_told_and_not_believed(copy, changes, capsys):
     assert change_result(copy, **changes)
     assert end_in_a_line(lambda: check.main([str(copy), "--no-evaluation"])) == 1
@@ -471,8 +523,10 @@ def test_a_baseline_at_hand_is_compared(copy, monkeypatch):
     actual = check.baseline_of(source)
     facts = check.read_record(copy).facts
     patch.chdir(home)
-    true, false = (test_record.dataclasses.replace(facts, baseline=b) for b in (
-        actual, test_record.dataclasses.replace(actual, val_bpb=9.0)))  # fmt: skip
+    true, false = (
+        test_record.dataclasses.replace(facts, baseline=b)
+        for b in (actual, test_record.dataclasses.replace(actual, val_bpb=9.0))
+    )
     assert check.against_baseline(true) == []
     assert check.against_baseline(false) == [
         f"submission.json: baseline.val_bpb is 9.0, {source} gives {actual.val_bpb}"
@@ -484,8 +538,13 @@ def test_a_baseline_at_hand_is_compared(copy, monkeypatch):
 
 def test_a_users_mistakes_are_not_disagreements(copy, tmp_path, capsys):
     here = str(copy)
-    for arguments in ([str(tmp_path)], [here, "--artifact", "x"], [here, "--artifact", "7=x"],
-                      [here, "--artifact", "0=missing.ptz"], [here, here, "--artifact", "0=x"]):  # fmt: skip
+    for arguments in (
+        [str(tmp_path)],
+        [here, "--artifact", "x"],
+        [here, "--artifact", "7=x"],
+        [here, "--artifact", "0=missing.ptz"],
+        [here, here, "--artifact", "0=x"],
+    ):
         assert end_in_a_line(lambda given=arguments: check.main(given)) == 2
         assert capsys.readouterr().err.startswith("error: ")
 

@@ -246,11 +246,26 @@ def test_no_frame_unpacks_into_more_edits_than_a_file_may_have():
             codec.unpack_edits(b"\1" + codec.zstandard.compress(plain))
 
 
-@pytest.mark.parametrize("change", [
-    {"documents": 10_000, "tokens": 10_000, "split": "00" * 8000}, {"tokens": 10**400},
-    {"documents": 0}, {"documents": 1 << 40}, {"tokens": -1}, {"edits": -1}, {"edits": 1 << 40}, {"threads": 0},
-    {"threads": 1 << 20}, {"knobs": {"ARTIFACT": "x"}}, {"knobs": {"TTT_LR": 1}}, {"knobs": []}, {"split": "xy"},
-    {"caseops": 1}, {"more": 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"documents": 10_000, "tokens": 10_000, "split": "00" * 8000},
+        {"tokens": 10**400},
+        {"documents": 0},
+        {"documents": 1 << 40},
+        {"tokens": -1},
+        {"edits": -1},
+        {"edits": 1 << 40},
+        {"threads": 0},
+        {"threads": 1 << 20},
+        {"knobs": {"ARTIFACT": "x"}},
+        {"knobs": {"TTT_LR": 1}},
+        {"knobs": []},
+        {"split": "xy"},
+        {"caseops": 1},
+        {"more": 1},
+    ],
+)
 def test_a_header_that_cannot_be_is_refused_though_its_checksum_fits(compressed, change):
     contents = codec.unpack_file(compressed, "it")
     with pytest.raises(DataError):
@@ -351,13 +366,24 @@ def test_the_table_is_of_validation_documents(artifact, tmp_path, capsys, write_
 
 def test_separators_as_typed():
     assert [compress.separator(text) for text in (r"\n\n", "<s>", r"\x00", "é世")] == [
-        b"\n\n", b"<s>", b"\0", "é世".encode()]  # fmt: skip
+        b"\n\n",
+        b"<s>",
+        b"\0",
+        "é世".encode(),
+    ]
 
 
-@pytest.mark.parametrize("knobs", [
-    {}, {"TTT_CHUNK_TOKENS": "64"}, {"TTT_PARAMS": "full"}, {"TTT_PARAMS": "full", "TTT_SCOPE": "stream"},
-    {"TTT_SCOPE": "stream", "TTT_CHUNK_TOKENS": "32768"},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"TTT_CHUNK_TOKENS": "64"},
+        {"TTT_PARAMS": "full"},
+        {"TTT_PARAMS": "full", "TTT_SCOPE": "stream"},
+        {"TTT_SCOPE": "stream", "TTT_CHUNK_TOKENS": "32768"},
+    ],
+    ids=str,
+)
 def test_a_sample_follows_from_the_whole_context(artifact, monkeypatch, knobs):
     """The likeliest tokens, one by one over kept keys and values, are those of passes over all of the text, whatever
     the artifact's run adapted."""

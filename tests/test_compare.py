@@ -53,11 +53,14 @@ def test_the_split_by_length_adds_up(tmp_path):
     assert {g.gap is None for g in groups} == {True, False}
 
 
-@pytest.mark.parametrize("other, words", [
-    (dict(texts=1), "scored different documents"),
-    (dict(validation="0" * 64), "contradict"),
-    (dict(val_bpb=1.0), "val_bpb is 1.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (dict(texts=1), "scored different documents"),
+        (dict(validation="0" * 64), "contradict"),
+        (dict(val_bpb=1.0), "val_bpb is 1.0"),
+    ],
+)
 def test_what_cannot_be_compared_ends_in_one_line_and_status_2(tmp_path, capsys, other, words):
     a, b = fabricate(tmp_path, "a"), fabricate(tmp_path, "b", **other)
     picture = tmp_path / "no.png"

@@ -14,23 +14,46 @@ from train_gpt import ConfigError, ModelConfig, RunConfig, read_env
 KNOBS = {f.name.upper(): (f, get_type_hints(kind)[f.name]) for kind in (ModelConfig, RunConfig) for f in fields(kind)}
 NUMBERS = [name for name, (_, kind) in KNOBS.items() if kind in (int, float)]
 EFFECT = {  # without which a knob has none
-    "TTT_MOMENTUM": {"TTT_OPTIMIZER": "sgd"}, "TTT_BETA1": {"TTT_OPTIMIZER": "adamw"},
-    "TTT_BETA2": {"TTT_OPTIMIZER": "adamw"}, "TTT_BATCH_DOCS": {"TTT_PARAMS": "lora"},
-    "TTT_LORA_RANK": {"TTT_PARAMS": "lora"}, "TTT_LORA_ALPHA": {"TTT_PARAMS": "lora"},
-    "TTT_LORA_TARGETS": {"TTT_PARAMS": "lora"}, "TTT_FREEZE_BLOCKS": {"TTT_PARAMS": "full"},
-    "TTT_LR_MULT_MLP_OUT": {"TTT_PARAMS": "full"}, "TTT_LR_MULT_IN": {"TTT_PARAMS": "full"},
-}  # fmt: skip
+    "TTT_MOMENTUM": {"TTT_OPTIMIZER": "sgd"},
+    "TTT_BETA1": {"TTT_OPTIMIZER": "adamw"},
+    "TTT_BETA2": {"TTT_OPTIMIZER": "adamw"},
+    "TTT_BATCH_DOCS": {"TTT_PARAMS": "lora"},
+    "TTT_LORA_RANK": {"TTT_PARAMS": "lora"},
+    "TTT_LORA_ALPHA": {"TTT_PARAMS": "lora"},
+    "TTT_LORA_TARGETS": {"TTT_PARAMS": "lora"},
+    "TTT_FREEZE_BLOCKS": {"TTT_PARAMS": "full"},
+    "TTT_LR_MULT_MLP_OUT": {"TTT_PARAMS": "full"},
+    "TTT_LR_MULT_IN": {"TTT_PARAMS": "full"},
+}
 ENOUGH = {  # what one knob, changed alone, needs from others
-    "ARTIFACT": {}, "NUM_KV_HEADS": {"NUM_HEADS": "8"}, "LOOP_START": {"LOOP_END": "9"},
-    "TRAIN_BATCH_TOKENS": {"TRAIN_ROW_TOKENS": "8"}, "MICRO_BATCH_TOKENS": {"TRAIN_BATCH_TOKENS": "8192",
-    "TRAIN_ROW_TOKENS": "8"}, "EVAL_SEQ_LEN": {"EVAL_STRIDE": "8"}, "TTT_ENTROPY_LOW": {"TTT_ENTROPY_HIGH": "99"},
-}  # fmt: skip
+    "ARTIFACT": {},
+    "NUM_KV_HEADS": {"NUM_HEADS": "8"},
+    "LOOP_START": {"LOOP_END": "9"},
+    "TRAIN_BATCH_TOKENS": {"TRAIN_ROW_TOKENS": "8"},
+    "MICRO_BATCH_TOKENS": {"TRAIN_BATCH_TOKENS": "8192", "TRAIN_ROW_TOKENS": "8"},
+    "EVAL_SEQ_LEN": {"EVAL_STRIDE": "8"},
+    "TTT_ENTROPY_LOW": {"TTT_ENTROPY_HIGH": "99"},
+}
 OTHER_VALUES = {
-    "MODEL_DIM": "1024", "NUM_HEADS": "16", "NUM_KV_HEADS": "2", "NUM_LAYERS": "12", "ROPE_DIMS": "8",
-    "ATTN_GATE_WIDTH": "8", "SMEAR_WIDTH": "8", "LOOP_START": "4", "LOOP_END": "6", "TTT_LORA_TARGETS": "v,head",
-    "TRAIN_BATCH_TOKENS": "65_536", "TRAIN_ROW_TOKENS": "1024", "MICRO_BATCH_TOKENS": "32_768", "EVAL_SEQ_LEN": "1024",
-    "EVAL_STRIDE": "64", "MUON_NS_STEPS": "4", "TTT_CHUNK_TOKENS": "64", "TTT_ENTROPY_LOW": "0.5",
-}  # fmt: skip
+    "MODEL_DIM": "1024",
+    "NUM_HEADS": "16",
+    "NUM_KV_HEADS": "2",
+    "NUM_LAYERS": "12",
+    "ROPE_DIMS": "8",
+    "ATTN_GATE_WIDTH": "8",
+    "SMEAR_WIDTH": "8",
+    "LOOP_START": "4",
+    "LOOP_END": "6",
+    "TTT_LORA_TARGETS": "v,head",
+    "TRAIN_BATCH_TOKENS": "65_536",
+    "TRAIN_ROW_TOKENS": "1024",
+    "MICRO_BATCH_TOKENS": "32_768",
+    "EVAL_SEQ_LEN": "1024",
+    "EVAL_STRIDE": "64",
+    "MUON_NS_STEPS": "4",
+    "TTT_CHUNK_TOKENS": "64",
+    "TTT_ENTROPY_LOW": "0.5",
+}
 
 
 def other_value(name: str) -> str:
@@ -140,22 +163,25 @@ def test_any_text_becomes_a_number_in_range_or_a_config_error(name, text):
         assert type(value) is kind and (low is None or value >= low) and (high is None or value <= high)
 
 
-@pytest.mark.parametrize("env, mentioned", [
-    ({"MODEL_DIM": "500"}, ("MODEL_DIM=500", "NUM_HEADS=8")),
-    ({"NUM_KV_HEADS": "3"}, ("NUM_HEADS=8", "NUM_KV_HEADS=3")),
-    ({"ROPE_DIMS": "7"}, ("ROPE_DIMS=7",)),
-    ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "64")),
-    ({"SMEAR_WIDTH": "513"}, ("SMEAR_WIDTH", "MODEL_DIM=512")),
-    ({"ATTN_GATE_WIDTH": "513"}, ("ATTN_GATE_WIDTH", "MODEL_DIM=512")),
-    ({"LOOP_END": "11"}, ("LOOP_START=3", "LOOP_END=11")),
-    ({"LOOP_START": "6"}, ("LOOP_START=6", "LOOP_END=5")),
-    ({"NUM_LAYERS": "4"}, ("LOOP_END=5", "4 blocks", "NUM_LOOPS=0")),
-    ({"MAX_WALLCLOCK_SECONDS": "0"}, ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")),
-    ({"TRAIN_BATCH_TOKENS": "1000"}, ("TRAIN_BATCH_TOKENS=1000", "TRAIN_ROW_TOKENS=32768")),
-    ({"MICRO_BATCH_TOKENS": "64"}, ("MICRO_BATCH_TOKENS=64", "TRAIN_ROW_TOKENS=32768")),
-    ({"EVAL_SEQ_LEN": "256"}, ("EVAL_STRIDE=512", "EVAL_SEQ_LEN=256")),
-    ({"ARTIFACT": "a", "RESUME": "b"}, ("ARTIFACT", "RESUME")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env, mentioned",
+    [
+        ({"MODEL_DIM": "500"}, ("MODEL_DIM=500", "NUM_HEADS=8")),
+        ({"NUM_KV_HEADS": "3"}, ("NUM_HEADS=8", "NUM_KV_HEADS=3")),
+        ({"ROPE_DIMS": "7"}, ("ROPE_DIMS=7",)),
+        ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "64")),
+        ({"SMEAR_WIDTH": "513"}, ("SMEAR_WIDTH", "MODEL_DIM=512")),
+        ({"ATTN_GATE_WIDTH": "513"}, ("ATTN_GATE_WIDTH", "MODEL_DIM=512")),
+        ({"LOOP_END": "11"}, ("LOOP_START=3", "LOOP_END=11")),
+        ({"LOOP_START": "6"}, ("LOOP_START=6", "LOOP_END=5")),
+        ({"NUM_LAYERS": "4"}, ("LOOP_END=5", "4 blocks", "NUM_LOOPS=0")),
+        ({"MAX_WALLCLOCK_SECONDS": "0"}, ("ITERATIONS", "MAX_WALLCLOCK_SECONDS")),
+        ({"TRAIN_BATCH_TOKENS": "1000"}, ("TRAIN_BATCH_TOKENS=1000", "TRAIN_ROW_TOKENS=32768")),
+        ({"MICRO_BATCH_TOKENS": "64"}, ("MICRO_BATCH_TOKENS=64", "TRAIN_ROW_TOKENS=32768")),
+        ({"EVAL_SEQ_LEN": "256"}, ("EVAL_STRIDE=512", "EVAL_SEQ_LEN=256")),
+        ({"ARTIFACT": "a", "RESUME": "b"}, ("ARTIFACT", "RESUME")),
+    ],
+)
 def test_values_that_do_not_go_together_are_refused(env, mentioned):
     message = refusal(env)
     assert all(part in message for part in mentioned), message
@@ -165,7 +191,7 @@ def test_values_that_do_not_go_together_are_refused(env, mentioned):
 
 
 def one_edit_away(a: str, b: str) -> bool:
-    return any(a == b[:i] + b[i + 1:] or b == a[:i] + a[i + 1:] for i in range(max(len(a), len(b))))  # fmt: skip
+    return any(a == b[:i] + b[i + 1 :] or b == a[:i] + a[i + 1 :] for i in range(max(len(a), len(b))))
 
 
 @pytest.mark.parametrize("name", ["ARTIFACTS", "COMPILER"])
@@ -191,12 +217,24 @@ def test_a_long_name_may_have_two_letters_exchanged():
             assert exchanged in refusal({exchanged: "1"})
 
 
-@pytest.mark.parametrize("name, near", [
-    ("SED", "SEED"), ("WARMDOWN_ITERS", "WARMDOWN_FRAC"), ("EMA_DECAY", ""), ("TIED_EMBED_LR", ""), ("LQER_RANK", ""),
-    ("TTT_RANK", "TTT_LORA_RANK"), ("TTT_CHUNK_SIZE", "TTT_CHUNK_TOKENS"), ("MUON_BACKEND_STEPS", "MUON_NS_STEPS"),
-    ("MUON_MOMENTUM_WARMUP_STEPS", "MUON_MOMENTUM_WARMUP_FRAC"), ("ROPE_TRAIN_SEQ_LEN", "TRAIN_SEQ_LEN"),
-    ("GPTQ_RESERVE_SECONDS", "EVAL_SECONDS"), ("SMEAR_GATE", "SMEAR_WIDTH"), ("EVAL_INCLUDE_EOS", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("SED", "SEED"),
+        ("WARMDOWN_ITERS", "WARMDOWN_FRAC"),
+        ("EMA_DECAY", ""),
+        ("TIED_EMBED_LR", ""),
+        ("LQER_RANK", ""),
+        ("TTT_RANK", "TTT_LORA_RANK"),
+        ("TTT_CHUNK_SIZE", "TTT_CHUNK_TOKENS"),
+        ("MUON_BACKEND_STEPS", "MUON_NS_STEPS"),
+        ("MUON_MOMENTUM_WARMUP_STEPS", "MUON_MOMENTUM_WARMUP_FRAC"),
+        ("ROPE_TRAIN_SEQ_LEN", "TRAIN_SEQ_LEN"),
+        ("GPTQ_RESERVE_SECONDS", "EVAL_SECONDS"),
+        ("SMEAR_GATE", "SMEAR_WIDTH"),
+        ("EVAL_INCLUDE_EOS", None),
+    ],
+)
 def test_a_retired_or_foreign_name_of_our_families_is_refused(name, near):
     message = refusal({name: "1"})
     assert message.startswith(f"{name} is not a knob; did you mean ")
@@ -222,36 +260,55 @@ def test_foreign_variables_are_left_alone():
 LORA_STREAM = {"TTT_PARAMS": "lora", "TTT_SCOPE": "stream"}
 
 
-@pytest.mark.parametrize("env, mentioned", [
-    ({"TTT_PARAMS": "full", "TTT_LORA_RANK": "8"}, ("TTT_LORA_RANK", "TTT_PARAMS=lora")),
-    ({"TTT_PARAMS": "full", "TTT_LORA_ALPHA": "8"}, ("TTT_LORA_ALPHA", "TTT_PARAMS=lora")),
-    ({"TTT_PARAMS": "full", "TTT_LORA_TARGETS": "q"}, ("TTT_LORA_TARGETS", "TTT_PARAMS=lora")),
-    ({"TTT_PARAMS": "full", "TTT_BATCH_DOCS": "8"}, ("TTT_BATCH_DOCS", "TTT_PARAMS=lora")),
-    (LORA_STREAM | {"TTT_BATCH_DOCS": "8"}, ("TTT_BATCH_DOCS", "TTT_SCOPE")),
-    ({"TTT_FREEZE_BLOCKS": "1"}, ("TTT_FREEZE_BLOCKS", "TTT_PARAMS=full")),
-    ({"TTT_LR_MULT_MLP_OUT": "1"}, ("TTT_LR_MULT_MLP_OUT", "TTT_PARAMS=full")),
-    ({"TTT_LR_MULT_IN": "1"}, ("TTT_LR_MULT_IN", "TTT_PARAMS=full")),
-    ({"TTT_MOMENTUM": "0.9"}, ("TTT_MOMENTUM", "TTT_OPTIMIZER=sgd")),
-    ({"TTT_PARAMS": "full", "TTT_BETA1": "0.9"}, ("TTT_BETA1", "TTT_OPTIMIZER=adamw")),
-    ({"TTT_OPTIMIZER": "sgd", "TTT_BETA2": "0.9"}, ("TTT_BETA2", "TTT_OPTIMIZER=adamw")),
-    ({"TTT_CHUNK_TOKENS": "4096"}, ("TTT_CHUNK_TOKENS=4096", "EVAL_SEQ_LEN=2048")),
-    ({"TTT_ENTROPY_LOW": "3", "TTT_ENTROPY_HIGH": "2"}, ("TTT_ENTROPY_LOW=3", "TTT_ENTROPY_HIGH=2")),
-    (LORA_STREAM | {"TTT_MIN_DOC_TOKENS": "8"}, ("TTT_MIN_DOC_TOKENS", "TTT_SCOPE=document")),
-    ({"TTT_LORA_TARGETS": "q,w"}, ("TTT_LORA_TARGETS='q,w'", "q,k,v,o,mlp,head")),
-    ({"TTT_LORA_TARGETS": ""}, ("TTT_LORA_TARGETS=''", "q,k,v,o,mlp,head")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env, mentioned",
+    [
+        ({"TTT_PARAMS": "full", "TTT_LORA_RANK": "8"}, ("TTT_LORA_RANK", "TTT_PARAMS=lora")),
+        ({"TTT_PARAMS": "full", "TTT_LORA_ALPHA": "8"}, ("TTT_LORA_ALPHA", "TTT_PARAMS=lora")),
+        ({"TTT_PARAMS": "full", "TTT_LORA_TARGETS": "q"}, ("TTT_LORA_TARGETS", "TTT_PARAMS=lora")),
+        ({"TTT_PARAMS": "full", "TTT_BATCH_DOCS": "8"}, ("TTT_BATCH_DOCS", "TTT_PARAMS=lora")),
+        (LORA_STREAM | {"TTT_BATCH_DOCS": "8"}, ("TTT_BATCH_DOCS", "TTT_SCOPE")),
+        ({"TTT_FREEZE_BLOCKS": "1"}, ("TTT_FREEZE_BLOCKS", "TTT_PARAMS=full")),
+        ({"TTT_LR_MULT_MLP_OUT": "1"}, ("TTT_LR_MULT_MLP_OUT", "TTT_PARAMS=full")),
+        ({"TTT_LR_MULT_IN": "1"}, ("TTT_LR_MULT_IN", "TTT_PARAMS=full")),
+        ({"TTT_MOMENTUM": "0.9"}, ("TTT_MOMENTUM", "TTT_OPTIMIZER=sgd")),
+        ({"TTT_PARAMS": "full", "TTT_BETA1": "0.9"}, ("TTT_BETA1", "TTT_OPTIMIZER=adamw")),
+        ({"TTT_OPTIMIZER": "sgd", "TTT_BETA2": "0.9"}, ("TTT_BETA2", "TTT_OPTIMIZER=adamw")),
+        ({"TTT_CHUNK_TOKENS": "4096"}, ("TTT_CHUNK_TOKENS=4096", "EVAL_SEQ_LEN=2048")),
+        ({"TTT_ENTROPY_LOW": "3", "TTT_ENTROPY_HIGH": "2"}, ("TTT_ENTROPY_LOW=3", "TTT_ENTROPY_HIGH=2")),
+        (LORA_STREAM | {"TTT_MIN_DOC_TOKENS": "8"}, ("TTT_MIN_DOC_TOKENS", "TTT_SCOPE=document")),
+        ({"TTT_LORA_TARGETS": "q,w"}, ("TTT_LORA_TARGETS='q,w'", "q,k,v,o,mlp,head")),
+        ({"TTT_LORA_TARGETS": ""}, ("TTT_LORA_TARGETS=''", "q,k,v,o,mlp,head")),
+    ],
+)
 def test_ttt_knobs_that_contradict_each_other_are_refused(env, mentioned):
     message = refusal(env)
     assert all(part in message for part in mentioned), message
 
 
-@pytest.mark.parametrize("env, expected", [
-    ({}, dict(ttt_optimizer="adamw", ttt_lr=1e-4, ttt_epochs=1, ttt_chunk_tokens=16)),
-    ({"TTT_PARAMS": "full"}, dict(ttt_optimizer="sgd", ttt_lr=0.005, ttt_epochs=3, ttt_chunk_tokens=32768,
-                                  ttt_momentum=0.9, ttt_freeze_blocks=2, ttt_lr_mult_mlp_out=3.0, ttt_lr_mult_in=0.5)),
-    ({"TTT_PARAMS": "full", "TTT_EPOCHS": "10", "TTT_OPTIMIZER": "adamw"},
-     dict(ttt_optimizer="adamw", ttt_lr=0.005, ttt_epochs=10)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env, expected",
+    [
+        ({}, dict(ttt_optimizer="adamw", ttt_lr=1e-4, ttt_epochs=1, ttt_chunk_tokens=16)),
+        (
+            {"TTT_PARAMS": "full"},
+            dict(
+                ttt_optimizer="sgd",
+                ttt_lr=0.005,
+                ttt_epochs=3,
+                ttt_chunk_tokens=32768,
+                ttt_momentum=0.9,
+                ttt_freeze_blocks=2,
+                ttt_lr_mult_mlp_out=3.0,
+                ttt_lr_mult_in=0.5,
+            ),
+        ),
+        (
+            {"TTT_PARAMS": "full", "TTT_EPOCHS": "10", "TTT_OPTIMIZER": "adamw"},
+            dict(ttt_optimizer="adamw", ttt_lr=0.005, ttt_epochs=10),
+        ),
+    ],
+)
 def test_defaults_follow_what_adapts(env, expected):
     run = read_env(env)[1]
     assert {name: vars(run)[name] for name in expected} == expected
@@ -260,12 +317,24 @@ def test_defaults_follow_what_adapts(env, expected):
 # ---- what is printed --------------------------------------------------------
 
 
-@pytest.mark.parametrize("env", [
-    {}, {"TTT_PARAMS": "full"}, {"TTT_OPTIMIZER": "sgd"}, {"TTT_PARAMS": "full", "TTT_OPTIMIZER": "adamw"},
-    LORA_STREAM, {"TTT_PARAMS": "full", "TTT_SCOPE": "stream", "TTT_LR": "0.1"},
-    {"ADAM_EPS": "1.2345678901234567e-11", "TTT_LORA_TARGETS": "q,v", "DATA_PATH": "with space/$HOME;'\"",
-     "MODEL_DIM": "1024", "ITERATIONS": "1_000"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "env",
+    [
+        {},
+        {"TTT_PARAMS": "full"},
+        {"TTT_OPTIMIZER": "sgd"},
+        {"TTT_PARAMS": "full", "TTT_OPTIMIZER": "adamw"},
+        LORA_STREAM,
+        {"TTT_PARAMS": "full", "TTT_SCOPE": "stream", "TTT_LR": "0.1"},
+        {
+            "ADAM_EPS": "1.2345678901234567e-11",
+            "TTT_LORA_TARGETS": "q,v",
+            "DATA_PATH": "with space/$HOME;'\"",
+            "MODEL_DIM": "1024",
+            "ITERATIONS": "1_000",
+        },
+    ],
+)
 def test_printed_settings_give_the_same_configs_again(env):
     configs = read_env(env)
     assert read_env(train_gpt.settings(*configs)) == configs

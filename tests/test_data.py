@@ -53,19 +53,22 @@ def test_a_shard_is_read_as_it_was_written(tmp_path_factory, tokens):
 GOOD = (20240520, 1, 3)
 
 
-@pytest.mark.parametrize("data, mentioned", [
-    (with_header((20240521, 1, 3), bytes(6)), ("not a shard", "20240521", "20240520")),
-    (with_header((20240520, 2, 3), bytes(6)), ("not a shard", "version", "2")),
-    (np.array(GOOD, ">i4").tobytes() + bytes(1012 + 6), ("not a shard",)),
-    (with_header(GOOD, bytes(4)), ("3 tokens", "holds 2", "truncated")),
-    (with_header(GOOD, bytes(5)), ("3 tokens", "2.5", "truncated")),
-    (with_header(GOOD, bytes(7)), ("3 tokens", "3.5")),
-    (with_header(GOOD, bytes(8)), ("3 tokens", "holds 4")),
-    (with_header((20240520, 1, -1), b""), ("-1 tokens",)),
-    (with_header((20240520, 1, 2**31 - 1), bytes(6)), ("2147483647 tokens",)),
-    (with_header(GOOD, b"")[:1023], ("1023 bytes", "header")),
-    (b"", ("0 bytes", "header")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, mentioned",
+    [
+        (with_header((20240521, 1, 3), bytes(6)), ("not a shard", "20240521", "20240520")),
+        (with_header((20240520, 2, 3), bytes(6)), ("not a shard", "version", "2")),
+        (np.array(GOOD, ">i4").tobytes() + bytes(1012 + 6), ("not a shard",)),
+        (with_header(GOOD, bytes(4)), ("3 tokens", "holds 2", "truncated")),
+        (with_header(GOOD, bytes(5)), ("3 tokens", "2.5", "truncated")),
+        (with_header(GOOD, bytes(7)), ("3 tokens", "3.5")),
+        (with_header(GOOD, bytes(8)), ("3 tokens", "holds 4")),
+        (with_header((20240520, 1, -1), b""), ("-1 tokens",)),
+        (with_header((20240520, 1, 2**31 - 1), bytes(6)), ("2147483647 tokens",)),
+        (with_header(GOOD, b"")[:1023], ("1023 bytes", "header")),
+        (b"", ("0 bytes", "header")),
+    ],
+)
 def test_a_damaged_shard_is_refused(tmp_path, data, mentioned):
     path = tmp_path / "shard.bin"
     path.write_bytes(data)
@@ -96,15 +99,18 @@ def test_shards_come_in_order_and_without_side_cars(tmp_path, write_shard):
 # ---- validation and its side-car --------------------------------------------
 
 
-@pytest.mark.parametrize("tokens, mentioned", [
-    ([], ("begin with BOS",)),
-    ([BOS], ("hold a document",)),
-    ([BOS, BOS, BOS], ()),  # documents, but no text: nothing to divide by
-    ([7, 8, BOS, 9], ("begin with BOS", "[7, 8, 1, 9]")),
-    ([7, 8, 9], ("begin with BOS",)),
-    ([BOS, 5, VOCAB], ("token 64", "VOCAB_SIZE=64", "another tokenizer")),
-    ([BOS, 5, 65535], ("token 65535",)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "tokens, mentioned",
+    [
+        ([], ("begin with BOS",)),
+        ([BOS], ("hold a document",)),
+        ([BOS, BOS, BOS], ()),  # documents, but no text: nothing to divide by
+        ([7, 8, BOS, 9], ("begin with BOS", "[7, 8, 1, 9]")),
+        ([7, 8, 9], ("begin with BOS",)),
+        ([BOS, 5, VOCAB], ("token 64", "VOCAB_SIZE=64", "another tokenizer")),
+        ([BOS, 5, 65535], ("token 65535",)),
+    ],
+)
 def test_bad_validation_is_refused(tiny_data, tiny_run, write_shard, tokens, mentioned):
     write_shard(validation_shard(tiny_data), tokens)
     message = refusal(load, tiny_run())
@@ -233,17 +239,20 @@ class Pieces:
     is_unused = staticmethod(lambda i: False)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ([1], [0]),
-    ([1, 6, 7], [0, 3, 2]),  # no byte for the space after BOS
-    ([1, 7, 6], [0, 2, 4]),
-    ([7, 6, 1, 6], [2, 4, 0, 3]),
-    ([1, 5, 5, 7], [0, 0, 1, 2]),  # a space alone
-    ([2, 6, 0, 6], [0, 3, 0, 3]),  # nor after any other control or unknown piece, which are nothing themselves
-    ([1, 3, 6, 4, 5], [0, 1, 4, 1, 1]),  # a byte piece is one byte, and text
-    ([1, 8, 9, 10, 11], [0, 2, 4, 3, 5]),  # é; ▁▁: a space and a mark of three bytes; ½; a mark that does not lead
-    ([6, 6], [3, 4]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ([1], [0]),
+        ([1, 6, 7], [0, 3, 2]),  # no byte for the space after BOS
+        ([1, 7, 6], [0, 2, 4]),
+        ([7, 6, 1, 6], [2, 4, 0, 3]),
+        ([1, 5, 5, 7], [0, 0, 1, 2]),  # a space alone
+        ([2, 6, 0, 6], [0, 3, 0, 3]),  # nor after any other control or unknown piece, which are nothing themselves
+        ([1, 3, 6, 4, 5], [0, 1, 4, 1, 1]),  # a byte piece is one byte, and text
+        ([1, 8, 9, 10, 11], [0, 2, 4, 3, 5]),  # é; ▁▁: a space and a mark of three bytes; ½; a mark that does not lead
+        ([6, 6], [3, 4]),
+    ],
+)
 def test_the_contests_bytes_by_hand(text, expected):
     counted = train_gpt.contest_bytes(np.array(text, np.uint16), train_gpt.piece_bytes(Pieces()))
     assert counted.dtype == np.int64 and counted.tolist() == expected
@@ -285,8 +294,10 @@ def test_every_target_belongs_to_one_document_and_totals_are_the_shards(bodies, 
 
 
 @given(
-    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60), row_tokens=st.integers(1, 20),
-    seq_len=st.integers(1, 9))  # fmt: skip
+    tokens=st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    row_tokens=st.integers(1, 20),
+    seq_len=st.integers(1, 9),
+)
 @settings(max_examples=300)
 def test_segments_start_where_a_plain_loop_starts_them(tokens, row_tokens, seq_len):
     starts, since = [], 0
@@ -416,8 +427,14 @@ def test_shards_may_begin_and_end_inside_a_long_document(tiny_data, tiny_run, wr
 @settings(max_examples=300)
 def test_rows_are_dealt_evenly_or_the_nearest_valid_batch_is_named(rows, world, micro):
     def run(rows):
-        return train_gpt.RunConfig(train_batch_tokens=rows * 32, train_row_tokens=32, micro_batch_tokens=micro * 32,
-                                   eval_seq_len=32, eval_stride=8, ttt_chunk_tokens=8)  # fmt: skip
+        return train_gpt.RunConfig(
+            train_batch_tokens=rows * 32,
+            train_row_tokens=32,
+            micro_batch_tokens=micro * 32,
+            eval_seq_len=32,
+            eval_stride=8,
+            ttt_chunk_tokens=8,
+        )
 
     if rows % world == 0:
         rows_per_pass, passes = train_gpt.deal_rows(run(rows), world)

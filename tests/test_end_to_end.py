@@ -22,13 +22,36 @@ SCRIPT = Path(g.__file__)
 ALONE = [sys.executable, str(SCRIPT)]
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
 SMALL = dict(
-    DEVICE="cpu", NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, MLP_MULT=2, ROPE_DIMS=4, ATTN_GATE_WIDTH=8,
-    SMEAR_WIDTH=8, UNET_SKIPS=1, PARALLEL_START_LAYER=1, NUM_LOOPS=1, LOOP_START=0, LOOP_END=0, ITERATIONS=12,
-    MAX_WALLCLOCK_SECONDS=0, TRAIN_BATCH_TOKENS=256, TRAIN_ROW_TOKENS=64, MICRO_BATCH_TOKENS=128, TRAIN_SEQ_LEN=32,
+    DEVICE="cpu",
+    NUM_LAYERS=2,
+    MODEL_DIM=32,
+    NUM_HEADS=2,
+    NUM_KV_HEADS=1,
+    MLP_MULT=2,
+    ROPE_DIMS=4,
+    ATTN_GATE_WIDTH=8,
+    SMEAR_WIDTH=8,
+    UNET_SKIPS=1,
+    PARALLEL_START_LAYER=1,
+    NUM_LOOPS=1,
+    LOOP_START=0,
+    LOOP_END=0,
+    ITERATIONS=12,
+    MAX_WALLCLOCK_SECONDS=0,
+    TRAIN_BATCH_TOKENS=256,
+    TRAIN_ROW_TOKENS=64,
+    MICRO_BATCH_TOKENS=128,
+    TRAIN_SEQ_LEN=32,
     HOLDOUT_TOKENS=600,
-    TRAIN_LOG_EVERY=2, EVAL_SEQ_LEN=32, EVAL_STRIDE=8, EVAL_SECONDS=0, TTT_CHUNK_TOKENS=8, TTT_LR=0.01,
-    TTT_LORA_RANK=2, TTT_LORA_ALPHA=4,
-)  # fmt: skip
+    TRAIN_LOG_EVERY=2,
+    EVAL_SEQ_LEN=32,
+    EVAL_STRIDE=8,
+    EVAL_SECONDS=0,
+    TTT_CHUNK_TOKENS=8,
+    TTT_LR=0.01,
+    TTT_LORA_RANK=2,
+    TTT_LORA_ALPHA=4,
+)
 MACHINE = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
 MACHINE |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -45,8 +68,18 @@ def write_data(folder: Path) -> None:
     words = ["".join(random.choice([*"etaoinshr"], n)) for n in random.integers(2, 6, 40)]
     texts = [" ".join(random.choice(random.choice(words, 6), n)) for n in random.integers(3, 60, 150)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=blob, model_type="bpe", vocab_size=64, pad_id=0, bos_id=1,
-        eos_id=2, unk_id=3, normalization_rule_name="identity", add_dummy_prefix=False, minloglevel=3)  # fmt: skip
+        sentence_iterator=iter(texts),
+        model_writer=blob,
+        model_type="bpe",
+        vocab_size=64,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        minloglevel=3,
+    )
     processor = sentencepiece.SentencePieceProcessor(model_proto=blob.getvalue())
     folder.mkdir(parents=True)
     (folder / "small.model").write_bytes(blob.getvalue())
@@ -251,20 +284,29 @@ assert group() is None, "somebody holds the group, and it its threads"
 
 def test_no_thread_of_a_group_outlives_it():
     """One that frees a tensor while the interpreter ends aborts the process: so did one good run in forty."""
-    done = subprocess.run([sys.executable, "-c", LAST_WORDS], env=MACHINE | {"PYTHONPATH": str(SCRIPT.parent)},
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LAST_WORDS],
+        env=MACHINE | {"PYTHONPATH": str(SCRIPT.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("knobs, independent", [
-    (dict(TTT_ENABLED=0), 1),
-    (dict(TTT_OPTIMIZER="sgd", TTT_LR=0.1), 1),
-    (dict(TTT_SCOPE="stream"), 0),
-    (dict(TTT_PARAMS="full", TTT_LORA_RANK=None, TTT_LORA_ALPHA=None, TTT_FREEZE_BLOCKS=1), 1),
-    (dict(TTT_PARAMS="full", TTT_LORA_RANK=None, TTT_LORA_ALPHA=None, TTT_SCOPE="stream", TTT_FREEZE_BLOCKS=0), 0),
-    (dict(EVAL_SECONDS=0.001), 0),
-], ids=["off", "sgd", "lora, stream", "full, document", "full, stream", "no time"])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, independent",
+    [
+        (dict(TTT_ENABLED=0), 1),
+        (dict(TTT_OPTIMIZER="sgd", TTT_LR=0.1), 1),
+        (dict(TTT_SCOPE="stream"), 0),
+        (dict(TTT_PARAMS="full", TTT_LORA_RANK=None, TTT_LORA_ALPHA=None, TTT_FREEZE_BLOCKS=1), 1),
+        (dict(TTT_PARAMS="full", TTT_LORA_RANK=None, TTT_LORA_ALPHA=None, TTT_SCOPE="stream", TTT_FREEZE_BLOCKS=0), 0),
+        (dict(EVAL_SECONDS=0.001), 0),
+    ],
+    ids=["off", "sgd", "lora, stream", "full, document", "full, stream", "no time"],
+)
 def test_kinds_of_test_time_training_from_the_command_line(first, knobs, independent):
     result = first.folder.result(RUN_ID="kind", ARTIFACT="logs/first.ptz", **knobs)
     assert result["doc_independent"] == independent

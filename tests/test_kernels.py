@@ -176,13 +176,17 @@ def test_the_loss_is_its_twin(tokens, vocab, cap):
     close(*loss_pair(tokens, vocab, cap, "cpu", torch.float32), 1e-5)
 
 
-@pytest.mark.parametrize("capability, head_dim, triton, said", [
-    ((9, 0), 16, True, "kernels: Triton"),
-    ((8, 9), 16, True, "but cuBLAS for the MLP: no TMA"),
-    ((8, 0), 8, True, "MODEL_DIM / NUM_HEADS = 8"),
-    ((8, 0), 8, False, "no Triton: all runs in plain torch"),
-    ((7, 5), 16, True, "DEVICE=cpu"),
-], ids=["a Hopper", "before Hopper", "heads too narrow", "narrow, but no kernel", "a GPU without bf16"])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, head_dim, triton, said",
+    [
+        ((9, 0), 16, True, "kernels: Triton"),
+        ((8, 9), 16, True, "but cuBLAS for the MLP: no TMA"),
+        ((8, 0), 8, True, "MODEL_DIM / NUM_HEADS = 8"),
+        ((8, 0), 8, False, "no Triton: all runs in plain torch"),
+        ((7, 5), 16, True, "DEVICE=cpu"),
+    ],
+    ids=["a Hopper", "before Hopper", "heads too narrow", "narrow, but no kernel", "a GPU without bf16"],
+)
 def test_what_the_kernels_cannot_do_is_said_at_the_start(
     tiny_data, tiny_config, tiny_run, monkeypatch, capability, head_dim, triton, said
 ):

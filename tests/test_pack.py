@@ -37,8 +37,11 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 # ---- round trip -------------------------------------------------------------
 
 
-@given(meta=st.dictionaries(st.text(max_size=6), json_values, max_size=4), level=st.sampled_from([None, 1, 19]),
-       held=st.dictionaries(st.text(max_size=8), stored_arrays, max_size=4))  # fmt: skip
+@given(
+    meta=st.dictionaries(st.text(max_size=6), json_values, max_size=4),
+    level=st.sampled_from([None, 1, 19]),
+    held=st.dictionaries(st.text(max_size=8), stored_arrays, max_size=4),
+)
 @settings(max_examples=150)
 def test_unpack_gives_back_what_was_packed(meta, level, held):
     tensors = {name: torch.from_numpy(array) for name, array in held.items()}
@@ -196,13 +199,20 @@ def test_a_forged_file_is_refused(case):
 
 
 entries = st.tuples(
-    st.sampled_from(["a", "b", 1, None]), st.sampled_from(["f4", "i1", "f8", 0, []]),
-    st.lists(st.integers(-1, 3) | st.none() | st.integers(0, 2**70), max_size=3) | json_values, st.integers(-1, 9),
-)  # fmt: skip
+    st.sampled_from(["a", "b", 1, None]),
+    st.sampled_from(["f4", "i1", "f8", 0, []]),
+    st.lists(st.integers(-1, 3) | st.none() | st.integers(0, 2**70), max_size=3) | json_values,
+    st.integers(-1, 9),
+)
 
 
-@given(header=json_values | st.fixed_dictionaries({"meta": json_values, "zstd": json_values,
-       "tensors": st.lists(entries, max_size=3) | json_values}), blob=st.binary(max_size=12))  # fmt: skip
+@given(
+    header=json_values
+    | st.fixed_dictionaries(
+        {"meta": json_values, "zstd": json_values, "tensors": st.lists(entries, max_size=3) | json_values}
+    ),
+    blob=st.binary(max_size=12),
+)
 @settings(max_examples=200)
 def test_any_forged_header_is_read_or_refused(header, blob):
     try:

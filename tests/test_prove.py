@@ -2,34 +2,27 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import json
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
 import pytest
-import test_rules
 import torch
+from cheats import CHEATS, MODEL, RUN, SOURCE, SYSTEMS, Cheat, load_source
 from sentencepiece import SentencePieceProcessor
-from test_rules import BOOK_CHUNK, MODEL, RUN, SCORE_ALL, changed
 
 import train_gpt
 from data import prepare
 from tools import common, prove, watch
 
 BUDGET = dict(iterations=1, max_wallclock_seconds=0)  # a budget in steps: kernels that repeat
-SYSTEMS = test_rules.SYSTEMS | {
-    "stream": RUN | dict(ttt_params="full", ttt_scope="stream", ttt_lr=0.01, ttt_epochs=1),
-    "lora stream": RUN | dict(ttt_scope="stream", ttt_lora_rank=4, ttt_lr=0.01, ttt_optimizer="sgd"),
-}
 DOCUMENTS = (30, 5, 41)  # tokens after BOS; contexts are 24, chunks 8
 
 
@@ -97,27 +90,17 @@ def write_documents(folder: Path, name: str, model: bytes) -> None:
 
 @pytest.fixture
 def audit(monkeypatch, tmp_path) -> Callable[..., prove.Audit]:
-    """audit(place, knobs, changes): an audit of all documents, of a program with these lines changed."""
+    """audit(place, knobs, source): an audit of all documents, by train_gpt.py or by another program's source."""
     number = itertools.count()
 
-    def begin(place: Place, knobs: dict, changes: Iterable[tuple[str, str]] = ()) -> prove.Audit:
-        program = plant(tmp_path / f"{next(number)}", changes, place) if changes else train_gpt
+    def begin(place: Place, knobs: dict, source: str | None = None) -> prove.Audit:
+        program = load_source(tmp_path / f"{next(number)}" / "train_gpt.py", source) if source else train_gpt
         for module in (prove, common):
             monkeypatch.setattr(module, "train_gpt", program)
         opened = common.open_artifact(place.artifact, environment(place.data, knobs))
         return prove.Audit(opened, 0, 1e9, lambda line: None)
 
     return begin
-
-
-def plant(folder: Path, changes: Iterable[tuple[str, str]], place: Place) -> ModuleType:
-    """train_gpt with these lines changed, as a file and a module of its own. {data} is where the data lies."""
-    folder.mkdir()
-    (folder / "train_gpt.py").write_text(changed(changes).replace("{data}", str(place.data)), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("planted", folder / "train_gpt.py")
-    module = sys.modules["planted"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def faults_of(audit: prove.Audit, name: str) -> list[str]:
@@ -149,25 +132,46 @@ def test_code_and_artifact_must_fit(audit, places):
 
 
 def test_no_knob_raises_the_limit_of_the_contest(audit, places):
-    padding = ("BOS = 1  # stands", f"BOS = 1  # {'x' * 16_000_000} stands")
-    looked = audit(places["plain"], SYSTEMS["static"] | dict(artifact_bytes=20_000_000), [padding])
+    padded = SOURCE + f"# {'x' * 16_000_000}\n"
+    looked = audit(places["plain"], SYSTEMS["static"] | dict(artifact_bytes=20_000_000), padded)
     assert "the limit is 16000000" in faults_of(looked, "bytes")[0]
 
 
-@pytest.mark.parametrize("path, on_cpu, on_gpu", [
-    ("/dev/null", True, True), ("/dev/urandom", True, True), ("/dev/shm/psm_1", True, True),
-    ("/dev/nvidia0", False, True), ("/dev/nvidiactl", False, True), ("/dev/fd", False, False),
-    ("/dev/fd/0", False, False), ("/dev/stdin", False, False), ("/dev/sda", False, False), ("/dev/shmx", False, False),
-    ("/proc/7/fd/pipe:[8]", False, False), ("/proc/7/task/7/fd/0", False, False), ("/proc/7/mem", False, False),
-    ("/proc/7/maps", True, True), ("/proc/cpuinfo", True, True), ("{folder}/artifact.ptz", True, True),
-    ("{folder}x/artifact.ptz", False, False), (prove.__file__, False, False), (torch.__file__, True, True),
-    ("/opt/driver/libcuda.so.1", True, True), ("/opt/driver/shard.bin", False, False), ("/opt/x.so", False, False),
-    ("/usr/share/fineweb_train_000000.bin", False, False), ("subprocess.Popen: ('cc',", False, True),
-    ("os.posix_spawn: ('/opt/triton/bin/ptxas', ['/opt/triton/bin/ptxas', '-v'", False, True),
-    ("subprocess.Popen: ('file', ['file', '-b', '/usr/bin/python3.12'])", False, True),
-    ("subprocess.Popen: ('uname',", True, True), ("subprocess.Popen: ('curl', ['gcc',", False, False),
-    ("socket.connect: (<socket>, ('gcc', 80))", False, False), ("os.system: (b'gcc',)", False, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path, on_cpu, on_gpu",
+    [
+        ("/dev/null", True, True),
+        ("/dev/urandom", True, True),
+        ("/dev/shm/psm_1", True, True),
+        ("/dev/nvidia0", False, True),
+        ("/dev/nvidiactl", False, True),
+        ("/dev/fd", False, False),
+        ("/dev/fd/0", False, False),
+        ("/dev/stdin", False, False),
+        ("/dev/sda", False, False),
+        ("/dev/shmx", False, False),
+        ("/proc/7/fd/pipe:[8]", False, False),
+        ("/proc/7/task/7/fd/0", False, False),
+        ("/proc/7/mem", False, False),
+        ("/proc/7/maps", True, True),
+        ("/proc/cpuinfo", True, True),
+        ("{folder}/artifact.ptz", True, True),
+        ("{folder}x/artifact.ptz", False, False),
+        (prove.__file__, False, False),
+        (torch.__file__, True, True),
+        ("/opt/driver/libcuda.so.1", True, True),
+        ("/opt/driver/shard.bin", False, False),
+        ("/opt/x.so", False, False),
+        ("/usr/share/fineweb_train_000000.bin", False, False),
+        ("subprocess.Popen: ('cc',", False, True),
+        ("os.posix_spawn: ('/opt/triton/bin/ptxas', ['/opt/triton/bin/ptxas', '-v'", False, True),
+        ("subprocess.Popen: ('file', ['file', '-b', '/usr/bin/python3.12'])", False, True),
+        ("subprocess.Popen: ('uname',", True, True),
+        ("subprocess.Popen: ('curl', ['gcc',", False, False),
+        ("socket.connect: (<socket>, ('gcc', 80))", False, False),
+        ("os.system: (b'gcc',)", False, False),
+    ],
+)
 def test_what_an_evaluation_may_open(tmp_path, monkeypatch, path, on_cpu, on_gpu):
     monkeypatch.setattr(prove, "LIBRARIES", ["/opt/driver"])
     path = path.format(folder=tmp_path)
@@ -278,71 +282,6 @@ def test_a_run_reports_what_its_documents_score(audit, scored, monkeypatch):
 # ---- cheats -----------------------------------------------------------------
 
 
-class Cheat(NamedTuple):
-    name: str
-    rule: str  # the property that must fail
-    system: str
-    changes: list[tuple[str, str]]
-    place: str = "plain"
-
-
-HEAD_SCORE = "return loss(z, targets.flatten(), self.cap).view_as(targets)"
-STATIC_SCORE = "nll = model(*row.packed, looping=looping)[0].cpu().numpy()"
-NEW_LEARNERS = "SideBySide(model, run, many, dist.device)"
-MOVE_ON = "        learners.move_on()\n"
-SCORE_AGAIN = "        nats = learners.score(tokens[:, first:end], tokens[:, first + 1:end + 1], to_learn=False)\n"
-LEARN_IN_STREAM = "        entropy, left = learner.score(rows, tally), left - targets\n"
-
-
-def while_scoring(*lines: str) -> list[tuple[str, str]]:
-    return [(SCORE_ALL, SCORE_ALL + "".join(f"        {line}\n" for line in lines))]
-
-
-RULE_OF = {
-    test_rules.audit_causality: "causality", test_rules.audit_score_before_update: "score before update",
-    test_rules.audit_independence: "independence", test_rules.audit_normalised: "normalised",
-    test_rules.audit_single_pass: "single pass", test_rules.audit_bytes: "bytes",
-}  # fmt: skip
-CHEATS = [
-    *(Cheat(c.name, RULE_OF[c.audit], c.system, c.changes, "bytes" if c.audit is test_rules.audit_bytes else "plain")
-      for c in test_rules.CHEATS),
-    Cheat("short documents do not learn", "causality", "adamw",
-          [("bool(left.max() > chunk)", "bool(left.max() > chunk) and longest > 30")]),
-    Cheat("learn first, along a stream", "causality", "stream",
-          [(LEARN_IN_STREAM, "        learner.learn(rows, 8, None)\n" + LEARN_IN_STREAM)]),
-    Cheat("the score after learning is booked", "score before update", "adamw",
-          [(BOOK_CHUNK, ""), (MOVE_ON, SCORE_AGAIN + BOOK_CHUNK + MOVE_ON)]),
-    Cheat("learning out of sight", "score before update", "adamw",
-          [("        self.adapter = Adapter(model.config, run, documents, device)\n",
-            "        self.adapter = Adapter.__mro__[1](model.config, run, documents, device)\n")]),
-    Cheat("a bonus for the target's logit", "normalised", "static",
-          [(HEAD_SCORE, f"z = z + 0.1 * F.one_hot(targets.flatten(), z.size(-1))\n        {HEAD_SCORE}")]),
-    Cheat("a mixture that adds up to more", "normalised", "adamw",
-          [(HEAD_SCORE, HEAD_SCORE + ".neg().exp().add(0.01).log().neg()")]),
-    Cheat("booked scores are shaved", "normalised", "static", [(STATIC_SCORE, STATIC_SCORE + " * 0.99")]),
-    Cheat("each rank has its own A", "independence", "adamw",
-          [(NEW_LEARNERS, NEW_LEARNERS.replace("run,", "dataclasses.replace(run, seed=run.seed + dist.rank),"))]),
-    Cheat("ranks share their gradients", "independence", "full",
-          [("StreamLearner(self.model, run, Dist(device=dist.device))", "StreamLearner(self.model, run, dist)")]),
-    Cheat("a training shard is read", "artifact alone", "adamw",
-          while_scoring("np.fromfile('{data}/fineweb_train_000000.bin', np.uint16)")),
-    Cheat("something lies beside the artifact", "artifact alone", "adamw",
-          while_scoring("Path('{data}/tokenizer.model').read_bytes()")),
-    Cheat("another process reads a training shard", "artifact alone", "static",
-          while_scoring("import subprocess", "subprocess.getoutput('cat {data}/fineweb_train_000000.bin | wc')")),
-    Cheat("the network is asked", "artifact alone", "static",
-          while_scoring("import socket", "socket.socket().connect_ex(('127.0.0.1', 9))")),
-    Cheat("the program imports uncounted code", "artifact alone", "static", while_scoring("from data import prepare")),
-    Cheat("a training shard is mapped into memory", "artifact alone", "static",
-          while_scoring("shard = '{data}/fineweb_train_000000.bin'",
-                        "sys.kept = torch.from_file(shard, size=1024, dtype=torch.uint8)")),
-    Cheat("less is reported than was booked", "artifact alone", "static",
-          [("return float(self.nats.sum() / math.log(2)", "return float(0.999 * self.nats.sum() / math.log(2)")]),
-    Cheat("every side-car's byte counts twice", "bytes", "static",
-          [("np.concatenate(counts).astype(np.int64)", "np.concatenate(counts).astype(np.int64) * 2")], "caseops"),
-    Cheat("the side-car is passed over", "bytes", "static",
-          [("if any(p.exists() for p in sidecars) or", "if not sidecars and")], "caseops"),
-]  # fmt: skip
 QUICK = (
     "attention to the token ahead",
     "a bonus for the target's logit",
@@ -355,7 +294,9 @@ QUICK = (
 def caught(audit, places, cheat: Cheat) -> str:
     """What the audit says of a cheat; nothing if it says nothing."""
     try:
-        return "; ".join(faults_of(audit(places[cheat.place], SYSTEMS[cheat.system], cheat.changes), cheat.rule))
+        place = places[cheat.data]
+        looked = audit(place, SYSTEMS[cheat.system], cheat.source(place.data))
+        return "; ".join(faults_of(looked, cheat.rule))
     except prove.ScorerError as error:
         return str(error)
 
@@ -373,7 +314,7 @@ def test_every_rule_has_its_cheats_and_they_change_the_program_as_it_is():
     rules = [cheat.rule for cheat in CHEATS]
     assert all(rules.count(rule) >= 2 for rule in prove.PROPERTIES.keys() - {"reported"})
     for cheat in CHEATS:
-        changed(cheat.changes)
+        compile(cheat.source(Path("data")), cheat.name, "exec")
 
 
 def test_the_digest_of_a_state_sees_every_bit_and_every_place():

@@ -116,8 +116,23 @@ def test_a_record_holds_its_runs_byte_for_byte(recorded):
 
 def test_submission_has_the_contests_fields_and_the_runs_figures(recorded, runs):
     stated = json.loads((recorded / "submission.json").read_text())
-    named = {"author", "github_id", "name", "blurb", "date", "track", "val_loss", "val_bpb", "val_loss_std",
-             "val_bpb_std", "seeds", "seed_results", "bytes_total", "hardware", "versions"}  # fmt: skip
+    named = {
+        "author",
+        "github_id",
+        "name",
+        "blurb",
+        "date",
+        "track",
+        "val_loss",
+        "val_bpb",
+        "val_loss_std",
+        "val_bpb_std",
+        "seeds",
+        "seed_results",
+        "bytes_total",
+        "hardware",
+        "versions",
+    }
     assert named <= stated.keys()
     assert (stated["author"], stated["github_id"], stated["blurb"]) == ("Ada L.", "ada", "Rows of 64. It is smaller.")
     a, b = (run.result["val_bpb"] for run in runs)
@@ -133,8 +148,14 @@ def test_readme_says_what_changed_and_every_figure_by_seed(recorded, runs):
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     for run in runs:
         r, row = run.result, rows[str(run.result["seed"])]
-        for figure in (f"{r['prequant_bpb']:.5f}", f"{r['static_bpb']:.5f}", f"**{r['val_bpb']:.5f}**",
-                       f"{r['artifact_bytes']:,}", f"{r['total_bytes']:,}", f"{r['train_seconds']:.1f}"):  # fmt: skip
+        for figure in (
+            f"{r['prequant_bpb']:.5f}",
+            f"{r['static_bpb']:.5f}",
+            f"**{r['val_bpb']:.5f}**",
+            f"{r['artifact_bytes']:,}",
+            f"{r['total_bytes']:,}",
+            f"{r['train_seconds']:.1f}",
+        ):
             assert f"| {figure} |" in row
     assert set(runs[0].result["phases"]) <= rows.keys() and "**start to finish**" in rows
     for picture in ("loss.png", "phases.png", "lengths.png", "bytes.png"):
@@ -146,8 +167,9 @@ def test_settings_are_those_that_differ_from_the_defaults(recorded, runs):
     given = Folder.environment(SimpleNamespace(), HOLDOUT_TOKENS=0)
     model, run = train_gpt.read_env({})
     defaults = train_gpt.settings(model, run)
-    assert changed == {n: v for n, v in runs[0].result["knobs"].items() if defaults.get(n) != v and n not in
-                       ("SEED", "RUN_ID")}  # fmt: skip
+    assert changed == {
+        n: v for n, v in runs[0].result["knobs"].items() if defaults.get(n) != v and n not in ("SEED", "RUN_ID")
+    }
     assert changed.keys() <= given.keys() and float(changed["TTT_LR"]) == 0.01 and "COMPILE" not in changed
     assert "    DATA_PATH='my data'\n" in (recorded / "README.md").read_text()
 
@@ -161,10 +183,20 @@ def test_defaults_are_read_from_a_source_without_running_it(system):
 
 
 def test_a_source_that_cannot_be_read_is_a_users_error():
-    for source in (b"x = (", b"\x00", b"x: int = knob(print(1), '')", b"x: int = knob(1 << 10**9, '')",
-                   b"x: int = knob()", b"x: float = knob('x')", b"x: float = knob(None)", b"x: float = knob(2j)",
-                   b"x: float = knob(0x1" + b"0" * 999 + b")", b"x: int = knob(0x1" + b"0" * 9999 + b")",
-                   b"x = " + b"-" * 9999 + b"1", b"x: int = knob(" + b"-" * 199 + b"1)"):  # fmt: skip
+    for source in (
+        b"x = (",
+        b"\x00",
+        b"x: int = knob(print(1), '')",
+        b"x: int = knob(1 << 10**9, '')",
+        b"x: int = knob()",
+        b"x: float = knob('x')",
+        b"x: float = knob(None)",
+        b"x: float = knob(2j)",
+        b"x: float = knob(0x1" + b"0" * 999 + b")",
+        b"x: int = knob(0x1" + b"0" * 9999 + b")",
+        b"x = " + b"-" * 9999 + b"1",
+        b"x: int = knob(" + b"-" * 199 + b"1)",
+    ):
         with pytest.raises(train_gpt.DataError, match="train_gpt.py"):
             claims.declared_defaults(source, full=False)
 
@@ -253,8 +285,13 @@ def of_the_contest(runs: list, **changes) -> list:
 def test_the_tiny_runs_are_refused_in_the_contests_track_alone(runs, facts):
     assert claims.objections(runs, facts) == []
     against = "; ".join(claims.objections(runs, dataclasses.replace(facts, track=CONTEST)))
-    for reason in ("10 validation documents, the contest's are 50,000", "validation bytes", "validation tokens",
-                   "1 x CPU", "8 x H100"):  # fmt: skip
+    for reason in (
+        "10 validation documents, the contest's are 50,000",
+        "validation bytes",
+        "validation tokens",
+        "1 x CPU",
+        "8 x H100",
+    ):
         assert reason in against
     assert claims.objections(of_the_contest(runs), dataclasses.replace(facts, track=CONTEST)) == []
 
@@ -444,8 +481,17 @@ def test_a_record_can_be_the_baseline(recorded, home, runs, facts):
 
 def test_the_t_distribution_agrees_with_tables():
     """Upper critical values, e.g. Abramowitz & Stegun table 26.10."""
-    table = ((1, 0.05, 6.3138), (1, 0.005, 63.6567), (2, 0.01, 6.9646), (3, 0.05, 2.3534), (4, 0.025, 2.7764),
-             (5, 0.01, 3.3649), (10, 0.005, 3.1693), (30, 0.05, 1.6973), (120, 0.01, 2.3578))  # fmt: skip
+    table = (
+        (1, 0.05, 6.3138),
+        (1, 0.005, 63.6567),
+        (2, 0.01, 6.9646),
+        (3, 0.05, 2.3534),
+        (4, 0.025, 2.7764),
+        (5, 0.01, 3.3649),
+        (10, 0.005, 3.1693),
+        (30, 0.05, 1.6973),
+        (120, 0.01, 2.3578),
+    )
     for df, tail, t in table:
         assert upper_tail(t, df) == pytest.approx(tail, rel=1e-4)
         assert upper_tail(-t, df) == pytest.approx(1 - tail, rel=1e-4)

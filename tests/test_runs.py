@@ -19,8 +19,17 @@ SOURCE = b"print('the entry')\n"
 LINES = ("TTT_LR=0.01", "step:2 val_bpb:1.90000 (last iterate, without adaptation)", "result val_bpb:1.0")
 
 
-def fabricate(folder: Path, run_id: str = "run", *, gap: float = 0.0, own: int = 1, count: int = 300, texts: int = 0,
-              trained: bool = True, **changes) -> Path:  # fmt: skip
+def fabricate(
+    folder: Path,
+    run_id: str = "run",
+    *,
+    gap: float = 0.0,
+    own: int = 1,
+    count: int = 300,
+    texts: int = 0,
+    trained: bool = True,
+    **changes,
+) -> Path:
     """The three files of a run on `count` documents that `texts` decides, whose bits per byte lie `gap` above 1.2 and
     have noise of their own that `own` decides; `changes` go into the result. Returns the path of the .json."""
     shared, mine = np.random.default_rng(texts), np.random.default_rng(1000 + own)
@@ -30,20 +39,51 @@ def fabricate(folder: Path, run_id: str = "run", *, gap: float = 0.0, own: int =
     nats, updates = bpb * size * math.log(2), tokens // 48
     validation = hashlib.sha256(tokens.tobytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder / f"{run_id}.docs.npz", nats=nats, static_nats=nats * 1.02, tokens=tokens, bytes=size,
-                        updates=updates, validation=np.array(validation))  # fmt: skip
+    np.savez_compressed(
+        folder / f"{run_id}.docs.npz",
+        nats=nats,
+        static_nats=nats * 1.02,
+        tokens=tokens,
+        bytes=size,
+        updates=updates,
+        validation=np.array(validation),
+    )
     parts = {"embedding": 3000, "attention": 2000, "mlp": 5000, "header": 100}
     result = dict(
-        run_id=run_id, seed=1, code_sha256=hashlib.sha256(SOURCE).hexdigest(), knobs={"TTT_LR": "0.01"},
-        val_bpb=float(nats.sum() / math.log(2) / size.sum()), val_loss=float(nats.sum() / tokens.sum()),
-        static_bpb=float(1.02 * nats.sum() / math.log(2) / size.sum()), documents=count, tokens=int(tokens.sum()),
-        bytes=int(size.sum()), adaptation_steps=int(updates.sum()), doc_independent=1, degraded_documents=0,
-        eval_seconds=4.0, phases={"load": 1.0, "train": 9.0, "pack": 1.0, "evaluate: score": 4.0},
-        artifact_bytes=sum(parts.values()), code_bytes=len(SOURCE), total_bytes=sum(parts.values()) + len(SOURCE),
-        artifact_parts=parts, world_size=1, device="CPU", versions="torch:2", validation=validation)  # fmt: skip
+        run_id=run_id,
+        seed=1,
+        code_sha256=hashlib.sha256(SOURCE).hexdigest(),
+        knobs={"TTT_LR": "0.01"},
+        val_bpb=float(nats.sum() / math.log(2) / size.sum()),
+        val_loss=float(nats.sum() / tokens.sum()),
+        static_bpb=float(1.02 * nats.sum() / math.log(2) / size.sum()),
+        documents=count,
+        tokens=int(tokens.sum()),
+        bytes=int(size.sum()),
+        adaptation_steps=int(updates.sum()),
+        doc_independent=1,
+        degraded_documents=0,
+        eval_seconds=4.0,
+        phases={"load": 1.0, "train": 9.0, "pack": 1.0, "evaluate: score": 4.0},
+        artifact_bytes=sum(parts.values()),
+        code_bytes=len(SOURCE),
+        total_bytes=sum(parts.values()) + len(SOURCE),
+        artifact_parts=parts,
+        world_size=1,
+        device="CPU",
+        versions="torch:2",
+        validation=validation,
+    )
     if trained:
-        result |= dict(steps=4, train_tokens=400, epochs=0.5, last_bpb=1.4, prequant_bpb=1.3, train_seconds=10.0,
-                       history=[[1, 2.0, 4.0], [2, 4.0, 3.0], [4, 8.0, 2.5]])  # fmt: skip
+        result |= dict(
+            steps=4,
+            train_tokens=400,
+            epochs=0.5,
+            last_bpb=1.4,
+            prequant_bpb=1.3,
+            train_seconds=10.0,
+            history=[[1, 2.0, 4.0], [2, 4.0, 3.0], [4, 8.0, 2.5]],
+        )
     (folder / f"{run_id}.json").write_text(json.dumps(result | changes))
     (folder / f"{run_id}.txt").write_bytes(SOURCE + ("\n".join(LINES) + "\n").encode())
     return folder / f"{run_id}.json"
@@ -67,14 +107,32 @@ def test_a_run_is_found_by_its_id_or_its_path_and_says_what_its_documents_say(tm
     assert run.validations() == [(2, 1.9)] and run.log_lines[0] == "TTT_LR=0.01"
 
 
-@pytest.mark.parametrize("name, value", [
-    ("val_bpb", 1.0), ("static_bpb", 1.0), ("val_loss", 2.0), ("documents", 299), ("tokens", 5), ("bytes", 5),
-    ("adaptation_steps", 0), ("validation", "0" * 64), ("artifact_bytes", 1), ("total_bytes", 16),
-    ("artifact_parts", {"x": 0.5}),
-    ("code_sha256", "0" * 64), ("val_bpb", math.nan), ("seed", "1"), ("seed", True), ("phases", {"train": -1}),
-    *(pytest.param(name, 10**400, id=f"{name}-huge") for name in ("val_bpb", "eval_seconds", "seed", "tokens")),
-    ("knobs", {"TTT_LR": 1}), ("history", [[2, 1.0, 3.0], [1, 2.0, 3.0]]), ("history", None), ("run_id", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("val_bpb", 1.0),
+        ("static_bpb", 1.0),
+        ("val_loss", 2.0),
+        ("documents", 299),
+        ("tokens", 5),
+        ("bytes", 5),
+        ("adaptation_steps", 0),
+        ("validation", "0" * 64),
+        ("artifact_bytes", 1),
+        ("total_bytes", 16),
+        ("artifact_parts", {"x": 0.5}),
+        ("code_sha256", "0" * 64),
+        ("val_bpb", math.nan),
+        ("seed", "1"),
+        ("seed", True),
+        ("phases", {"train": -1}),
+        *(pytest.param(name, 10**400, id=f"{name}-huge") for name in ("val_bpb", "eval_seconds", "seed", "tokens")),
+        ("knobs", {"TTT_LR": 1}),
+        ("history", [[2, 1.0, 3.0], [1, 2.0, 3.0]]),
+        ("history", None),
+        ("run_id", ""),
+    ],
+)
 def test_a_number_that_is_false_or_no_number_is_refused_by_name(tmp_path, name, value):
     with pytest.raises(DataError, match=name):
         load_run(fabricate(tmp_path, **{name: value}))
@@ -89,11 +147,23 @@ def test_a_field_that_is_missing_is_named(tmp_path):
             load_run(path)
 
 
-@pytest.mark.parametrize("arrays", [
-    dict(nats=None), dict(nats=np.zeros(0)), dict(nats=np.full(300, np.nan)), dict(nats=np.zeros(299)),
-    dict(tokens=np.full(300, -1)), dict(bytes=np.ones(300)), dict(updates=np.array(3)), dict(validation=np.array("x")),
-    dict(validation=np.array(["0" * 64])), dict(nats=np.array([None] * 300)), dict(bytes=np.zeros(300, np.int64)),
-], ids=lambda arrays: "-".join(arrays))  # fmt: skip
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        dict(nats=None),
+        dict(nats=np.zeros(0)),
+        dict(nats=np.full(300, np.nan)),
+        dict(nats=np.zeros(299)),
+        dict(tokens=np.full(300, -1)),
+        dict(bytes=np.ones(300)),
+        dict(updates=np.array(3)),
+        dict(validation=np.array("x")),
+        dict(validation=np.array(["0" * 64])),
+        dict(nats=np.array([None] * 300)),
+        dict(bytes=np.zeros(300, np.int64)),
+    ],
+    ids=lambda arrays: "-".join(arrays),
+)
 def test_damaged_scores_are_refused(tmp_path, arrays):
     path = fabricate(tmp_path)
     change(tmp_path / "run.docs.npz", **arrays)

@@ -11,9 +11,19 @@ from hypothesis import strategies as st
 import train_gpt as g
 
 CONFIG = g.ModelConfig(
-    vocab_size=64, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4, unet_skips=2,
-    parallel_start_layer=3, num_loops=1, loop_start=1, loop_end=2
-)  # fmt: skip
+    vocab_size=64,
+    num_layers=4,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_mult=2,
+    rope_dims=4,
+    unet_skips=2,
+    parallel_start_layer=3,
+    num_loops=1,
+    loop_start=1,
+    loop_end=2,
+)
 CONTEXT, STRIDE = 32, 8
 
 
@@ -177,8 +187,11 @@ def test_a_complete_tally_is_accepted():
     assert tally.gathered(g.Dist()).nats.tolist() == [4, 2]
 
 
-@pytest.mark.parametrize("booked", [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1], []],
-                         ids=["twice", "never", "one too many for one too few", "nothing"])  # fmt: skip
+@pytest.mark.parametrize(
+    "booked",
+    [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1], []],
+    ids=["twice", "never", "one too many for one too few", "nothing"],
+)
 def test_a_target_counted_twice_or_never_is_refused(booked):
     tally = g.Tally(documents(3, 2))
     tally.add(np.array(booked, np.int64), np.ones(len(booked), np.float32))

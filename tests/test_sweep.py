@@ -255,8 +255,11 @@ def test_seeds_share_a_row_and_values_may_hold_commas(stand_in, monkeypatch, cap
     assert out.splitlines()[-1] == "TTT_LR=0.1 TTT_LORA_TARGETS=q,v"
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| 0.")]
     assert [(row[0], row[1], row[5]) for row in rows] == [
-        ("| 0.1", "q,v", "0 2"), ("| 0.1", "head", "0 2"), ("| 0.2", "q,v", "0 2"), ("| 0.2", "head", "0 2"),
-    ]  # fmt: skip
+        ("| 0.1", "q,v", "0 2"),
+        ("| 0.1", "head", "0 2"),
+        ("| 0.2", "q,v", "0 2"),
+        ("| 0.2", "head", "0 2"),
+    ]
     done = [
         load_run(path)
         for path in (stand_in.folder / "logs/sweeps").rglob("*.json")
@@ -350,26 +353,29 @@ def test_a_combination_has_the_defaults_of_run_sh_that_go_with_it(monkeypatch):
         made("TTT_PARAMS=lora,full")
 
 
-@pytest.mark.parametrize("command, words", [
-    ("TTT_LRR=0.1", "did you mean TTT_LR?"),
-    ("PATH=0.1", "PATH is not a knob"),
-    ("TTT_LR=0.1,fast", "TTT_LR=fast"),
-    ("TTT_LR=0.1,0.10", "are the same combination"),
-    ("TTT_LR=0.1 TTT_LR=0.2", "given twice"),
-    ("TTT_LR", "expected NAME=value"),
-    ("TTT_LR=0.1 TTT_PARAMS=lora,full", "TTT_PARAMS=full: TTT_"),
-    ("TTT_OPTIMIZER=adamw TTT_MOMENTUM=0.9", "TTT_MOMENTUM has no effect"),
-    ("TRAIN_BATCH_TOKENS=256,300", "TRAIN_BATCH_TOKENS=300 must be a multiple"),
-    ("RUN_ID=a,b", "RUN_ID cannot be swept"),
-    ("DATA_PATH=a,b", "must score the same documents"),
-    ("HOLDOUT_TOKENS=1,2", "must score the same documents"),
-    ("TTT_LR=0.1 --gpus 2", "--gpus 2"),
-    ("TTT_LR=0.1 --name ../x", "--name"),
-    ("", "give a grid"),
-    ("TTT_LR=0.1 --eval absent.ptz", "absent.ptz: cannot be read"),
-    ("MATRIX_LR=0.1 --eval absent.ptz", "MATRIX_LR is for training"),
-    ("--file absent.txt", "absent.txt: cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("TTT_LRR=0.1", "did you mean TTT_LR?"),
+        ("PATH=0.1", "PATH is not a knob"),
+        ("TTT_LR=0.1,fast", "TTT_LR=fast"),
+        ("TTT_LR=0.1,0.10", "are the same combination"),
+        ("TTT_LR=0.1 TTT_LR=0.2", "given twice"),
+        ("TTT_LR", "expected NAME=value"),
+        ("TTT_LR=0.1 TTT_PARAMS=lora,full", "TTT_PARAMS=full: TTT_"),
+        ("TTT_OPTIMIZER=adamw TTT_MOMENTUM=0.9", "TTT_MOMENTUM has no effect"),
+        ("TRAIN_BATCH_TOKENS=256,300", "TRAIN_BATCH_TOKENS=300 must be a multiple"),
+        ("RUN_ID=a,b", "RUN_ID cannot be swept"),
+        ("DATA_PATH=a,b", "must score the same documents"),
+        ("HOLDOUT_TOKENS=1,2", "must score the same documents"),
+        ("TTT_LR=0.1 --gpus 2", "--gpus 2"),
+        ("TTT_LR=0.1 --name ../x", "--name"),
+        ("", "give a grid"),
+        ("TTT_LR=0.1 --eval absent.ptz", "absent.ptz: cannot be read"),
+        ("MATRIX_LR=0.1 --eval absent.ptz", "MATRIX_LR is for training"),
+        ("--file absent.txt", "absent.txt: cannot be read"),
+    ],
+)
 def test_what_cannot_be_run_is_refused_in_one_line_before_anything_ran(stand_in, capsys, command, words):
     assert end_in_a_line(lambda: sweep.main(command.split())) == 2
     said = capsys.readouterr()
@@ -377,10 +383,15 @@ def test_what_cannot_be_run_is_refused_in_one_line_before_anything_ran(stand_in,
     assert stand_in.started() == []
 
 
-@pytest.mark.parametrize("lines, words", [
-    ("TTT_LR=0.1\nfast\n", ":2: expected NAME=value"), ("TTT_LR='0.1\n", ":1: No closing quotation"),
-    ("TTT_LR=0.1\nTTT_LRR=2\n", "did you mean TTT_LR?"), ("# none\n", "no combination"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ("TTT_LR=0.1\nfast\n", ":2: expected NAME=value"),
+        ("TTT_LR='0.1\n", ":1: No closing quotation"),
+        ("TTT_LR=0.1\nTTT_LRR=2\n", "did you mean TTT_LR?"),
+        ("# none\n", "no combination"),
+    ],
+)
 def test_a_file_that_is_no_list_of_combinations_is_refused(stand_in, capsys, lines, words):
     (stand_in.folder / "bad.txt").write_text(lines)
     assert end_in_a_line(lambda: sweep.main(["--file", "bad.txt"])) == 2
@@ -402,14 +413,17 @@ def test_a_run_of_a_source_that_was_changed_meanwhile_does_not_count(stand_in, c
     assert job.state == "failed" and "changed meanwhile" in job.at
 
 
-@pytest.mark.parametrize("line, at, bpb, eta", [
-    ("step:50 loss:3.1 progress:0.5 train_s:9.5 eta_s:12", "step 50", None, 12),
-    ("step:50 val_bpb:1.50000 (last iterate, without adaptation)", "step 50", 1.5, None),
-    ("before quantisation, without adaptation: val_bpb:1.40000, last iterate 1.45", "packing", 1.4, None),
-    ("adapted documents:12/64 eval_s:20 eta_s:30", "12/64 documents", None, 30),
-    ("artifact logs/a.ptz: static_bpb:1.41000 ttt_bpb:1.39000", "scored", 1.39, None),
-    ("VOCAB_SIZE=64", "", None, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, at, bpb, eta",
+    [
+        ("step:50 loss:3.1 progress:0.5 train_s:9.5 eta_s:12", "step 50", None, 12),
+        ("step:50 val_bpb:1.50000 (last iterate, without adaptation)", "step 50", 1.5, None),
+        ("before quantisation, without adaptation: val_bpb:1.40000, last iterate 1.45", "packing", 1.4, None),
+        ("adapted documents:12/64 eval_s:20 eta_s:30", "12/64 documents", None, 30),
+        ("artifact logs/a.ptz: static_bpb:1.41000 ttt_bpb:1.39000", "scored", 1.39, None),
+        ("VOCAB_SIZE=64", "", None, None),
+    ],
+)
 def test_progress_is_read_from_the_lines_of_the_log(line, at, bpb, eta):
     job = sweep.Job({}, {})
     sweep.note_progress(job, line)

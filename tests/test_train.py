@@ -364,15 +364,18 @@ def test_a_damaged_checkpoint_is_refused(settings, tmp_path, damage):
 # ---- when to stop -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("iterations, limit, step, seconds, expected", [
-    (8, 0.0, 2, 1e9, 0.25),   # steps alone
-    (8, 0.0, 8, 0.0, 1.0),
-    (0, 100.0, 7, 20.0, 0.25),  # time alone, less what quantisation needs
-    (0, 100.0, 7, 80.0, 1.0),
-    (8, 100.0, 2, 60.0, 0.75),  # both: whichever is further on
-    (8, 100.0, 7, 8.0, 0.875),
-    (0, 100.0, 0, 0.0, 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "iterations, limit, step, seconds, expected",
+    [
+        (8, 0.0, 2, 1e9, 0.25),  # steps alone
+        (8, 0.0, 8, 0.0, 1.0),
+        (0, 100.0, 7, 20.0, 0.25),  # time alone, less what quantisation needs
+        (0, 100.0, 7, 80.0, 1.0),
+        (8, 100.0, 2, 60.0, 0.75),  # both: whichever is further on
+        (8, 100.0, 7, 8.0, 0.875),
+        (0, 100.0, 0, 0.0, 0.0),
+    ],
+)
 def test_progress(iterations, limit, step, seconds, expected):
     run = g.RunConfig(iterations=iterations, max_wallclock_seconds=limit)
     assert g.progress_at(run, step, seconds, reserve=20.0) == pytest.approx(expected)

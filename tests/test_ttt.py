@@ -19,9 +19,21 @@ from masked import attend_seen, chunk_band
 import train_gpt as g
 
 CONFIG = g.ModelConfig(
-    vocab_size=48, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2, rope_dims=4, attn_gate_width=8,
-    smear_width=8, unet_skips=1, parallel_start_layer=1, num_loops=1, loop_start=0, loop_end=0
-)  # fmt: skip
+    vocab_size=48,
+    num_layers=2,
+    model_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_mult=2,
+    rope_dims=4,
+    attn_gate_width=8,
+    smear_width=8,
+    unet_skips=1,
+    parallel_start_layer=1,
+    num_loops=1,
+    loop_start=0,
+    loop_end=0,
+)
 CHUNK, CONTEXT = 8, 24
 LORA = dict(ttt_lr=0.02, ttt_weight_decay=0.0)
 FULL = dict(ttt_params="full", ttt_lr=0.02, ttt_epochs=1, ttt_chunk_tokens=CHUNK, ttt_freeze_blocks=1)
@@ -46,8 +58,16 @@ PER_DOCUMENT = [name for name, knobs in SYSTEMS.items() if "ttt_scope" not in kn
 
 
 def run_config(**knobs) -> g.RunConfig:
-    small = dict(device="cpu", train_row_tokens=32, train_batch_tokens=64, micro_batch_tokens=64, eval_seconds=0,
-                 eval_seq_len=CONTEXT, eval_stride=8, ttt_chunk_tokens=CHUNK)  # fmt: skip
+    small = dict(
+        device="cpu",
+        train_row_tokens=32,
+        train_batch_tokens=64,
+        micro_batch_tokens=64,
+        eval_seconds=0,
+        eval_seq_len=CONTEXT,
+        eval_stride=8,
+        ttt_chunk_tokens=CHUNK,
+    )
     lora = {} if knobs.get("ttt_params") == "full" else dict(ttt_lora_rank=4, ttt_lora_alpha=4.0)
     return g.RunConfig(**small | lora | knobs)
 
@@ -224,12 +244,22 @@ def plain_lora(text: list[int], make_optimizer, epochs: int, clip: float) -> np.
     return np.array(nats)
 
 
-@pytest.mark.parametrize("knobs, make_optimizer", [
-    (dict(ttt_lr=0.01, ttt_weight_decay=0.5, ttt_beta1=0.8, ttt_beta2=0.95),
-     lambda t: torch.optim.AdamW(t, lr=0.01, weight_decay=0.5, betas=(0.8, 0.95), eps=1e-10)),
-    (dict(ttt_optimizer="sgd", ttt_lr=0.2, ttt_momentum=0.8, ttt_weight_decay=0.0, ttt_grad_clip=0.3, ttt_epochs=2),
-     lambda t: torch.optim.SGD(t, lr=0.2, momentum=0.8)),
-], ids=["adamw", "sgd, clipped, 2 epochs"])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs, make_optimizer",
+    [
+        (
+            dict(ttt_lr=0.01, ttt_weight_decay=0.5, ttt_beta1=0.8, ttt_beta2=0.95),
+            lambda t: torch.optim.AdamW(t, lr=0.01, weight_decay=0.5, betas=(0.8, 0.95), eps=1e-10),
+        ),
+        (
+            dict(
+                ttt_optimizer="sgd", ttt_lr=0.2, ttt_momentum=0.8, ttt_weight_decay=0.0, ttt_grad_clip=0.3, ttt_epochs=2
+            ),
+            lambda t: torch.optim.SGD(t, lr=0.2, momentum=0.8),
+        ),
+    ],
+    ids=["adamw", "sgd, clipped, 2 epochs"],
+)
 def test_adaptation_is_that_of_torchs_own_optimizer(monkeypatch, knobs, make_optimizer):
     text = document(44, period=7)
     found = score(documents(text), **knobs).by_document[0]
@@ -321,8 +351,11 @@ def test_a_chunk_is_scored_with_what_a_replay_that_stops_before_it_has_learnt(na
         assert replayed[k] == seen[k], f"chunk {k}"
 
 
-@pytest.mark.parametrize("cut", [2 * CHUNK, 2 * CHUNK + 3, 3 * CHUNK - 1, 4 * CHUNK + 1],
-                         ids=["a chunk's first token", "inside", "its last token", "beyond the context"])  # fmt: skip
+@pytest.mark.parametrize(
+    "cut",
+    [2 * CHUNK, 2 * CHUNK + 3, 3 * CHUNK - 1, 4 * CHUNK + 1],
+    ids=["a chunk's first token", "inside", "its last token", "beyond the context"],
+)
 @pytest.mark.parametrize("name", ["lora, adamw", "full, document"])
 def test_earlier_scores_are_the_same_to_the_last_bit(name, cut, monkeypatch):
     """Whether other tokens follow, or the document ends earlier or later."""
@@ -418,8 +451,11 @@ def changes_of_full(steps, **knobs) -> dict[str, torch.Tensor]:
     score(documents(document(2 * CHUNK)), **run)
     names = [n for n, _ in random_model().named_parameters()]
     frozen = tuple(f"blocks.{i}." for i in range(run["ttt_freeze_blocks"]))
-    return dict(zip((n for n in names if not n.startswith(frozen)), steps[0].change, strict=True)) if frozen else dict(
-        zip(names, steps[0].change, strict=True))  # fmt: skip
+    return (
+        dict(zip((n for n in names if not n.startswith(frozen)), steps[0].change, strict=True))
+        if frozen
+        else dict(zip(names, steps[0].change, strict=True))
+    )
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])

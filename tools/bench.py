@@ -79,9 +79,12 @@ def steps(trainer: g.Trainer, looping: bool, count: int) -> None:
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     seconds = go(count) / count
     late = torch._dynamo.utils.counters["stats"]["unique_graphs"] - graphs
-    print(f"loop:{int(looping)} first_step_s:{first:.1f} step_ms:{1e3 * seconds:.1f} "
-          f"tokens_per_s:{run.train_batch_tokens / seconds:.0f} {peak_memory()} "
-          f"compiled_after_warm_up:{late}", flush=True)  # fmt: skip
+    print(
+        f"loop:{int(looping)} first_step_s:{first:.1f} step_ms:{1e3 * seconds:.1f} "
+        f"tokens_per_s:{run.train_batch_tokens / seconds:.0f} {peak_memory()} "
+        f"compiled_after_warm_up:{late}",
+        flush=True,
+    )
     if dist.device.type == "cuda":
         with profile(activities=[ProfilerActivity.CUDA]) as trace:
             wall = go(2)
@@ -110,8 +113,11 @@ def adaptation(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> N
         early = go(4) / 4
         go(run.eval_seq_len // chunk)
         late = go(4) / 4
-        print(f"adaptation documents:{documents} chunk:{chunk} step_ms:{1e3 * early:.1f} at the start, "
-              f"{1e3 * late:.1f} with a full context; {peak_memory()}", flush=True)  # fmt: skip
+        print(
+            f"adaptation documents:{documents} chunk:{chunk} step_ms:{1e3 * early:.1f} at the start, "
+            f"{1e3 * late:.1f} with a full context; {peak_memory()}",
+            flush=True,
+        )
         if dist.device.type == "cuda":
             with profile(activities=[ProfilerActivity.CUDA]) as trace:
                 wall = go(2)
@@ -162,8 +168,10 @@ def two_paths(run: g.RunConfig, dist: g.Dist) -> Iterator[str]:
     if dist.device.type == "cuda":
         paths = {"our kernels": contextlib.nullcontext(), "torch's kernels": torch_kernels(run.train_seq_len)}
     else:  # ours in Triton's interpreter
-        paths = {name: mock.patch.object(g, "kernels_serve", lambda _, ours=ours: ours)
-                 for name, ours in (("our kernels", True), ("plain torch", False))}  # fmt: skip
+        paths = {
+            name: mock.patch.object(g, "kernels_serve", lambda _, ours=ours: ours)
+            for name, ours in (("our kernels", True), ("plain torch", False))
+        }
     for name, path in paths.items():
         torch._dynamo.reset()
         with path:
@@ -203,8 +211,11 @@ def agreement(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     for name in two_paths(run, dist):
         began = time.perf_counter()
         losses.append(loss_at_the_end(run, c, dist))
-        print(f"agreement steps:{run.iterations} loss:{losses[-1]:.5f} difference:{losses[-1] - losses[0]:+.5f} "
-              f"seconds:{time.perf_counter() - began:.0f} (compiler and all) {name}", flush=True)  # fmt: skip
+        print(
+            f"agreement steps:{run.iterations} loss:{losses[-1]:.5f} difference:{losses[-1] - losses[0]:+.5f} "
+            f"seconds:{time.perf_counter() - began:.0f} (compiler and all) {name}",
+            flush=True,
+        )
 
 
 def race(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
@@ -222,9 +233,12 @@ def race(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
                 g.score_static(trainer.model, held, range(len(held)), run, dist, tally)
                 found[readout] = tally.gathered(dist).nats.sum() / held.lengths.sum()
         seconds = watch.total("train")
-        print(f"race seconds:{seconds:.1f} steps:{trainer.step} "
-              f"tokens_per_s:{trainer.step * run.train_batch_tokens / seconds:.0f} "
-              f"last:{found['last']:.5f} average:{found['average']:.5f} {name}", flush=True)  # fmt: skip
+        print(
+            f"race seconds:{seconds:.1f} steps:{trainer.step} "
+            f"tokens_per_s:{trainer.step * run.train_batch_tokens / seconds:.0f} "
+            f"last:{found['last']:.5f} average:{found['average']:.5f} {name}",
+            flush=True,
+        )
 
 
 def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:

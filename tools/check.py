@@ -72,8 +72,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     for folder in options.folders:
         require((folder / "submission.json").is_file(), f"{folder}: no record: it has no submission.json", UserError)
-    require(not options.artifact or (len(options.folders) == 1 and not options.no_evaluation),
-            "--artifact is for the evaluation of one record", UserError)  # fmt: skip
+    require(
+        not options.artifact or (len(options.folders) == 1 and not options.no_evaluation),
+        "--artifact is for the evaluation of one record",
+        UserError,
+    )
     options.artifact = dict(map(named_artifact, options.artifact))
     return options
 
@@ -248,9 +251,23 @@ def against_knobs(result: Mapping[str, Any]) -> Iterator[str]:
 
 # The line "result ..." shows these, if the result has them: train_gpt.report
 SHOWN = (
-    "val_bpb", "static_bpb", "prequant_bpb", "artifact_bytes", "code_bytes", "total_bytes", "steps", "train_tokens",
-    "train_seconds", "eval_seconds", "documents", "tokens", "bytes", "doc_independent", "degraded_documents", "seed",
-)  # fmt: skip
+    "val_bpb",
+    "static_bpb",
+    "prequant_bpb",
+    "artifact_bytes",
+    "code_bytes",
+    "total_bytes",
+    "steps",
+    "train_tokens",
+    "train_seconds",
+    "eval_seconds",
+    "documents",
+    "tokens",
+    "bytes",
+    "doc_independent",
+    "degraded_documents",
+    "seed",
+)
 SPOKEN = {  # a whole line of progress -> the results that it gives away
     r"devices: (\d+) x (.+)": ("world_size", "device"),
     r"validation: (\d+) documents, (\d+) targets, (\d+) bytes": ("documents", "tokens", "bytes"),
@@ -444,8 +461,10 @@ def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
         if seed not in named and (not artifact.is_file() or unlike(artifact, run)):
             print(f"{folder}: seed {seed}: its artifact is not at hand ({artifact}); not evaluated again")
         elif seed not in named and made_on_gpu(run) and not torch.cuda.is_available():
-            print(f"{folder}: seed {seed}: a GPU scored {artifact}, a CPU would take hours: not evaluated without "
-                  f"--artifact {seed}={artifact}")  # fmt: skip
+            print(
+                f"{folder}: seed {seed}: a GPU scored {artifact}, a CPU would take hours: not evaluated without "
+                f"--artifact {seed}={artifact}"
+            )
         elif run.result["degraded_documents"]:
             print(f"{folder}: seed {seed}: what a deadline left unadapted cannot be repeated; not evaluated again")
         else:
@@ -469,8 +488,10 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
         require(status == 0, f"the evaluation of {artifact} ended with status {status}: see above", UserError)
         again = read_result(Path(work) / "logs" / f"{run.name}.json")
     if again["validation"] != run.result["validation"]:
-        yield (f"{env['DATA_PATH']} holds another validation set ({in_short(again)}) than the record's "
-               f"({in_short(run.result)}): set DATA_PATH")  # fmt: skip
+        yield (
+            f"{env['DATA_PATH']} holds another validation set ({in_short(again)}) than the record's "
+            f"({in_short(run.result)}): set DATA_PATH"
+        )
         return
     for name in ("val_bpb", "static_bpb"):
         print(f"{folder}: seed {run.result['seed']}: {name} {again[name]:.6f}, in the record {run.result[name]:.6f}")

@@ -62,9 +62,11 @@ class Baseline:
         fit = number(self.val_bpb) and number(self.val_bpb_std) and whole(self.seeds) and self.seeds > 0
         fit = fit and all(x is None or (whole(x) and x > 0) for x in (self.documents, self.bytes))
         width = self.bytes_per_token
-        require(fit and isinstance(self.source, str) and (width is None or (number(width) and width > 0)),
-                f"{self}: a baseline is a mean and a deviation in bpb, a number of seeds, perhaps bytes a token",
-                UserError)  # fmt: skip
+        require(
+            fit and isinstance(self.source, str) and (width is None or (number(width) and width > 0)),
+            f"{self}: a baseline is a mean and a deviation in bpb, a number of seeds, perhaps bytes a token",
+            UserError,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,19 @@ class Facts:
             value = getattr(self, name)
             require(isinstance(value, str) and value.strip() != "", f"{name} is {value!r}: say it", UserError)
         require(number(self.train_seconds) and number(self.eval_seconds), "the limits are not in seconds", UserError)
-        require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
-                f"{self.name!r}: a record's name is of letters, digits and ._- and begins with one of the former",
-                UserError)  # fmt: skip
+        require(
+            re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,
+            f"{self.name!r}: a record's name is of letters, digits and ._- and begins with one of the former",
+            UserError,
+        )
         require(re.fullmatch(r"\d{4}-\d\d-\d\d", self.date) is not None, f"{self.date!r} is not a date", UserError)
         require(self.track in (CONTEST, NON_RECORD), f"{self.track!r} is no track", UserError)
         require(set(self.allowed) <= set(ALLOWANCES), f"{self.allowed}: not what can be allowed", UserError)
-        require(re.search(r"^##? ", self.what, re.MULTILINE) is None,
-                "what changed: headings of the first two levels (#, ##) are the record's own; use ###",
-                UserError)  # fmt: skip
+        require(
+            re.search(r"^##? ", self.what, re.MULTILINE) is None,
+            "what changed: headings of the first two levels (#, ##) are the record's own; use ###",
+            UserError,
+        )
 
     @property
     def folder(self) -> str:
@@ -136,8 +142,10 @@ def against_run(run: Run, facts: Facts) -> Iterator[str]:
         if result[clock] > limit:
             yield f"{clock} is {result[clock]:.1f}, the limit {limit:g}"
     if DEPENDENT not in facts.allowed and (result["doc_independent"] != 1 or result["degraded_documents"]):
-        yield (f"doc_independent:{result['doc_independent']}, degraded_documents:{result['degraded_documents']}: its "
-               "scores depend on other documents or on the clock; --allow-dependent accepts and says it")  # fmt: skip
+        yield (
+            f"doc_independent:{result['doc_independent']}, degraded_documents:{result['degraded_documents']}: its "
+            "scores depend on other documents or on the clock; --allow-dependent accepts and says it"
+        )
 
 
 def against_set(runs: Sequence[Run]) -> Iterator[str]:
@@ -176,8 +184,10 @@ def against_totals(documents: int, tokens: int, size: int, facts: Facts) -> Iter
         yield f"{size:,} validation bytes, the contest's are {CONTEST_BYTES[0]:,} to {CONTEST_BYTES[-1]:,}"
     known = ", ".join(f"{name} {span[0]:,}" for name, span in CONTEST_TOKENS.items())
     if OWN_TOKENIZER not in facts.allowed and not any(tokens in span for span in CONTEST_TOKENS.values()):
-        yield (f"{tokens:,} validation tokens are those of neither published tokenizer ({known}); --own-tokenizer "
-               "accepts that, and says so")  # fmt: skip
+        yield (
+            f"{tokens:,} validation tokens are those of neither published tokenizer ({known}); --own-tokenizer "
+            "accepts that, and says so"
+        )
 
 
 def against_track(gpus: int, device: str, facts: Facts) -> Iterator[str]:
@@ -185,8 +195,10 @@ def against_track(gpus: int, device: str, facts: Facts) -> Iterator[str]:
     if facts.track != CONTEST:
         return
     if gpus != CONTEST_GPUS or CONTEST_GPU not in device:
-        yield (f"it ran on {gpus} x {device}, {CONTEST} asks for {CONTEST_GPUS} x {CONTEST_GPU}; --non-record makes it "
-               f"a record of {NON_RECORD}")  # fmt: skip
+        yield (
+            f"it ran on {gpus} x {device}, {CONTEST} asks for {CONTEST_GPUS} x {CONTEST_GPU}; --non-record makes it "
+            f"a record of {NON_RECORD}"
+        )
     if max(facts.train_seconds, facts.eval_seconds) > CONTEST_SECONDS:
         yield f"{CONTEST} allows {CONTEST_SECONDS:g} s of training and as many of evaluation, and no others"
 
@@ -196,8 +208,10 @@ def against_baseline(documents: int, size: int, baseline: Baseline | None) -> It
     if baseline is None or baseline.documents is None or baseline.bytes is None:
         return
     if documents != baseline.documents or not math.isclose(size, baseline.bytes, rel_tol=SAME_TEXT):
-        yield (f"{documents:,} documents of {size:,} bytes are scored here, {baseline.documents:,} of "
-               f"{baseline.bytes:,} in the baseline {baseline.source}: these scores do not compare")  # fmt: skip
+        yield (
+            f"{documents:,} documents of {size:,} bytes are scored here, {baseline.documents:,} of "
+            f"{baseline.bytes:,} in the baseline {baseline.source}: these scores do not compare"
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -319,20 +333,29 @@ def submission(runs: Sequence[Run], facts: Facts) -> dict[str, Any]:
     """submission.json: the contest's fields, and what is needed to judge them."""
     first, bpb, loss = runs[0].result, scores(runs), scores(runs, "val_loss")
     return {
-        "author": facts.author, "github_id": facts.github_id, "name": facts.name, "blurb": facts.blurb,
-        "date": facts.date, "track": facts.track,
-        "val_loss": rounded(loss.mean), "val_bpb": rounded(bpb.mean),
-        "val_loss_std": rounded(loss.std), "val_bpb_std": rounded(bpb.std),
+        "author": facts.author,
+        "github_id": facts.github_id,
+        "name": facts.name,
+        "blurb": facts.blurb,
+        "date": facts.date,
+        "track": facts.track,
+        "val_loss": rounded(loss.mean),
+        "val_bpb": rounded(bpb.mean),
+        "val_loss_std": rounded(loss.std),
+        "val_bpb_std": rounded(bpb.std),
         "seeds": [run.result["seed"] for run in runs],
         "seed_results": {str(run.result["seed"]): seed_result(run) for run in runs},
-        "bytes_total": max(run.result["total_bytes"] for run in runs), "bytes_code": first["code_bytes"],
-        "hardware": hardware(runs[0]), "versions": first["versions"], "code_sha256": first["code_sha256"],
+        "bytes_total": max(run.result["total_bytes"] for run in runs),
+        "bytes_code": first["code_bytes"],
+        "hardware": hardware(runs[0]),
+        "versions": first["versions"],
+        "code_sha256": first["code_sha256"],
         "validation": {n: first[n] for n in ("documents", "tokens", "bytes")} | {"sha256": first["validation"]},
         "limits": {"train_seconds": facts.train_seconds, "eval_seconds": facts.eval_seconds},
         "allowed": list(facts.allowed),
         "baseline": asdict(facts.baseline) if facts.baseline else None,
         "significance": significance(judge(runs, facts.baseline)) if facts.baseline else None,
-    }  # fmt: skip
+    }
 
 
 def as_json(stated: dict[str, Any]) -> str:
@@ -362,10 +385,14 @@ def rounded(value: float) -> float | None:
 def significance(v: Verdict) -> dict[str, Any]:
     short = [None if p is None else float(f"{p:.4g}") for p in (v.p_better, v.p_required)]
     return {
-        "gain_bpb": rounded(v.gain), "gain_nats_per_token": rounded(v.gain_nats),
-        "bytes_per_token": rounded(v.bytes_per_token), "required_bpb": rounded(v.required),
-        "p_better": short[0], "p_required": short[1], "required_met": v.met,
-    }  # fmt: skip
+        "gain_bpb": rounded(v.gain),
+        "gain_nats_per_token": rounded(v.gain_nats),
+        "bytes_per_token": rounded(v.bytes_per_token),
+        "required_bpb": rounded(v.required),
+        "p_better": short[0],
+        "p_required": short[1],
+        "required_met": v.met,
+    }
 
 
 def hardware(run: Run) -> str:
@@ -439,8 +466,19 @@ def shell_word(value: str) -> str:
 
 
 def results_section(runs: Sequence[Run]) -> str:
-    header = ["seed", "steps", "ms/step", "before quantisation", "quantised", "final", "nats a token",
-              "artifact", "with code", "training", "evaluation"]  # fmt: skip
+    header = [
+        "seed",
+        "steps",
+        "ms/step",
+        "before quantisation",
+        "quantised",
+        "final",
+        "nats a token",
+        "artifact",
+        "with code",
+        "training",
+        "evaluation",
+    ]
     units = ["", "", "", "bpb", "bpb", "bpb", "", "bytes", "bytes", "s", "s"]
     rows = [results_row(run) for run in runs]
     measures = ("prequant_bpb", "static_bpb", "val_bpb", "val_loss")
@@ -458,10 +496,18 @@ def results_section(runs: Sequence[Run]) -> str:
 def results_row(run: Run) -> list[str]:
     r = run.result
     return [
-        str(r["seed"]), f"{r['steps']:,}", f"{step_ms(run):.1f}",
-        f"{r['prequant_bpb']:.5f}", f"{r['static_bpb']:.5f}", f"**{r['val_bpb']:.5f}**", f"{r['val_loss']:.5f}",
-        f"{r['artifact_bytes']:,}", f"{r['total_bytes']:,}", f"{r['train_seconds']:.1f}", f"{r['eval_seconds']:.1f}",
-    ]  # fmt: skip
+        str(r["seed"]),
+        f"{r['steps']:,}",
+        f"{step_ms(run):.1f}",
+        f"{r['prequant_bpb']:.5f}",
+        f"{r['static_bpb']:.5f}",
+        f"**{r['val_bpb']:.5f}**",
+        f"{r['val_loss']:.5f}",
+        f"{r['artifact_bytes']:,}",
+        f"{r['total_bytes']:,}",
+        f"{r['train_seconds']:.1f}",
+        f"{r['eval_seconds']:.1f}",
+    ]
 
 
 def phases_section(runs: Sequence[Run], facts: Facts) -> str:

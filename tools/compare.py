@@ -123,11 +123,24 @@ def draw(a: Run, b: Run, groups: list[Group], path: Path) -> None:
         gain.axhline(0, color="#555555", linewidth=1)
         known = [(g.tokens, g.gap) for g in groups if g.gap]
         reach = [[gap.high - gap.value for _, gap in known], [gap.value - gap.low for _, gap in known]]
-        gain.errorbar([at for at, _ in known], [-gap.value for _, gap in known], reach, fmt="o-", capsize=4,
-                      color=COLOURS[2], label="with 95 % interval")  # fmt: skip
+        gain.errorbar(
+            [at for at, _ in known],
+            [-gap.value for _, gap in known],
+            reach,
+            fmt="o-",
+            capsize=4,
+            color=COLOURS[2],
+            label="with 95 % interval",
+        )
         few = [g for g in groups if not g.gap]
-        gain.plot([g.tokens for g in few], [g.bpb[0] - g.bpb[1] for g in few], "o", color=COLOURS[2],
-                  markerfacecolor="white", label=f"fewer than {FEWEST} documents")  # fmt: skip
+        gain.plot(
+            [g.tokens for g in few],
+            [g.bpb[0] - g.bpb[1] for g in few],
+            "o",
+            color=COLOURS[2],
+            markerfacecolor="white",
+            label=f"fewer than {FEWEST} documents",
+        )
         for axes in (both, gain):
             label_lengths(axes, [a])
         both.set(ylabel="bits per byte")

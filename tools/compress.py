@@ -100,10 +100,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT")
     parser.add_argument("--artifact", help="[ARTIFACT in the environment, else the newest logs/*.ptz]")
     parser.add_argument(
-        "--split", type=separator, default=b"", metavar="TEXT",
+        "--split",
+        type=separator,
+        default=b"",
+        metavar="TEXT",
         help="what stands between documents, such as '\\n\\n' or '<s>' [the file is one document: what was read "
         "helps with what comes]",
-    )  # fmt: skip
+    )
     parser.add_argument("--table", type=int, metavar="N", help="compare on N documents of the validation shards")
     args = parser.parse_args(arguments)
     if (args.out is None) == (args.table is None) or (args.file is not None and args.table is not None):

@@ -34,16 +34,23 @@ def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder
 
     The folder appears whole or not at all. Raises ConfigError when nothing is held out, DataError when the stretch
     holds no whole document or the bytes of its text cannot be told."""
-    require(holdout_tokens > 0, "HOLDOUT_TOKENS=0 keeps no training document to choose on; set it, or choose with "
-            "--on validation", ConfigError)  # fmt: skip
+    require(
+        holdout_tokens > 0,
+        "HOLDOUT_TOKENS=0 keeps no training document to choose on; set it, or choose with --on validation",
+        ConfigError,
+    )
     paths = find_shards(str(source), "train")
     transform = transform_of(source)
     documents = whole_documents(last_tokens(paths, holdout_tokens), holdout_tokens)
     facts = {
-        "holdout_tokens": holdout_tokens, "documents": int((documents == BOS).sum()), "tokens": len(documents),
-        "sha256": hashlib.sha256(documents.tobytes()).hexdigest(), "tokenizer": tokenizer.sha256,
-        "transform": transform, "train": [[str(path.resolve()), path.stat().st_size] for path in paths],
-    }  # fmt: skip
+        "holdout_tokens": holdout_tokens,
+        "documents": int((documents == BOS).sum()),
+        "tokens": len(documents),
+        "sha256": hashlib.sha256(documents.tobytes()).hexdigest(),
+        "tokenizer": tokenizer.sha256,
+        "transform": transform,
+        "train": [[str(path.resolve()), path.stat().st_size] for path in paths],
+    }
     if manifest_value(folder, "holdout") == facts:
         return facts
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,9 +73,13 @@ def transform_of(source: Path) -> str:
     transform = manifest_value(source, "tokenizer", "transform")
     if transform is None and not list(source.glob("fineweb_val_bytes_*.bin")):
         return "none"
-    require(transform in ("none", "caseops"), f"{source}: no manifest.json of data/prepare.py says how its text was "
-            f"transformed (found {transform!r}), so the bytes of a training document cannot be told; prepare the data "
-            "again, or choose with --on validation", DataError)  # fmt: skip
+    require(
+        transform in ("none", "caseops"),
+        f"{source}: no manifest.json of data/prepare.py says how its text was "
+        f"transformed (found {transform!r}), so the bytes of a training document cannot be told; prepare the data "
+        "again, or choose with --on validation",
+        DataError,
+    )
     return str(transform)
 
 
@@ -87,8 +98,11 @@ def last_tokens(paths: list[Path], count: int) -> np.ndarray:
 def whole_documents(stretch: np.ndarray, holdout_tokens: int) -> np.ndarray:
     """From the first BOS up to the last, which may begin a document that goes on elsewhere."""
     starts = np.flatnonzero(stretch == BOS)
-    require(len(starts) > 1, f"HOLDOUT_TOKENS={holdout_tokens}: the last {holdout_tokens} training tokens hold no "
-            "whole document; raise it", DataError)  # fmt: skip
+    require(
+        len(starts) > 1,
+        f"HOLDOUT_TOKENS={holdout_tokens}: the last {holdout_tokens} training tokens hold no whole document; raise it",
+        DataError,
+    )
     return stretch[starts[0] : starts[-1]]
 
 
@@ -105,7 +119,9 @@ def caseops_sidecar(documents: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
         counts = token_bytes(encoder, inner, caseops_bytes(inner), tokens)
         original = len(decode_caseops(inner).encode())
         if counts.sum() != original or counts.min() < 0 or counts.max() > np.iinfo(np.uint16).max:
-            raise DataError(f"training document at token {begin} of the held-out ones: its tokens add up to "
-                            f"{counts.sum()} bytes of {original}; choose with --on validation")  # fmt: skip
+            raise DataError(
+                f"training document at token {begin} of the held-out ones: its tokens add up to "
+                f"{counts.sum()} bytes of {original}; choose with --on validation"
+            )
         sidecar[begin + 1 : end] = counts
     return sidecar

@@ -32,10 +32,19 @@ WIDTH, DPI = 900, 100  # pixels of every picture, as wide as a README
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#000000")  # Okabe & Ito 2008
 HATCHES = ("", "///", "...", "xxx")  # tell parts apart once the colours are used up
 STYLE = {
-    "font.size": 12, "axes.titlesize": 13, "legend.fontsize": 11, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#dddddd", "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 2,
-    "hatch.color": "white", "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
-}  # fmt: skip
+    "font.size": 12,
+    "axes.titlesize": 13,
+    "legend.fontsize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "hatch.color": "white",
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+}
 MOST_RUNS = len(COLOURS)
 
 
@@ -154,8 +163,14 @@ def draw_lengths(runs: Sequence[Run], path: Path) -> None:
             at, bpb = by_length(run, run.nats)
             axes.plot(at, bpb, "o-", color=colour, label=f"{short(run)}: {run.bpb:.4f}")
             if run.result["adaptation_steps"]:
-                axes.plot(at, by_length(run, run.static_nats)[1], "s--", color=colour, markerfacecolor="white",
-                          label=f"{short(run)}, not adapted: {run.static_bpb:.4f}")  # fmt: skip
+                axes.plot(
+                    at,
+                    by_length(run, run.static_nats)[1],
+                    "s--",
+                    color=colour,
+                    markerfacecolor="white",
+                    label=f"{short(run)}, not adapted: {run.static_bpb:.4f}",
+                )
         label_lengths(axes, runs)
         axes.set(ylabel="bits per byte")
         axes.legend()

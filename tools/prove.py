@@ -603,10 +603,15 @@ def lay_out(audit: Audit, folder: Path) -> dict[str, str]:
     if has_sidecar(audit):
         prepare.write_shard(folder / "fineweb_val_bytes_000000.bin", [whole.bytes])
     return audit.opened.env | {
-        "ARTIFACT": str(folder / "artifact.ptz"), "DATA_PATH": str(folder), "TOKENIZER_PATH": "tokenizer.model",
-        "RUN_ID": "prove", "PYTHONPATH": elsewhere(audit.opened.env.get("PYTHONPATH", "")), "TMPDIR": str(folder),
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton"),
-    }  # fmt: skip
+        "ARTIFACT": str(folder / "artifact.ptz"),
+        "DATA_PATH": str(folder),
+        "TOKENIZER_PATH": "tokenizer.model",
+        "RUN_ID": "prove",
+        "PYTHONPATH": elsewhere(audit.opened.env.get("PYTHONPATH", "")),
+        "TMPDIR": str(folder),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+    }
 
 
 def elsewhere(folders: str) -> str:
@@ -624,8 +629,9 @@ def artifact_alone(audit: Audit) -> Seen:
         there = sorted(path.name for path in folder.iterdir())
         source = Path(watch.__file__).read_text(encoding="utf-8")
         script = [sys.executable, "-c", source, str(folder / "train_gpt.py"), str(report)]
-        done = subprocess.run(script, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              errors="replace")  # fmt: skip
+        done = subprocess.run(
+            script, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             return [f"the evaluation ends with status {done.returncode}: {last}"], ""
@@ -716,8 +722,11 @@ def contest_size(processor: sentencepiece.SentencePieceProcessor, tokens: list[i
             continue
         piece = processor.id_to_piece(token)
         space = piece.startswith("\u2581")
-        spelt += bytes([int(piece[3:5], 16)]) if processor.is_byte(token) else (
-            b" " * (space and not bare) + piece.removeprefix("\u2581").encode())  # fmt: skip
+        spelt += (
+            bytes([int(piece[3:5], 16)])
+            if processor.is_byte(token)
+            else (b" " * (space and not bare) + piece.removeprefix("\u2581").encode())
+        )
         bare = False
     return len(spelt)
 
@@ -756,10 +765,15 @@ def reported(audit: Audit) -> Seen:
 
 SCORING = ("TTT_", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SEED")  # knobs that change a score
 PROPERTIES = {
-    "causality": causality, "score before update": score_before_update, "independence": independence,
-    "normalised": normalised, "single pass": single_pass, "artifact alone": artifact_alone, "bytes": bytes_counted,
+    "causality": causality,
+    "score before update": score_before_update,
+    "independence": independence,
+    "normalised": normalised,
+    "single pass": single_pass,
+    "artifact alone": artifact_alone,
+    "bytes": bytes_counted,
     "reported": reported,
-}  # fmt: skip
+}
 
 
 def file_sha256(path: Path | str) -> str:
@@ -804,9 +818,15 @@ def run_prove(arguments: argparse.Namespace) -> int:
         print(finding, flush=True)
         findings.append(finding)
     ok = all(finding.ok is not False for finding in findings)
-    facts = {"artifact_sha256": file_sha256(artifact), "code_sha256": file_sha256(train_gpt.__file__), "ok": ok,
-             "seed": arguments.seed, "system": how, "device": train_gpt.device_name(dist.device),
-             "properties": [finding._asdict() for finding in findings]}  # fmt: skip
+    facts = {
+        "artifact_sha256": file_sha256(artifact),
+        "code_sha256": file_sha256(train_gpt.__file__),
+        "ok": ok,
+        "seed": arguments.seed,
+        "system": how,
+        "device": train_gpt.device_name(dist.device),
+        "properties": [finding._asdict() for finding in findings],
+    }
     train_gpt.write_atomically(artifact.with_suffix(".prove.json"), [json.dumps(facts, indent=1).encode()])
     return 0 if ok else 1
 

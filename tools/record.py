@@ -59,18 +59,37 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("name", metavar="NAME", help="of letters, digits and ._-")
     add("--seeds", required=True, metavar="S,S,...", help="such as 42,0,1234")
     add("--what", metavar="TEXT|FILE", help="what changed; its first paragraph is the blurb")
-    add("--baseline", metavar="FOLDER|MEAN,STD,N[,BYTES]", help="the scores to beat: a record, or bpb, deviation, "
-        "the number of seeds (and bytes a token)")  # fmt: skip
+    add(
+        "--baseline",
+        metavar="FOLDER|MEAN,STD,N[,BYTES]",
+        help="the scores to beat: a record, or bpb, deviation, the number of seeds (and bytes a token)",
+    )
     add("--non-record", action="store_true", help=f"for the track {NON_RECORD}: any hardware, any validation")
     for clock, name in (("train", "training"), ("eval", "evaluation")):
-        add(f"--{clock}-seconds", type=float, default=CONTEST_SECONDS, metavar="S",
-            help=f"limit of {name} [%(default)g]; another one makes it --non-record")  # fmt: skip
-    add("--allow-dependent", action="store_true", help="accept TTT_SCOPE=stream, or documents that a deadline left "
-        "unadapted; the record says so")  # fmt: skip
-    add("--own-tokenizer", action="store_true", help="accept the contest's validation text in tokens of our own; the "
-        "record says so")  # fmt: skip
-    add("--audit-seconds", type=whole_number, default=120, metavar="S", help="about how long the audit looks at each "
-        "artifact [%(default)s]")  # fmt: skip
+        add(
+            f"--{clock}-seconds",
+            type=float,
+            default=CONTEST_SECONDS,
+            metavar="S",
+            help=f"limit of {name} [%(default)g]; another one makes it --non-record",
+        )
+    add(
+        "--allow-dependent",
+        action="store_true",
+        help="accept TTT_SCOPE=stream, or documents that a deadline left unadapted; the record says so",
+    )
+    add(
+        "--own-tokenizer",
+        action="store_true",
+        help="accept the contest's validation text in tokens of our own; the record says so",
+    )
+    add(
+        "--audit-seconds",
+        type=whole_number,
+        default=120,
+        metavar="S",
+        help="about how long the audit looks at each artifact [%(default)s]",
+    )
     options = parser.parse_args(arguments)
     options.seeds = seed_list(options.seeds)
     return options
@@ -79,8 +98,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def seed_list(text: str) -> list[int]:
     """Sorted, as the record lists them."""
     parts = text.split(",")
-    require(all(part.isdecimal() for part in parts) and len(set(map(int, parts))) == len(parts),
-            f"--seeds {text}: expected different whole numbers, such as 42,0,1234", UserError)  # fmt: skip
+    require(
+        all(part.isdecimal() for part in parts) and len(set(map(int, parts))) == len(parts),
+        f"--seeds {text}: expected different whole numbers, such as 42,0,1234",
+        UserError,
+    )
     return sorted(map(int, parts))
 
 
@@ -101,10 +123,17 @@ def gather_facts(options: argparse.Namespace, env: Mapping[str, str]) -> Facts:
     usual = options.train_seconds == options.eval_seconds == CONTEST_SECONDS
     allowed = {DEPENDENT: options.allow_dependent, OWN_TOKENIZER: options.own_tokenizer}
     return Facts(
-        author, github_id, options.name, time.strftime("%Y-%m-%d", time.gmtime()), text_of(options.what),
-        NON_RECORD if options.non_record or not usual else CONTEST, options.train_seconds, options.eval_seconds,
+        author,
+        github_id,
+        options.name,
+        time.strftime("%Y-%m-%d", time.gmtime()),
+        text_of(options.what),
+        NON_RECORD if options.non_record or not usual else CONTEST,
+        options.train_seconds,
+        options.eval_seconds,
         tuple(sorted(name for name, given in allowed.items() if given)),
-        parse_baseline(options.baseline) if options.baseline else None)  # fmt: skip
+        parse_baseline(options.baseline) if options.baseline else None,
+    )
 
 
 def git(name: str) -> str:
@@ -165,8 +194,11 @@ def find_finished(run: RunConfig, knobs: dict[str, str]) -> Run | None:
         reasons = [str(error)]
     else:
         had = found.result["knobs"]
-        reasons = [f"{name} was {had.get(name)}, is {knobs.get(name)}" for name in knobs | had
-                   if had.get(name) != knobs.get(name)]  # fmt: skip
+        reasons = [
+            f"{name} was {had.get(name)}, is {knobs.get(name)}"
+            for name in knobs | had
+            if had.get(name) != knobs.get(name)
+        ]
         if found.source != train_gpt.code():
             reasons.append("train_gpt.py has changed")
         reasons += told(against_log(found))
@@ -181,12 +213,21 @@ def check_before(jobs: Sequence[Job], facts: Facts) -> None:
     """Refuse, before anything is paid for, what could not become a record."""
     run = jobs[0].run
     require(not run.artifact and not run.resume, "a record trains from the start: unset ARTIFACT and RESUME", UserError)
-    require(run.artifact_bytes <= MOST_BYTES, f"ARTIFACT_BYTES={run.artifact_bytes}: a record has {MOST_BYTES} bytes; "
-            "unset it", UserError)  # fmt: skip
-    for knob, limit, option in (("max_wallclock_seconds", facts.train_seconds, "--train-seconds"),
-                                ("eval_seconds", facts.eval_seconds, "--eval-seconds")):  # fmt: skip
-        require(getattr(run, knob) <= limit, f"{knob.upper()}={getattr(run, knob):g} is over the limit of {limit:g} s; "
-                f"lower it, or raise {option} (then the track is {NON_RECORD})", UserError)  # fmt: skip
+    require(
+        run.artifact_bytes <= MOST_BYTES,
+        f"ARTIFACT_BYTES={run.artifact_bytes}: a record has {MOST_BYTES} bytes; unset it",
+        UserError,
+    )
+    for knob, limit, option in (
+        ("max_wallclock_seconds", facts.train_seconds, "--train-seconds"),
+        ("eval_seconds", facts.eval_seconds, "--eval-seconds"),
+    ):
+        require(
+            getattr(run, knob) <= limit,
+            f"{knob.upper()}={getattr(run, knob):g} is over the limit of {limit:g} s; "
+            f"lower it, or raise {option} (then the track is {NON_RECORD})",
+            UserError,
+        )
     if (RECORDS / facts.folder).exists():
         raise UserError(f"{RECORDS / facts.folder} exists: remove it, or take another name")
     model, _ = read_env(jobs[0].env)
@@ -228,8 +269,11 @@ def audit(run: Run, seconds: int) -> str:
     """What `python -m tools.prove` says of a run's artifact, also on the screen. Raises UserError if it fails."""
     artifact = beside(run.path, ".ptz")
     difference = unlike(artifact, run) if artifact.is_file() else "it is missing"
-    require(not difference, f"{artifact}: not the artifact of {run.name}: {difference}; remove {run.path}, and it is "
-            "made again", UserError)  # fmt: skip
+    require(
+        not difference,
+        f"{artifact}: not the artifact of {run.name}: {difference}; remove {run.path}, and it is made again",
+        UserError,
+    )
     print(f"auditing {artifact}", flush=True)
     env, lines = dict(os.environ) | run.result["knobs"], []
     command = [sys.executable, "-m", "tools.prove", str(artifact), "--seconds", str(seconds)]

@@ -60,16 +60,39 @@ def is_history(value: Any) -> bool:
 
 
 FIELDS = {
-    "run_id": text, "seed": whole, "code_sha256": digest, "val_bpb": number, "val_loss": number, "static_bpb": number,
-    "documents": whole, "tokens": whole, "bytes": whole, "adaptation_steps": whole, "doc_independent": whole,
-    "degraded_documents": whole, "eval_seconds": number, "phases": table_of(number), "artifact_bytes": whole,
-    "code_bytes": whole, "total_bytes": whole, "artifact_parts": table_of(whole), "world_size": whole, "device": text,
-    "versions": text, "validation": digest, "knobs": table_of(lambda value: isinstance(value, str)),
-}  # fmt: skip
+    "run_id": text,
+    "seed": whole,
+    "code_sha256": digest,
+    "val_bpb": number,
+    "val_loss": number,
+    "static_bpb": number,
+    "documents": whole,
+    "tokens": whole,
+    "bytes": whole,
+    "adaptation_steps": whole,
+    "doc_independent": whole,
+    "degraded_documents": whole,
+    "eval_seconds": number,
+    "phases": table_of(number),
+    "artifact_bytes": whole,
+    "code_bytes": whole,
+    "total_bytes": whole,
+    "artifact_parts": table_of(whole),
+    "world_size": whole,
+    "device": text,
+    "versions": text,
+    "validation": digest,
+    "knobs": table_of(lambda value: isinstance(value, str)),
+}
 TRAINING_FIELDS = {  # of a run that trained; one with ARTIFACT has none of them
-    "steps": whole, "train_tokens": whole, "epochs": number, "last_bpb": number, "prequant_bpb": number,
-    "history": is_history, "train_seconds": number,
-}  # fmt: skip
+    "steps": whole,
+    "train_tokens": whole,
+    "epochs": number,
+    "last_bpb": number,
+    "prequant_bpb": number,
+    "history": is_history,
+    "train_seconds": number,
+}
 
 
 @dataclass(frozen=True)
@@ -200,12 +223,15 @@ def disagreements(run: Run) -> list[str]:
     """Every number of the result that its documents, its log or its other numbers contradict."""
     result = run.result
     recomputed = {
-        "documents": len(run.nats), "tokens": int(run.tokens.sum()), "bytes": int(run.bytes.sum()),
-        "adaptation_steps": int(run.updates.sum()), "validation": run.validation,
+        "documents": len(run.nats),
+        "tokens": int(run.tokens.sum()),
+        "bytes": int(run.bytes.sum()),
+        "adaptation_steps": int(run.updates.sum()),
+        "validation": run.validation,
         "artifact_bytes": sum(result["artifact_parts"].values()),
         "total_bytes": result["artifact_bytes"] + result["code_bytes"],
         "code_sha256": hashlib.sha256(run.source).hexdigest(),
-    }  # fmt: skip
+    }
     wrong = [f"{name} is {result[name]}, found {value}" for name, value in recomputed.items() if result[name] != value]
     if not run.bytes.sum() or not run.tokens.sum():
         return [*wrong, "its documents stand for no text at all"]
@@ -234,8 +260,10 @@ def require_same_documents(a: Run, b: Run) -> None:
     """Raise DataError unless both scored the same documents and count the same bytes."""
     if a.validation != b.validation or not np.array_equal(a.bytes, b.bytes) or not np.array_equal(a.tokens, b.tokens):
         totals = " and ".join(f"{r.name}: {len(r.nats)} documents, {r.bytes.sum()} bytes" for r in (a, b))
-        raise DataError(f"these runs scored different documents ({totals}): no document pairs with another; score both "
-                        "artifacts on one DATA_PATH")  # fmt: skip
+        raise DataError(
+            f"these runs scored different documents ({totals}): no document pairs with another; score both "
+            "artifacts on one DATA_PATH"
+        )
 
 
 def differences(base: Run, others: list[Run], seed: int = 0, chosen: np.ndarray | None = None) -> list[Interval]:

@@ -96,10 +96,20 @@ def main(arguments: list[str]) -> int:
     add("prompt", nargs="?", default="", metavar="PROMPT")
     add("--artifact", help="[ARTIFACT in the environment, else the newest logs/*.ptz]")
     add("--tokens", type=within(0, 1 << 20, int), default=200, metavar="N", help="most tokens to add [%(default)s]")
-    add("--temperature", type=within(0, 100), default=0.8, metavar="T",
-        help="0: always the likeliest; 1: as predicted [%(default)s]")  # fmt: skip
-    add("--top-p", type=within(0, 1), default=0.95, metavar="P",
-        help="choose among the likeliest tokens that have this share of the probability [%(default)s]")  # fmt: skip
+    add(
+        "--temperature",
+        type=within(0, 100),
+        default=0.8,
+        metavar="T",
+        help="0: always the likeliest; 1: as predicted [%(default)s]",
+    )
+    add(
+        "--top-p",
+        type=within(0, 1),
+        default=0.95,
+        metavar="P",
+        help="choose among the likeliest tokens that have this share of the probability [%(default)s]",
+    )
     add("--seed", type=within(0, 1 << 31, int), default=0, metavar="S", help="of the choices [%(default)s]")
     args = parser.parse_args(arguments)
     predictor = codec.open_predictor(find_artifact(args.artifact))

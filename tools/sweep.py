@@ -197,14 +197,20 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
             config, held, digest = what_artifact_says(run.artifact)
         tokenizer = train_gpt.load_tokenizer(run, config.vocab_size)
         facts = make_holdout(Path(run.data_path), tokenizer, held, folder / "data")
-        require(not run.artifact or facts["sha256"] == digest, f"DATA_PATH={run.data_path}: its last {held} training "
-                f"tokens are not those that {run.artifact} did not learn from: name the data that it was trained on, "
-                "or use --on validation", DataError)  # fmt: skip
+        require(
+            not run.artifact or facts["sha256"] == digest,
+            f"DATA_PATH={run.data_path}: its last {held} training "
+            f"tokens are not those that {run.artifact} did not learn from: name the data that it was trained on, "
+            "or use --on validation",
+            DataError,
+        )
         for job in jobs:
             job.env |= {"DATA_PATH": str(folder / "data")}
     else:
-        require(train_gpt.manifest_value(Path(run.data_path), "holdout") is None, f"DATA_PATH={run.data_path} is a "
-                "sweep's own: it holds no validation; set DATA_PATH to the prepared data")  # fmt: skip
+        require(
+            train_gpt.manifest_value(Path(run.data_path), "holdout") is None,
+            f"DATA_PATH={run.data_path} is a sweep's own: it holds no validation; set DATA_PATH to the prepared data",
+        )
     config, run = train_gpt.read_env(jobs[0].env)
     plan = train_gpt.make_plan(config, run, train_gpt.Dist(world=world))
     count = f"{len(plan.validation):,} documents ({plan.validation.target_bytes().sum():,} bytes)"
@@ -336,8 +342,13 @@ class Sweep:
         for suffix in (".json", ".docs.npz", ".txt"):  # of an attempt that was cut off
             job.file(suffix).unlink(missing_ok=True)
         with open(job.file(".err"), "wb") as errors:
-            process = subprocess.Popen([*program, train_gpt.__file__], env=env, stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.DEVNULL, stderr=errors)  # fmt: skip
+            process = subprocess.Popen(
+                [*program, train_gpt.__file__],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
         job.state, job.at = "running", "starting"
         self.running.append(Running(job, process, slot, time.monotonic(), Tail(job.file(".txt"))))
 
@@ -495,8 +506,19 @@ def write_results(folder: Path, jobs: list[Job], rows: list[Row], scored: Scored
 
 def results_csv(jobs: list[Job]) -> str:
     """A line a run, failed ones included."""
-    out, figures = io.StringIO(), ("val_bpb", "static_bpb", "val_loss", "train_seconds", "eval_seconds",
-                                   "degraded_documents", "doc_independent", "total_bytes")  # fmt: skip
+    out, figures = (
+        io.StringIO(),
+        (
+            "val_bpb",
+            "static_bpb",
+            "val_loss",
+            "train_seconds",
+            "eval_seconds",
+            "degraded_documents",
+            "doc_independent",
+            "total_bytes",
+        ),
+    )
     table = csv.writer(out, lineterminator="\n")
     names = knob_names(job.knobs for job in jobs)
     table.writerow([*names, "state", *figures, "run_id"])
@@ -511,8 +533,10 @@ def results_table(name: str, jobs: list[Job], rows: list[Row], scored: Scored, c
     """The lines of results.md."""
     knobs = knob_names(without_seed(job.knobs) for job in jobs)
     mark = "**VALIDATION. Nothing may be chosen from this table.** " if scored.validation else ""
-    about = ("Differences are those to the first row, with paired 95 % bootstrap intervals over documents; "
-             "± is the standard deviation over seeds.")  # fmt: skip
+    about = (
+        "Differences are those to the first row, with paired 95 % bootstrap intervals over documents; "
+        "± is the standard deviation over seeds."
+    )
     head = [*knobs, "bpb", "difference", "without adaptation", "seeds", "evaluation, s", "notes"]
     lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.words}. {about}", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
