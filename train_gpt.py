@@ -53,6 +53,7 @@ try:
 except ImportError:
     triton = tl = None
 
+
 BOS = 1  # stands before every document; a constant of the data, not a knob
 
 
@@ -68,7 +69,15 @@ class DataError(UserError):
     """A file from outside that is not what it should be."""
 
 
-# ==== Config: every knob once, with its default, its unit and a line of doc. Nothing else reads the environment.
+def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> None:
+    if not ok:
+        raise error(message)
+
+
+# ======================================================================================================================
+# Config: every knob once, with its default, its unit and a line of doc.
+
+
 def knob(
     default: Any,
     doc: str,
@@ -134,6 +143,8 @@ class ModelConfig:
 
 
 LORA, FULL, DOCUMENT = {"ttt_params": "lora"}, {"ttt_params": "full"}, {"ttt_scope": "document"}
+
+
 SGD, ADAMW = {"ttt_optimizer": "sgd"}, {"ttt_optimizer": "adamw"}
 
 
@@ -260,84 +271,432 @@ class RunConfig:
 
 
 LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
+
+
 CONFIGS = (ModelConfig, RunConfig)
-KNOBS = {
-    f.name.upper(): (f, kind)
-    for config in CONFIGS  # {NAME: (its field, its type)}
-    for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
-}
-OUR_FAMILIES = tuple(
-    "TTT_ MUON_ GPTQ_ QUANT_ XSA_ ROPE_ LOOP_ SMEAR_ ATTN_GATE_ UNET_ EVAL_ EMA_ EMBED_ MATRIX_ "
-    "SCALAR_ WARMDOWN_ GRAD_CLIP QK_ LOGIT_ MLP_ TIED_ TIE_ HEAD_LR PHASED_TTT LQER_ VAL_".split()
-)
 
 
-def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> None:
-    if not ok:
-        raise error(message)
+# ======================================================================================================================
+# Model: one forward pass for training, scoring and adaptation. Kernels and their plain references: see the appendix.
 
 
-def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
-    """One environment string -> one checked value."""
-    want = f"{name}={text!r}: {meta['doc']}; expected "
-    if choices := get_args(kind):
-        require(text in choices, want + " | ".join(choices))
-        return text
-    try:
-        value = kind(text)
-    except ValueError:
-        raise ConfigError(want + {int: "a whole number", float: "a number"}[kind]) from None
-    require(kind is not float or math.isfinite(value), want + "a finite number")
-    require(meta["low"] is None or value >= meta["low"], want + f"at least {meta['low']}")
-    require(meta["high"] is None or value <= meta["high"], want + f"at most {meta['high']}")
-    return value
+def kernels_serve(x: Tensor) -> bool:
+    return x.is_cuda and triton is not None  # elsewhere their twins do
 
 
-def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
-    """What looks like a knob of ours and is none, misspelt or retired, fails loudly; other programs' names do not."""
-    for name in sorted(set(env) - set(knobs) - {"ARTIFACTS", "COMPILER"}):  # which build tools set
-        near = difflib.get_close_matches(name, sorted(knobs), 1, 0.0 if name.startswith(OUR_FAMILIES) else 0.85)
-        require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
+def has_tma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
-    """Build both configs from the environment; the only function that reads it, with Dist.from_env."""
-    refuse_unknown(env, KNOBS)
-    given = {f.name: parse_knob(name, env[name], kind, f.metadata) for name, (f, kind) in KNOBS.items() if name in env}
-    model, run = (config(**{f.name: given[f.name] for f in fields(config) if f.name in given}) for config in CONFIGS)
-    for name, (f, _) in KNOBS.items():
-        require(name not in env or applies(f, run), f"{name} has no effect here: it needs {needs(f)}")
-    return model, run
+def kernels_train(x: Tensor, weight: Tensor) -> bool:  # those of MLP and mix pay where weights learn, from much text
+    return kernels_serve(x) and torch.is_grad_enabled() and weight.requires_grad
 
 
-def applies(f: dataclasses.Field, config: Any) -> bool:
-    return all(getattr(config, name) == value for name, value in f.metadata["only"].items())
+class Heads(NamedTuple):
+    """What the columns of a row of `qkv` are: H queries, K keys and K values of width h."""
+
+    exclusive: bool  # the output drops what a token says of itself, its part along the own value (XSA)
+    query: int
+    kv: int
+    width: int
 
 
-def needs(f: dataclasses.Field) -> str:
-    return " and ".join(f"{name.upper()}={value}" for name, value in f.metadata["only"].items())
+class Segments(NamedTuple):
+    """Where attention restarts in a packed row of N tokens."""
+
+    positions: Tensor  # (N,) int32, place of every token in its segment
+    ends: Tensor  # (N,) int32, where the segment of every token ends
 
 
-def settings(*configs: Any) -> dict[str, str]:
-    """The knobs of these configs as an environment would give them; those without effect are left out."""
-    return {f.name.upper(): str(getattr(c, f.name)) for c in configs for f in fields(c) if applies(f, c)}
+class Past:
+    """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
+
+    def __init__(self, ring: Tensor):
+        self.ring = ring  # (2, B, K, L, h) fp32, keys and values; token t lies at t % L
+        self.seen = ring.new_empty(0)  # (C, L + C) bool: which of the ring's tokens and its own a chunk's token sees
+        self.latest = (ring[0], ring[1])  # keys and values of the chunk that came last, (B, K, C, h) each
 
 
-def describe_knobs() -> str:
-    """The text of --help: every knob with its default, unit and meaning, in groups."""
-    lines = [__doc__.split("\nA run leaves")[0].strip(), ""]
-    for name, (f, kind) in KNOBS.items():
-        m, choices = f.metadata, get_args(kind)
-        if m["group"]:
-            lines.append(f"\n{m['group']}")
-        default = str(m["default"]) if m["full"] is None else f"{m['default']} (full: {m['full']})"
-        notes = f" ({' | '.join(choices)})" * bool(choices) + f" [{m['unit']}]" * bool(m["unit"])
-        notes += f" (with {needs(f)})" * bool(m["only"])
-        lines.append(f"  {name:26} {default or '-':24} {m['doc']}{notes}")
-    return "\n".join(lines)
+class Chunk(NamedTuple):
+    """The place of a chunk of C tokens in its documents: what the forward pass needs of the chunks before."""
+
+    positions: Tensor  # (1 + C,) int64, of the token before it and of its own
+    visits: list[Past]
 
 
-# ==== Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
+Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's angles
+
+
+Place = Segments | Past | None  # what a visit sees: its segment, what is past and itself, or its row
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def rotary(positions: Tensor, dims: int, base: float) -> Rope:
+    """Cosine and sine of positions: (..., T) -> (..., T, 1, dims / 2) twice, fp32. RoPE, Su et al., arXiv 2104.09864"""
+    frequency = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1))
+    angle = positions[..., None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + dims / 2) of the first `dims` dimensions of every head: (B, T, H, h) -> the same."""
+    half = cos.size(-1)
+    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
+    """Causal: in segments (B is 1), after the past, or in rows. (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h)"""
+    if isinstance(place, Past):
+        return attend_after(q, k, v, place)
+    if place is None:
+        return attend_rows(q, k, v)
+    sizes = torch.unique_consecutive(place.ends, return_counts=True)[1].tolist()
+    parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
+    return torch.cat([attend_rows(*part) for part in parts], 1)
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, K, T, h) twice
+    group = q.size(1) // k.size(1)
+    if not q.is_cuda:  # the CPU's fast kernel knows no groups
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).transpose(1, 2)
+
+
+def attend_after(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
+    """A chunk attends to tokens before it and its own: (B, C, H, h), (B, C, K, h) twice -> (B, C, H, h). Written out:
+    nothing is asked of the past on the way back, and a GPU's fused attention adds up gradients in any order."""
+    (B, C, H, h), K, L = q.shape, k.size(2), past.ring.size(3)
+    k, v, (old_k, old_v) = k.transpose(1, 2).float(), v.transpose(1, 2).float(), past.ring
+    past.latest = k.detach(), v.detach()
+    queries = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h).float()  # (B, K, H / K * C, h)
+    s = torch.cat([queries @ old_k.mT, queries @ k.mT], -1) * h**-0.5
+    p = s.masked_fill(~past.seen.repeat(H // K, 1), -math.inf).softmax(-1)
+    y = p[..., :L] @ old_v + p[..., L:] @ v
+    return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h).to(q.dtype)
+
+
+def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, place: Place, heads: Heads) -> Tensor:
+    """What the kernels compute, and the same on rows and after what is past. (B, T, (H + 2 K) h) -> (B, T, H h)"""
+    (B, T, _), (exclusive, H, K, h) = qkv.shape, heads
+    q, k, v = qkv.view(B, T, H + 2 * K, h).split([H, K, K], 2)
+    q, k = rotate(norm(q), *rope) * gain.to(q.dtype)[:, None], rotate(norm(k), *rope)
+    y = attend(q, k, v, place)
+    if exclusive:
+        own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
+        y = y.reshape(B, T, K, -1, h)
+        y = y - (y * own).sum(-1, keepdim=True) * own
+    return (y if gate is None else y.reshape(B, T, H, h) * gate[..., None]).reshape(B, T, H * h)
+
+
+class LowRank(NamedTuple):
+    """Corrections of one matrix, one per document: x -> scale * up(down(x)), (B, T, in) -> (B, T, out)."""
+
+    down: Tensor  # (B, in, R) fp32
+    up: Tensor  # (B, R, out) fp32
+    scale: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
+
+
+class Deltas(NamedTuple):
+    """The corrections of one visit to a block; None leaves a matrix alone. `mlp` stands beside the whole MLP."""
+
+    q: LowRank | None = None
+    k: LowRank | None = None
+    v: LowRank | None = None
+    o: LowRank | None = None
+    mlp: LowRank | None = None
+
+
+NO_DELTAS = Deltas()
+
+
+class Linear(nn.Module):
+    """A matrix: fp32 master weight, multiplied in the dtype of x. A scale of its outputs is folded into the weight."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor, delta: LowRank | None = None, scale: Tensor | None = None) -> Tensor:
+        y = F.linear(x, (self.weight if scale is None else self.weight * scale[:, None]).to(x.dtype))
+        return y if delta is None else y + (delta(x) if scale is None else delta(x) * scale.to(x.dtype))
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys, partial RoPE, XSA and a sparse output gate."""
+
+    def __init__(self, c: ModelConfig, index: int):
+        super().__init__()
+        self.heads = Heads(index >= c.num_layers - c.xsa_last_n, c.num_heads, c.num_kv_heads, c.head_dim)
+        self.gate_width, self.gate_scale = c.attn_gate_width, c.attn_gate_scale
+        self.q, self.k = Linear(c.model_dim, c.model_dim), Linear(c.model_dim, c.kv_dim)
+        self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)
+        self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
+        self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
+
+    def forward(self, n: Tensor, gating: Tensor, scale: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
+        """Normalised input (B, T, D), its first columns, scale of the outputs (D,) -> (B, T, D)"""
+        (B, T, _), parts, deltas, gate = n.shape, (self.q, self.k, self.v), (d.q, d.k, d.v), None
+        qkv = F.linear(n, torch.cat([part.weight for part in parts]).to(n.dtype))  # one product of three matrices
+        if any(deltas):
+            qkv = qkv + torch.cat(
+                [
+                    n.new_zeros(B, T, len(part.weight)) if delta is None else delta(n)
+                    for part, delta in zip(parts, deltas, strict=True)
+                ],
+                -1,
+            )
+        if self.gate is not None:
+            gate = (self.gate_scale * F.linear(gating, self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
+        if kernels_serve(qkv) and isinstance(place, Segments):
+            gate = qkv.new_ones(1, qkv.size(1), self.heads.query) if gate is None else gate
+            (qkv, gate), rope = (t.flatten(0, 1) for t in (qkv, gate)), (t[:, 0] for t in rope)
+            y = PackedAttention.apply(qkv, self.q_gain, gate, *rope, place, self.heads)[None]
+        else:
+            y = attend_plainly(qkv, self.q_gain, gate, rope, place, self.heads)
+        return self.o(y, d.o, scale)
+
+
+class MLP(nn.Module):
+    """scale * (down(LeakyReLU(up(x)) squared), and beside it an optional correction). (B, T, D), (D,) -> (B, T, D)"""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.slope, self.fused, width = c.mlp_leaky_slope, True, c.mlp_mult * c.model_dim
+        self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
+
+    def forward(self, x: Tensor, scale: Tensor, delta: LowRank | None = None) -> Tensor:
+        if self.fused and kernels_train(x, self.up.weight):
+            weights = self.up.weight.to(x.dtype), (self.down.weight * scale[:, None]).to(x.dtype)
+            y = PackedMLP.apply(x.flatten(0, 1), *weights, self.slope).view_as(x)
+        else:
+            y = self.down(F.leaky_relu(self.up(x), self.slope).square(), None, scale)
+        return y if delta is None else y + delta(x) * scale.to(x.dtype)
+
+
+def mix_plainly(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, D) twice, (2, D), () -> y = mix[0] x + mix[1] x0, n = scale norm(y), n's first columns (B, T, gating)"""
+    y = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
+    n = norm(y) * scale.to(x.dtype)
+    return y, n, n[..., :gating]
+
+
+class Block(nn.Module):
+    """Attention, then the MLP, on one residual stream. x and normalised embeddings, (B, T, D) twice -> (B, T, D)"""
+
+    lanes = False
+
+    def __init__(self, c: ModelConfig, index: int):
+        super().__init__()
+        self.attention, self.mlp = Attention(c, index), MLP(c)
+        # a tensor, not a number: blocks then differ in data alone and share their compiled code
+        self.register_buffer("input_scale", torch.tensor((index + 1.0) ** -c.ln_scale_power), persistent=False)
+        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(c.model_dim)), nn.Parameter(torch.ones(c.model_dim))
+        self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # (x, x0)
+
+    def attend_to(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
+        """-> x mixed with x0, and what attention makes of it"""
+        mix = PackedMix.apply if kernels_train(x, self.input_mix) else mix_plainly
+        x, n, gating = mix(x, x0, self.input_mix, self.input_scale, self.attention.gate_width)
+        return x, self.attention(n, gating, self.attn_scale, rope, place, d)
+
+    def think_on(self, x: Tensor, d: Deltas) -> Tensor:
+        return self.mlp(norm(x) * self.input_scale.to(x.dtype), self.mlp_scale, d.mlp)
+
+    def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
+        x, attn = self.attend_to(x, x0, rope, place, d)
+        x = x + attn
+        return x + self.think_on(x, d)
+
+
+class LaneBlock(Block):
+    """Attention and MLP side by side: one reads lane `a`, the other lane `m`, and both write to both."""
+
+    lanes = True
+
+    def __init__(self, c: ModelConfig, index: int):
+        super().__init__(c, index)
+        self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
+        self.lane_mix = nn.Parameter(torch.ones(2, 2))  # [lane written][attention, MLP]
+
+    def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
+        (_, attn), mlp = self.attend_to(a, x0, rope, place, d), self.think_on(m, d)
+        keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
+        return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
+
+
+class Skip(nn.Module):
+    """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate)). (B, T, D) twice, (D,) twice -> (B, T, D)"""
+
+    def forward(self, x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+        return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
+
+
+class Input(nn.Module):
+    """Tokens to normalised embeddings, each smeared with the one before it in its document."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.smear = nn.Parameter(torch.zeros(c.smear_width)) if c.smear_width else None
+        self.smear_gain = nn.Parameter(torch.zeros(1)) if c.smear_width else None
+
+    def forward(self, tokens: Tensor, positions: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, T), place of every token in its segment (T,), (V, D) -> (B, T, D)"""
+        e = F.embedding(tokens, embedding)
+        if self.smear is not None:
+            gate = self.smear_gain * (e[..., : len(self.smear)] @ self.smear).sigmoid()
+            gate = gate * ((tokens != BOS) & (positions > 0))  # nothing passes into a document, nor into a segment
+            e = torch.cat([e[:, :1], e[:, 1:] + gate[:, 1:, None] * e[:, :-1]], 1)
+        return norm(e).to(dtype)
+
+
+def softcap(z: Tensor, cap: float) -> Tensor:
+    """Logits squashed into +-cap, or as they are if cap is 0; fp32."""
+    return cap * torch.tanh(z.float() / cap) if cap else z.float()
+
+
+def loss_plainly(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+    return F.cross_entropy(softcap(z, cap), targets, reduction="none")
+
+
+class Head(nn.Module):
+    """Hidden states to scores: logits of the tied embedding, soft-capped, over the whole vocabulary."""
+
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.cap = c.logit_softcap
+
+    def logits(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
+        return softcap(self.raw(x, embedding, delta), self.cap)  # (B, T, D) -> (B, T, V) fp32
+
+    def raw(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
+        z = F.linear(x, embedding.to(x.dtype))
+        return z if delta is None else z + delta(x)
+
+    def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
+        """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
+        z = self.raw(x, embedding, delta).flatten(0, 1)
+        loss = CappedLoss.apply if kernels_serve(z) else loss_plainly
+        return loss(z, targets.flatten(), self.cap).view_as(targets)
+
+    @torch.no_grad()
+    def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
+        """(B, T, D) -> entropy of every prediction, (B, T) nats"""
+        log_p = self.logits(x, embedding, delta).log_softmax(-1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+
+class Visit(NamedTuple):
+    """One step of the trunk. Loops and skips are data, decided here and nowhere else."""
+
+    block: int
+    saves: bool  # its output goes to a later visit
+    skip: int | None  # row of skip_weight, where an earlier output arrives
+
+
+def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
+    """The visits of a forward pass. The first half saves, the second takes back, last saved first (a U-Net)."""
+    order = list(range(c.num_layers))
+    if looping and c.num_loops:
+        order[c.loop_end + 1 : c.loop_end + 1] = list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
+    pairs = min(half := len(order) // 2, c.unet_skips)
+    return tuple(
+        Visit(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
+        for i, block in enumerate(order)
+    )
+
+
+class GPT(nn.Module):
+    def __init__(self, c: ModelConfig):
+        super().__init__()
+        self.config, self.input, self.head, self.skip = c, Input(c), Head(c), Skip()
+        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.model_dim))  # also the output matrix
+        lanes_from = c.parallel_start_layer or c.num_layers
+        self.blocks = nn.ModuleList((LaneBlock if i >= lanes_from else Block)(c, i) for i in range(c.num_layers))
+        pairs = sum(v.saves for v in layer_plan(c, looping=True))
+        self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim)) if pairs else None
+        self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        place: Segments | Chunk | None = None,
+        adapter: Adapter | None = None,
+        looping: bool = True,
+    ) -> Tensor:
+        """Tokens (B, T) -> normalised states before the head (B, T, D); attention is causal in every segment (then B is
+        1), else in every row. A chunk's tokens are the one before it and its own, its states (B, T - 1, D) its own."""
+        positions = torch.arange(tokens.size(1), device=tokens.device) if place is None else place.positions
+        x0 = self.input(tokens, positions, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
+        if isinstance(place, Chunk):  # the token before was only needed for its embedding
+            x0, positions = x0[:, 1:], positions[1:]
+        rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
+        a, m, saved = x0.clone(), None, []  # a clone, lest a visit sees one tensor twice; m: the second lane
+        for i, visit in enumerate(layer_plan(self.config, looping)):
+            block, deltas = self.blocks[visit.block], NO_DELTAS if adapter is None else adapter.visits[i]
+            past = place.visits[i] if isinstance(place, Chunk) else place
+            m = a if block.lanes and m is None else m
+            if visit.skip is not None:
+                a = self.skip(a, saved.pop(), self.skip_weight[visit.skip], self.skip_gate[visit.skip])
+            if block.lanes:
+                a, m = block(a, m, x0, rope, past, deltas)
+            else:
+                a = block(a, x0, rope, past, deltas)
+            if visit.saves:
+                saved.append(a)
+        return norm(a if m is None else 0.5 * (a + m))
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        segments: Segments | None = None,
+        adapter: Adapter | None = None,
+        looping: bool = True,
+    ) -> Tensor:
+        """Tokens (B, T), targets of the last n (B, n) -> their negative log-likelihood, (B, n) nats; callers reduce."""
+        x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1) :].contiguous()
+        return self.head(x, targets, self.embed, None if adapter is None else adapter.head)
+
+
+def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
+    """The one place that says what a parameter is; initialisation, optimizer and quantiser ask here."""
+    if name == "embed":
+        return "embedding"
+    return "matrix" if name.endswith(".weight") else "scalar"
+
+
+def init_weights(model: GPT, seed: int) -> None:
+    """Matrices orthogonal, those that write to the residual stream zero, the embedding narrow. Drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if param_role(name) == "embedding":
+            p.data.copy_(torch.empty(p.shape).normal_(0, 0.005, generator=generator))
+        elif name.endswith(("o.weight", "down.weight")):
+            p.data.zero_()
+        elif param_role(name) == "matrix":
+            p.data.copy_(nn.init.orthogonal_(torch.empty(p.shape), generator=generator))
+
+
+def compile_parts(model: GPT) -> None:
+    """Block by block: blocks of a kind share one graph. Training alone pays for this; evaluation runs eagerly."""
+    for block in model.blocks:
+        block.mlp.fused = has_tma(model.embed.device)  # the compiler breaks off at descriptors elsewhere
+    for part in (model.input, model.head, model.skip, *model.blocks):
+        part.compile()
+
+
+# ======================================================================================================================
+# Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
+
+
 class Dist:
     """The ranks of a run. GPU tensors travel by NCCL, decisions by gloo from host to host: none waits for a GPU."""
 
@@ -408,34 +767,6 @@ class Dist:
             torch_dist.destroy_process_group()
 
 
-class Replay:
-    """CUDA graphs of work(*inputs), as a GPU would wait for Python to start thousands of small kernels. Under a new key
-    it runs as it is, which warms up; then it is captured, then replayed, all on a stream of its own. What lasts must
-    change in place, nothing may be read from the GPU, and a replay overwrites the result of the last."""
-
-    def __init__(self):
-        self.graphs, self.memory, self.stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
-
-    def __call__(self, key: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        key = (key, *(x.shape for x in inputs))
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            if key not in self.graphs:  # clones lie as the captured ones will: kernels compiled now are those used then
-                self.graphs[key], result = None, work(*(x.clone() for x in inputs))
-            else:
-                if self.graphs[key] is None:
-                    graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-                    with torch.cuda.graph(graph, self.memory, self.stream, capture_error_mode="thread_local"):
-                        self.graphs[key] = graph, own, work(*own)
-                else:  # not when just captured: autograd may hold these inputs for a backward still to be captured
-                    for mine, given in zip(self.graphs[key][1], inputs, strict=True):
-                        mine.copy_(given)
-                graph, _, result = self.graphs[key]
-                graph.replay()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return result
-
-
 class Log:
     """Lines to the screen and to logs/<RUN_ID>.txt; rank 0 alone has either."""
 
@@ -484,6 +815,8 @@ class Stopwatch:
 
 
 TRAINING_CLOCK = ("train", "choose", "calibrate", "quantise", "pack")  # from the first real batch to the packed file
+
+
 EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from opening the artifact to the final score
 
 
@@ -502,7 +835,17 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
         beside.unlink(missing_ok=True)
 
 
-# ==== Data: shards are memory-mapped and hostile until checked; a batch is a pure function of its number.
+def read_file(path: str | Path, advice: str = "") -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # a name may hold what no file's does
+        raise DataError(f"{path}: cannot be read: {error.args[-1]}{advice}") from None
+
+
+# ======================================================================================================================
+# Data: shards are memory-mapped and hostile until checked; a batch is a pure function of its number.
+
+
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 
 
@@ -667,13 +1010,6 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
     return docs
 
 
-class Segments(NamedTuple):
-    """Where attention restarts in a packed row of N tokens."""
-
-    positions: Tensor  # (N,) int32, place of every token in its segment
-    ends: Tensor  # (N,) int32, where the segment of every token ends
-
-
 def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
     """Where segments of consecutive rows begin: every row, every BOS, and seq_len tokens after each. (N,) -> (S,)"""
     first = tokens == BOS
@@ -776,8 +1112,1564 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
     return fit, share // fit
 
 
-# ==== Kernels: what a GPU runs where plain torch would read and write too often. Each has a twin in plain torch.
-#
+# ======================================================================================================================
+# Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape are stacked and shared over the ranks.
+
+
+# Coefficients of each Newton-Schulz step: Polar Express, Amsel et al. 2025 (arXiv 2505.16932)
+POLAR_EXPRESS = (
+    (8.15655, -22.48329, 15.87877),
+    (4.04293, -2.80892, 0.50002),
+    (3.89167, -2.77248, 0.50606),
+    (3.28575, -2.36813, 0.46449),
+    (2.34654, -1.70978, 0.42324),
+)
+
+
+def orthogonalise(g: Tensor, steps: int) -> Tensor:
+    """The nearest semi-orthogonal matrix of each, roughly: singular values go to about 1. (n, r, c) -> the same."""
+    x = g.to(torch.bfloat16) if g.is_cuda else g.float()  # the iteration tolerates bf16
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in POLAR_EXPRESS[:steps]:
+        s = x @ x.mT
+        x = a * x + (b * s + c * (s @ s)) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
+    """Nesterov momentum, rows set to one length, orthogonalised, scaled to the matrix's aspect. (n, r, c) -> same.
+    Muon, Jordan 2024; row normalisation as MuonEq-R. `momentum` is updated in place."""
+    momentum.mul_(mu).add_(g)
+    return orthogonalise(F.normalize(g + mu * momentum, dim=-1), steps) * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
+
+
+def adam_directions(
+    grads: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    step: int | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> list[Tensor]:
+    """Bias-corrected m / (sqrt(v) + eps) of AdamW (arXiv 1711.05101) for every tensor; moments updated in place."""
+    if beta1:  # without it the gradient is its own average: two passes less over much memory
+        torch._foreach_lerp_(first, grads, 1 - beta1)
+    torch._foreach_mul_(second, beta2)
+    torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
+    denominator = torch._foreach_div(second, 1 - beta2**step)
+    torch._foreach_sqrt_(denominator)
+    torch._foreach_add_(denominator, eps)
+    if not beta1:
+        return torch._foreach_div(grads, denominator)
+    return torch._foreach_div(torch._foreach_div(first, denominator), 1 - beta1**step)
+
+
+class MuonAdam:
+    """Ranks sum gradients, update a share of each stack, gather all: with equal sums their number changes nothing."""
+
+    def __init__(self, model: GPT, run: RunConfig, dist: Dist):
+        self.run, self.dist, self.steps_done = run, dist, 0
+        matrices, embeddings, scalars = (
+            [p for name, p in model.named_parameters() if param_role(name) == role]
+            for role in ("matrix", "embedding", "scalar")
+        )
+        by_shape = [[p for p in matrices if p.shape == shape] for shape in dict.fromkeys(p.shape for p in matrices)]
+        self.stacks = sorted(by_shape, key=lambda ps: -sum(p.numel() for p in ps))
+        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank; the last may be padding
+        self.momentum = [ps[0].new_zeros(n, *ps[0].shape) for n, ps in zip(self.share, self.stacks, strict=True)]
+        self.dense = embeddings + scalars
+        self.rates = [(run.embed_lr, run.embed_wd)] * len(embeddings) + [(run.scalar_lr, run.scalar_wd)] * len(scalars)
+        self.first, self.second = ([torch.zeros_like(p) for p in self.dense] for _ in range(2))
+        covered = [id(p) for ps in (*self.stacks, self.dense) for p in ps]
+        assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter has exactly one rule"
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)  # where a replayed pass adds to it; of what a pass does not use it stays zero
+
+    def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Sum the gradients over ranks -> (this rank's share of every stack, all dense ones, norm of the whole)."""
+        shares = []
+        for n, ps in zip(self.share, self.stacks, strict=True):
+            g, padding = torch.stack([p.grad for p in ps]), n * self.dist.world - len(ps)
+            shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
+        flat = self.dist.sum_(torch.cat([p.grad.flatten() for p in self.dense]))
+        dense = [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in self.dense]), self.dense, strict=True)]
+        each = [
+            self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[: len(ps)]  # matrix by matrix,
+            for g, ps in zip(shares, self.stacks, strict=True)
+        ]  # so that the sum's order knows no ranks
+        return shares, dense, torch.cat([*each, flat.norm()[None]]).norm()
+
+    @torch.no_grad()
+    def step(self, lr_scale: float, mu: float) -> Tensor:
+        """One update from the gradients in p.grad, which it clears -> norm of the reduced gradient."""
+        run, self.steps_done = self.run, self.steps_done + 1
+        shares, dense, norm_ = self.reduce()
+        if run.grad_clip_norm:
+            torch._foreach_mul_(shares + dense, (run.grad_clip_norm / (norm_ + 1e-6)).clamp(max=1.0))
+        for ps, g, momentum in zip(self.stacks, shares, self.momentum, strict=True):
+            update = self.dist.all_gather(muon_update(g, momentum, mu, run.muon_ns_steps))
+            torch._foreach_mul_(ps, 1 - run.matrix_lr * lr_scale * run.muon_wd)
+            torch._foreach_add_(ps, list(update[: len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
+        updates = adam_directions(dense, self.first, self.second, self.steps_done, run.beta1, run.beta2, run.adam_eps)
+        for p, u, (lr, wd) in zip(self.dense, updates, self.rates, strict=True):
+            p.mul_(1 - lr * lr_scale * wd).sub_(u, alpha=lr * lr_scale)
+        torch._foreach_zero_([p.grad for ps in (*self.stacks, self.dense) for p in ps])
+        return norm_
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs, whole on every rank."""
+        pairs = enumerate(zip(self.momentum, self.stacks, strict=True))
+        return {f"momentum.{i}": self.dist.all_gather(m)[: len(ps)] for i, (m, ps) in pairs} | self.moments()
+
+    def moments(self) -> dict[str, Tensor]:
+        return {f"{kind}.{i}": t for kind in ("first", "second") for i, t in enumerate(getattr(self, kind))}
+
+    def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
+        self.steps_done = steps_done
+        for i, (n, m) in enumerate(zip(self.share, self.momentum, strict=True)):
+            mine = state[f"momentum.{i}"][self.dist.rank * n : (self.dist.rank + 1) * n]
+            m.zero_()[: len(mine)].copy_(mine)
+        for name, t in self.moments().items():
+            t.copy_(state[name])
+
+
+# ======================================================================================================================
+# Container: one format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
+
+
+#   magic (8) | length of the header (4, little-endian) | header: zstd of JSON, with a table [name, type, shape, size]
+#   | every tensor's bytes in that order, a zstd frame each where the header says so | BLAKE2b-128 of all before (16)
+CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_UNPACKED_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 24, 1 << 31
+
+
+STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
+
+
+TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
+
+
+def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
+    """STORED_TYPES tensors and JSON-able `meta` -> a container; `level` is zstd's, None leaves tensors as they are."""
+
+    def stored(t: Tensor) -> bytes:
+        raw = t.detach().cpu().contiguous().numpy().tobytes()
+        return raw if level is None else zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
+
+    with ThreadPoolExecutor() as pool:
+        blobs = list(pool.map(stored, tensors.values()))  # a frame each: in parallel, and with its own statistics
+    table = [
+        [name, TYPE_NAMES[t.dtype], list(t.shape), len(blob)]
+        for (name, t), blob in zip(tensors.items(), blobs, strict=True)
+    ]
+    header = json.dumps({"meta": dict(meta), "zstd": level is not None, "tensors": table}, separators=(",", ":"))
+    header = zstandard.ZstdCompressor(level=19).compress(header.encode())
+    body = b"".join([CONTAINER_MAGIC, len(header).to_bytes(4, "little"), header, *blobs])
+    return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+
+
+def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
+    """A container's checked bytes -> (its header, where the tensors begin)."""
+    body, at = data[:-DIGEST_BYTES], len(CONTAINER_MAGIC) + 4
+    require(body[:8] == CONTAINER_MAGIC, f"{what}: not a file of this program, begins with {body[:8]!r}", DataError)
+    if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
+        raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
+    with believing_nothing(what):
+        end = at + int.from_bytes(body[at - 4 : at], "little")
+        header = json.loads(decompress(body[at:end], MAX_HEADER_BYTES))
+        require(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
+        require(isinstance(header["meta"], dict), "meta is not a table")
+        require(end + sum(entry[3] for entry in header["tensors"]) == len(body), "sizes do not add up")
+        return header, end
+
+
+def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
+    (header, at), tensors = read_header(data, what), {}
+    with believing_nothing(what):
+        room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)  # for all of them, lest a small file fill the memory
+        for name, kind, shape, size in header["tensors"]:
+            require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
+            tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
+            at, room = at + size, room - tensors[name].nbytes
+        return dict(header["meta"]), tensors
+
+
+@contextlib.contextmanager
+def believing_nothing(what: str) -> Iterator[None]:
+    """Whatever goes wrong inside is the file's fault."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, zstandard.ZstdError) as error:
+        raise DataError(f"{what}: the contents are not what the format promises ({error})") from error
+
+
+def decompress(frame: bytes, most: int) -> bytes:
+    size = zstandard.get_frame_parameters(frame).content_size
+    require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
+    return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+
+
+def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room: int) -> Tensor:
+    dtype = STORED_TYPES[kind]
+    require(all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in shape), f"shape {shape}")
+    expected = math.prod(shape) * dtype.itemsize
+    require(expected <= room, f"shape {shape} is too large")
+    raw = decompress(blob, expected) if compressed else blob
+    require(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
+    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
+
+
+# ======================================================================================================================
+# Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
+
+
+def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
+    """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
+    by_steps, limit = step / run.iterations if run.iterations else 0.0, run.max_wallclock_seconds
+    return max(by_steps, seconds / max(limit - reserve, 1e-9) if limit else 0.0)
+
+
+def lr_at(progress: float, run: RunConfig) -> float:
+    """Factor on learning rates: 1, then falling in a line over the last WARMDOWN_FRAC of the budget, to MIN_LR."""
+    return max(run.min_lr, min(1.0, (1.0 - progress) / run.warmdown_frac if run.warmdown_frac else 1.0))
+
+
+def momentum_at(progress: float, run: RunConfig) -> float:
+    """Muon's momentum rises in a line over the first MUON_MOMENTUM_WARMUP_FRAC of the budget."""
+    part = min(1.0, progress / run.muon_momentum_warmup_frac) if run.muon_momentum_warmup_frac else 1.0
+    return run.muon_momentum_start + part * (run.muon_momentum - run.muon_momentum_start)
+
+
+class WeightAverage:
+    """Exponential average of all parameters; its horizon is a part of the budget, so that a short run forgets, too."""
+
+    def __init__(self, model: GPT, horizon: float):
+        self.params, self.horizon = [p.detach() for p in model.parameters()], horizon  # the model's own memory
+        self.values = [p.clone() for p in self.params]
+
+    def update(self, spent: float) -> None:
+        """After a step that took `spent` of the budget."""
+        keep = math.exp(-spent / self.horizon) if self.horizon else 0.0
+        torch._foreach_lerp_(self.values, self.params, 1.0 - keep)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the average inside, and its own weights again afterwards."""
+        own = [p.clone() for p in self.params]
+        try:
+            torch._foreach_copy_(self.params, self.values)
+            yield
+        finally:
+            torch._foreach_copy_(self.params, own)
+
+
+class Trainer:
+    """What training consists of, and what a checkpoint holds."""
+
+    def __init__(self, model: GPT, run: RunConfig, dist: Dist, origin: Mapping[str, Any]):
+        self.model, self.run, self.dist = model, run, dist
+        self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
+        self.replay = Replay() if dist.device.type == "cuda" and run.compile and triton else None
+        self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
+        self.identity = {
+            "kind": "checkpoint",
+            "model": dataclasses.asdict(model.config),
+            **origin,
+            "train_batch_tokens": run.train_batch_tokens,
+            "train_row_tokens": run.train_row_tokens,
+        }
+
+    def looping(self, progress: float) -> bool:
+        return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
+
+    def learn_from(self, part: Packed, looping: bool) -> Tensor:
+        """Add a micro-batch's gradients to those that are there -> its part of the batch's mean loss, nats."""
+
+        def work(tokens: Tensor, targets: Tensor, *segments: Tensor) -> Tensor:
+            segments = type(part.segments)(*segments)
+            loss = self.model(tokens, targets, segments, looping=looping).sum() / self.run.train_batch_tokens
+            loss.backward()
+            return loss.detach()
+
+        given = part.tokens, part.targets, *part.segments
+        return work(*given) if self.replay is None else self.replay(looping, work, *given)
+
+    def step_on(self, batch: Sequence[Packed], progress: float, looping: bool) -> Tensor:
+        """One optimizer step on this rank's micro-batches -> mean loss of all ranks, nats per token, on the device."""
+        total = torch.zeros((), device=self.dist.device)
+        for part in batch:
+            total += self.learn_from(part, looping)
+        self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
+        return self.dist.sum_(total)
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        state |= {f"average.{i}": v for i, v in enumerate(self.average.values)}
+        return state | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Write a checkpoint; every rank calls, rank 0 writes."""
+        meta = self.identity | {"step": self.step, "progress": self.progress, "seconds": seconds}
+        tensors = self.tensors()
+        if self.dist.main:
+            write_atomically(path, [pack(meta, tensors, level=None)])
+        self.dist.barrier()
+
+    @torch.no_grad()
+    def put(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Take over all that `tensors` gave, after so many steps."""
+        for name, t in self.tensors().items():
+            if not name.startswith("optimizer."):
+                t.copy_(tensors[name])
+        self.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in tensors.items()}, step)
+
+    def load(self, path: str) -> None:
+        meta, tensors = unpack(read_file(path), path)
+        for key, ours in self.identity.items():
+            require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
+        shapes, ours = ({name: t.shape for name, t in ts.items()} for ts in (tensors, self.tensors()))
+        require(shapes == ours, f"RESUME={path}: its tensors are not those of this run", DataError)
+        with believing_nothing(path):
+            step, progress, seconds = int(meta["step"]), float(meta["progress"]), float(meta["seconds"])
+        self.put(tensors, step)
+        self.step, self.progress, self.seconds_before = step, progress, seconds
+
+
+def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
+    """A batch of this run's shapes that has nothing to do with any text, for compilation and warm-up."""
+    rows, passes = deal_rows(run, dist.world)
+    generator = np.random.default_rng(run.seed)
+    text = generator.integers(2, vocab_size, rows * run.train_row_tokens + 1).astype(np.uint16)
+    text[generator.random(len(text)) < 1 / 500] = BOS
+    return [pack_text(text, run, dist.device)] * passes
+
+
+def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
+    """Compile both loop modes on random tokens, rehearse what follows, restore the trainer -> seconds to reserve."""
+    before, config = {name: t.clone() for name, t in trainer.tensors().items()}, trainer.model.config
+    batch = random_batch(trainer.run, config.vocab_size, trainer.dist)
+    for some in [batch[:1]] * bool(trainer.replay) + [batch] * trainer.run.warmup_steps:  # both modes run, then capture
+        for looping in (False, True) if config.num_loops else (False,):
+            trainer.step_on(some, 0.0, looping)
+    reserve = rehearse(batch)
+    trainer.put(before, 0)
+    return reserve
+
+
+def check_loss(loss: float, step: int, vocab_size: int) -> None:
+    require(
+        loss < 2 * math.log(vocab_size),
+        f"training diverged: the loss of step {step} is {loss:.3f} nats, more "
+        "than twice that of guessing; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM",
+        UserError,
+    )
+
+
+def train(
+    trainer: Trainer,
+    stream: TrainingStream,
+    log: Log,
+    watch: Stopwatch,
+    reserve: float,
+    validate: Callable[[], float],
+    checkpoint: Path,
+) -> list[tuple[int, float, float]]:
+    """Train until the budget is spent -> (step, seconds, loss) of every logged step."""
+    run, dist, history = trainer.run, trainer.dist, []
+    pending, logged_at, saved_at = torch.zeros(()), trainer.seconds_before, trainer.seconds_before
+    while True:
+        (seconds,) = dist.agree(trainer.seconds_before + watch.total(*TRAINING_CLOCK))
+        progress = progress_at(run, trainer.step, seconds, reserve)
+        if trainer.step:
+            trainer.average.update(max(0.0, progress - trainer.progress))  # a resumed run may have a larger budget
+        trainer.progress = progress
+        if run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds:
+            trainer.save(checkpoint, seconds)
+            saved_at = seconds
+        if progress >= 1.0:
+            break
+        looping = trainer.looping(progress)
+        loss = trainer.step_on(stream.batch(trainer.step), progress, looping)
+        trainer.step += 1
+        check_loss(pending.item(), trainer.step - 1, stream.vocab_size)  # read late: the GPU always has work queued
+        pending = loss
+        if trainer.step % run.train_log_every == 0:
+            value, now = loss.item(), trainer.seconds_before + watch.total(*TRAINING_CLOCK)
+            history.append((trainer.step, now, value))
+            speed = run.train_log_every * run.train_batch_tokens / max(now - logged_at, 1e-9)
+            epochs, eta = trainer.step * run.train_batch_tokens / stream.total, now / max(progress, 1e-9) - now
+            log(
+                f"step:{trainer.step} loss:{value:.4f} progress:{progress:.3f} loop:{int(looping)} "
+                f"tokens_per_s:{speed:.0f} epoch:{epochs:.2f} train_s:{now:.1f} eta_s:{eta:.0f}"
+            )
+            logged_at = now
+        if run.val_loss_every and trainer.step % run.val_loss_every == 0:
+            with watch.phase("validate"):
+                log(f"step:{trainer.step} val_bpb:{validate():.5f} (last iterate, without adaptation)")
+    check_loss(pending.item(), trainer.step, stream.vocab_size)
+    return history
+
+
+# ======================================================================================================================
+# Quantiser: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
+
+
+@torch.no_grad()
+def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> dict[str, Tensor]:
+    """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}."""
+    matrices = {name: p for name, p in model.named_parameters() if param_role(name) != "scalar"}
+    qkv = (".q.weight", ".k.weight", ".v.weight")  # the attention itself hears what goes into these at once
+    heard = {name: name.rsplit(".", 2 if name.endswith(qkv) else 1)[0] for name in matrices}  # by which module
+    sums = {heard[name]: torch.zeros(p.size(1), p.size(1), device=p.device) for name, p in matrices.items()}
+
+    def add(module: str, inputs: Tensor) -> None:
+        x = inputs.flatten(0, -2).float()
+        sums[module].addmm_(x.mT, x)
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
+        for name in sums
+        if name != "embed"
+    ]
+    with torch.compiler.set_stance("force_eager"):  # hooks do not fire in compiled code
+        for tokens, _, segments in (row for batch in batches for row in batch):
+            add("embed", model.hidden(tokens, segments))  # it is quantised as the output matrix that it also is
+    for hook in hooks:
+        hook.remove()
+    sums = {module: dist.sum_(h) for module, h in sums.items()}
+    return {name: sums[heard[name]] for name in matrices}
+
+
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128) -> Tensor:
+    """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
+    (r, c) does: columns are rounded one after another, each one's error spread over those that follow.
+    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), columns ordered by falling diagonal of the hessian (c, c)."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    w, h = weight.float()[:, order].clone(), hessian[order][:, order].clone()
+    dead = h.diagonal() == 0  # an input that never fires: its weights have no effect
+    w[:, dead], h.diagonal()[dead] = 0, 1
+    h.diagonal().add_(damping * h.diagonal().mean())
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    q = torch.empty_like(w)
+    for start in range(0, w.size(1), block):
+        end = min(start + block, w.size(1))
+        errors = torch.empty_like(w[:, start:end])
+        for j in range(start, end):
+            q[:, j] = (w[:, j] / scale).round().clamp(-qmax, qmax)
+            error = (w[:, j] - q[:, j] * scale) / upper[j, j]
+            w[:, j:end].addr_(error, upper[j, j:end], alpha=-1)
+            errors[:, j - start] = error
+        w[:, end:] -= errors @ upper[start:end, end:]
+    return q[:, order.argsort()].to(torch.int8)
+
+
+class Grid(NamedTuple):
+    """How a kind of matrix is rounded: to integers in +-qmax, which stand for +-clip deviations of a row."""
+
+    qmax: int
+    clip: float
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """Step of every row (r,) fp16; at least the smallest normal fp16, so that no row divides by zero."""
+        return (self.clip * weight.float().std(1) / self.qmax).clamp(2.0**-14, 65504).half()
+
+
+def grid_for(name: str, run: RunConfig, widen: float) -> Grid:
+    """The grid of a matrix, its range widened by a common factor."""
+    if param_role(name) == "embedding":
+        return Grid(2 ** (run.embed_bits - 1) - 1, run.embed_clip_sigmas * widen)
+    clip = run.mlp_clip_sigmas if ".mlp." in name else run.attn_clip_sigmas
+    return Grid(2 ** (run.matrix_bits - 1) - 1, clip * widen)
+
+
+def entropy_bytes(weights: Mapping[str, Tensor], run: RunConfig, widen: float) -> float:
+    """Bytes that the rounded weights hold at the entropy of their integers, matrix by matrix, with their scales."""
+    total = 0.0
+    for name, w in weights.items():
+        grid = grid_for(name, run, widen)
+        q = (w / grid.scale(w).float()[:, None]).round().clamp(-grid.qmax, grid.qmax)
+        p = (q + grid.qmax).to(torch.int64).flatten().bincount(minlength=2 * grid.qmax + 1).double() / w.numel()
+        total += float(-(p * p.clamp(min=1e-300).log2()).sum()) * w.numel() / 8 + 2 * len(w)
+    return total
+
+
+def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> float:
+    """The smallest common widening of all ranges whose entropy fits the budget (bytes); none goes under the floor."""
+    low, high = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas), 64.0
+    if entropy_bytes(weights, run, low) <= budget:
+        return low
+    for _ in range(14):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if entropy_bytes(weights, run, middle) <= budget else (middle, high)
+    return high
+
+
+@torch.no_grad()
+def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, widen: float) -> dict[str, Tensor]:
+    """What an artifact stores: every quantised matrix as `name` int8, transposed so that a column's integers lie
+    together, and `name.scale` fp16; every other parameter as fp16. Ranks share the work by matrix."""
+    stored: dict[str, Tensor] = {}
+    for i, (name, p) in enumerate(sorted(model.named_parameters(), key=lambda item: -item[1].numel())):
+        if param_role(name) == "scalar":
+            stored[name] = p.detach().half()
+            continue
+        grid = grid_for(name, run, widen)
+        scale = stored[f"{name}.scale"] = grid.scale(p)
+        stored[name] = torch.zeros(p.shape, dtype=torch.int8, device=p.device)
+        if i % dist.world == dist.rank:
+            stored[name] = gptq(p, hessians[name], scale.float(), grid.qmax, run.gptq_damping)
+    return {name: dist.sum_(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())}
+
+
+def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -> None:
+    """Names, types and shapes must be those that `quantise` stores of this network; takes no memory for it."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+    expected = {name: (torch.float16, shape) for name, shape in shapes.items() if param_role(name) == "scalar"}
+    for name in shapes.keys() - expected.keys():
+        expected |= {name: (torch.int8, shapes[name][::-1]), f"{name}.scale": (torch.float16, shapes[name][:1])}
+    found = {name: (t.dtype, t.shape) for name, t in stored.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise DataError(f"{what}: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
+
+
+@torch.no_grad()
+def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
+    """The model, filled with what `quantise` stored."""
+    check_stored(model.config, stored, what)
+    for name, p in model.named_parameters():
+        scale = stored.get(f"{name}.scale")
+        p.copy_(stored[name] if scale is None else (stored[name].mT.float() * scale.float()[:, None]))
+        require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
+    return model
+
+
+def make_artifact(
+    model: GPT,
+    hessians: Mapping[str, Tensor],
+    run: RunConfig,
+    dist: Dist,
+    watch: Stopwatch,
+    origin: Mapping[str, Any],
+    log: Log,
+) -> bytes:
+    """Quantise and pack into ARTIFACT_BYTES with the code: ranges come from an estimate, mended for the second try."""
+    meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **origin}
+    weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
+    scalars = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
+    limit = run.artifact_bytes - len(code())
+    budget, size = (limit * 0.999 - scalars) / 1.025, 0  # 1.025: zstd's Huffman codes, and GPTQ's wider integers
+    for attempt in (1, 2):
+        with watch.phase("quantise"):
+            widen = fit_ranges(weights, run, budget)
+            stored, estimate = quantise(model, hessians, run, dist, widen), entropy_bytes(weights, run, widen)
+        with watch.phase("pack"):
+            blob = pack(meta, stored, level=22) if dist.main else b""
+            size = int(dist.agree(len(blob))[0])
+        log(f"pack {attempt}: ranges x{widen:.4f}, {size} bytes, entropy of rounded weights {estimate:.0f} bytes")
+        if size <= limit:
+            return blob
+        budget = (limit - (size - estimate)) * 0.998 - 500  # what was not entropy stays, for all we know
+    raise UserError(
+        f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
+        f"ARTIFACT_BYTES={run.artifact_bytes}: lower *_BITS or use a smaller model"
+    )
+
+
+def code() -> bytes:
+    """The source that is counted: this file as it stands."""
+    return Path(__file__).read_bytes()
+
+
+# ======================================================================================================================
+# Scoring: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
+
+
+class Tally:
+    """Nats, scored targets and adaptation steps of every document."""
+
+    def __init__(self, docs: Documents):
+        self.docs = docs
+        self.nats, self.counted, self.updates = np.zeros(len(docs)), np.zeros(len(docs)), np.zeros(len(docs))
+
+    def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
+        """Scores (n,) of targets that belong to these documents (n,)."""
+        self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
+        self.counted += np.bincount(documents, minlength=len(self.docs))
+
+    def gathered(self, dist: Dist) -> Tally:
+        """All ranks' sums, after checking that every target was scored exactly once."""
+        for values in (self.nats, self.counted, self.updates):
+            values[:] = dist.sum_(torch.from_numpy(values)).numpy()
+        wrong = np.flatnonzero(self.counted != self.docs.lengths)
+        assert len(wrong) == 0, f"documents {wrong[:5]}: {self.counted[wrong[:5]]} targets scored, not once each"
+        return self
+
+    @property
+    def bits_per_byte(self) -> float:
+        return float(self.nats.sum() / math.log(2) / self.docs.target_bytes().sum())
+
+
+class Window(NamedTuple):
+    """Inputs start..end-1 of a document, of which first..end-1 are scored (input i predicts token i + 1)."""
+
+    document: int
+    start: int
+    first: int
+    end: int
+
+
+def windows(document: int, begin: int, end: int, context: int, stride: int) -> Iterator[Window]:
+    """The windows that score inputs begin..end-1 of a document: the first window reaches to `context`, each further one
+    by `stride`. Where a window starts depends on its place only, never on the document's length."""
+    edge = context if begin < context else context + (begin - context) // stride * stride + stride
+    while begin < end:
+        yield Window(document, max(0, edge - context), begin, min(edge, end))
+        begin, edge = edge, edge + stride
+
+
+class Scored(NamedTuple):
+    """A packed row of windows: what to run, whose targets it holds and which of them count."""
+
+    packed: Packed
+    documents: np.ndarray  # (N,)
+    counted: np.ndarray  # (N,) bool
+
+
+def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
+    """Windows, in order, in rows of at most row_tokens."""
+    rows, used = [], row_tokens
+    for w in plan:
+        if used + w.end - w.start > row_tokens:
+            rows.append([])
+            used = 0
+        rows[-1].append(w)
+        used += w.end - w.start
+    return rows
+
+
+def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:
+    """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow."""
+    size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, row_plan(plan, run.micro_batch_tokens)
+    if len(rows) == 1:
+        size = min(size, -(-sum(w.end - w.start for w in rows[0]) // longest) * longest)
+    for row in rows[dist.rank :: dist.world]:
+        text, targets = np.full(size, BOS, np.uint16), np.full(size, BOS, np.uint16)
+        documents, counted, starts, at = np.zeros(size, np.int64), np.zeros(size, bool), [], 0
+        for w in row:
+            span, n = docs.span(w.document), w.end - w.start
+            starts.append(at)
+            text[at : at + n], targets[at : at + n] = span[w.start : w.end], span[w.start + 1 : w.end + 1]
+            documents[at : at + n], counted[at + w.first - w.start : at + n] = w.document, True
+            at += n
+        starts.extend(range(at, size, longest))  # of padding, which nothing attends to and nothing counts
+        yield Scored(pack_row(text, targets, np.array(starts), dist.device), documents, counted)
+
+
+@torch.no_grad()
+def score_static(
+    model: GPT, docs: Documents, chosen: Iterable[int], run: RunConfig, dist: Dist, tally: Tally, looping: bool = True
+) -> None:
+    """Score these documents without adaptation."""
+    lengths = docs.lengths
+    plan = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
+    for row in my_rows(docs, plan, run, dist):
+        nll = model(*row.packed, looping=looping)[0].cpu().numpy()
+        tally.add(row.documents[row.counted], nll[row.counted])
+
+
+# ======================================================================================================================
+# Test-time training: a chunk is scored, then learnt from. What adapts starts anew at each document or in a stream.
+
+
+class Adapter:
+    """The corrections of B documents, for every visit of the trunk and for the head; they start from the seed alone."""
+
+    def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
+        generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim**-0.5
+
+        def low_rank(target: str) -> LowRank | None:
+            if target not in run.lora_targets:
+                return None
+            d_out = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}.get(target, c.model_dim)
+            start = torch.empty(c.model_dim, run.ttt_lora_rank).uniform_(-bound, bound, generator=generator).to(device)
+            up = torch.zeros(documents, run.ttt_lora_rank, d_out, device=device)  # so it changes nothing at first
+            self.starts += [start, up[0].clone()]
+            scale = run.ttt_lora_alpha / run.ttt_lora_rank
+            return LowRank(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
+
+        self.starts: list[Tensor] = []  # what every document's part of `tensors` begins with
+        self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
+        self.head = low_rank("head")
+
+    def tensors(self) -> list[Tensor]:
+        """All that adapts, documents first: (B, ...) each."""
+        parts = [part for visit in self.visits for part in visit] + [self.head]
+        return [t for part in parts if part is not None for t in (part.down, part.up)]
+
+    def begin(self) -> None:
+        for t, start in zip(self.tensors(), self.starts, strict=True):
+            t.copy_(start)
+
+
+class AdaptRule:
+    """The step of test-time training on tensors (B, ...): clipping, moments, decay and rate are each document's own."""
+
+    def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
+        self.run, self.multipliers = run, multipliers
+        self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
+        first = run.ttt_optimizer == "sgd" or run.ttt_beta1 > 0  # a moment without memory is the gradient itself
+        self.first = [torch.zeros_like(t) for t in tensors] if first else []
+        self.second = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
+
+    def begin(self) -> None:
+        for t in (self.steps_done, *self.first, *self.second):
+            t.zero_()
+
+    @torch.no_grad()
+    def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor | float) -> None:
+        """Tensors and gradients (B, ...), learning rate (B,) or of all; tensors change in place."""
+        run, first, second = self.run, self.first, self.second
+        self.steps_done += 1
+        lr = torch.zeros(len(tensors[0]), device=tensors[0].device) + lr
+        if run.ttt_grad_clip:
+            norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (B,)
+            factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
+            grads = [g * per_document(factor, g) for g in grads]
+        if run.ttt_optimizer == "adamw":
+            directions = adam_directions(grads, first, second, self.steps_done, run.ttt_beta1, run.ttt_beta2, eps=1e-10)
+        else:
+            torch._foreach_mul_(first, run.ttt_momentum)
+            torch._foreach_add_(first, grads)
+            directions = first
+        for t, d, multiplier in zip(tensors, directions, self.multipliers, strict=True):
+            d = orthogonalise(d, run.ttt_ns_steps) if run.ttt_ns_steps and d.ndim == 3 else d
+            rate = per_document(lr, t)
+            t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, d, value=-multiplier)
+
+
+def per_document(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ...), to go with (B, ...)"""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
+    """Learning rate of a step on a chunk: by a cosine over epochs, less where its entropy (B,) leaves the window."""
+    rate = run.ttt_lr * (0.5 * (1 + math.cos(math.pi * epoch / run.ttt_epochs)) if run.ttt_cosine else 1.0)
+    if entropy is None:
+        return rate
+    low, high = max(run.ttt_entropy_low, 1e-9), run.ttt_entropy_high or math.inf
+    return rate * (entropy / low).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
+
+
+def wants_entropy(run: RunConfig) -> bool:
+    return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
+
+
+class SideBySide:
+    """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
+    learns from it. No row reaches another. Earlier chunks are seen as the keys and values that they left in their turn,
+    so that a step costs a chunk and not a window. On a GPU a step is replayed, captured for every size of the cache."""
+
+    SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
+
+    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
+        self.model, self.run, self.documents, self.device = model, run, documents, device
+        self.room = run.eval_seq_len - run.ttt_chunk_tokens
+        self.adapter = Adapter(model.config, run, documents, device)
+        self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
+        self.caches, self.replay = {}, Replay() if device.type == "cuda" and run.compile else None  # caches by size
+        self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
+        self.done_there = torch.zeros((), dtype=torch.int64, device=device)
+        self.begin()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        self.adapter.begin()
+        self.rule.begin()
+        self.last.fill_(BOS)
+        self.done_there.zero_()
+        for past in (past for cache in self.caches.values() for past in cache):
+            past.ring.zero_()  # `seen` hides what is there, but 0 times NaN is NaN
+        self.done, self.size, self.past, self.scored, self.replaying = 0, 0, [], (), False  # tokens past, cache size
+
+    def make_room(self, tokens: int) -> None:
+        """Take a cache that will hold so many tokens more, or all that a chunk may see."""
+        size = self.size or min(self.room, self.SMALLEST_CACHE)
+        while size < min(self.room, self.done + tokens):
+            size = min(self.room, 2 * size)
+        if self.past and size == self.size:
+            return
+        if size not in self.caches:
+            c = self.model.config
+            shape = (2, self.documents, c.num_kv_heads, size, c.head_dim)
+            self.caches[size] = [Past(torch.zeros(shape, device=self.device)) for _ in self.adapter.visits]
+        for old, new in zip(self.past, self.caches[size], strict=False):  # no cache yet, or one for one
+            new.ring[..., : self.size, :].copy_(old.ring)
+        self.past, self.size = self.caches[size], size
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
+        n, self.tokens = tokens.size(1), tokens
+        self.make_room(n)
+        held = torch.arange(self.size, device=self.device) < self.done_there
+        seen = torch.cat([held.expand(n, -1), held.new_ones(n, n).tril()], 1)
+        for past in self.past:
+            past.seen = seen
+        place = Chunk(self.done_there + torch.arange(-1, n, device=self.device), self.past)
+        return self.model.hidden(torch.cat([self.last, tokens], 1), place, self.adapter)
+
+    def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
+        """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
+        self.make_room(tokens.size(1))
+        self.replaying = to_learn and self.replay is not None
+        with torch.set_grad_enabled(to_learn):
+            return self._do(self._score, tokens, targets)
+
+    def learn(self, counted: Tensor) -> None:
+        """Steps on the chunk that was scored last; which of its targets count: (B, C)."""
+        self._do(self._learn, counted)
+
+    def move_on(self) -> None:
+        """The tokens that `hidden` or `score` saw last are past."""
+        self._do(self._move_on)
+        self.done += self.tokens.size(1)
+
+    def _score(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        x = self.hidden(tokens)
+        nll = self.model.head(x, targets, self.model.embed, self.adapter.head)
+        self.scored = (targets, x, nll)
+        return nll.detach()
+
+    def _learn(self, counted: Tensor) -> None:
+        (targets, x, nll), run, model, head = self.scored, self.run, self.model, self.adapter.head
+        count = counted.sum(1).clamp(min=1)
+        entropy = (model.head.entropy(x, model.embed, head) * counted).sum(1) / count if wants_entropy(run) else None
+        for epoch in range(run.ttt_epochs):
+            nll = model.head(self.hidden(self.tokens), targets, model.embed, head) if epoch else nll
+            loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
+            grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
+            self.rule.step(self.adapter.tensors(), grads, chunk_rate(run, epoch, entropy))
+
+    def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        return self.replay((work.__name__, self.size), work, *inputs) if self.replaying else work(*inputs)
+
+    @torch.no_grad()
+    def _move_on(self) -> None:
+        if self.size:
+            n = min(self.size, self.tokens.size(1))  # a chunk may be longer than what is kept
+            slots = (self.done_there + self.tokens.size(1) - n + torch.arange(n, device=self.device)) % self.size
+            for past in self.past:
+                for ring, latest in zip(past.ring, past.latest, strict=True):
+                    ring.index_copy_(2, slots, latest[:, :, -n:])
+        self.last.copy_(self.tokens[:, -1:])
+        self.done_there += self.tokens.size(1)
+
+    @torch.no_grad()
+    def take_over(self, other: SideBySide, rows: Tensor) -> None:
+        """Go on with these documents of another's, where they are."""
+        self.begin()
+        self.done = other.done
+        for learners in (self, other):
+            learners.make_room(0)
+        lasting = [
+            [
+                *one.adapter.tensors(),
+                *one.rule.first,
+                *one.rule.second,
+                one.last,
+                *(past.ring.transpose(0, 1) for past in one.past),
+            ]
+            for one in (self, other)
+        ]  # (B, ...) each
+        for new, old in zip(*lasting, strict=True):
+            new.copy_(old[rows])
+        self.done_there.copy_(other.done_there)
+        self.rule.steps_done.copy_(other.rule.steps_done)
+
+
+def adapt_side_by_side(
+    model: GPT,
+    docs: Documents,
+    group: Sequence[int],
+    run: RunConfig,
+    dist: Dist,
+    tally: Tally,
+    family: dict[int, SideBySide] | None = None,
+) -> None:
+    """Score documents that adapt side by side. When half of the rows have ended, the others go on in half as many."""
+    chunk, lengths, family = run.ttt_chunk_tokens, docs.lengths, {} if family is None else family
+    rows, longest = np.array(group), int(lengths[group].max())  # rows: each one's document
+    text = np.full((len(rows), -(-longest // chunk) * chunk + 1), BOS, np.int64)  # padded; everything is causal
+    for row, i in zip(text, group, strict=True):
+        row[: lengths[i] + 1] = docs.span(i)
+    tokens = torch.from_numpy(text).to(dist.device)  # (B, T + 1)
+
+    def learners_for(many: int) -> SideBySide:
+        if many not in family:
+            family[many] = SideBySide(model, run, many, dist.device)
+        return family[many]
+
+    if len(rows) not in family:
+        family.clear()  # each holds gigabytes: those of halves of another number would not be needed
+    learners = learners_for(len(rows))
+    learners.begin()
+    for first in range(0, longest, chunk):
+        end, left = first + chunk, lengths[rows] - first  # left: (B,) targets from here on
+        while len(rows) > 1 and (left > 0).sum() <= len(rows) // 2:
+            kept = np.argsort(left <= 0, kind="stable")[: len(rows) // 2]  # those that go on, then some that do not
+            index = torch.from_numpy(kept).to(dist.device)
+            rows, left, tokens, many = rows[kept], left[kept], tokens[index], learners
+            learners = learners_for(len(rows))
+            learners.take_over(many, index)
+        inside = np.arange(chunk) < left[:, None]  # (B, chunk)
+        learn = end >= run.ttt_min_doc_tokens and bool(left.max() > chunk)
+        nats = learners.score(tokens[:, first:end], tokens[:, first + 1 : end + 1], to_learn=learn)
+        tally.add(np.repeat(rows, inside.sum(1)), nats.cpu().numpy()[inside])
+        if learn:
+            learners.learn(torch.from_numpy(inside).to(dist.device))
+            tally.updates[rows[left > chunk]] += run.ttt_epochs
+        learners.move_on()
+
+
+class StreamLearner:
+    """What adapts along a text: the weights, or one set of corrections. The ranks of `dist` share every chunk."""
+
+    def __init__(self, model: GPT, run: RunConfig, dist: Dist):
+        self.model, self.run, self.dist = model, run, dist
+        self.adapter = Adapter(model.config, run, 1, dist.device) if run.ttt_params == "lora" else None
+        if self.adapter is not None:
+            self.leaves = self.tensors = self.adapter.tensors()
+            multipliers = [1.0] * len(self.leaves)
+        else:
+            frozen = tuple(f"blocks.{i}." for i in range(run.ttt_freeze_blocks))
+            named = {name: p for name, p in model.named_parameters() if not name.startswith(frozen)}
+            self.leaves = [p.requires_grad_() for p in named.values()]
+            self.tensors = [p.detach()[None] for p in self.leaves]  # one "document", sharing the weights' memory
+            factors = {"down": run.ttt_lr_mult_mlp_out} | dict.fromkeys(("q", "k", "v", "up"), run.ttt_lr_mult_in)
+            multipliers = [factors.get(name.removesuffix(".weight").split(".")[-1], 1.0) for name in named]
+        self.rule = AdaptRule(self.tensors, multipliers, run)
+        self.begin = [t.detach().clone() for t in self.tensors]
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the artifact's weights, with nothing remembered."""
+        for t, value in zip(self.tensors, self.begin, strict=True):
+            t.copy_(value)
+        self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)
+
+    @torch.no_grad()
+    def score(self, rows: Sequence[Scored], tally: Tally) -> Tensor | None:
+        """Score this rank's rows of a chunk -> sum of entropies (1,), if wanted."""
+        model, delta = self.model, None if self.adapter is None else self.adapter.head
+        total = torch.zeros(1, device=self.dist.device)
+        for row in rows:
+            (tokens, targets, segments), counted = row.packed, row.counted
+            x = model.hidden(tokens, segments, self.adapter)
+            tally.add(row.documents[counted], model.head(x, targets, model.embed, delta)[0].cpu().numpy()[counted])
+            if wants_entropy(self.run):
+                total += model.head.entropy(x, model.embed, delta)[0, torch.from_numpy(counted)].sum()
+        return total if wants_entropy(self.run) else None
+
+    def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None) -> None:
+        """Steps on a chunk of this many targets, all of them scored."""
+        dist, entropy = self.dist, None if entropy is None else self.dist.sum_(entropy) / targets
+        for epoch in range(self.run.ttt_epochs):
+            grads = [torch.zeros_like(leaf) for leaf in self.leaves]
+            for row in rows:
+                nll, counted = self.model(*row.packed, self.adapter), torch.from_numpy(row.counted).to(dist.device)
+                loss = (nll * counted).sum() / targets
+                torch._foreach_add_(grads, list(torch.autograd.grad(loss, self.leaves, materialize_grads=True)))
+            grads = [dist.sum_(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
+            self.rule.step(self.tensors, grads, chunk_rate(self.run, epoch, entropy))
+
+
+def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut these documents, one after another, into chunks of `chunk` targets: lists of (document, begin, end)."""
+    pieces, room, lengths = [], chunk, docs.lengths
+    for i in chosen:
+        begin = 0
+        while begin < lengths[i]:
+            end = min(int(lengths[i]), begin + room)
+            pieces.append((i, begin, end))
+            room, begin = room - (end - begin), end
+            if room == 0:
+                yield pieces
+                pieces, room = [], chunk
+    if pieces:
+        yield pieces
+
+
+def adapt_along(
+    learner: StreamLearner,
+    docs: Documents,
+    chosen: Sequence[int],
+    tally: Tally,
+    may_learn: Callable[[float], bool] = lambda left: True,
+) -> int:
+    """Score these documents one after another, learning from every chunk once it is scored, until `may_learn` of the
+    targets that are left is false: they are scored at once. -> how many documents they are of"""
+    run, left, learning, degraded = learner.run, int(docs.lengths[chosen].sum()), True, 0
+    for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
+        if not (learning := may_learn(left)):
+            (first, begin, _), lengths = pieces[0], docs.lengths
+            pieces = [(i, begin * (i == first), int(lengths[i])) for i in chosen[list(chosen).index(first) :]]
+            degraded = len(pieces)
+        rows = my_rows(
+            docs, (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride)), run, learner.dist
+        )
+        rows, targets = list(rows) if learning else rows, sum(end - begin for _, begin, end in pieces)
+        entropy, left = learner.score(rows, tally), left - targets
+        if not learning:
+            break
+        if left and pieces[0][2] >= run.ttt_min_doc_tokens:  # a document's own count: it is alone if that matters
+            learner.learn(rows, targets, entropy)
+            if learner.dist.main:
+                tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
+    learner.reset()
+    return degraded
+
+
+def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
+    """Rounds of groups of documents, a group for each rank, longest documents first; it changes no score."""
+    order = np.argsort(-lengths, kind="stable").tolist()
+    batch = min(batch, -(-len(order) // world))
+    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+    groups += [[] for _ in range(-len(groups) % world)]
+    return [groups[i : i + world] for i in range(0, len(groups), world)]
+
+
+def static_costs(lengths: np.ndarray, run: RunConfig) -> np.ndarray:
+    """Token passes that score each of these documents (B,) without adaptation; to foretell seconds."""
+    return np.array(
+        [sum(w.end - w.start for w in windows(0, 0, int(n), run.eval_seq_len, run.eval_stride)) for n in lengths],
+        np.float64,
+    )
+
+
+def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
+    """Token passes of documents (B,) that adapt as in adapt_side_by_side, or one by one; to foretell seconds."""
+    rows, total, chunk, launches = len(lengths), 0.0, run.ttt_chunk_tokens, 1400  # tokens that take a GPU as long
+    for first in range(0, int(lengths.max(initial=0)), chunk):
+        left = int((lengths > first).sum())
+        while left <= rows // 2 > 0:
+            rows //= 2
+        total += launches + rows * chunk
+    return total
+
+
+def random_documents(vocab_size: int, many: int, length: int) -> Documents:
+    """Documents of `length` targets but for the last, which has one less; without a byte of text."""
+    text = np.random.default_rng(0).integers(2, vocab_size, many * length, np.uint16)
+    text[::length] = BOS
+    return split_documents(text, np.ones(len(text), np.int64))
+
+
+class Evaluation:
+    """The test-time-training score of a model: who scores what, within the time."""
+
+    def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
+        self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
+        self.seconds, self.tally, self.degraded, self.family = seconds, Tally(docs), 0, {}
+        self.static_costs, self.static_rate = static_costs(docs.lengths, run), math.inf  # found in the warm-up, as is
+        self.slowness = 0.0  # seconds per token pass of a group that adapts; the rate is of passes without, per second
+        model.requires_grad_(run.ttt_params == "full")
+
+    def warm_up(self) -> None:
+        """Time passes on random documents; on a GPU also compile and touch every kernel."""
+        run, context, on_gpu = self.run, self.run.eval_seq_len, self.dist.device.type == "cuda"
+        many, length = (run.ttt_batch_docs, context + run.ttt_chunk_tokens) if run.batched_ttt else (2, context)
+        docs, alone = random_documents(self.model.config.vocab_size, many, length), Dist(device=self.dist.device)
+        few = range(len(docs))[: run.micro_batch_tokens // length + 1 if on_gpu else 1]
+        for _ in range(2):  # the second time is the speed, the first compiles
+            began = time.perf_counter()
+            score_static(self.model, docs, few, run, alone, Tally(docs))
+            self.static_rate = static_costs(docs.lengths[few], run).sum() / (time.perf_counter() - began)
+        if not run.ttt_enabled or not on_gpu:
+            return
+        if not run.batched_ttt:
+            short = dataclasses.replace(run, ttt_chunk_tokens=context)  # so that there is something to learn for
+            adapt_along(StreamLearner(self.model, short, alone), docs, range(len(docs)), Tally(docs))
+            return
+        for text in (docs, random_documents(self.model.config.vocab_size, many, min(length, 512))):
+            began = time.perf_counter()
+            adapt_side_by_side(self.model, text, range(many), run, alone, Tally(text), self.family)
+            self.slowness = (time.perf_counter() - began) / group_cost(text.lengths, run)
+
+    def score(self) -> Tally:
+        """Every target of every document -> the tally of all ranks."""
+        if not self.run.ttt_enabled:
+            score_static(self.model, self.docs, range(len(self.docs)), self.run, self.dist, self.tally)
+        elif self.run.ttt_scope == "document":
+            self._score_documents()
+        else:  # a stream, whose every chunk the ranks share
+            learner = StreamLearner(self.model, self.run, self.dist)
+            cost = self.static_costs.sum() / self.docs.lengths.sum()  # of a target
+            self.degraded = adapt_along(
+                learner, self.docs, range(len(self.docs)), self.tally, lambda left: self._time_left(left * cost)
+            )
+        return self.tally.gathered(self.dist)
+
+    def _time_left(self, rest: float, next_seconds: float = 0.0) -> bool:
+        """Whether `next_seconds` of adaptation leave time for `rest` token passes without it; all ranks agree."""
+        limit = self.run.eval_seconds * 0.98
+        after = self.seconds() + next_seconds + 1.5 * rest / self.static_rate / self.dist.world
+        return not limit or self.dist.largest(after) <= limit
+
+    def _score_documents(self) -> None:
+        """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
+        run, dist, lengths = self.run, self.dist, self.docs.lengths
+        learner = None if run.batched_ttt else StreamLearner(self.model, run, Dist(device=dist.device))
+        rounds = ttt_plan(lengths, dist.world, run.ttt_batch_docs if run.batched_ttt else 1)
+        costs = [max(group_cost(lengths[group], run) for group in groups) for groups in rounds]
+        began, spent, told = self.seconds(), 0.0, 0.0
+        for n, groups in enumerate(rounds):
+            rest = [i for later in rounds[n:] for group in later for i in group]
+            slowness = (self.seconds() - began) / spent if spent else self.slowness
+            if not self._time_left(self.static_costs[rest].sum(), slowness * costs[n]):
+                self.degraded = len(rest)
+                self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
+                return score_static(self.model, self.docs, rest, run, dist, self.tally)
+            if learner is None and groups[dist.rank]:
+                adapt_side_by_side(self.model, self.docs, groups[dist.rank], run, dist, self.tally, self.family)
+            for i in groups[dist.rank] if learner is not None else ():
+                adapt_along(learner, self.docs, [i], self.tally)
+            spent += costs[n]
+            if self.seconds() - told > 10:
+                told = self.seconds()
+                left, here = (self.seconds() - began) * (sum(costs) / spent - 1), self.tally.counted > 0
+                bpb = self.tally.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
+                self.log(
+                    f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
+                    f"bpb:{bpb:.4f} (of this rank's) eval_s:{told:.0f} eta_s:{left:.0f}"
+                )
+
+
+# ======================================================================================================================
+# Set-up and report: read the environment, check, train, quantise, pack, read back from the disk, score.
+
+
+KNOBS = {
+    f.name.upper(): (f, kind)
+    for config in CONFIGS  # {NAME: (its field, its type)}
+    for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
+}
+
+
+OUR_FAMILIES = tuple(
+    "TTT_ MUON_ GPTQ_ QUANT_ XSA_ ROPE_ LOOP_ SMEAR_ ATTN_GATE_ UNET_ EVAL_ EMA_ EMBED_ MATRIX_ "
+    "SCALAR_ WARMDOWN_ GRAD_CLIP QK_ LOGIT_ MLP_ TIED_ TIE_ HEAD_LR PHASED_TTT LQER_ VAL_".split()
+)
+
+
+def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
+    """One environment string -> one checked value."""
+    want = f"{name}={text!r}: {meta['doc']}; expected "
+    if choices := get_args(kind):
+        require(text in choices, want + " | ".join(choices))
+        return text
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(want + {int: "a whole number", float: "a number"}[kind]) from None
+    require(kind is not float or math.isfinite(value), want + "a finite number")
+    require(meta["low"] is None or value >= meta["low"], want + f"at least {meta['low']}")
+    require(meta["high"] is None or value <= meta["high"], want + f"at most {meta['high']}")
+    return value
+
+
+def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
+    """What looks like a knob of ours and is none, misspelt or retired, fails loudly; other programs' names do not."""
+    for name in sorted(set(env) - set(knobs) - {"ARTIFACTS", "COMPILER"}):  # which build tools set
+        near = difflib.get_close_matches(name, sorted(knobs), 1, 0.0 if name.startswith(OUR_FAMILIES) else 0.85)
+        require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
+
+
+def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
+    """Build both configs from the environment; the only function that reads it, with Dist.from_env."""
+    refuse_unknown(env, KNOBS)
+    given = {f.name: parse_knob(name, env[name], kind, f.metadata) for name, (f, kind) in KNOBS.items() if name in env}
+    model, run = (config(**{f.name: given[f.name] for f in fields(config) if f.name in given}) for config in CONFIGS)
+    for name, (f, _) in KNOBS.items():
+        require(name not in env or applies(f, run), f"{name} has no effect here: it needs {needs(f)}")
+    return model, run
+
+
+def applies(f: dataclasses.Field, config: Any) -> bool:
+    return all(getattr(config, name) == value for name, value in f.metadata["only"].items())
+
+
+def needs(f: dataclasses.Field) -> str:
+    return " and ".join(f"{name.upper()}={value}" for name, value in f.metadata["only"].items())
+
+
+def settings(*configs: Any) -> dict[str, str]:
+    """The knobs of these configs as an environment would give them; those without effect are left out."""
+    return {f.name.upper(): str(getattr(c, f.name)) for c in configs for f in fields(c) if applies(f, c)}
+
+
+def describe_knobs() -> str:
+    """The text of --help: every knob with its default, unit and meaning, in groups."""
+    lines = [__doc__.split("\nA run leaves")[0].strip(), ""]
+    for name, (f, kind) in KNOBS.items():
+        m, choices = f.metadata, get_args(kind)
+        if m["group"]:
+            lines.append(f"\n{m['group']}")
+        default = str(m["default"]) if m["full"] is None else f"{m['default']} (full: {m['full']})"
+        notes = f" ({' | '.join(choices)})" * bool(choices) + f" [{m['unit']}]" * bool(m["unit"])
+        notes += f" (with {needs(f)})" * bool(m["only"])
+        lines.append(f"  {name:26} {default or '-':24} {m['doc']}{notes}")
+    return "\n".join(lines)
+
+
+LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
+
+
+class Plan(NamedTuple):
+    """What is known before anything is paid for."""
+
+    model: ModelConfig
+    run: RunConfig
+    dist: Dist
+    tokenizer: Tokenizer
+    validation: Documents
+    stream: TrainingStream | None  # None when an artifact is only evaluated
+
+
+def predicted_bytes(model: GPT, run: RunConfig) -> float:
+    """Size of the artifact if weights are Gaussian: an integer then holds log2(sqrt(2 pi e) qmax / clip) bits."""
+    total = 0.0
+    for name, p in model.named_parameters():
+        grid = grid_for(name, run, 1.0)
+        bits = 2.047 - math.log2(grid.clip / grid.qmax)
+        total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
+    return total
+
+
+def check_setup(plan: Plan, say: Callable[[str], None]) -> None:
+    """Say what will be run, and refuse what cannot be: data, disk, devices, bytes."""
+    model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
+    free, need = shutil.disk_usage(".").free, 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
+    require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some space", UserError)
+    if dist.device.type == "cuda":
+        old, h = torch.cuda.get_device_capability(dist.device) < (8, 0), model.head_dim
+        require(not old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
+        require(not triton or h in (16, 32, 64, 128), f"GPUs want MODEL_DIM / NUM_HEADS = {h} to be 16, 32, 64 or 128")
+        say(
+            "no Triton: all runs in plain torch"
+            if not triton
+            else "kernels: Triton "
+            + triton.__version__
+            + ", but cuBLAS for the MLP: no TMA" * (bool(run.compile) and not has_tma(dist.device))
+        )
+    say(f"devices: {dist.world} x {device_name(dist.device)}")
+    say(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
+    if plan.stream is None:
+        return
+    say(
+        f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
+        f"{run.train_batch_tokens} a step, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows per rank"
+    )
+    with torch.device("meta"):
+        sketch = GPT(model)
+    say(
+        f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
+        f"{len(code())} bytes of code, limit {run.artifact_bytes}"
+    )
+    fixed = sum(2 * (p.numel() if param_role(n) == "scalar" else len(p)) for n, p in sketch.named_parameters())
+    require(
+        run.artifact_bytes > len(code()) + fixed,
+        f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} of code and "
+        f"{fixed} of gains and scales leave nothing for weights; raise it or use a smaller model",
+        UserError,
+    )
+    say(f"limits: {run.max_wallclock_seconds:g} s of training, {run.eval_seconds:g} s of evaluation (0: none)")
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> str:
+    cuda = f" cuda:{torch.version.cuda}" if torch.version.cuda else ""
+    return (
+        f"python:{platform.python_version()} torch:{torch.__version__}{cuda} numpy:{np.__version__} "
+        f"sentencepiece:{sentencepiece.__version__} zstandard:{zstandard.__version__}"
+    )
+
+
+def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
+    """The network's configuration that an artifact carries, checked like the environment's."""
+    require(meta.get("kind") == "artifact", f"{what}: of kind {meta.get('kind')!r}, expected an artifact", DataError)
+    values, hints = meta.get("model"), get_type_hints(ModelConfig)
+    try:
+        require(isinstance(values, dict) and values.keys() == hints.keys(), "other knobs than this program's")
+        for f in fields(ModelConfig):
+            require(type(values[f.name]) in {int, hints[f.name]}, f"{f.name} is {values[f.name]!r}")
+            values[f.name] = parse_knob(f.name.upper(), str(values[f.name]), hints[f.name], f.metadata)
+        return ModelConfig(**values)
+    except ConfigError as error:
+        raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
+
+
+def load_artifact(path: Path, plan: Plan) -> GPT:
+    """The model that a file holds, built from that file alone."""
+    meta, stored = unpack(read_file(path), str(path))
+    config, tokenizer = stored_config(meta, str(path)), str(meta.get("tokenizer"))
+    require(
+        tokenizer == plan.tokenizer.sha256,
+        f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
+        f"{plan.tokenizer.path} ({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
+        DataError,
+    )
+    check_stored(config, stored, str(path))
+    return restore(GPT(config).to(plan.dist.device), stored, str(path))
+
+
+def static_tally(model: GPT, plan: Plan, looping: bool = True, docs: Documents | None = None) -> Tally:
+    """The score of the validation set, or of other documents, without adaptation."""
+    tally = Tally(plan.validation if docs is None else docs)
+    score_static(model, tally.docs, range(len(tally.docs)), plan.run, plan.dist, tally, looping)
+    return tally.gathered(plan.dist)
+
+
+def average_is_better(trainer: Trainer, plan: Plan, docs: Documents, log: Log) -> bool:
+    """Whether the average of the weights or the last of them is read out: what scores better on held-out text."""
+    if not len(docs):
+        return True
+    last = static_tally(trainer.model, plan, docs=docs).nats.sum()
+    with trainer.average.applied():
+        average = static_tally(trainer.model, plan, docs=docs).nats.sum()
+    targets = len(docs.tokens) - 1
+    log(f"{len(docs)} held-out documents: average {average / targets:.5f}, last {last / targets:.5f} nats a token")
+    return bool(average <= last)
+
+
+def write_documents(path: Path, tally: Tally, static: Tally) -> None:
+    """What every document scored, in the order of the validation set, for those who compare runs."""
+    out, docs = io.BytesIO(), tally.docs
+    np.savez_compressed(
+        out,
+        nats=tally.nats,
+        static_nats=static.nats,
+        tokens=docs.lengths,
+        bytes=docs.target_bytes(),
+        updates=tally.updates.astype(np.int64),
+        validation=np.array(docs.sha256()),
+    )
+    write_atomically(path, [out.getvalue()])
+
+
+def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
+    """Everything from random weights to an artifact on the disk -> what the result says of it."""
+    run, dist, stream = plan.run, plan.dist, plan.stream
+    with watch.phase("set-up"):
+        model = GPT(plan.model)
+        init_weights(model, run.seed)
+        model.to(dist.device)
+        if dist.device.type == "cuda" and run.compile and triton:  # which the compiler needs, too
+            compile_parts(model)
+        held = stream.held_out()
+        origin = {
+            "tokenizer": plan.tokenizer.sha256,
+            "holdout_tokens": run.holdout_tokens,
+            "holdout": hashlib.sha256(held.tokens.astype("<u2").tobytes()).hexdigest(),
+        }
+        trainer = Trainer(model, run, dist, origin)
+
+        def rehearse(batch: list[Packed]) -> float:
+            """Time what follows training, with senseless text and weights, and compile the scoring of validation."""
+            if not run.max_wallclock_seconds:
+                return 0.0
+            calibrate(model, [batch[:1]], dist)  # once more below, when nothing is new to the GPU
+            trial = Stopwatch(dist)
+            with trial.phase("calibrate"):
+                hessians = calibrate(model, [batch], dist)
+            make_artifact(model, hessians, run, dist, trial, origin, Log(None))
+            for phase in ("compile", "choose"):
+                with trial.phase(phase):
+                    static_tally(model, plan, docs=Documents(np.minimum(held.tokens, BOS + 1), *held[1:]))
+            reserve = trial.total("calibrate") * run.gptq_calibration_batches
+            reserve += 2 * trial.total("choose", "quantise", "pack")
+            return dist.largest(1.15 * reserve + 0.5)
+
+        reserve, limit = warm_up(trainer, rehearse), run.max_wallclock_seconds or math.inf
+        require(reserve < limit, f"MAX_WALLCLOCK_SECONDS={limit:g}: quantising and packing take {reserve:.1f} of them")
+        if run.resume:
+            trainer.load(run.resume)
+        dist.finish_kernels()
+        dist.barrier()
+    log(f"set-up took {watch.total('set-up'):.1f} s; {reserve:.1f} s are reserved for quantisation and packing")
+    with watch.phase("train"):
+        history = train(
+            trainer,
+            stream,
+            log,
+            watch,
+            reserve,
+            checkpoint=path.with_suffix(".ckpt"),
+            validate=lambda: static_tally(model, plan, trainer.looping(trainer.progress)).bits_per_byte,
+        )
+    with watch.phase("validate"):
+        last_bpb = static_tally(model, plan).bits_per_byte
+    with watch.phase("choose"):
+        readout = "average" if average_is_better(trainer, plan, held, log) else "last"
+    with trainer.average.applied() if readout == "average" else contextlib.nullcontext():
+        with watch.phase("validate"):
+            prequant_bpb = static_tally(model, plan).bits_per_byte
+        log(f"before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}")
+        with watch.phase("calibrate"):
+            batches = (stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
+            hessians = calibrate(model, batches, dist)
+        blob = make_artifact(model, hessians, run, dist, watch, origin, log)
+    with watch.phase("pack"):
+        if dist.main:
+            write_atomically(path, [blob])
+        dist.barrier()
+    tokens, seconds = trainer.step * run.train_batch_tokens, trainer.seconds_before + watch.total(*TRAINING_CLOCK)
+    return {
+        "steps": trainer.step,
+        "train_tokens": tokens,
+        "epochs": tokens / stream.total,
+        "last_bpb": last_bpb,
+        "readout": readout,
+        "prequant_bpb": prequant_bpb,
+        "history": history,
+        "train_seconds": seconds,
+    }
+
+
+def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
+    """Read an artifact from the disk and score it -> what the result says of it."""
+    run, dist, docs = plan.run, plan.dist, plan.validation
+    with watch.phase("unpack"):
+        model = load_artifact(path, plan)
+        evaluation = Evaluation(model, docs, run, dist, log, lambda: watch.total(*EVALUATION_CLOCK))
+    with watch.phase("evaluate: warm-up"):
+        evaluation.warm_up()
+    with watch.phase("evaluate: score"):
+        tally = evaluation.score()
+    bpb, counted_bytes = tally.bits_per_byte, int(docs.target_bytes().sum())
+    kept = manifest_value(Path(run.data_path), "splits", "val", "smaller_bytes")
+    if isinstance(kept, int) and 0 < kept < counted_bytes:
+        strict = bpb * counted_bytes / kept
+        log(f"this tokenizer is lossy: over the {kept} bytes that survive it, val_bpb is {strict:.5f}")
+    with watch.phase("score without adaptation"):
+        static = static_tally(model, plan) if run.ttt_enabled else tally
+    if dist.main:
+        write_documents(LOGS / f"{run_id}.docs.npz", tally, static)
+    adapted = f" ttt_bpb:{bpb:.5f}" if run.ttt_enabled else ""
+    log(f"artifact {path}: static_bpb:{static.bits_per_byte:.5f}{adapted}")
+    independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
+    return {
+        "val_bpb": bpb,
+        "val_loss": float(tally.nats.sum() / tally.counted.sum()),
+        "static_bpb": static.bits_per_byte,
+        "documents": len(docs),
+        "tokens": int(tally.counted.sum()),
+        "bytes": counted_bytes,
+        "validation": docs.sha256(),
+        "adaptation_steps": int(tally.updates.sum()),
+        "doc_independent": int(independent),
+        "degraded_documents": evaluation.degraded,
+        "eval_seconds": watch.total(*EVALUATION_CLOCK),
+    }
+
+
+def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
+    """The table of phases, the result as a line of key:value, and the same as JSON."""
+    result["phases"] = {name: round(s, 3) for name, s in watch.seconds.items()}
+    for name, seconds in watch.seconds.items():
+        clock = "training" if name in TRAINING_CLOCK else "evaluation" if name in EVALUATION_CLOCK else "-"
+        log(f"phase {name:26} {seconds:9.2f} s   clock: {clock}")
+    keys = (
+        "val_bpb static_bpb prequant_bpb artifact_bytes code_bytes total_bytes steps train_tokens train_seconds "
+        "eval_seconds documents tokens bytes doc_independent degraded_documents seed"
+    ).split()
+    shown = {key: result[key] for key in keys if key in result}
+    log("result " + " ".join(f"{k}:{v:.6f}" if isinstance(v, float) else f"{k}:{v}" for k, v in shown.items()))
+    write_atomically(path, [json.dumps(result, indent=1).encode()])
+
+
+def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
+    """Open and check all that the run will read."""
+    if run.artifact:  # its own configuration counts, whatever the environment says of the model
+        header, _ = read_header(read_file(run.artifact), run.artifact)
+        model = stored_config(header["meta"], run.artifact)
+    tokenizer = load_tokenizer(run, model.vocab_size)
+    validation = load_validation(run.data_path, model.vocab_size, tokenizer)
+    stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
+    return Plan(model, run, dist, tokenizer, validation, stream)
+
+
+def prepare_torch(run: RunConfig, device: torch.device) -> None:
+    """A budget in steps repeats exactly, so it gets deterministic kernels; a budget in time gets the fastest."""
+    torch.manual_seed(run.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if run.iterations and not run.max_wallclock_seconds:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
+
+def run_all(only_check: bool) -> None:
+    model, run = read_env()
+    dist = Dist.from_env(run.device)
+    prepare_torch(run, dist.device)
+    watch, started = Stopwatch(dist), time.localtime(*dist.agree(time.time()))
+    run_id = run.run_id or time.strftime("%Y%m%d_%H%M%S", started)
+    with watch.phase("load"):
+        plan = make_plan(model, run, dist)
+        lines: list[str] = []
+        check_setup(plan, lines.append)
+    log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
+    knobs = settings(plan.model, run)  # what was refused above has left the files of a run of that name alone
+    pasteable = (f"{name}={shlex.quote(value) if value else ''}" for name, value in knobs.items())
+    log("\n".join([code().decode(), *pasteable, f"{versions()} {platform.platform()}"]), screen=False)
+    log("\n".join(lines))
+    if only_check:
+        return dist.close()
+    result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest(), "knobs": knobs}
+    artifact = Path(run.artifact) if run.artifact else LOGS / f"{run_id}.ptz"
+    if not run.artifact:
+        result |= train_and_pack(plan, log, watch, artifact)
+    result |= evaluate(plan, log, watch, artifact, run_id)
+    size = artifact.stat().st_size
+    result |= {
+        "artifact_bytes": size,
+        "code_bytes": len(code()),
+        "total_bytes": size + len(code()),
+        "artifact_sha256": hashlib.sha256(read_file(artifact)).hexdigest(),
+        "versions": versions(),
+        "artifact_parts": part_bytes(artifact),
+        "world_size": dist.world,
+        "device": device_name(dist.device),
+    }
+    if dist.main:
+        report(result, watch, log, LOGS / f"{run_id}.json")
+    dist.close()
+
+
+def part_bytes(path: Path) -> dict[str, int]:
+    """Bytes of an artifact by kind of tensor, as they lie in the file; `header` is the rest."""
+    data = read_file(path)
+    header, _ = read_header(data, str(path))
+    parts: dict[str, int] = {}
+    for name, _, _, size in header["tensors"]:
+        kind = "scales" if name.endswith(".scale") else param_role(name)
+        kind = ("mlp" if ".mlp." in name else "attention") if kind == "matrix" else kind
+        parts[kind] = parts.get(kind, 0) + size
+    return parts | {"header": len(data) - sum(parts.values())}
+
+
+# ======================================================================================================================
+# Appendix: Triton kernels, where plain torch would read and write too often. A reference of each stands by the model.
+
+
 # Attention works on a packed row, from projections to what goes into the output matrix. A tile of queries walks over
 # the keys from the start of its first query's segment to itself, a tile of keys over the queries up to the end of its
 # last key's segment. Flash attention, Dao et al. 2022 and 2023 (arXiv 2205.14135, 2307.08691). A row of `qkv` holds H
@@ -785,20 +2677,12 @@ def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
 # lse: logarithm to base 2 of a query's sum of exponentials, (H, N) fp32. `row`, `query`, `key`: a tile's tokens, (64,).
 
 jit, constant = (triton.jit, tl.constexpr) if triton else (lambda kernel: kernel, float)
+
+
 TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score that counts for nothing, yet no infinity
+
+
 TILE_TOKENS, TILE = 64, constant(64)  # the fastest of those tried on an H200, as are the launches below
-
-
-def kernels_serve(x: Tensor) -> bool:
-    return x.is_cuda and triton is not None  # elsewhere their twins do
-
-
-def has_tma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def kernels_train(x: Tensor, weight: Tensor) -> bool:  # those of MLP and mix pay where weights learn, from much text
-    return kernels_serve(x) and torch.is_grad_enabled() and weight.requires_grad
 
 
 @jit
@@ -1263,1861 +3147,40 @@ class PackedMix(torch.autograd.Function):
         return d_x, d_x0, d_mix.sum(0), None, None
 
 
-def mix_plainly(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, D) twice, (2, D), () -> y = mix[0] x + mix[1] x0, n = scale norm(y), n's first columns (B, T, gating)"""
-    y = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
-    n = norm(y) * scale.to(x.dtype)
-    return y, n, n[..., :gating]
-
-
-def loss_plainly(z: Tensor, targets: Tensor, cap: float) -> Tensor:
-    return F.cross_entropy(softcap(z, cap), targets, reduction="none")
-
-
-def softcap(z: Tensor, cap: float) -> Tensor:
-    """Logits squashed into +-cap, or as they are if cap is 0; fp32."""
-    return cap * torch.tanh(z.float() / cap) if cap else z.float()
-
-
-# ==== Attention in plain torch: whatever does not run on packed rows of a GPU.
-class Heads(NamedTuple):
-    """What the columns of a row of `qkv` are: H queries, K keys and K values of width h."""
-
-    exclusive: bool  # the output drops what a token says of itself, its part along the own value (XSA)
-    query: int
-    kv: int
-    width: int
-
-
-class Past:
-    """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
-
-    def __init__(self, ring: Tensor):
-        self.ring = ring  # (2, B, K, L, h) fp32, keys and values; token t lies at t % L
-        self.seen = ring.new_empty(0)  # (C, L + C) bool: which of the ring's tokens and its own a chunk's token sees
-        self.latest = (ring[0], ring[1])  # keys and values of the chunk that came last, (B, K, C, h) each
-
-
-class Chunk(NamedTuple):
-    """The place of a chunk of C tokens in its documents: what the forward pass needs of the chunks before."""
-
-    positions: Tensor  # (1 + C,) int64, of the token before it and of its own
-    visits: list[Past]
-
-
-Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's angles
-Place = Segments | Past | None  # what a visit sees: its segment, what is past and itself, or its row
-
-
-def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, place: Place, heads: Heads) -> Tensor:
-    """What the kernels compute, and the same on rows and after what is past. (B, T, (H + 2 K) h) -> (B, T, H h)"""
-    (B, T, _), (exclusive, H, K, h) = qkv.shape, heads
-    q, k, v = qkv.view(B, T, H + 2 * K, h).split([H, K, K], 2)
-    q, k = rotate(norm(q), *rope) * gain.to(q.dtype)[:, None], rotate(norm(k), *rope)
-    y = attend(q, k, v, place)
-    if exclusive:
-        own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
-        y = y.reshape(B, T, K, -1, h)
-        y = y - (y * own).sum(-1, keepdim=True) * own
-    return (y if gate is None else y.reshape(B, T, H, h) * gate[..., None]).reshape(B, T, H * h)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
-    """Causal: in segments (B is 1), after the past, or in rows. (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h)"""
-    if isinstance(place, Past):
-        return attend_after(q, k, v, place)
-    if place is None:
-        return attend_rows(q, k, v)
-    sizes = torch.unique_consecutive(place.ends, return_counts=True)[1].tolist()
-    parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
-    return torch.cat([attend_rows(*part) for part in parts], 1)
-
-
-def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, K, T, h) twice
-    group = q.size(1) // k.size(1)
-    if not q.is_cuda:  # the CPU's fast kernel knows no groups
-        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).transpose(1, 2)
-
-
-def attend_after(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
-    """A chunk attends to tokens before it and its own: (B, C, H, h), (B, C, K, h) twice -> (B, C, H, h). Written out:
-    nothing is asked of the past on the way back, and a GPU's fused attention adds up gradients in any order."""
-    (B, C, H, h), K, L = q.shape, k.size(2), past.ring.size(3)
-    k, v, (old_k, old_v) = k.transpose(1, 2).float(), v.transpose(1, 2).float(), past.ring
-    past.latest = k.detach(), v.detach()
-    queries = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h).float()  # (B, K, H / K * C, h)
-    s = torch.cat([queries @ old_k.mT, queries @ k.mT], -1) * h**-0.5
-    p = s.masked_fill(~past.seen.repeat(H // K, 1), -math.inf).softmax(-1)
-    y = p[..., :L] @ old_v + p[..., L:] @ v
-    return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h).to(q.dtype)
-
-
-def rotary(positions: Tensor, dims: int, base: float) -> Rope:
-    """Cosine and sine of positions: (..., T) -> (..., T, 1, dims / 2) twice, fp32. RoPE, Su et al., arXiv 2104.09864"""
-    frequency = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1))
-    angle = positions[..., None, None].float() * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + dims / 2) of the first `dims` dimensions of every head: (B, T, H, h) -> the same."""
-    half = cos.size(-1)
-    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
-    return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
-
-
-# ==== Model: one forward pass for training, scoring and adaptation; adapters add corrections where the weights are.
-class LowRank(NamedTuple):
-    """Corrections of one matrix, one per document: x -> scale * up(down(x)), (B, T, in) -> (B, T, out)."""
-
-    down: Tensor  # (B, in, R) fp32
-    up: Tensor  # (B, R, out) fp32
-    scale: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
-
-
-class Deltas(NamedTuple):
-    """The corrections of one visit to a block; None leaves a matrix alone. `mlp` stands beside the whole MLP."""
-
-    q: LowRank | None = None
-    k: LowRank | None = None
-    v: LowRank | None = None
-    o: LowRank | None = None
-    mlp: LowRank | None = None
-
-
-NO_DELTAS = Deltas()
-
-
-class Linear(nn.Module):
-    """A matrix: fp32 master weight, multiplied in the dtype of x. A scale of its outputs is folded into the weight."""
-
-    def __init__(self, d_in: int, d_out: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
-
-    def forward(self, x: Tensor, delta: LowRank | None = None, scale: Tensor | None = None) -> Tensor:
-        y = F.linear(x, (self.weight if scale is None else self.weight * scale[:, None]).to(x.dtype))
-        return y if delta is None else y + (delta(x) if scale is None else delta(x) * scale.to(x.dtype))
-
-
-def norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys, partial RoPE, XSA and a sparse output gate."""
-
-    def __init__(self, c: ModelConfig, index: int):
-        super().__init__()
-        self.heads = Heads(index >= c.num_layers - c.xsa_last_n, c.num_heads, c.num_kv_heads, c.head_dim)
-        self.gate_width, self.gate_scale = c.attn_gate_width, c.attn_gate_scale
-        self.q, self.k = Linear(c.model_dim, c.model_dim), Linear(c.model_dim, c.kv_dim)
-        self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)
-        self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
-        self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
-
-    def forward(self, n: Tensor, gating: Tensor, scale: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
-        """Normalised input (B, T, D), its first columns, scale of the outputs (D,) -> (B, T, D)"""
-        (B, T, _), parts, deltas, gate = n.shape, (self.q, self.k, self.v), (d.q, d.k, d.v), None
-        qkv = F.linear(n, torch.cat([part.weight for part in parts]).to(n.dtype))  # one product of three matrices
-        if any(deltas):
-            qkv = qkv + torch.cat(
-                [
-                    n.new_zeros(B, T, len(part.weight)) if delta is None else delta(n)
-                    for part, delta in zip(parts, deltas, strict=True)
-                ],
-                -1,
-            )
-        if self.gate is not None:
-            gate = (self.gate_scale * F.linear(gating, self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
-        if kernels_serve(qkv) and isinstance(place, Segments):
-            gate = qkv.new_ones(1, qkv.size(1), self.heads.query) if gate is None else gate
-            (qkv, gate), rope = (t.flatten(0, 1) for t in (qkv, gate)), (t[:, 0] for t in rope)
-            y = PackedAttention.apply(qkv, self.q_gain, gate, *rope, place, self.heads)[None]
-        else:
-            y = attend_plainly(qkv, self.q_gain, gate, rope, place, self.heads)
-        return self.o(y, d.o, scale)
-
-
-class MLP(nn.Module):
-    """scale * (down(LeakyReLU(up(x)) squared), and beside it an optional correction). (B, T, D), (D,) -> (B, T, D)"""
-
-    def __init__(self, c: ModelConfig):
-        super().__init__()
-        self.slope, self.fused, width = c.mlp_leaky_slope, True, c.mlp_mult * c.model_dim
-        self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
-
-    def forward(self, x: Tensor, scale: Tensor, delta: LowRank | None = None) -> Tensor:
-        if self.fused and kernels_train(x, self.up.weight):
-            weights = self.up.weight.to(x.dtype), (self.down.weight * scale[:, None]).to(x.dtype)
-            y = PackedMLP.apply(x.flatten(0, 1), *weights, self.slope).view_as(x)
-        else:
-            y = self.down(F.leaky_relu(self.up(x), self.slope).square(), None, scale)
-        return y if delta is None else y + delta(x) * scale.to(x.dtype)
-
-
-class Block(nn.Module):
-    """Attention, then the MLP, on one residual stream. x and normalised embeddings, (B, T, D) twice -> (B, T, D)"""
-
-    lanes = False
-
-    def __init__(self, c: ModelConfig, index: int):
-        super().__init__()
-        self.attention, self.mlp = Attention(c, index), MLP(c)
-        # a tensor, not a number: blocks then differ in data alone and share their compiled code
-        self.register_buffer("input_scale", torch.tensor((index + 1.0) ** -c.ln_scale_power), persistent=False)
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(c.model_dim)), nn.Parameter(torch.ones(c.model_dim))
-        self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # (x, x0)
-
-    def attend_to(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
-        """-> x mixed with x0, and what attention makes of it"""
-        mix = PackedMix.apply if kernels_train(x, self.input_mix) else mix_plainly
-        x, n, gating = mix(x, x0, self.input_mix, self.input_scale, self.attention.gate_width)
-        return x, self.attention(n, gating, self.attn_scale, rope, place, d)
-
-    def think_on(self, x: Tensor, d: Deltas) -> Tensor:
-        return self.mlp(norm(x) * self.input_scale.to(x.dtype), self.mlp_scale, d.mlp)
-
-    def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
-        x, attn = self.attend_to(x, x0, rope, place, d)
-        x = x + attn
-        return x + self.think_on(x, d)
-
-
-class LaneBlock(Block):
-    """Attention and MLP side by side: one reads lane `a`, the other lane `m`, and both write to both."""
-
-    lanes = True
-
-    def __init__(self, c: ModelConfig, index: int):
-        super().__init__(c, index)
-        self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
-        self.lane_mix = nn.Parameter(torch.ones(2, 2))  # [lane written][attention, MLP]
-
-    def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
-        (_, attn), mlp = self.attend_to(a, x0, rope, place, d), self.think_on(m, d)
-        keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
-        return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
-
-
-class Skip(nn.Module):
-    """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate)). (B, T, D) twice, (D,) twice -> (B, T, D)"""
-
-    def forward(self, x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-        return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
-
-
-class Input(nn.Module):
-    """Tokens to normalised embeddings, each smeared with the one before it in its document."""
-
-    def __init__(self, c: ModelConfig):
-        super().__init__()
-        self.smear = nn.Parameter(torch.zeros(c.smear_width)) if c.smear_width else None
-        self.smear_gain = nn.Parameter(torch.zeros(1)) if c.smear_width else None
-
-    def forward(self, tokens: Tensor, positions: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T), place of every token in its segment (T,), (V, D) -> (B, T, D)"""
-        e = F.embedding(tokens, embedding)
-        if self.smear is not None:
-            gate = self.smear_gain * (e[..., : len(self.smear)] @ self.smear).sigmoid()
-            gate = gate * ((tokens != BOS) & (positions > 0))  # nothing passes into a document, nor into a segment
-            e = torch.cat([e[:, :1], e[:, 1:] + gate[:, 1:, None] * e[:, :-1]], 1)
-        return norm(e).to(dtype)
-
-
-class Head(nn.Module):
-    """Hidden states to scores: logits of the tied embedding, soft-capped, over the whole vocabulary."""
-
-    def __init__(self, c: ModelConfig):
-        super().__init__()
-        self.cap = c.logit_softcap
-
-    def logits(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
-        return softcap(self.raw(x, embedding, delta), self.cap)  # (B, T, D) -> (B, T, V) fp32
-
-    def raw(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
-        z = F.linear(x, embedding.to(x.dtype))
-        return z if delta is None else z + delta(x)
-
-    def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
-        """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
-        z = self.raw(x, embedding, delta).flatten(0, 1)
-        loss = CappedLoss.apply if kernels_serve(z) else loss_plainly
-        return loss(z, targets.flatten(), self.cap).view_as(targets)
-
-    @torch.no_grad()
-    def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
-        """(B, T, D) -> entropy of every prediction, (B, T) nats"""
-        log_p = self.logits(x, embedding, delta).log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1)
-
-
-class Visit(NamedTuple):
-    """One step of the trunk. Loops and skips are data, decided here and nowhere else."""
-
-    block: int
-    saves: bool  # its output goes to a later visit
-    skip: int | None  # row of skip_weight, where an earlier output arrives
-
-
-def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
-    """The visits of a forward pass. The first half saves, the second takes back, last saved first (a U-Net)."""
-    order = list(range(c.num_layers))
-    if looping and c.num_loops:
-        order[c.loop_end + 1 : c.loop_end + 1] = list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
-    pairs = min(half := len(order) // 2, c.unet_skips)
-    return tuple(
-        Visit(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
-        for i, block in enumerate(order)
-    )
-
-
-class GPT(nn.Module):
-    def __init__(self, c: ModelConfig):
-        super().__init__()
-        self.config, self.input, self.head, self.skip = c, Input(c), Head(c), Skip()
-        self.embed = nn.Parameter(torch.empty(c.vocab_size, c.model_dim))  # also the output matrix
-        lanes_from = c.parallel_start_layer or c.num_layers
-        self.blocks = nn.ModuleList((LaneBlock if i >= lanes_from else Block)(c, i) for i in range(c.num_layers))
-        pairs = sum(v.saves for v in layer_plan(c, looping=True))
-        self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim)) if pairs else None
-        self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
-
-    def hidden(
-        self,
-        tokens: Tensor,
-        place: Segments | Chunk | None = None,
-        adapter: Adapter | None = None,
-        looping: bool = True,
-    ) -> Tensor:
-        """Tokens (B, T) -> normalised states before the head (B, T, D); attention is causal in every segment (then B is
-        1), else in every row. A chunk's tokens are the one before it and its own, its states (B, T - 1, D) its own."""
-        positions = torch.arange(tokens.size(1), device=tokens.device) if place is None else place.positions
-        x0 = self.input(tokens, positions, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
-        if isinstance(place, Chunk):  # the token before was only needed for its embedding
-            x0, positions = x0[:, 1:], positions[1:]
-        rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
-        a, m, saved = x0.clone(), None, []  # a clone, lest a visit sees one tensor twice; m: the second lane
-        for i, visit in enumerate(layer_plan(self.config, looping)):
-            block, deltas = self.blocks[visit.block], NO_DELTAS if adapter is None else adapter.visits[i]
-            past = place.visits[i] if isinstance(place, Chunk) else place
-            m = a if block.lanes and m is None else m
-            if visit.skip is not None:
-                a = self.skip(a, saved.pop(), self.skip_weight[visit.skip], self.skip_gate[visit.skip])
-            if block.lanes:
-                a, m = block(a, m, x0, rope, past, deltas)
+# ======================================================================================================================
+# Appendix: CUDA graphs
+
+
+class Replay:
+    """CUDA graphs of work(*inputs), as a GPU would wait for Python to start thousands of small kernels. Under a new key
+    it runs as it is, which warms up; then it is captured, then replayed, all on a stream of its own. What lasts must
+    change in place, nothing may be read from the GPU, and a replay overwrites the result of the last."""
+
+    def __init__(self):
+        self.graphs, self.memory, self.stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+
+    def __call__(self, key: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        key = (key, *(x.shape for x in inputs))
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if key not in self.graphs:  # clones lie as the captured ones will: kernels compiled now are those used then
+                self.graphs[key], result = None, work(*(x.clone() for x in inputs))
             else:
-                a = block(a, x0, rope, past, deltas)
-            if visit.saves:
-                saved.append(a)
-        return norm(a if m is None else 0.5 * (a + m))
-
-    def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        segments: Segments | None = None,
-        adapter: Adapter | None = None,
-        looping: bool = True,
-    ) -> Tensor:
-        """Tokens (B, T), targets of the last n (B, n) -> their negative log-likelihood, (B, n) nats; callers reduce."""
-        x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1) :].contiguous()
-        return self.head(x, targets, self.embed, None if adapter is None else adapter.head)
-
-
-def init_weights(model: GPT, seed: int) -> None:
-    """Matrices orthogonal, those that write to the residual stream zero, the embedding narrow. Drawn on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in model.named_parameters():
-        if param_role(name) == "embedding":
-            p.data.copy_(torch.empty(p.shape).normal_(0, 0.005, generator=generator))
-        elif name.endswith(("o.weight", "down.weight")):
-            p.data.zero_()
-        elif param_role(name) == "matrix":
-            p.data.copy_(nn.init.orthogonal_(torch.empty(p.shape), generator=generator))
-
-
-def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
-    """The one place that says what a parameter is; initialisation, optimizer and quantiser ask here."""
-    if name == "embed":
-        return "embedding"
-    return "matrix" if name.endswith(".weight") else "scalar"
-
-
-def compile_parts(model: GPT) -> None:
-    """Block by block: blocks of a kind share one graph. Training alone pays for this; evaluation runs eagerly."""
-    for block in model.blocks:
-        block.mlp.fused = has_tma(model.embed.device)  # the compiler breaks off at descriptors elsewhere
-    for part in (model.input, model.head, model.skip, *model.blocks):
-        part.compile()
-
-
-# ==== Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape are stacked and shared over the ranks.
-# Coefficients of each Newton-Schulz step: Polar Express, Amsel et al. 2025 (arXiv 2505.16932)
-POLAR_EXPRESS = (
-    (8.15655, -22.48329, 15.87877),
-    (4.04293, -2.80892, 0.50002),
-    (3.89167, -2.77248, 0.50606),
-    (3.28575, -2.36813, 0.46449),
-    (2.34654, -1.70978, 0.42324),
-)
-
-
-def orthogonalise(g: Tensor, steps: int) -> Tensor:
-    """The nearest semi-orthogonal matrix of each, roughly: singular values go to about 1. (n, r, c) -> the same."""
-    x = g.to(torch.bfloat16) if g.is_cuda else g.float()  # the iteration tolerates bf16
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in POLAR_EXPRESS[:steps]:
-        s = x @ x.mT
-        x = a * x + (b * s + c * (s @ s)) @ x
-    return (x.mT if tall else x).to(g.dtype)
-
-
-def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
-    """Nesterov momentum, rows set to one length, orthogonalised, scaled to the matrix's aspect. (n, r, c) -> same.
-    Muon, Jordan 2024; row normalisation as MuonEq-R. `momentum` is updated in place."""
-    momentum.mul_(mu).add_(g)
-    return orthogonalise(F.normalize(g + mu * momentum, dim=-1), steps) * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
-
-
-def adam_directions(
-    grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
-    step: int | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-) -> list[Tensor]:
-    """Bias-corrected m / (sqrt(v) + eps) of AdamW (arXiv 1711.05101) for every tensor; moments updated in place."""
-    if beta1:  # without it the gradient is its own average: two passes less over much memory
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-    denominator = torch._foreach_div(second, 1 - beta2**step)
-    torch._foreach_sqrt_(denominator)
-    torch._foreach_add_(denominator, eps)
-    if not beta1:
-        return torch._foreach_div(grads, denominator)
-    return torch._foreach_div(torch._foreach_div(first, denominator), 1 - beta1**step)
-
-
-class MuonAdam:
-    """Ranks sum gradients, update a share of each stack, gather all: with equal sums their number changes nothing."""
-
-    def __init__(self, model: GPT, run: RunConfig, dist: Dist):
-        self.run, self.dist, self.steps_done = run, dist, 0
-        matrices, embeddings, scalars = (
-            [p for name, p in model.named_parameters() if param_role(name) == role]
-            for role in ("matrix", "embedding", "scalar")
-        )
-        by_shape = [[p for p in matrices if p.shape == shape] for shape in dict.fromkeys(p.shape for p in matrices)]
-        self.stacks = sorted(by_shape, key=lambda ps: -sum(p.numel() for p in ps))
-        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank; the last may be padding
-        self.momentum = [ps[0].new_zeros(n, *ps[0].shape) for n, ps in zip(self.share, self.stacks, strict=True)]
-        self.dense = embeddings + scalars
-        self.rates = [(run.embed_lr, run.embed_wd)] * len(embeddings) + [(run.scalar_lr, run.scalar_wd)] * len(scalars)
-        self.first, self.second = ([torch.zeros_like(p) for p in self.dense] for _ in range(2))
-        covered = [id(p) for ps in (*self.stacks, self.dense) for p in ps]
-        assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter has exactly one rule"
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)  # where a replayed pass adds to it; of what a pass does not use it stays zero
-
-    def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Sum the gradients over ranks -> (this rank's share of every stack, all dense ones, norm of the whole)."""
-        shares = []
-        for n, ps in zip(self.share, self.stacks, strict=True):
-            g, padding = torch.stack([p.grad for p in ps]), n * self.dist.world - len(ps)
-            shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
-        flat = self.dist.sum_(torch.cat([p.grad.flatten() for p in self.dense]))
-        dense = [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in self.dense]), self.dense, strict=True)]
-        each = [
-            self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[: len(ps)]  # matrix by matrix,
-            for g, ps in zip(shares, self.stacks, strict=True)
-        ]  # so that the sum's order knows no ranks
-        return shares, dense, torch.cat([*each, flat.norm()[None]]).norm()
-
-    @torch.no_grad()
-    def step(self, lr_scale: float, mu: float) -> Tensor:
-        """One update from the gradients in p.grad, which it clears -> norm of the reduced gradient."""
-        run, self.steps_done = self.run, self.steps_done + 1
-        shares, dense, norm_ = self.reduce()
-        if run.grad_clip_norm:
-            torch._foreach_mul_(shares + dense, (run.grad_clip_norm / (norm_ + 1e-6)).clamp(max=1.0))
-        for ps, g, momentum in zip(self.stacks, shares, self.momentum, strict=True):
-            update = self.dist.all_gather(muon_update(g, momentum, mu, run.muon_ns_steps))
-            torch._foreach_mul_(ps, 1 - run.matrix_lr * lr_scale * run.muon_wd)
-            torch._foreach_add_(ps, list(update[: len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
-        updates = adam_directions(dense, self.first, self.second, self.steps_done, run.beta1, run.beta2, run.adam_eps)
-        for p, u, (lr, wd) in zip(self.dense, updates, self.rates, strict=True):
-            p.mul_(1 - lr * lr_scale * wd).sub_(u, alpha=lr * lr_scale)
-        torch._foreach_zero_([p.grad for ps in (*self.stacks, self.dense) for p in ps])
-        return norm_
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs, whole on every rank."""
-        pairs = enumerate(zip(self.momentum, self.stacks, strict=True))
-        return {f"momentum.{i}": self.dist.all_gather(m)[: len(ps)] for i, (m, ps) in pairs} | self.moments()
-
-    def moments(self) -> dict[str, Tensor]:
-        return {f"{kind}.{i}": t for kind in ("first", "second") for i, t in enumerate(getattr(self, kind))}
-
-    def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
-        self.steps_done = steps_done
-        for i, (n, m) in enumerate(zip(self.share, self.momentum, strict=True)):
-            mine = state[f"momentum.{i}"][self.dist.rank * n : (self.dist.rank + 1) * n]
-            m.zero_()[: len(mine)].copy_(mine)
-        for name, t in self.moments().items():
-            t.copy_(state[name])
-
-
-# ==== Container: one format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
-#   magic (8) | length of the header (4, little-endian) | header: zstd of JSON, with a table [name, type, shape, size]
-#   | every tensor's bytes in that order, a zstd frame each where the header says so | BLAKE2b-128 of all before (16)
-CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_UNPACKED_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 24, 1 << 31
-STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
-TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
-
-
-def read_file(path: str | Path, advice: str = "") -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # a name may hold what no file's does
-        raise DataError(f"{path}: cannot be read: {error.args[-1]}{advice}") from None
-
-
-def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
-    """STORED_TYPES tensors and JSON-able `meta` -> a container; `level` is zstd's, None leaves tensors as they are."""
-
-    def stored(t: Tensor) -> bytes:
-        raw = t.detach().cpu().contiguous().numpy().tobytes()
-        return raw if level is None else zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
-
-    with ThreadPoolExecutor() as pool:
-        blobs = list(pool.map(stored, tensors.values()))  # a frame each: in parallel, and with its own statistics
-    table = [
-        [name, TYPE_NAMES[t.dtype], list(t.shape), len(blob)]
-        for (name, t), blob in zip(tensors.items(), blobs, strict=True)
-    ]
-    header = json.dumps({"meta": dict(meta), "zstd": level is not None, "tensors": table}, separators=(",", ":"))
-    header = zstandard.ZstdCompressor(level=19).compress(header.encode())
-    body = b"".join([CONTAINER_MAGIC, len(header).to_bytes(4, "little"), header, *blobs])
-    return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
-
-
-def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
-    """A container's checked bytes -> (its header, where the tensors begin)."""
-    body, at = data[:-DIGEST_BYTES], len(CONTAINER_MAGIC) + 4
-    require(body[:8] == CONTAINER_MAGIC, f"{what}: not a file of this program, begins with {body[:8]!r}", DataError)
-    if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
-        raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
-    with believing_nothing(what):
-        end = at + int.from_bytes(body[at - 4 : at], "little")
-        header = json.loads(decompress(body[at:end], MAX_HEADER_BYTES))
-        require(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
-        require(isinstance(header["meta"], dict), "meta is not a table")
-        require(end + sum(entry[3] for entry in header["tensors"]) == len(body), "sizes do not add up")
-        return header, end
-
-
-def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
-    (header, at), tensors = read_header(data, what), {}
-    with believing_nothing(what):
-        room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)  # for all of them, lest a small file fill the memory
-        for name, kind, shape, size in header["tensors"]:
-            require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
-            tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
-            at, room = at + size, room - tensors[name].nbytes
-        return dict(header["meta"]), tensors
-
-
-@contextlib.contextmanager
-def believing_nothing(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is the file's fault."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, zstandard.ZstdError) as error:
-        raise DataError(f"{what}: the contents are not what the format promises ({error})") from error
-
-
-def decompress(frame: bytes, most: int) -> bytes:
-    size = zstandard.get_frame_parameters(frame).content_size
-    require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
-    return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
-
-
-def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room: int) -> Tensor:
-    dtype = STORED_TYPES[kind]
-    require(all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in shape), f"shape {shape}")
-    expected = math.prod(shape) * dtype.itemsize
-    require(expected <= room, f"shape {shape} is too large")
-    raw = decompress(blob, expected) if compressed else blob
-    require(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
-    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
-
-
-# ==== Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
-def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
-    """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
-    by_steps, limit = step / run.iterations if run.iterations else 0.0, run.max_wallclock_seconds
-    return max(by_steps, seconds / max(limit - reserve, 1e-9) if limit else 0.0)
-
-
-def lr_at(progress: float, run: RunConfig) -> float:
-    """Factor on learning rates: 1, then falling in a line over the last WARMDOWN_FRAC of the budget, to MIN_LR."""
-    return max(run.min_lr, min(1.0, (1.0 - progress) / run.warmdown_frac if run.warmdown_frac else 1.0))
-
-
-def momentum_at(progress: float, run: RunConfig) -> float:
-    """Muon's momentum rises in a line over the first MUON_MOMENTUM_WARMUP_FRAC of the budget."""
-    part = min(1.0, progress / run.muon_momentum_warmup_frac) if run.muon_momentum_warmup_frac else 1.0
-    return run.muon_momentum_start + part * (run.muon_momentum - run.muon_momentum_start)
-
-
-class WeightAverage:
-    """Exponential average of all parameters; its horizon is a part of the budget, so that a short run forgets, too."""
-
-    def __init__(self, model: GPT, horizon: float):
-        self.params, self.horizon = [p.detach() for p in model.parameters()], horizon  # the model's own memory
-        self.values = [p.clone() for p in self.params]
-
-    def update(self, spent: float) -> None:
-        """After a step that took `spent` of the budget."""
-        keep = math.exp(-spent / self.horizon) if self.horizon else 0.0
-        torch._foreach_lerp_(self.values, self.params, 1.0 - keep)
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model holds the average inside, and its own weights again afterwards."""
-        own = [p.clone() for p in self.params]
-        try:
-            torch._foreach_copy_(self.params, self.values)
-            yield
-        finally:
-            torch._foreach_copy_(self.params, own)
-
-
-class Trainer:
-    """What training consists of, and what a checkpoint holds."""
-
-    def __init__(self, model: GPT, run: RunConfig, dist: Dist, origin: Mapping[str, Any]):
-        self.model, self.run, self.dist = model, run, dist
-        self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
-        self.replay = Replay() if dist.device.type == "cuda" and run.compile and triton else None
-        self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
-        self.identity = {
-            "kind": "checkpoint",
-            "model": dataclasses.asdict(model.config),
-            **origin,
-            "train_batch_tokens": run.train_batch_tokens,
-            "train_row_tokens": run.train_row_tokens,
-        }
-
-    def looping(self, progress: float) -> bool:
-        return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
-
-    def learn_from(self, part: Packed, looping: bool) -> Tensor:
-        """Add a micro-batch's gradients to those that are there -> its part of the batch's mean loss, nats."""
-
-        def work(tokens: Tensor, targets: Tensor, *segments: Tensor) -> Tensor:
-            segments = type(part.segments)(*segments)
-            loss = self.model(tokens, targets, segments, looping=looping).sum() / self.run.train_batch_tokens
-            loss.backward()
-            return loss.detach()
-
-        given = part.tokens, part.targets, *part.segments
-        return work(*given) if self.replay is None else self.replay(looping, work, *given)
-
-    def step_on(self, batch: Sequence[Packed], progress: float, looping: bool) -> Tensor:
-        """One optimizer step on this rank's micro-batches -> mean loss of all ranks, nats per token, on the device."""
-        total = torch.zeros((), device=self.dist.device)
-        for part in batch:
-            total += self.learn_from(part, looping)
-        self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
-        return self.dist.sum_(total)
-
-    def tensors(self) -> dict[str, Tensor]:
-        state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        state |= {f"average.{i}": v for i, v in enumerate(self.average.values)}
-        return state | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
-
-    def save(self, path: Path, seconds: float) -> None:
-        """Write a checkpoint; every rank calls, rank 0 writes."""
-        meta = self.identity | {"step": self.step, "progress": self.progress, "seconds": seconds}
-        tensors = self.tensors()
-        if self.dist.main:
-            write_atomically(path, [pack(meta, tensors, level=None)])
-        self.dist.barrier()
-
-    @torch.no_grad()
-    def put(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Take over all that `tensors` gave, after so many steps."""
-        for name, t in self.tensors().items():
-            if not name.startswith("optimizer."):
-                t.copy_(tensors[name])
-        self.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in tensors.items()}, step)
-
-    def load(self, path: str) -> None:
-        meta, tensors = unpack(read_file(path), path)
-        for key, ours in self.identity.items():
-            require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
-        shapes, ours = ({name: t.shape for name, t in ts.items()} for ts in (tensors, self.tensors()))
-        require(shapes == ours, f"RESUME={path}: its tensors are not those of this run", DataError)
-        with believing_nothing(path):
-            step, progress, seconds = int(meta["step"]), float(meta["progress"]), float(meta["seconds"])
-        self.put(tensors, step)
-        self.step, self.progress, self.seconds_before = step, progress, seconds
-
-
-def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
-    """A batch of this run's shapes that has nothing to do with any text, for compilation and warm-up."""
-    rows, passes = deal_rows(run, dist.world)
-    generator = np.random.default_rng(run.seed)
-    text = generator.integers(2, vocab_size, rows * run.train_row_tokens + 1).astype(np.uint16)
-    text[generator.random(len(text)) < 1 / 500] = BOS
-    return [pack_text(text, run, dist.device)] * passes
-
-
-def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
-    """Compile both loop modes on random tokens, rehearse what follows, restore the trainer -> seconds to reserve."""
-    before, config = {name: t.clone() for name, t in trainer.tensors().items()}, trainer.model.config
-    batch = random_batch(trainer.run, config.vocab_size, trainer.dist)
-    for some in [batch[:1]] * bool(trainer.replay) + [batch] * trainer.run.warmup_steps:  # both modes run, then capture
-        for looping in (False, True) if config.num_loops else (False,):
-            trainer.step_on(some, 0.0, looping)
-    reserve = rehearse(batch)
-    trainer.put(before, 0)
-    return reserve
-
-
-def check_loss(loss: float, step: int, vocab_size: int) -> None:
-    require(
-        loss < 2 * math.log(vocab_size),
-        f"training diverged: the loss of step {step} is {loss:.3f} nats, more "
-        "than twice that of guessing; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM",
-        UserError,
-    )
-
-
-def train(
-    trainer: Trainer,
-    stream: TrainingStream,
-    log: Log,
-    watch: Stopwatch,
-    reserve: float,
-    validate: Callable[[], float],
-    checkpoint: Path,
-) -> list[tuple[int, float, float]]:
-    """Train until the budget is spent -> (step, seconds, loss) of every logged step."""
-    run, dist, history = trainer.run, trainer.dist, []
-    pending, logged_at, saved_at = torch.zeros(()), trainer.seconds_before, trainer.seconds_before
-    while True:
-        (seconds,) = dist.agree(trainer.seconds_before + watch.total(*TRAINING_CLOCK))
-        progress = progress_at(run, trainer.step, seconds, reserve)
-        if trainer.step:
-            trainer.average.update(max(0.0, progress - trainer.progress))  # a resumed run may have a larger budget
-        trainer.progress = progress
-        if run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds:
-            trainer.save(checkpoint, seconds)
-            saved_at = seconds
-        if progress >= 1.0:
-            break
-        looping = trainer.looping(progress)
-        loss = trainer.step_on(stream.batch(trainer.step), progress, looping)
-        trainer.step += 1
-        check_loss(pending.item(), trainer.step - 1, stream.vocab_size)  # read late: the GPU always has work queued
-        pending = loss
-        if trainer.step % run.train_log_every == 0:
-            value, now = loss.item(), trainer.seconds_before + watch.total(*TRAINING_CLOCK)
-            history.append((trainer.step, now, value))
-            speed = run.train_log_every * run.train_batch_tokens / max(now - logged_at, 1e-9)
-            epochs, eta = trainer.step * run.train_batch_tokens / stream.total, now / max(progress, 1e-9) - now
-            log(
-                f"step:{trainer.step} loss:{value:.4f} progress:{progress:.3f} loop:{int(looping)} "
-                f"tokens_per_s:{speed:.0f} epoch:{epochs:.2f} train_s:{now:.1f} eta_s:{eta:.0f}"
-            )
-            logged_at = now
-        if run.val_loss_every and trainer.step % run.val_loss_every == 0:
-            with watch.phase("validate"):
-                log(f"step:{trainer.step} val_bpb:{validate():.5f} (last iterate, without adaptation)")
-    check_loss(pending.item(), trainer.step, stream.vocab_size)
-    return history
-
-
-# ==== Quantise: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
-@torch.no_grad()
-def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> dict[str, Tensor]:
-    """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}."""
-    matrices = {name: p for name, p in model.named_parameters() if param_role(name) != "scalar"}
-    qkv = (".q.weight", ".k.weight", ".v.weight")  # the attention itself hears what goes into these at once
-    heard = {name: name.rsplit(".", 2 if name.endswith(qkv) else 1)[0] for name in matrices}  # by which module
-    sums = {heard[name]: torch.zeros(p.size(1), p.size(1), device=p.device) for name, p in matrices.items()}
-
-    def add(module: str, inputs: Tensor) -> None:
-        x = inputs.flatten(0, -2).float()
-        sums[module].addmm_(x.mT, x)
-
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
-        for name in sums
-        if name != "embed"
-    ]
-    with torch.compiler.set_stance("force_eager"):  # hooks do not fire in compiled code
-        for tokens, _, segments in (row for batch in batches for row in batch):
-            add("embed", model.hidden(tokens, segments))  # it is quantised as the output matrix that it also is
-    for hook in hooks:
-        hook.remove()
-    sums = {module: dist.sum_(h) for module, h in sums.items()}
-    return {name: sums[heard[name]] for name in matrices}
-
-
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128) -> Tensor:
-    """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
-    (r, c) does: columns are rounded one after another, each one's error spread over those that follow.
-    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), columns ordered by falling diagonal of the hessian (c, c)."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    w, h = weight.float()[:, order].clone(), hessian[order][:, order].clone()
-    dead = h.diagonal() == 0  # an input that never fires: its weights have no effect
-    w[:, dead], h.diagonal()[dead] = 0, 1
-    h.diagonal().add_(damping * h.diagonal().mean())
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
-    q = torch.empty_like(w)
-    for start in range(0, w.size(1), block):
-        end = min(start + block, w.size(1))
-        errors = torch.empty_like(w[:, start:end])
-        for j in range(start, end):
-            q[:, j] = (w[:, j] / scale).round().clamp(-qmax, qmax)
-            error = (w[:, j] - q[:, j] * scale) / upper[j, j]
-            w[:, j:end].addr_(error, upper[j, j:end], alpha=-1)
-            errors[:, j - start] = error
-        w[:, end:] -= errors @ upper[start:end, end:]
-    return q[:, order.argsort()].to(torch.int8)
-
-
-class Grid(NamedTuple):
-    """How a kind of matrix is rounded: to integers in +-qmax, which stand for +-clip deviations of a row."""
-
-    qmax: int
-    clip: float
-
-    def scale(self, weight: Tensor) -> Tensor:
-        """Step of every row (r,) fp16; at least the smallest normal fp16, so that no row divides by zero."""
-        return (self.clip * weight.float().std(1) / self.qmax).clamp(2.0**-14, 65504).half()
-
-
-def grid_for(name: str, run: RunConfig, widen: float) -> Grid:
-    """The grid of a matrix, its range widened by a common factor."""
-    if param_role(name) == "embedding":
-        return Grid(2 ** (run.embed_bits - 1) - 1, run.embed_clip_sigmas * widen)
-    clip = run.mlp_clip_sigmas if ".mlp." in name else run.attn_clip_sigmas
-    return Grid(2 ** (run.matrix_bits - 1) - 1, clip * widen)
-
-
-def entropy_bytes(weights: Mapping[str, Tensor], run: RunConfig, widen: float) -> float:
-    """Bytes that the rounded weights hold at the entropy of their integers, matrix by matrix, with their scales."""
-    total = 0.0
-    for name, w in weights.items():
-        grid = grid_for(name, run, widen)
-        q = (w / grid.scale(w).float()[:, None]).round().clamp(-grid.qmax, grid.qmax)
-        p = (q + grid.qmax).to(torch.int64).flatten().bincount(minlength=2 * grid.qmax + 1).double() / w.numel()
-        total += float(-(p * p.clamp(min=1e-300).log2()).sum()) * w.numel() / 8 + 2 * len(w)
-    return total
-
-
-def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> float:
-    """The smallest common widening of all ranges whose entropy fits the budget (bytes); none goes under the floor."""
-    low, high = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas), 64.0
-    if entropy_bytes(weights, run, low) <= budget:
-        return low
-    for _ in range(14):
-        middle = math.sqrt(low * high)
-        low, high = (low, middle) if entropy_bytes(weights, run, middle) <= budget else (middle, high)
-    return high
-
-
-@torch.no_grad()
-def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, widen: float) -> dict[str, Tensor]:
-    """What an artifact stores: every quantised matrix as `name` int8, transposed so that a column's integers lie
-    together, and `name.scale` fp16; every other parameter as fp16. Ranks share the work by matrix."""
-    stored: dict[str, Tensor] = {}
-    for i, (name, p) in enumerate(sorted(model.named_parameters(), key=lambda item: -item[1].numel())):
-        if param_role(name) == "scalar":
-            stored[name] = p.detach().half()
-            continue
-        grid = grid_for(name, run, widen)
-        scale = stored[f"{name}.scale"] = grid.scale(p)
-        stored[name] = torch.zeros(p.shape, dtype=torch.int8, device=p.device)
-        if i % dist.world == dist.rank:
-            stored[name] = gptq(p, hessians[name], scale.float(), grid.qmax, run.gptq_damping)
-    return {name: dist.sum_(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())}
-
-
-def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -> None:
-    """Names, types and shapes must be those that `quantise` stores of this network; takes no memory for it."""
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
-    expected = {name: (torch.float16, shape) for name, shape in shapes.items() if param_role(name) == "scalar"}
-    for name in shapes.keys() - expected.keys():
-        expected |= {name: (torch.int8, shapes[name][::-1]), f"{name}.scale": (torch.float16, shapes[name][:1])}
-    found = {name: (t.dtype, t.shape) for name, t in stored.items()}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        raise DataError(f"{what}: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
-
-
-@torch.no_grad()
-def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
-    """The model, filled with what `quantise` stored."""
-    check_stored(model.config, stored, what)
-    for name, p in model.named_parameters():
-        scale = stored.get(f"{name}.scale")
-        p.copy_(stored[name] if scale is None else (stored[name].mT.float() * scale.float()[:, None]))
-        require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
-    return model
-
-
-def make_artifact(
-    model: GPT,
-    hessians: Mapping[str, Tensor],
-    run: RunConfig,
-    dist: Dist,
-    watch: Stopwatch,
-    origin: Mapping[str, Any],
-    log: Log,
-) -> bytes:
-    """Quantise and pack into ARTIFACT_BYTES with the code: ranges come from an estimate, mended for the second try."""
-    meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **origin}
-    weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
-    scalars = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
-    limit = run.artifact_bytes - len(code())
-    budget, size = (limit * 0.999 - scalars) / 1.025, 0  # 1.025: zstd's Huffman codes, and GPTQ's wider integers
-    for attempt in (1, 2):
-        with watch.phase("quantise"):
-            widen = fit_ranges(weights, run, budget)
-            stored, estimate = quantise(model, hessians, run, dist, widen), entropy_bytes(weights, run, widen)
-        with watch.phase("pack"):
-            blob = pack(meta, stored, level=22) if dist.main else b""
-            size = int(dist.agree(len(blob))[0])
-        log(f"pack {attempt}: ranges x{widen:.4f}, {size} bytes, entropy of rounded weights {estimate:.0f} bytes")
-        if size <= limit:
-            return blob
-        budget = (limit - (size - estimate)) * 0.998 - 500  # what was not entropy stays, for all we know
-    raise UserError(
-        f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
-        f"ARTIFACT_BYTES={run.artifact_bytes}: lower *_BITS or use a smaller model"
-    )
-
-
-def code() -> bytes:
-    """The source that is counted: this file as it stands."""
-    return Path(__file__).read_bytes()
-
-
-# ==== Score: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
-class Tally:
-    """Nats, scored targets and adaptation steps of every document."""
-
-    def __init__(self, docs: Documents):
-        self.docs = docs
-        self.nats, self.counted, self.updates = np.zeros(len(docs)), np.zeros(len(docs)), np.zeros(len(docs))
-
-    def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
-        """Scores (n,) of targets that belong to these documents (n,)."""
-        self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
-        self.counted += np.bincount(documents, minlength=len(self.docs))
-
-    def gathered(self, dist: Dist) -> Tally:
-        """All ranks' sums, after checking that every target was scored exactly once."""
-        for values in (self.nats, self.counted, self.updates):
-            values[:] = dist.sum_(torch.from_numpy(values)).numpy()
-        wrong = np.flatnonzero(self.counted != self.docs.lengths)
-        assert len(wrong) == 0, f"documents {wrong[:5]}: {self.counted[wrong[:5]]} targets scored, not once each"
-        return self
-
-    @property
-    def bits_per_byte(self) -> float:
-        return float(self.nats.sum() / math.log(2) / self.docs.target_bytes().sum())
-
-
-class Window(NamedTuple):
-    """Inputs start..end-1 of a document, of which first..end-1 are scored (input i predicts token i + 1)."""
-
-    document: int
-    start: int
-    first: int
-    end: int
-
-
-def windows(document: int, begin: int, end: int, context: int, stride: int) -> Iterator[Window]:
-    """The windows that score inputs begin..end-1 of a document: the first window reaches to `context`, each further one
-    by `stride`. Where a window starts depends on its place only, never on the document's length."""
-    edge = context if begin < context else context + (begin - context) // stride * stride + stride
-    while begin < end:
-        yield Window(document, max(0, edge - context), begin, min(edge, end))
-        begin, edge = edge, edge + stride
-
-
-class Scored(NamedTuple):
-    """A packed row of windows: what to run, whose targets it holds and which of them count."""
-
-    packed: Packed
-    documents: np.ndarray  # (N,)
-    counted: np.ndarray  # (N,) bool
-
-
-def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
-    """Windows, in order, in rows of at most row_tokens."""
-    rows, used = [], row_tokens
-    for w in plan:
-        if used + w.end - w.start > row_tokens:
-            rows.append([])
-            used = 0
-        rows[-1].append(w)
-        used += w.end - w.start
-    return rows
-
-
-def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:
-    """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow."""
-    size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, row_plan(plan, run.micro_batch_tokens)
-    if len(rows) == 1:
-        size = min(size, -(-sum(w.end - w.start for w in rows[0]) // longest) * longest)
-    for row in rows[dist.rank :: dist.world]:
-        text, targets = np.full(size, BOS, np.uint16), np.full(size, BOS, np.uint16)
-        documents, counted, starts, at = np.zeros(size, np.int64), np.zeros(size, bool), [], 0
-        for w in row:
-            span, n = docs.span(w.document), w.end - w.start
-            starts.append(at)
-            text[at : at + n], targets[at : at + n] = span[w.start : w.end], span[w.start + 1 : w.end + 1]
-            documents[at : at + n], counted[at + w.first - w.start : at + n] = w.document, True
-            at += n
-        starts.extend(range(at, size, longest))  # of padding, which nothing attends to and nothing counts
-        yield Scored(pack_row(text, targets, np.array(starts), dist.device), documents, counted)
-
-
-@torch.no_grad()
-def score_static(
-    model: GPT, docs: Documents, chosen: Iterable[int], run: RunConfig, dist: Dist, tally: Tally, looping: bool = True
-) -> None:
-    """Score these documents without adaptation."""
-    lengths = docs.lengths
-    plan = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
-    for row in my_rows(docs, plan, run, dist):
-        nll = model(*row.packed, looping=looping)[0].cpu().numpy()
-        tally.add(row.documents[row.counted], nll[row.counted])
-
-
-# ==== Test-time training: a chunk is scored, then learnt from. What adapts starts anew at each document or in a stream.
-class Adapter:
-    """The corrections of B documents, for every visit of the trunk and for the head; they start from the seed alone."""
-
-    def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
-        generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim**-0.5
-
-        def low_rank(target: str) -> LowRank | None:
-            if target not in run.lora_targets:
-                return None
-            d_out = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}.get(target, c.model_dim)
-            start = torch.empty(c.model_dim, run.ttt_lora_rank).uniform_(-bound, bound, generator=generator).to(device)
-            up = torch.zeros(documents, run.ttt_lora_rank, d_out, device=device)  # so it changes nothing at first
-            self.starts += [start, up[0].clone()]
-            scale = run.ttt_lora_alpha / run.ttt_lora_rank
-            return LowRank(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
-
-        self.starts: list[Tensor] = []  # what every document's part of `tensors` begins with
-        self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
-        self.head = low_rank("head")
-
-    def tensors(self) -> list[Tensor]:
-        """All that adapts, documents first: (B, ...) each."""
-        parts = [part for visit in self.visits for part in visit] + [self.head]
-        return [t for part in parts if part is not None for t in (part.down, part.up)]
-
-    def begin(self) -> None:
-        for t, start in zip(self.tensors(), self.starts, strict=True):
-            t.copy_(start)
-
-
-class AdaptRule:
-    """The step of test-time training on tensors (B, ...): clipping, moments, decay and rate are each document's own."""
-
-    def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
-        self.run, self.multipliers = run, multipliers
-        self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
-        first = run.ttt_optimizer == "sgd" or run.ttt_beta1 > 0  # a moment without memory is the gradient itself
-        self.first = [torch.zeros_like(t) for t in tensors] if first else []
-        self.second = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
-
-    def begin(self) -> None:
-        for t in (self.steps_done, *self.first, *self.second):
-            t.zero_()
-
-    @torch.no_grad()
-    def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor | float) -> None:
-        """Tensors and gradients (B, ...), learning rate (B,) or of all; tensors change in place."""
-        run, first, second = self.run, self.first, self.second
-        self.steps_done += 1
-        lr = torch.zeros(len(tensors[0]), device=tensors[0].device) + lr
-        if run.ttt_grad_clip:
-            norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (B,)
-            factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
-            grads = [g * per_document(factor, g) for g in grads]
-        if run.ttt_optimizer == "adamw":
-            directions = adam_directions(grads, first, second, self.steps_done, run.ttt_beta1, run.ttt_beta2, eps=1e-10)
-        else:
-            torch._foreach_mul_(first, run.ttt_momentum)
-            torch._foreach_add_(first, grads)
-            directions = first
-        for t, d, multiplier in zip(tensors, directions, self.multipliers, strict=True):
-            d = orthogonalise(d, run.ttt_ns_steps) if run.ttt_ns_steps and d.ndim == 3 else d
-            rate = per_document(lr, t)
-            t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, d, value=-multiplier)
-
-
-def per_document(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ...), to go with (B, ...)"""
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
-    """Learning rate of a step on a chunk: by a cosine over epochs, less where its entropy (B,) leaves the window."""
-    rate = run.ttt_lr * (0.5 * (1 + math.cos(math.pi * epoch / run.ttt_epochs)) if run.ttt_cosine else 1.0)
-    if entropy is None:
-        return rate
-    low, high = max(run.ttt_entropy_low, 1e-9), run.ttt_entropy_high or math.inf
-    return rate * (entropy / low).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
-
-
-def wants_entropy(run: RunConfig) -> bool:
-    return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
-
-
-class SideBySide:
-    """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
-    learns from it. No row reaches another. Earlier chunks are seen as the keys and values that they left in their turn,
-    so that a step costs a chunk and not a window. On a GPU a step is replayed, captured for every size of the cache."""
-
-    SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
-
-    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
-        self.model, self.run, self.documents, self.device = model, run, documents, device
-        self.room = run.eval_seq_len - run.ttt_chunk_tokens
-        self.adapter = Adapter(model.config, run, documents, device)
-        self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
-        self.caches, self.replay = {}, Replay() if device.type == "cuda" and run.compile else None  # caches by size
-        self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
-        self.done_there = torch.zeros((), dtype=torch.int64, device=device)
-        self.begin()
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        self.adapter.begin()
-        self.rule.begin()
-        self.last.fill_(BOS)
-        self.done_there.zero_()
-        for past in (past for cache in self.caches.values() for past in cache):
-            past.ring.zero_()  # `seen` hides what is there, but 0 times NaN is NaN
-        self.done, self.size, self.past, self.scored, self.replaying = 0, 0, [], (), False  # tokens past, cache size
-
-    def make_room(self, tokens: int) -> None:
-        """Take a cache that will hold so many tokens more, or all that a chunk may see."""
-        size = self.size or min(self.room, self.SMALLEST_CACHE)
-        while size < min(self.room, self.done + tokens):
-            size = min(self.room, 2 * size)
-        if self.past and size == self.size:
-            return
-        if size not in self.caches:
-            c = self.model.config
-            shape = (2, self.documents, c.num_kv_heads, size, c.head_dim)
-            self.caches[size] = [Past(torch.zeros(shape, device=self.device)) for _ in self.adapter.visits]
-        for old, new in zip(self.past, self.caches[size], strict=False):  # no cache yet, or one for one
-            new.ring[..., : self.size, :].copy_(old.ring)
-        self.past, self.size = self.caches[size], size
-
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
-        n, self.tokens = tokens.size(1), tokens
-        self.make_room(n)
-        held = torch.arange(self.size, device=self.device) < self.done_there
-        seen = torch.cat([held.expand(n, -1), held.new_ones(n, n).tril()], 1)
-        for past in self.past:
-            past.seen = seen
-        place = Chunk(self.done_there + torch.arange(-1, n, device=self.device), self.past)
-        return self.model.hidden(torch.cat([self.last, tokens], 1), place, self.adapter)
-
-    def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
-        """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
-        self.make_room(tokens.size(1))
-        self.replaying = to_learn and self.replay is not None
-        with torch.set_grad_enabled(to_learn):
-            return self._do(self._score, tokens, targets)
-
-    def learn(self, counted: Tensor) -> None:
-        """Steps on the chunk that was scored last; which of its targets count: (B, C)."""
-        self._do(self._learn, counted)
-
-    def move_on(self) -> None:
-        """The tokens that `hidden` or `score` saw last are past."""
-        self._do(self._move_on)
-        self.done += self.tokens.size(1)
-
-    def _score(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.hidden(tokens)
-        nll = self.model.head(x, targets, self.model.embed, self.adapter.head)
-        self.scored = (targets, x, nll)
-        return nll.detach()
-
-    def _learn(self, counted: Tensor) -> None:
-        (targets, x, nll), run, model, head = self.scored, self.run, self.model, self.adapter.head
-        count = counted.sum(1).clamp(min=1)
-        entropy = (model.head.entropy(x, model.embed, head) * counted).sum(1) / count if wants_entropy(run) else None
-        for epoch in range(run.ttt_epochs):
-            nll = model.head(self.hidden(self.tokens), targets, model.embed, head) if epoch else nll
-            loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
-            grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
-            self.rule.step(self.adapter.tensors(), grads, chunk_rate(run, epoch, entropy))
-
-    def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        return self.replay((work.__name__, self.size), work, *inputs) if self.replaying else work(*inputs)
-
-    @torch.no_grad()
-    def _move_on(self) -> None:
-        if self.size:
-            n = min(self.size, self.tokens.size(1))  # a chunk may be longer than what is kept
-            slots = (self.done_there + self.tokens.size(1) - n + torch.arange(n, device=self.device)) % self.size
-            for past in self.past:
-                for ring, latest in zip(past.ring, past.latest, strict=True):
-                    ring.index_copy_(2, slots, latest[:, :, -n:])
-        self.last.copy_(self.tokens[:, -1:])
-        self.done_there += self.tokens.size(1)
-
-    @torch.no_grad()
-    def take_over(self, other: SideBySide, rows: Tensor) -> None:
-        """Go on with these documents of another's, where they are."""
-        self.begin()
-        self.done = other.done
-        for learners in (self, other):
-            learners.make_room(0)
-        lasting = [
-            [
-                *one.adapter.tensors(),
-                *one.rule.first,
-                *one.rule.second,
-                one.last,
-                *(past.ring.transpose(0, 1) for past in one.past),
-            ]
-            for one in (self, other)
-        ]  # (B, ...) each
-        for new, old in zip(*lasting, strict=True):
-            new.copy_(old[rows])
-        self.done_there.copy_(other.done_there)
-        self.rule.steps_done.copy_(other.rule.steps_done)
-
-
-def adapt_side_by_side(
-    model: GPT,
-    docs: Documents,
-    group: Sequence[int],
-    run: RunConfig,
-    dist: Dist,
-    tally: Tally,
-    family: dict[int, SideBySide] | None = None,
-) -> None:
-    """Score documents that adapt side by side. When half of the rows have ended, the others go on in half as many."""
-    chunk, lengths, family = run.ttt_chunk_tokens, docs.lengths, {} if family is None else family
-    rows, longest = np.array(group), int(lengths[group].max())  # rows: each one's document
-    text = np.full((len(rows), -(-longest // chunk) * chunk + 1), BOS, np.int64)  # padded; everything is causal
-    for row, i in zip(text, group, strict=True):
-        row[: lengths[i] + 1] = docs.span(i)
-    tokens = torch.from_numpy(text).to(dist.device)  # (B, T + 1)
-
-    def learners_for(many: int) -> SideBySide:
-        if many not in family:
-            family[many] = SideBySide(model, run, many, dist.device)
-        return family[many]
-
-    if len(rows) not in family:
-        family.clear()  # each holds gigabytes: those of halves of another number would not be needed
-    learners = learners_for(len(rows))
-    learners.begin()
-    for first in range(0, longest, chunk):
-        end, left = first + chunk, lengths[rows] - first  # left: (B,) targets from here on
-        while len(rows) > 1 and (left > 0).sum() <= len(rows) // 2:
-            kept = np.argsort(left <= 0, kind="stable")[: len(rows) // 2]  # those that go on, then some that do not
-            index = torch.from_numpy(kept).to(dist.device)
-            rows, left, tokens, many = rows[kept], left[kept], tokens[index], learners
-            learners = learners_for(len(rows))
-            learners.take_over(many, index)
-        inside = np.arange(chunk) < left[:, None]  # (B, chunk)
-        learn = end >= run.ttt_min_doc_tokens and bool(left.max() > chunk)
-        nats = learners.score(tokens[:, first:end], tokens[:, first + 1 : end + 1], to_learn=learn)
-        tally.add(np.repeat(rows, inside.sum(1)), nats.cpu().numpy()[inside])
-        if learn:
-            learners.learn(torch.from_numpy(inside).to(dist.device))
-            tally.updates[rows[left > chunk]] += run.ttt_epochs
-        learners.move_on()
-
-
-class StreamLearner:
-    """What adapts along a text: the weights, or one set of corrections. The ranks of `dist` share every chunk."""
-
-    def __init__(self, model: GPT, run: RunConfig, dist: Dist):
-        self.model, self.run, self.dist = model, run, dist
-        self.adapter = Adapter(model.config, run, 1, dist.device) if run.ttt_params == "lora" else None
-        if self.adapter is not None:
-            self.leaves = self.tensors = self.adapter.tensors()
-            multipliers = [1.0] * len(self.leaves)
-        else:
-            frozen = tuple(f"blocks.{i}." for i in range(run.ttt_freeze_blocks))
-            named = {name: p for name, p in model.named_parameters() if not name.startswith(frozen)}
-            self.leaves = [p.requires_grad_() for p in named.values()]
-            self.tensors = [p.detach()[None] for p in self.leaves]  # one "document", sharing the weights' memory
-            factors = {"down": run.ttt_lr_mult_mlp_out} | dict.fromkeys(("q", "k", "v", "up"), run.ttt_lr_mult_in)
-            multipliers = [factors.get(name.removesuffix(".weight").split(".")[-1], 1.0) for name in named]
-        self.rule = AdaptRule(self.tensors, multipliers, run)
-        self.begin = [t.detach().clone() for t in self.tensors]
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Back to the artifact's weights, with nothing remembered."""
-        for t, value in zip(self.tensors, self.begin, strict=True):
-            t.copy_(value)
-        self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)
-
-    @torch.no_grad()
-    def score(self, rows: Sequence[Scored], tally: Tally) -> Tensor | None:
-        """Score this rank's rows of a chunk -> sum of entropies (1,), if wanted."""
-        model, delta = self.model, None if self.adapter is None else self.adapter.head
-        total = torch.zeros(1, device=self.dist.device)
-        for row in rows:
-            (tokens, targets, segments), counted = row.packed, row.counted
-            x = model.hidden(tokens, segments, self.adapter)
-            tally.add(row.documents[counted], model.head(x, targets, model.embed, delta)[0].cpu().numpy()[counted])
-            if wants_entropy(self.run):
-                total += model.head.entropy(x, model.embed, delta)[0, torch.from_numpy(counted)].sum()
-        return total if wants_entropy(self.run) else None
-
-    def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None) -> None:
-        """Steps on a chunk of this many targets, all of them scored."""
-        dist, entropy = self.dist, None if entropy is None else self.dist.sum_(entropy) / targets
-        for epoch in range(self.run.ttt_epochs):
-            grads = [torch.zeros_like(leaf) for leaf in self.leaves]
-            for row in rows:
-                nll, counted = self.model(*row.packed, self.adapter), torch.from_numpy(row.counted).to(dist.device)
-                loss = (nll * counted).sum() / targets
-                torch._foreach_add_(grads, list(torch.autograd.grad(loss, self.leaves, materialize_grads=True)))
-            grads = [dist.sum_(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
-            self.rule.step(self.tensors, grads, chunk_rate(self.run, epoch, entropy))
-
-
-def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut these documents, one after another, into chunks of `chunk` targets: lists of (document, begin, end)."""
-    pieces, room, lengths = [], chunk, docs.lengths
-    for i in chosen:
-        begin = 0
-        while begin < lengths[i]:
-            end = min(int(lengths[i]), begin + room)
-            pieces.append((i, begin, end))
-            room, begin = room - (end - begin), end
-            if room == 0:
-                yield pieces
-                pieces, room = [], chunk
-    if pieces:
-        yield pieces
-
-
-def adapt_along(
-    learner: StreamLearner,
-    docs: Documents,
-    chosen: Sequence[int],
-    tally: Tally,
-    may_learn: Callable[[float], bool] = lambda left: True,
-) -> int:
-    """Score these documents one after another, learning from every chunk once it is scored, until `may_learn` of the
-    targets that are left is false: they are scored at once. -> how many documents they are of"""
-    run, left, learning, degraded = learner.run, int(docs.lengths[chosen].sum()), True, 0
-    for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
-        if not (learning := may_learn(left)):
-            (first, begin, _), lengths = pieces[0], docs.lengths
-            pieces = [(i, begin * (i == first), int(lengths[i])) for i in chosen[list(chosen).index(first) :]]
-            degraded = len(pieces)
-        rows = my_rows(
-            docs, (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride)), run, learner.dist
-        )
-        rows, targets = list(rows) if learning else rows, sum(end - begin for _, begin, end in pieces)
-        entropy, left = learner.score(rows, tally), left - targets
-        if not learning:
-            break
-        if left and pieces[0][2] >= run.ttt_min_doc_tokens:  # a document's own count: it is alone if that matters
-            learner.learn(rows, targets, entropy)
-            if learner.dist.main:
-                tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
-    learner.reset()
-    return degraded
-
-
-def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
-    """Rounds of groups of documents, a group for each rank, longest documents first; it changes no score."""
-    order = np.argsort(-lengths, kind="stable").tolist()
-    batch = min(batch, -(-len(order) // world))
-    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
-    groups += [[] for _ in range(-len(groups) % world)]
-    return [groups[i : i + world] for i in range(0, len(groups), world)]
-
-
-def static_costs(lengths: np.ndarray, run: RunConfig) -> np.ndarray:
-    """Token passes that score each of these documents (B,) without adaptation; to foretell seconds."""
-    return np.array(
-        [sum(w.end - w.start for w in windows(0, 0, int(n), run.eval_seq_len, run.eval_stride)) for n in lengths],
-        np.float64,
-    )
-
-
-def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
-    """Token passes of documents (B,) that adapt as in adapt_side_by_side, or one by one; to foretell seconds."""
-    rows, total, chunk, launches = len(lengths), 0.0, run.ttt_chunk_tokens, 1400  # tokens that take a GPU as long
-    for first in range(0, int(lengths.max(initial=0)), chunk):
-        left = int((lengths > first).sum())
-        while left <= rows // 2 > 0:
-            rows //= 2
-        total += launches + rows * chunk
-    return total
-
-
-def random_documents(vocab_size: int, many: int, length: int) -> Documents:
-    """Documents of `length` targets but for the last, which has one less; without a byte of text."""
-    text = np.random.default_rng(0).integers(2, vocab_size, many * length, np.uint16)
-    text[::length] = BOS
-    return split_documents(text, np.ones(len(text), np.int64))
-
-
-class Evaluation:
-    """The test-time-training score of a model: who scores what, within the time."""
-
-    def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
-        self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
-        self.seconds, self.tally, self.degraded, self.family = seconds, Tally(docs), 0, {}
-        self.static_costs, self.static_rate = static_costs(docs.lengths, run), math.inf  # found in the warm-up, as is
-        self.slowness = 0.0  # seconds per token pass of a group that adapts; the rate is of passes without, per second
-        model.requires_grad_(run.ttt_params == "full")
-
-    def warm_up(self) -> None:
-        """Time passes on random documents; on a GPU also compile and touch every kernel."""
-        run, context, on_gpu = self.run, self.run.eval_seq_len, self.dist.device.type == "cuda"
-        many, length = (run.ttt_batch_docs, context + run.ttt_chunk_tokens) if run.batched_ttt else (2, context)
-        docs, alone = random_documents(self.model.config.vocab_size, many, length), Dist(device=self.dist.device)
-        few = range(len(docs))[: run.micro_batch_tokens // length + 1 if on_gpu else 1]
-        for _ in range(2):  # the second time is the speed, the first compiles
-            began = time.perf_counter()
-            score_static(self.model, docs, few, run, alone, Tally(docs))
-            self.static_rate = static_costs(docs.lengths[few], run).sum() / (time.perf_counter() - began)
-        if not run.ttt_enabled or not on_gpu:
-            return
-        if not run.batched_ttt:
-            short = dataclasses.replace(run, ttt_chunk_tokens=context)  # so that there is something to learn for
-            adapt_along(StreamLearner(self.model, short, alone), docs, range(len(docs)), Tally(docs))
-            return
-        for text in (docs, random_documents(self.model.config.vocab_size, many, min(length, 512))):
-            began = time.perf_counter()
-            adapt_side_by_side(self.model, text, range(many), run, alone, Tally(text), self.family)
-            self.slowness = (time.perf_counter() - began) / group_cost(text.lengths, run)
-
-    def score(self) -> Tally:
-        """Every target of every document -> the tally of all ranks."""
-        if not self.run.ttt_enabled:
-            score_static(self.model, self.docs, range(len(self.docs)), self.run, self.dist, self.tally)
-        elif self.run.ttt_scope == "document":
-            self._score_documents()
-        else:  # a stream, whose every chunk the ranks share
-            learner = StreamLearner(self.model, self.run, self.dist)
-            cost = self.static_costs.sum() / self.docs.lengths.sum()  # of a target
-            self.degraded = adapt_along(
-                learner, self.docs, range(len(self.docs)), self.tally, lambda left: self._time_left(left * cost)
-            )
-        return self.tally.gathered(self.dist)
-
-    def _time_left(self, rest: float, next_seconds: float = 0.0) -> bool:
-        """Whether `next_seconds` of adaptation leave time for `rest` token passes without it; all ranks agree."""
-        limit = self.run.eval_seconds * 0.98
-        after = self.seconds() + next_seconds + 1.5 * rest / self.static_rate / self.dist.world
-        return not limit or self.dist.largest(after) <= limit
-
-    def _score_documents(self) -> None:
-        """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
-        run, dist, lengths = self.run, self.dist, self.docs.lengths
-        learner = None if run.batched_ttt else StreamLearner(self.model, run, Dist(device=dist.device))
-        rounds = ttt_plan(lengths, dist.world, run.ttt_batch_docs if run.batched_ttt else 1)
-        costs = [max(group_cost(lengths[group], run) for group in groups) for groups in rounds]
-        began, spent, told = self.seconds(), 0.0, 0.0
-        for n, groups in enumerate(rounds):
-            rest = [i for later in rounds[n:] for group in later for i in group]
-            slowness = (self.seconds() - began) / spent if spent else self.slowness
-            if not self._time_left(self.static_costs[rest].sum(), slowness * costs[n]):
-                self.degraded = len(rest)
-                self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
-                return score_static(self.model, self.docs, rest, run, dist, self.tally)
-            if learner is None and groups[dist.rank]:
-                adapt_side_by_side(self.model, self.docs, groups[dist.rank], run, dist, self.tally, self.family)
-            for i in groups[dist.rank] if learner is not None else ():
-                adapt_along(learner, self.docs, [i], self.tally)
-            spent += costs[n]
-            if self.seconds() - told > 10:
-                told = self.seconds()
-                left, here = (self.seconds() - began) * (sum(costs) / spent - 1), self.tally.counted > 0
-                bpb = self.tally.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
-                self.log(
-                    f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
-                    f"bpb:{bpb:.4f} (of this rank's) eval_s:{told:.0f} eta_s:{left:.0f}"
-                )
-
-
-# ==== main: check, train, quantise, pack, read back from the disk, score.
-LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
-
-
-class Plan(NamedTuple):
-    """What is known before anything is paid for."""
-
-    model: ModelConfig
-    run: RunConfig
-    dist: Dist
-    tokenizer: Tokenizer
-    validation: Documents
-    stream: TrainingStream | None  # None when an artifact is only evaluated
-
-
-def predicted_bytes(model: GPT, run: RunConfig) -> float:
-    """Size of the artifact if weights are Gaussian: an integer then holds log2(sqrt(2 pi e) qmax / clip) bits."""
-    total = 0.0
-    for name, p in model.named_parameters():
-        grid = grid_for(name, run, 1.0)
-        bits = 2.047 - math.log2(grid.clip / grid.qmax)
-        total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
-    return total
-
-
-def check_setup(plan: Plan, say: Callable[[str], None]) -> None:
-    """Say what will be run, and refuse what cannot be: data, disk, devices, bytes."""
-    model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
-    free, need = shutil.disk_usage(".").free, 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
-    require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some space", UserError)
-    if dist.device.type == "cuda":
-        old, h = torch.cuda.get_device_capability(dist.device) < (8, 0), model.head_dim
-        require(not old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
-        require(not triton or h in (16, 32, 64, 128), f"GPUs want MODEL_DIM / NUM_HEADS = {h} to be 16, 32, 64 or 128")
-        say(
-            "no Triton: all runs in plain torch"
-            if not triton
-            else "kernels: Triton "
-            + triton.__version__
-            + ", but cuBLAS for the MLP: no TMA" * (bool(run.compile) and not has_tma(dist.device))
-        )
-    say(f"devices: {dist.world} x {device_name(dist.device)}")
-    say(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
-    if plan.stream is None:
-        return
-    say(
-        f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
-        f"{run.train_batch_tokens} a step, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows per rank"
-    )
-    with torch.device("meta"):
-        sketch = GPT(model)
-    say(
-        f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
-        f"{len(code())} bytes of code, limit {run.artifact_bytes}"
-    )
-    fixed = sum(2 * (p.numel() if param_role(n) == "scalar" else len(p)) for n, p in sketch.named_parameters())
-    require(
-        run.artifact_bytes > len(code()) + fixed,
-        f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} of code and "
-        f"{fixed} of gains and scales leave nothing for weights; raise it or use a smaller model",
-        UserError,
-    )
-    say(f"limits: {run.max_wallclock_seconds:g} s of training, {run.eval_seconds:g} s of evaluation (0: none)")
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def versions() -> str:
-    cuda = f" cuda:{torch.version.cuda}" if torch.version.cuda else ""
-    return (
-        f"python:{platform.python_version()} torch:{torch.__version__}{cuda} numpy:{np.__version__} "
-        f"sentencepiece:{sentencepiece.__version__} zstandard:{zstandard.__version__}"
-    )
-
-
-def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
-    """The network's configuration that an artifact carries, checked like the environment's."""
-    require(meta.get("kind") == "artifact", f"{what}: of kind {meta.get('kind')!r}, expected an artifact", DataError)
-    values, hints = meta.get("model"), get_type_hints(ModelConfig)
-    try:
-        require(isinstance(values, dict) and values.keys() == hints.keys(), "other knobs than this program's")
-        for f in fields(ModelConfig):
-            require(type(values[f.name]) in {int, hints[f.name]}, f"{f.name} is {values[f.name]!r}")
-            values[f.name] = parse_knob(f.name.upper(), str(values[f.name]), hints[f.name], f.metadata)
-        return ModelConfig(**values)
-    except ConfigError as error:
-        raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
-
-
-def load_artifact(path: Path, plan: Plan) -> GPT:
-    """The model that a file holds, built from that file alone."""
-    meta, stored = unpack(read_file(path), str(path))
-    config, tokenizer = stored_config(meta, str(path)), str(meta.get("tokenizer"))
-    require(
-        tokenizer == plan.tokenizer.sha256,
-        f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
-        f"{plan.tokenizer.path} ({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
-        DataError,
-    )
-    check_stored(config, stored, str(path))
-    return restore(GPT(config).to(plan.dist.device), stored, str(path))
-
-
-def static_tally(model: GPT, plan: Plan, looping: bool = True, docs: Documents | None = None) -> Tally:
-    """The score of the validation set, or of other documents, without adaptation."""
-    tally = Tally(plan.validation if docs is None else docs)
-    score_static(model, tally.docs, range(len(tally.docs)), plan.run, plan.dist, tally, looping)
-    return tally.gathered(plan.dist)
-
-
-def average_is_better(trainer: Trainer, plan: Plan, docs: Documents, log: Log) -> bool:
-    """Whether the average of the weights or the last of them is read out: what scores better on held-out text."""
-    if not len(docs):
-        return True
-    last = static_tally(trainer.model, plan, docs=docs).nats.sum()
-    with trainer.average.applied():
-        average = static_tally(trainer.model, plan, docs=docs).nats.sum()
-    targets = len(docs.tokens) - 1
-    log(f"{len(docs)} held-out documents: average {average / targets:.5f}, last {last / targets:.5f} nats a token")
-    return bool(average <= last)
-
-
-def write_documents(path: Path, tally: Tally, static: Tally) -> None:
-    """What every document scored, in the order of the validation set, for those who compare runs."""
-    out, docs = io.BytesIO(), tally.docs
-    np.savez_compressed(
-        out,
-        nats=tally.nats,
-        static_nats=static.nats,
-        tokens=docs.lengths,
-        bytes=docs.target_bytes(),
-        updates=tally.updates.astype(np.int64),
-        validation=np.array(docs.sha256()),
-    )
-    write_atomically(path, [out.getvalue()])
-
-
-def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
-    """Everything from random weights to an artifact on the disk -> what the result says of it."""
-    run, dist, stream = plan.run, plan.dist, plan.stream
-    with watch.phase("set-up"):
-        model = GPT(plan.model)
-        init_weights(model, run.seed)
-        model.to(dist.device)
-        if dist.device.type == "cuda" and run.compile and triton:  # which the compiler needs, too
-            compile_parts(model)
-        held = stream.held_out()
-        origin = {
-            "tokenizer": plan.tokenizer.sha256,
-            "holdout_tokens": run.holdout_tokens,
-            "holdout": hashlib.sha256(held.tokens.astype("<u2").tobytes()).hexdigest(),
-        }
-        trainer = Trainer(model, run, dist, origin)
-
-        def rehearse(batch: list[Packed]) -> float:
-            """Time what follows training, with senseless text and weights, and compile the scoring of validation."""
-            if not run.max_wallclock_seconds:
-                return 0.0
-            calibrate(model, [batch[:1]], dist)  # once more below, when nothing is new to the GPU
-            trial = Stopwatch(dist)
-            with trial.phase("calibrate"):
-                hessians = calibrate(model, [batch], dist)
-            make_artifact(model, hessians, run, dist, trial, origin, Log(None))
-            for phase in ("compile", "choose"):
-                with trial.phase(phase):
-                    static_tally(model, plan, docs=Documents(np.minimum(held.tokens, BOS + 1), *held[1:]))
-            reserve = trial.total("calibrate") * run.gptq_calibration_batches
-            reserve += 2 * trial.total("choose", "quantise", "pack")
-            return dist.largest(1.15 * reserve + 0.5)
-
-        reserve, limit = warm_up(trainer, rehearse), run.max_wallclock_seconds or math.inf
-        require(reserve < limit, f"MAX_WALLCLOCK_SECONDS={limit:g}: quantising and packing take {reserve:.1f} of them")
-        if run.resume:
-            trainer.load(run.resume)
-        dist.finish_kernels()
-        dist.barrier()
-    log(f"set-up took {watch.total('set-up'):.1f} s; {reserve:.1f} s are reserved for quantisation and packing")
-    with watch.phase("train"):
-        history = train(
-            trainer,
-            stream,
-            log,
-            watch,
-            reserve,
-            checkpoint=path.with_suffix(".ckpt"),
-            validate=lambda: static_tally(model, plan, trainer.looping(trainer.progress)).bits_per_byte,
-        )
-    with watch.phase("validate"):
-        last_bpb = static_tally(model, plan).bits_per_byte
-    with watch.phase("choose"):
-        readout = "average" if average_is_better(trainer, plan, held, log) else "last"
-    with trainer.average.applied() if readout == "average" else contextlib.nullcontext():
-        with watch.phase("validate"):
-            prequant_bpb = static_tally(model, plan).bits_per_byte
-        log(f"before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}")
-        with watch.phase("calibrate"):
-            batches = (stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
-            hessians = calibrate(model, batches, dist)
-        blob = make_artifact(model, hessians, run, dist, watch, origin, log)
-    with watch.phase("pack"):
-        if dist.main:
-            write_atomically(path, [blob])
-        dist.barrier()
-    tokens, seconds = trainer.step * run.train_batch_tokens, trainer.seconds_before + watch.total(*TRAINING_CLOCK)
-    return {
-        "steps": trainer.step,
-        "train_tokens": tokens,
-        "epochs": tokens / stream.total,
-        "last_bpb": last_bpb,
-        "readout": readout,
-        "prequant_bpb": prequant_bpb,
-        "history": history,
-        "train_seconds": seconds,
-    }
-
-
-def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
-    """Read an artifact from the disk and score it -> what the result says of it."""
-    run, dist, docs = plan.run, plan.dist, plan.validation
-    with watch.phase("unpack"):
-        model = load_artifact(path, plan)
-        evaluation = Evaluation(model, docs, run, dist, log, lambda: watch.total(*EVALUATION_CLOCK))
-    with watch.phase("evaluate: warm-up"):
-        evaluation.warm_up()
-    with watch.phase("evaluate: score"):
-        tally = evaluation.score()
-    bpb, counted_bytes = tally.bits_per_byte, int(docs.target_bytes().sum())
-    kept = manifest_value(Path(run.data_path), "splits", "val", "smaller_bytes")
-    if isinstance(kept, int) and 0 < kept < counted_bytes:
-        strict = bpb * counted_bytes / kept
-        log(f"this tokenizer is lossy: over the {kept} bytes that survive it, val_bpb is {strict:.5f}")
-    with watch.phase("score without adaptation"):
-        static = static_tally(model, plan) if run.ttt_enabled else tally
-    if dist.main:
-        write_documents(LOGS / f"{run_id}.docs.npz", tally, static)
-    adapted = f" ttt_bpb:{bpb:.5f}" if run.ttt_enabled else ""
-    log(f"artifact {path}: static_bpb:{static.bits_per_byte:.5f}{adapted}")
-    independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
-    return {
-        "val_bpb": bpb,
-        "val_loss": float(tally.nats.sum() / tally.counted.sum()),
-        "static_bpb": static.bits_per_byte,
-        "documents": len(docs),
-        "tokens": int(tally.counted.sum()),
-        "bytes": counted_bytes,
-        "validation": docs.sha256(),
-        "adaptation_steps": int(tally.updates.sum()),
-        "doc_independent": int(independent),
-        "degraded_documents": evaluation.degraded,
-        "eval_seconds": watch.total(*EVALUATION_CLOCK),
-    }
-
-
-def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
-    """The table of phases, the result as a line of key:value, and the same as JSON."""
-    result["phases"] = {name: round(s, 3) for name, s in watch.seconds.items()}
-    for name, seconds in watch.seconds.items():
-        clock = "training" if name in TRAINING_CLOCK else "evaluation" if name in EVALUATION_CLOCK else "-"
-        log(f"phase {name:26} {seconds:9.2f} s   clock: {clock}")
-    keys = (
-        "val_bpb static_bpb prequant_bpb artifact_bytes code_bytes total_bytes steps train_tokens train_seconds "
-        "eval_seconds documents tokens bytes doc_independent degraded_documents seed"
-    ).split()
-    shown = {key: result[key] for key in keys if key in result}
-    log("result " + " ".join(f"{k}:{v:.6f}" if isinstance(v, float) else f"{k}:{v}" for k, v in shown.items()))
-    write_atomically(path, [json.dumps(result, indent=1).encode()])
-
-
-def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
-    """Open and check all that the run will read."""
-    if run.artifact:  # its own configuration counts, whatever the environment says of the model
-        header, _ = read_header(read_file(run.artifact), run.artifact)
-        model = stored_config(header["meta"], run.artifact)
-    tokenizer = load_tokenizer(run, model.vocab_size)
-    validation = load_validation(run.data_path, model.vocab_size, tokenizer)
-    stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
-    return Plan(model, run, dist, tokenizer, validation, stream)
-
-
-def prepare_torch(run: RunConfig, device: torch.device) -> None:
-    """A budget in steps repeats exactly, so it gets deterministic kernels; a budget in time gets the fastest."""
-    torch.manual_seed(run.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if run.iterations and not run.max_wallclock_seconds:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
-def run_all(only_check: bool) -> None:
-    model, run = read_env()
-    dist = Dist.from_env(run.device)
-    prepare_torch(run, dist.device)
-    watch, started = Stopwatch(dist), time.localtime(*dist.agree(time.time()))
-    run_id = run.run_id or time.strftime("%Y%m%d_%H%M%S", started)
-    with watch.phase("load"):
-        plan = make_plan(model, run, dist)
-        lines: list[str] = []
-        check_setup(plan, lines.append)
-    log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
-    knobs = settings(plan.model, run)  # what was refused above has left the files of a run of that name alone
-    pasteable = (f"{name}={shlex.quote(value) if value else ''}" for name, value in knobs.items())
-    log("\n".join([code().decode(), *pasteable, f"{versions()} {platform.platform()}"]), screen=False)
-    log("\n".join(lines))
-    if only_check:
-        return dist.close()
-    result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest(), "knobs": knobs}
-    artifact = Path(run.artifact) if run.artifact else LOGS / f"{run_id}.ptz"
-    if not run.artifact:
-        result |= train_and_pack(plan, log, watch, artifact)
-    result |= evaluate(plan, log, watch, artifact, run_id)
-    size = artifact.stat().st_size
-    result |= {
-        "artifact_bytes": size,
-        "code_bytes": len(code()),
-        "total_bytes": size + len(code()),
-        "artifact_sha256": hashlib.sha256(read_file(artifact)).hexdigest(),
-        "versions": versions(),
-        "artifact_parts": part_bytes(artifact),
-        "world_size": dist.world,
-        "device": device_name(dist.device),
-    }
-    if dist.main:
-        report(result, watch, log, LOGS / f"{run_id}.json")
-    dist.close()
-
-
-def part_bytes(path: Path) -> dict[str, int]:
-    """Bytes of an artifact by kind of tensor, as they lie in the file; `header` is the rest."""
-    data = read_file(path)
-    header, _ = read_header(data, str(path))
-    parts: dict[str, int] = {}
-    for name, _, _, size in header["tensors"]:
-        kind = "scales" if name.endswith(".scale") else param_role(name)
-        kind = ("mlp" if ".mlp." in name else "attention") if kind == "matrix" else kind
-        parts[kind] = parts.get(kind, 0) + size
-    return parts | {"header": len(data) - sum(parts.values())}
+                if self.graphs[key] is None:
+                    graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+                    with torch.cuda.graph(graph, self.memory, self.stream, capture_error_mode="thread_local"):
+                        self.graphs[key] = graph, own, work(*own)
+                else:  # not when just captured: autograd may hold these inputs for a backward still to be captured
+                    for mine, given in zip(self.graphs[key][1], inputs, strict=True):
+                        mine.copy_(given)
+                graph, _, result = self.graphs[key]
+                graph.replay()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return result
+
+
+# ======================================================================================================================
+# main
 
 
 def end_quickly(grace_s: float = 3.0) -> None:
