@@ -280,7 +280,7 @@ CONFIGS = (ModelConfig, RunConfig)
 # Model: one forward pass for training, scoring and adaptation. Kernels and their plain references: see the appendix.
 
 
-def kernels_serve(x: Tensor) -> bool:
+def use_kernels(x: Tensor) -> bool:
     return x.is_cuda and triton is not None  # elsewhere their twins do
 
 
@@ -288,11 +288,13 @@ def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def kernels_train(x: Tensor, weight: Tensor) -> bool:  # those of MLP and mix pay where weights learn, from much text
-    return kernels_serve(x) and torch.is_grad_enabled() and weight.requires_grad
+def use_training_kernels(
+    x: Tensor, weight: Tensor
+) -> bool:  # those of MLP and mix pay where weights learn, from much text
+    return use_kernels(x) and torch.is_grad_enabled() and weight.requires_grad
 
 
-class Heads(NamedTuple):
+class HeadLayout(NamedTuple):
     """What the columns of a row of `qkv` are: H queries, K keys and K values of width h."""
 
     exclusive: bool  # the output drops what a token says of itself, its part along the own value (XSA)
@@ -308,7 +310,7 @@ class Segments(NamedTuple):
     ends: Tensor  # (N,) int32, where the segment of every token ends
 
 
-class Past:
+class LayerKV:
     """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
 
     def __init__(self, ring: Tensor):
@@ -317,41 +319,41 @@ class Past:
         self.latest = (ring[0], ring[1])  # keys and values of the chunk that came last, (B, K, C, h) each
 
 
-class Chunk(NamedTuple):
+class CachedContext(NamedTuple):
     """The place of a chunk of C tokens in its documents: what the forward pass needs of the chunks before."""
 
     positions: Tensor  # (1 + C,) int64, of the token before it and of its own
-    visits: list[Past]
+    visits: list[LayerKV]
 
 
 Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's angles
 
 
-Place = Segments | Past | None  # what a visit sees: its segment, what is past and itself, or its row
+AttentionContext = Segments | LayerKV | None  # what a visit sees: its segment, what is past and itself, or its row
 
 
 def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-def rotary(positions: Tensor, dims: int, base: float) -> Rope:
+def rope_angles(positions: Tensor, dims: int, base: float) -> Rope:
     """Cosine and sine of positions: (..., T) -> (..., T, 1, dims / 2) twice, fp32. RoPE, Su et al., arXiv 2104.09864"""
     frequency = base ** (-torch.arange(0, dims, 2, device=positions.device, dtype=torch.float32) / max(dims, 1))
     angle = positions[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (i, i + dims / 2) of the first `dims` dimensions of every head: (B, T, H, h) -> the same."""
     half = cos.size(-1)
     a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, place: Place) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, place: AttentionContext) -> Tensor:
     """Causal: in segments (B is 1), after the past, or in rows. (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h)"""
-    if isinstance(place, Past):
-        return attend_after(q, k, v, place)
+    if isinstance(place, LayerKV):
+        return attend_with_cache(q, k, v, place)
     if place is None:
         return attend_rows(q, k, v)
     sizes = torch.unique_consecutive(place.ends, return_counts=True)[1].tolist()
@@ -367,7 +369,7 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).transpose(1, 2)
 
 
-def attend_after(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
+def attend_with_cache(q: Tensor, k: Tensor, v: Tensor, past: LayerKV) -> Tensor:
     """A chunk attends to tokens before it and its own: (B, C, H, h), (B, C, K, h) twice -> (B, C, H, h). Written out:
     nothing is asked of the past on the way back, and a GPU's fused attention adds up gradients in any order."""
     (B, C, H, h), K, L = q.shape, k.size(2), past.ring.size(3)
@@ -380,11 +382,13 @@ def attend_after(q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
     return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h).to(q.dtype)
 
 
-def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, place: Place, heads: Heads) -> Tensor:
+def attention_reference(
+    qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, place: AttentionContext, heads: HeadLayout
+) -> Tensor:
     """What the kernels compute, and the same on rows and after what is past. (B, T, (H + 2 K) h) -> (B, T, H h)"""
     (B, T, _), (exclusive, H, K, h) = qkv.shape, heads
     q, k, v = qkv.view(B, T, H + 2 * K, h).split([H, K, K], 2)
-    q, k = rotate(norm(q), *rope) * gain.to(q.dtype)[:, None], rotate(norm(k), *rope)
+    q, k = apply_rope(norm(q), *rope) * gain.to(q.dtype)[:, None], apply_rope(norm(k), *rope)
     y = attend(q, k, v, place)
     if exclusive:
         own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
@@ -393,7 +397,7 @@ def attend_plainly(qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, p
     return (y if gate is None else y.reshape(B, T, H, h) * gate[..., None]).reshape(B, T, H * h)
 
 
-class LowRank(NamedTuple):
+class LoRA(NamedTuple):
     """Corrections of one matrix, one per document: x -> scale * up(down(x)), (B, T, in) -> (B, T, out)."""
 
     down: Tensor  # (B, in, R) fp32
@@ -404,17 +408,17 @@ class LowRank(NamedTuple):
         return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
 
 
-class Deltas(NamedTuple):
+class LayerLoRA(NamedTuple):
     """The corrections of one visit to a block; None leaves a matrix alone. `mlp` stands beside the whole MLP."""
 
-    q: LowRank | None = None
-    k: LowRank | None = None
-    v: LowRank | None = None
-    o: LowRank | None = None
-    mlp: LowRank | None = None
+    q: LoRA | None = None
+    k: LoRA | None = None
+    v: LoRA | None = None
+    o: LoRA | None = None
+    mlp: LoRA | None = None
 
 
-NO_DELTAS = Deltas()
+NO_LORA = LayerLoRA()
 
 
 class Linear(nn.Module):
@@ -424,7 +428,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
-    def forward(self, x: Tensor, delta: LowRank | None = None, scale: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, delta: LoRA | None = None, scale: Tensor | None = None) -> Tensor:
         y = F.linear(x, (self.weight if scale is None else self.weight * scale[:, None]).to(x.dtype))
         return y if delta is None else y + (delta(x) if scale is None else delta(x) * scale.to(x.dtype))
 
@@ -434,14 +438,16 @@ class Attention(nn.Module):
 
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
-        self.heads = Heads(index >= c.num_layers - c.xsa_last_n, c.num_heads, c.num_kv_heads, c.head_dim)
+        self.heads = HeadLayout(index >= c.num_layers - c.xsa_last_n, c.num_heads, c.num_kv_heads, c.head_dim)
         self.gate_width, self.gate_scale = c.attn_gate_width, c.attn_gate_scale
         self.q, self.k = Linear(c.model_dim, c.model_dim), Linear(c.model_dim, c.kv_dim)
         self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
 
-    def forward(self, n: Tensor, gating: Tensor, scale: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
+    def forward(
+        self, n: Tensor, gating: Tensor, scale: Tensor, rope: Rope, place: AttentionContext, d: LayerLoRA
+    ) -> Tensor:
         """Normalised input (B, T, D), its first columns, scale of the outputs (D,) -> (B, T, D)"""
         (B, T, _), parts, deltas, gate = n.shape, (self.q, self.k, self.v), (d.q, d.k, d.v), None
         qkv = F.linear(n, torch.cat([part.weight for part in parts]).to(n.dtype))  # one product of three matrices
@@ -455,12 +461,12 @@ class Attention(nn.Module):
             )
         if self.gate is not None:
             gate = (self.gate_scale * F.linear(gating, self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
-        if kernels_serve(qkv) and isinstance(place, Segments):
+        if use_kernels(qkv) and isinstance(place, Segments):
             gate = qkv.new_ones(1, qkv.size(1), self.heads.query) if gate is None else gate
             (qkv, gate), rope = (t.flatten(0, 1) for t in (qkv, gate)), (t[:, 0] for t in rope)
-            y = PackedAttention.apply(qkv, self.q_gain, gate, *rope, place, self.heads)[None]
+            y = FusedAttention.apply(qkv, self.q_gain, gate, *rope, place, self.heads)[None]
         else:
-            y = attend_plainly(qkv, self.q_gain, gate, rope, place, self.heads)
+            y = attention_reference(qkv, self.q_gain, gate, rope, place, self.heads)
         return self.o(y, d.o, scale)
 
 
@@ -472,16 +478,16 @@ class MLP(nn.Module):
         self.slope, self.fused, width = c.mlp_leaky_slope, True, c.mlp_mult * c.model_dim
         self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
 
-    def forward(self, x: Tensor, scale: Tensor, delta: LowRank | None = None) -> Tensor:
-        if self.fused and kernels_train(x, self.up.weight):
+    def forward(self, x: Tensor, scale: Tensor, delta: LoRA | None = None) -> Tensor:
+        if self.fused and use_training_kernels(x, self.up.weight):
             weights = self.up.weight.to(x.dtype), (self.down.weight * scale[:, None]).to(x.dtype)
-            y = PackedMLP.apply(x.flatten(0, 1), *weights, self.slope).view_as(x)
+            y = FusedMLP.apply(x.flatten(0, 1), *weights, self.slope).view_as(x)
         else:
             y = self.down(F.leaky_relu(self.up(x), self.slope).square(), None, scale)
         return y if delta is None else y + delta(x) * scale.to(x.dtype)
 
 
-def mix_plainly(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
+def mix_reference(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, T, D) twice, (2, D), () -> y = mix[0] x + mix[1] x0, n = scale norm(y), n's first columns (B, T, gating)"""
     y = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
     n = norm(y) * scale.to(x.dtype)
@@ -501,22 +507,24 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(c.model_dim)), nn.Parameter(torch.ones(c.model_dim))
         self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # (x, x0)
 
-    def attend_to(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
+    def attention_branch(
+        self, x: Tensor, x0: Tensor, rope: Rope, place: AttentionContext, d: LayerLoRA
+    ) -> tuple[Tensor, Tensor]:
         """-> x mixed with x0, and what attention makes of it"""
-        mix = PackedMix.apply if kernels_train(x, self.input_mix) else mix_plainly
+        mix = FusedMix.apply if use_training_kernels(x, self.input_mix) else mix_reference
         x, n, gating = mix(x, x0, self.input_mix, self.input_scale, self.attention.gate_width)
         return x, self.attention(n, gating, self.attn_scale, rope, place, d)
 
-    def think_on(self, x: Tensor, d: Deltas) -> Tensor:
+    def mlp_branch(self, x: Tensor, d: LayerLoRA) -> Tensor:
         return self.mlp(norm(x) * self.input_scale.to(x.dtype), self.mlp_scale, d.mlp)
 
-    def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> Tensor:
-        x, attn = self.attend_to(x, x0, rope, place, d)
+    def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: AttentionContext, d: LayerLoRA) -> Tensor:
+        x, attn = self.attention_branch(x, x0, rope, place, d)
         x = x + attn
-        return x + self.think_on(x, d)
+        return x + self.mlp_branch(x, d)
 
 
-class LaneBlock(Block):
+class ParallelBlock(Block):
     """Attention and MLP side by side: one reads lane `a`, the other lane `m`, and both write to both."""
 
     lanes = True
@@ -526,8 +534,10 @@ class LaneBlock(Block):
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
         self.lane_mix = nn.Parameter(torch.ones(2, 2))  # [lane written][attention, MLP]
 
-    def forward(self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, place: Place, d: Deltas) -> tuple[Tensor, Tensor]:
-        (_, attn), mlp = self.attend_to(a, x0, rope, place, d), self.think_on(m, d)
+    def forward(
+        self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, place: AttentionContext, d: LayerLoRA
+    ) -> tuple[Tensor, Tensor]:
+        (_, attn), mlp = self.attention_branch(a, x0, rope, place, d), self.mlp_branch(m, d)
         keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
         return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
 
@@ -539,7 +549,7 @@ class Skip(nn.Module):
         return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
 
 
-class Input(nn.Module):
+class TokenEmbedding(nn.Module):
     """Tokens to normalised embeddings, each smeared with the one before it in its document."""
 
     def __init__(self, c: ModelConfig):
@@ -562,38 +572,38 @@ def softcap(z: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z.float() / cap) if cap else z.float()
 
 
-def loss_plainly(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+def loss_reference(z: Tensor, targets: Tensor, cap: float) -> Tensor:
     return F.cross_entropy(softcap(z, cap), targets, reduction="none")
 
 
-class Head(nn.Module):
+class OutputHead(nn.Module):
     """Hidden states to scores: logits of the tied embedding, soft-capped, over the whole vocabulary."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.cap = c.logit_softcap
 
-    def logits(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
+    def logits(self, x: Tensor, embedding: Tensor, delta: LoRA | None) -> Tensor:
         return softcap(self.raw(x, embedding, delta), self.cap)  # (B, T, D) -> (B, T, V) fp32
 
-    def raw(self, x: Tensor, embedding: Tensor, delta: LowRank | None) -> Tensor:
+    def raw(self, x: Tensor, embedding: Tensor, delta: LoRA | None) -> Tensor:
         z = F.linear(x, embedding.to(x.dtype))
         return z if delta is None else z + delta(x)
 
-    def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
+    def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LoRA | None = None) -> Tensor:
         """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
         z = self.raw(x, embedding, delta).flatten(0, 1)
-        loss = CappedLoss.apply if kernels_serve(z) else loss_plainly
+        loss = FusedLoss.apply if use_kernels(z) else loss_reference
         return loss(z, targets.flatten(), self.cap).view_as(targets)
 
     @torch.no_grad()
-    def entropy(self, x: Tensor, embedding: Tensor, delta: LowRank | None = None) -> Tensor:
+    def entropy(self, x: Tensor, embedding: Tensor, delta: LoRA | None = None) -> Tensor:
         """(B, T, D) -> entropy of every prediction, (B, T) nats"""
         log_p = self.logits(x, embedding, delta).log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1)
 
 
-class Visit(NamedTuple):
+class LayerPass(NamedTuple):
     """One step of the trunk. Loops and skips are data, decided here and nowhere else."""
 
     block: int
@@ -601,14 +611,14 @@ class Visit(NamedTuple):
     skip: int | None  # row of skip_weight, where an earlier output arrives
 
 
-def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
+def layer_plan(c: ModelConfig, looping: bool) -> tuple[LayerPass, ...]:
     """The visits of a forward pass. The first half saves, the second takes back, last saved first (a U-Net)."""
     order = list(range(c.num_layers))
     if looping and c.num_loops:
         order[c.loop_end + 1 : c.loop_end + 1] = list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
     pairs = min(half := len(order) // 2, c.unet_skips)
     return tuple(
-        Visit(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
+        LayerPass(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
         for i, block in enumerate(order)
     )
 
@@ -616,10 +626,10 @@ def layer_plan(c: ModelConfig, looping: bool) -> tuple[Visit, ...]:
 class GPT(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.config, self.input, self.head, self.skip = c, Input(c), Head(c), Skip()
+        self.config, self.input, self.head, self.skip = c, TokenEmbedding(c), OutputHead(c), Skip()
         self.embed = nn.Parameter(torch.empty(c.vocab_size, c.model_dim))  # also the output matrix
         lanes_from = c.parallel_start_layer or c.num_layers
-        self.blocks = nn.ModuleList((LaneBlock if i >= lanes_from else Block)(c, i) for i in range(c.num_layers))
+        self.blocks = nn.ModuleList((ParallelBlock if i >= lanes_from else Block)(c, i) for i in range(c.num_layers))
         pairs = sum(v.saves for v in layer_plan(c, looping=True))
         self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim)) if pairs else None
         self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
@@ -627,7 +637,7 @@ class GPT(nn.Module):
     def hidden(
         self,
         tokens: Tensor,
-        place: Segments | Chunk | None = None,
+        place: Segments | CachedContext | None = None,
         adapter: Adapter | None = None,
         looping: bool = True,
     ) -> Tensor:
@@ -635,13 +645,13 @@ class GPT(nn.Module):
         1), else in every row. A chunk's tokens are the one before it and its own, its states (B, T - 1, D) its own."""
         positions = torch.arange(tokens.size(1), device=tokens.device) if place is None else place.positions
         x0 = self.input(tokens, positions, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
-        if isinstance(place, Chunk):  # the token before was only needed for its embedding
+        if isinstance(place, CachedContext):  # the token before was only needed for its embedding
             x0, positions = x0[:, 1:], positions[1:]
-        rope = rotary(positions, self.config.rope_dims, self.config.rope_base)
+        rope = rope_angles(positions, self.config.rope_dims, self.config.rope_base)
         a, m, saved = x0.clone(), None, []  # a clone, lest a visit sees one tensor twice; m: the second lane
         for i, visit in enumerate(layer_plan(self.config, looping)):
-            block, deltas = self.blocks[visit.block], NO_DELTAS if adapter is None else adapter.visits[i]
-            past = place.visits[i] if isinstance(place, Chunk) else place
+            block, deltas = self.blocks[visit.block], NO_LORA if adapter is None else adapter.visits[i]
+            past = place.visits[i] if isinstance(place, CachedContext) else place
             m = a if block.lanes and m is None else m
             if visit.skip is not None:
                 a = self.skip(a, saved.pop(), self.skip_weight[visit.skip], self.skip_gate[visit.skip])
@@ -721,7 +731,7 @@ class Dist:
             torch_dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
         return cls(rank, world, f"cuda:{local}" if use_gpu else "cpu")
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         if self.world > 1:
             torch_dist.all_reduce(x)
         return x
@@ -729,7 +739,7 @@ class Dist:
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum (n, ...) over ranks and keep this rank's n / world rows."""
         if self.world == 1 or not x.is_cuda:  # gloo has no reduce-scatter
-            return self.sum_(x).chunk(self.world)[self.rank]
+            return self.all_reduce(x).chunk(self.world)[self.rank]
         out = x.new_empty(len(x) // self.world, *x.shape[1:])
         torch_dist.reduce_scatter_tensor(out, x)
         return out
@@ -742,21 +752,21 @@ class Dist:
         torch_dist.all_gather_into_tensor(out, x.contiguous())
         return out
 
-    def agree(self, *values: float) -> list[float]:
+    def broadcast(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
         box = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
             torch_dist.broadcast(box, src=0)
         return box.tolist()
 
-    def largest(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         box = torch.tensor(value, dtype=torch.float64)
         if self.world > 1:
             torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
         return box.item()
 
     def barrier(self) -> None:
-        self.largest(0.0)
+        self.all_reduce_max(0.0)
 
     def finish_kernels(self) -> None:
         if self.device.type == "cuda":
@@ -1020,7 +1030,7 @@ def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndar
     return np.repeat(starts, pieces) + nth * seq_len
 
 
-class Packed(NamedTuple):
+class MicroBatch(NamedTuple):
     """One forward pass of packed text."""
 
     tokens: Tensor  # (1, N) int64
@@ -1028,7 +1038,7 @@ class Packed(NamedTuple):
     segments: Segments
 
 
-def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> Packed:
+def make_micro_batch(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> MicroBatch:
     """Arrays (N,), (N,), (S,) -> device tensors; the copy does not wait for the GPU."""
     sizes = np.diff(starts, append=len(tokens))
     positions, ends = np.arange(len(tokens)) - np.repeat(starts, sizes), np.repeat(starts + sizes, sizes)
@@ -1038,12 +1048,14 @@ def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device
     ]
     if device.type == "cuda":
         parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
-    return Packed(parts[0][None], parts[1][None], Segments(parts[2], parts[3]))
+    return MicroBatch(parts[0][None], parts[1][None], Segments(parts[2], parts[3]))
 
 
-def pack_text(text: np.ndarray, run: RunConfig, device: torch.device) -> Packed:
+def text_micro_batch(text: np.ndarray, run: RunConfig, device: torch.device) -> MicroBatch:
     """Whole training rows of N tokens, and one more: (N + 1,)."""
-    return pack_row(text[:-1], text[1:], segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len), device)
+    return make_micro_batch(
+        text[:-1], text[1:], segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len), device
+    )
 
 
 class TrainingStream:
@@ -1056,7 +1068,7 @@ class TrainingStream:
         self.ends = np.cumsum([len(s) for s in self.shards])
         self.begins = self.ends - [len(s) for s in self.shards]
         self.total = int(self.ends[-1]) - run.holdout_tokens  # what is chosen is chosen on text that nobody trains on
-        self.rows_per_pass, self.passes = deal_rows(run, dist.world)
+        self.micro_batch_rows, self.passes = split_batch(run, dist.world)
         self.worker, self.ahead = ThreadPoolExecutor(1), {}  # {number of a batch: its Future}, what is fetched already
         require(BOS in self.shards[0][: 1 << 24], f"{self.paths[0]}: no BOS ({BOS}); prepare the data again", DataError)
         row, held = run.train_row_tokens, run.holdout_tokens
@@ -1085,20 +1097,20 @@ class TrainingStream:
         check_vocabulary(self.paths[-1], text, self.vocab_size)
         return split_documents(text, np.ones(len(text), np.int64))
 
-    def _load(self, batch: int) -> list[Packed]:
-        rows = self.rows_per_pass * self.run.train_row_tokens
+    def _load(self, batch: int) -> list[MicroBatch]:
+        rows = self.micro_batch_rows * self.run.train_row_tokens
         first = batch * self.run.train_batch_tokens + self.dist.rank * self.passes * rows
         starts = range(first, first + self.passes * rows, rows)
-        return [pack_text(self.read(start, rows + 1), self.run, self.dist.device) for start in starts]
+        return [text_micro_batch(self.read(start, rows + 1), self.run, self.dist.device) for start in starts]
 
-    def batch(self, number: int) -> list[Packed]:
+    def batch(self, number: int) -> list[MicroBatch]:
         """This rank's micro-batches of a batch; the next one is fetched meanwhile."""
         this = self.ahead.get(number) or self.worker.submit(self._load, number)
         self.ahead = {number + 1: self.worker.submit(self._load, number + 1)}
         return this.result()
 
 
-def deal_rows(run: RunConfig, world: int) -> tuple[int, int]:
+def split_batch(run: RunConfig, world: int) -> tuple[int, int]:
     """(rows of one forward pass, passes of a step) on each rank."""
     rows = run.train_batch_tokens // run.train_row_tokens
     nearest = max(1, round(rows / world)) * world * run.train_row_tokens
@@ -1194,7 +1206,7 @@ class MuonAdam:
         for n, ps in zip(self.share, self.stacks, strict=True):
             g, padding = torch.stack([p.grad for p in ps]), n * self.dist.world - len(ps)
             shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
-        flat = self.dist.sum_(torch.cat([p.grad.flatten() for p in self.dense]))
+        flat = self.dist.all_reduce(torch.cat([p.grad.flatten() for p in self.dense]))
         dense = [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in self.dense]), self.dense, strict=True)]
         each = [
             self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[: len(ps)]  # matrix by matrix,
@@ -1276,7 +1288,7 @@ def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
     require(body[:8] == CONTAINER_MAGIC, f"{what}: not a file of this program, begins with {body[:8]!r}", DataError)
     if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
         raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
-    with believing_nothing(what):
+    with untrusted(what):
         end = at + int.from_bytes(body[at - 4 : at], "little")
         header = json.loads(decompress(body[at:end], MAX_HEADER_BYTES))
         require(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
@@ -1288,7 +1300,7 @@ def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
 def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
     (header, at), tensors = read_header(data, what), {}
-    with believing_nothing(what):
+    with untrusted(what):
         room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)  # for all of them, lest a small file fill the memory
         for name, kind, shape, size in header["tensors"]:
             require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
@@ -1298,7 +1310,7 @@ def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def believing_nothing(what: str) -> Iterator[None]:
+def untrusted(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is the file's fault."""
     try:
         yield
@@ -1372,7 +1384,7 @@ class Trainer:
     def __init__(self, model: GPT, run: RunConfig, dist: Dist, origin: Mapping[str, Any]):
         self.model, self.run, self.dist = model, run, dist
         self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
-        self.replay = Replay() if dist.device.type == "cuda" and run.compile and triton else None
+        self.replay = CUDAGraphs() if dist.device.type == "cuda" and run.compile and triton else None
         self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
         self.identity = {
             "kind": "checkpoint",
@@ -1385,7 +1397,7 @@ class Trainer:
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
 
-    def learn_from(self, part: Packed, looping: bool) -> Tensor:
+    def forward_backward(self, part: MicroBatch, looping: bool) -> Tensor:
         """Add a micro-batch's gradients to those that are there -> its part of the batch's mean loss, nats."""
 
         def work(tokens: Tensor, targets: Tensor, *segments: Tensor) -> Tensor:
@@ -1397,13 +1409,13 @@ class Trainer:
         given = part.tokens, part.targets, *part.segments
         return work(*given) if self.replay is None else self.replay(looping, work, *given)
 
-    def step_on(self, batch: Sequence[Packed], progress: float, looping: bool) -> Tensor:
+    def train_step(self, batch: Sequence[MicroBatch], progress: float, looping: bool) -> Tensor:
         """One optimizer step on this rank's micro-batches -> mean loss of all ranks, nats per token, on the device."""
         total = torch.zeros((), device=self.dist.device)
         for part in batch:
-            total += self.learn_from(part, looping)
+            total += self.forward_backward(part, looping)
         self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
-        return self.dist.sum_(total)
+        return self.dist.all_reduce(total)
 
     def tensors(self) -> dict[str, Tensor]:
         state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
@@ -1432,29 +1444,29 @@ class Trainer:
             require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
         shapes, ours = ({name: t.shape for name, t in ts.items()} for ts in (tensors, self.tensors()))
         require(shapes == ours, f"RESUME={path}: its tensors are not those of this run", DataError)
-        with believing_nothing(path):
+        with untrusted(path):
             step, progress, seconds = int(meta["step"]), float(meta["progress"]), float(meta["seconds"])
         self.put(tensors, step)
         self.step, self.progress, self.seconds_before = step, progress, seconds
 
 
-def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[Packed]:
+def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[MicroBatch]:
     """A batch of this run's shapes that has nothing to do with any text, for compilation and warm-up."""
-    rows, passes = deal_rows(run, dist.world)
+    rows, passes = split_batch(run, dist.world)
     generator = np.random.default_rng(run.seed)
     text = generator.integers(2, vocab_size, rows * run.train_row_tokens + 1).astype(np.uint16)
     text[generator.random(len(text)) < 1 / 500] = BOS
-    return [pack_text(text, run, dist.device)] * passes
+    return [text_micro_batch(text, run, dist.device)] * passes
 
 
-def warm_up(trainer: Trainer, rehearse: Callable[[list[Packed]], float]) -> float:
-    """Compile both loop modes on random tokens, rehearse what follows, restore the trainer -> seconds to reserve."""
+def warm_up(trainer: Trainer, dry_run: Callable[[list[MicroBatch]], float]) -> float:
+    """Compile both loop modes on random tokens, dry_run what follows, restore the trainer -> seconds to reserve."""
     before, config = {name: t.clone() for name, t in trainer.tensors().items()}, trainer.model.config
     batch = random_batch(trainer.run, config.vocab_size, trainer.dist)
     for some in [batch[:1]] * bool(trainer.replay) + [batch] * trainer.run.warmup_steps:  # both modes run, then capture
         for looping in (False, True) if config.num_loops else (False,):
-            trainer.step_on(some, 0.0, looping)
-    reserve = rehearse(batch)
+            trainer.train_step(some, 0.0, looping)
+    reserve = dry_run(batch)
     trainer.put(before, 0)
     return reserve
 
@@ -1481,7 +1493,7 @@ def train(
     run, dist, history = trainer.run, trainer.dist, []
     pending, logged_at, saved_at = torch.zeros(()), trainer.seconds_before, trainer.seconds_before
     while True:
-        (seconds,) = dist.agree(trainer.seconds_before + watch.total(*TRAINING_CLOCK))
+        (seconds,) = dist.broadcast(trainer.seconds_before + watch.total(*TRAINING_CLOCK))
         progress = progress_at(run, trainer.step, seconds, reserve)
         if trainer.step:
             trainer.average.update(max(0.0, progress - trainer.progress))  # a resumed run may have a larger budget
@@ -1492,7 +1504,7 @@ def train(
         if progress >= 1.0:
             break
         looping = trainer.looping(progress)
-        loss = trainer.step_on(stream.batch(trainer.step), progress, looping)
+        loss = trainer.train_step(stream.batch(trainer.step), progress, looping)
         trainer.step += 1
         check_loss(pending.item(), trainer.step - 1, stream.vocab_size)  # read late: the GPU always has work queued
         pending = loss
@@ -1518,7 +1530,7 @@ def train(
 
 
 @torch.no_grad()
-def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> dict[str, Tensor]:
+def calibrate(model: GPT, batches: Iterable[Sequence[MicroBatch]], dist: Dist) -> dict[str, Tensor]:
     """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}."""
     matrices = {name: p for name, p in model.named_parameters() if param_role(name) != "scalar"}
     qkv = (".q.weight", ".k.weight", ".v.weight")  # the attention itself hears what goes into these at once
@@ -1539,7 +1551,7 @@ def calibrate(model: GPT, batches: Iterable[Sequence[Packed]], dist: Dist) -> di
             add("embed", model.hidden(tokens, segments))  # it is quantised as the output matrix that it also is
     for hook in hooks:
         hook.remove()
-    sums = {module: dist.sum_(h) for module, h in sums.items()}
+    sums = {module: dist.all_reduce(h) for module, h in sums.items()}
     return {name: sums[heard[name]] for name in matrices}
 
 
@@ -1621,7 +1633,9 @@ def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: D
         stored[name] = torch.zeros(p.shape, dtype=torch.int8, device=p.device)
         if i % dist.world == dist.rank:
             stored[name] = gptq(p, hessians[name], scale.float(), grid.qmax, run.gptq_damping)
-    return {name: dist.sum_(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())}
+    return {
+        name: dist.all_reduce(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())
+    }
 
 
 def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -> None:
@@ -1669,7 +1683,7 @@ def make_artifact(
             stored, estimate = quantise(model, hessians, run, dist, widen), entropy_bytes(weights, run, widen)
         with watch.phase("pack"):
             blob = pack(meta, stored, level=22) if dist.main else b""
-            size = int(dist.agree(len(blob))[0])
+            size = int(dist.broadcast(len(blob))[0])
         log(f"pack {attempt}: ranges x{widen:.4f}, {size} bytes, entropy of rounded weights {estimate:.0f} bytes")
         if size <= limit:
             return blob
@@ -1689,7 +1703,7 @@ def code() -> bytes:
 # Scoring: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
 
 
-class Tally:
+class ScoreTable:
     """Nats, scored targets and adaptation steps of every document."""
 
     def __init__(self, docs: Documents):
@@ -1701,10 +1715,10 @@ class Tally:
         self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
         self.counted += np.bincount(documents, minlength=len(self.docs))
 
-    def gathered(self, dist: Dist) -> Tally:
+    def all_reduced(self, dist: Dist) -> ScoreTable:
         """All ranks' sums, after checking that every target was scored exactly once."""
         for values in (self.nats, self.counted, self.updates):
-            values[:] = dist.sum_(torch.from_numpy(values)).numpy()
+            values[:] = dist.all_reduce(torch.from_numpy(values)).numpy()
         wrong = np.flatnonzero(self.counted != self.docs.lengths)
         assert len(wrong) == 0, f"documents {wrong[:5]}: {self.counted[wrong[:5]]} targets scored, not once each"
         return self
@@ -1732,15 +1746,15 @@ def windows(document: int, begin: int, end: int, context: int, stride: int) -> I
         begin, edge = edge, edge + stride
 
 
-class Scored(NamedTuple):
+class EvalRow(NamedTuple):
     """A packed row of windows: what to run, whose targets it holds and which of them count."""
 
-    packed: Packed
+    packed: MicroBatch
     documents: np.ndarray  # (N,)
     counted: np.ndarray  # (N,) bool
 
 
-def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
+def fill_rows(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     """Windows, in order, in rows of at most row_tokens."""
     rows, used = [], row_tokens
     for w in plan:
@@ -1752,9 +1766,9 @@ def row_plan(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     return rows
 
 
-def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[Scored]:
+def local_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[EvalRow]:
     """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow."""
-    size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, row_plan(plan, run.micro_batch_tokens)
+    size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, fill_rows(plan, run.micro_batch_tokens)
     if len(rows) == 1:
         size = min(size, -(-sum(w.end - w.start for w in rows[0]) // longest) * longest)
     for row in rows[dist.rank :: dist.world]:
@@ -1767,17 +1781,23 @@ def my_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist)
             documents[at : at + n], counted[at + w.first - w.start : at + n] = w.document, True
             at += n
         starts.extend(range(at, size, longest))  # of padding, which nothing attends to and nothing counts
-        yield Scored(pack_row(text, targets, np.array(starts), dist.device), documents, counted)
+        yield EvalRow(make_micro_batch(text, targets, np.array(starts), dist.device), documents, counted)
 
 
 @torch.no_grad()
 def score_static(
-    model: GPT, docs: Documents, chosen: Iterable[int], run: RunConfig, dist: Dist, tally: Tally, looping: bool = True
+    model: GPT,
+    docs: Documents,
+    chosen: Iterable[int],
+    run: RunConfig,
+    dist: Dist,
+    tally: ScoreTable,
+    looping: bool = True,
 ) -> None:
     """Score these documents without adaptation."""
     lengths = docs.lengths
     plan = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
-    for row in my_rows(docs, plan, run, dist):
+    for row in local_rows(docs, plan, run, dist):
         nll = model(*row.packed, looping=looping)[0].cpu().numpy()
         tally.add(row.documents[row.counted], nll[row.counted])
 
@@ -1792,7 +1812,7 @@ class Adapter:
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
         generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim**-0.5
 
-        def low_rank(target: str) -> LowRank | None:
+        def low_rank(target: str) -> LoRA | None:
             if target not in run.lora_targets:
                 return None
             d_out = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}.get(target, c.model_dim)
@@ -1800,10 +1820,12 @@ class Adapter:
             up = torch.zeros(documents, run.ttt_lora_rank, d_out, device=device)  # so it changes nothing at first
             self.starts += [start, up[0].clone()]
             scale = run.ttt_lora_alpha / run.ttt_lora_rank
-            return LowRank(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
+            return LoRA(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
 
         self.starts: list[Tensor] = []  # what every document's part of `tensors` begins with
-        self.visits = [Deltas(*(low_rank(target) for target in Deltas._fields)) for _ in layer_plan(c, looping=True)]
+        self.visits = [
+            LayerLoRA(*(low_rank(target) for target in LayerLoRA._fields)) for _ in layer_plan(c, looping=True)
+        ]
         self.head = low_rank("head")
 
     def tensors(self) -> list[Tensor]:
@@ -1816,7 +1838,7 @@ class Adapter:
             t.copy_(start)
 
 
-class AdaptRule:
+class TTTOptimizer:
     """The step of test-time training on tensors (B, ...): clipping, moments, decay and rate are each document's own."""
 
     def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
@@ -1857,7 +1879,7 @@ def per_document(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
+def chunk_learning_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
     """Learning rate of a step on a chunk: by a cosine over epochs, less where its entropy (B,) leaves the window."""
     rate = run.ttt_lr * (0.5 * (1 + math.cos(math.pi * epoch / run.ttt_epochs)) if run.ttt_cosine else 1.0)
     if entropy is None:
@@ -1866,11 +1888,11 @@ def chunk_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | f
     return rate * (entropy / low).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
 
 
-def wants_entropy(run: RunConfig) -> bool:
+def uses_entropy(run: RunConfig) -> bool:
     return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
 
 
-class SideBySide:
+class BatchedTTT:
     """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
     learns from it. No row reaches another. Earlier chunks are seen as the keys and values that they left in their turn,
     so that a step costs a chunk and not a window. On a GPU a step is replayed, captured for every size of the cache."""
@@ -1881,10 +1903,10 @@ class SideBySide:
         self.model, self.run, self.documents, self.device = model, run, documents, device
         self.room = run.eval_seq_len - run.ttt_chunk_tokens
         self.adapter = Adapter(model.config, run, documents, device)
-        self.rule = AdaptRule(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
-        self.caches, self.replay = {}, Replay() if device.type == "cuda" and run.compile else None  # caches by size
+        self.rule = TTTOptimizer(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
+        self.caches, self.replay = {}, CUDAGraphs() if device.type == "cuda" and run.compile else None  # caches by size
         self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
-        self.done_there = torch.zeros((), dtype=torch.int64, device=device)
+        self.position_on_device = torch.zeros((), dtype=torch.int64, device=device)
         self.begin()
 
     @torch.no_grad()
@@ -1892,7 +1914,7 @@ class SideBySide:
         self.adapter.begin()
         self.rule.begin()
         self.last.fill_(BOS)
-        self.done_there.zero_()
+        self.position_on_device.zero_()
         for past in (past for cache in self.caches.values() for past in cache):
             past.ring.zero_()  # `seen` hides what is there, but 0 times NaN is NaN
         self.done, self.size, self.past, self.scored, self.replaying = 0, 0, [], (), False  # tokens past, cache size
@@ -1907,7 +1929,7 @@ class SideBySide:
         if size not in self.caches:
             c = self.model.config
             shape = (2, self.documents, c.num_kv_heads, size, c.head_dim)
-            self.caches[size] = [Past(torch.zeros(shape, device=self.device)) for _ in self.adapter.visits]
+            self.caches[size] = [LayerKV(torch.zeros(shape, device=self.device)) for _ in self.adapter.visits]
         for old, new in zip(self.past, self.caches[size], strict=False):  # no cache yet, or one for one
             new.ring[..., : self.size, :].copy_(old.ring)
         self.past, self.size = self.caches[size], size
@@ -1916,11 +1938,11 @@ class SideBySide:
         """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
         n, self.tokens = tokens.size(1), tokens
         self.make_room(n)
-        held = torch.arange(self.size, device=self.device) < self.done_there
+        held = torch.arange(self.size, device=self.device) < self.position_on_device
         seen = torch.cat([held.expand(n, -1), held.new_ones(n, n).tril()], 1)
         for past in self.past:
             past.seen = seen
-        place = Chunk(self.done_there + torch.arange(-1, n, device=self.device), self.past)
+        place = CachedContext(self.position_on_device + torch.arange(-1, n, device=self.device), self.past)
         return self.model.hidden(torch.cat([self.last, tokens], 1), place, self.adapter)
 
     def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
@@ -1934,7 +1956,7 @@ class SideBySide:
         """Steps on the chunk that was scored last; which of its targets count: (B, C)."""
         self._do(self._learn, counted)
 
-    def move_on(self) -> None:
+    def advance(self) -> None:
         """The tokens that `hidden` or `score` saw last are past."""
         self._do(self._move_on)
         self.done += self.tokens.size(1)
@@ -1948,12 +1970,12 @@ class SideBySide:
     def _learn(self, counted: Tensor) -> None:
         (targets, x, nll), run, model, head = self.scored, self.run, self.model, self.adapter.head
         count = counted.sum(1).clamp(min=1)
-        entropy = (model.head.entropy(x, model.embed, head) * counted).sum(1) / count if wants_entropy(run) else None
+        entropy = (model.head.entropy(x, model.embed, head) * counted).sum(1) / count if uses_entropy(run) else None
         for epoch in range(run.ttt_epochs):
             nll = model.head(self.hidden(self.tokens), targets, model.embed, head) if epoch else nll
             loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
             grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
-            self.rule.step(self.adapter.tensors(), grads, chunk_rate(run, epoch, entropy))
+            self.rule.step(self.adapter.tensors(), grads, chunk_learning_rate(run, epoch, entropy))
 
     def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
         return self.replay((work.__name__, self.size), work, *inputs) if self.replaying else work(*inputs)
@@ -1962,15 +1984,17 @@ class SideBySide:
     def _move_on(self) -> None:
         if self.size:
             n = min(self.size, self.tokens.size(1))  # a chunk may be longer than what is kept
-            slots = (self.done_there + self.tokens.size(1) - n + torch.arange(n, device=self.device)) % self.size
+            slots = (
+                self.position_on_device + self.tokens.size(1) - n + torch.arange(n, device=self.device)
+            ) % self.size
             for past in self.past:
                 for ring, latest in zip(past.ring, past.latest, strict=True):
                     ring.index_copy_(2, slots, latest[:, :, -n:])
         self.last.copy_(self.tokens[:, -1:])
-        self.done_there += self.tokens.size(1)
+        self.position_on_device += self.tokens.size(1)
 
     @torch.no_grad()
-    def take_over(self, other: SideBySide, rows: Tensor) -> None:
+    def copy_rows(self, other: BatchedTTT, rows: Tensor) -> None:
         """Go on with these documents of another's, where they are."""
         self.begin()
         self.done = other.done
@@ -1988,18 +2012,18 @@ class SideBySide:
         ]  # (B, ...) each
         for new, old in zip(*lasting, strict=True):
             new.copy_(old[rows])
-        self.done_there.copy_(other.done_there)
+        self.position_on_device.copy_(other.position_on_device)
         self.rule.steps_done.copy_(other.rule.steps_done)
 
 
-def adapt_side_by_side(
+def score_batched(
     model: GPT,
     docs: Documents,
     group: Sequence[int],
     run: RunConfig,
     dist: Dist,
-    tally: Tally,
-    family: dict[int, SideBySide] | None = None,
+    tally: ScoreTable,
+    family: dict[int, BatchedTTT] | None = None,
 ) -> None:
     """Score documents that adapt side by side. When half of the rows have ended, the others go on in half as many."""
     chunk, lengths, family = run.ttt_chunk_tokens, docs.lengths, {} if family is None else family
@@ -2009,9 +2033,9 @@ def adapt_side_by_side(
         row[: lengths[i] + 1] = docs.span(i)
     tokens = torch.from_numpy(text).to(dist.device)  # (B, T + 1)
 
-    def learners_for(many: int) -> SideBySide:
+    def learners_for(many: int) -> BatchedTTT:
         if many not in family:
-            family[many] = SideBySide(model, run, many, dist.device)
+            family[many] = BatchedTTT(model, run, many, dist.device)
         return family[many]
 
     if len(rows) not in family:
@@ -2025,7 +2049,7 @@ def adapt_side_by_side(
             index = torch.from_numpy(kept).to(dist.device)
             rows, left, tokens, many = rows[kept], left[kept], tokens[index], learners
             learners = learners_for(len(rows))
-            learners.take_over(many, index)
+            learners.copy_rows(many, index)
         inside = np.arange(chunk) < left[:, None]  # (B, chunk)
         learn = end >= run.ttt_min_doc_tokens and bool(left.max() > chunk)
         nats = learners.score(tokens[:, first:end], tokens[:, first + 1 : end + 1], to_learn=learn)
@@ -2033,10 +2057,10 @@ def adapt_side_by_side(
         if learn:
             learners.learn(torch.from_numpy(inside).to(dist.device))
             tally.updates[rows[left > chunk]] += run.ttt_epochs
-        learners.move_on()
+        learners.advance()
 
 
-class StreamLearner:
+class SequentialTTT:
     """What adapts along a text: the weights, or one set of corrections. The ranks of `dist` share every chunk."""
 
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
@@ -2052,7 +2076,7 @@ class StreamLearner:
             self.tensors = [p.detach()[None] for p in self.leaves]  # one "document", sharing the weights' memory
             factors = {"down": run.ttt_lr_mult_mlp_out} | dict.fromkeys(("q", "k", "v", "up"), run.ttt_lr_mult_in)
             multipliers = [factors.get(name.removesuffix(".weight").split(".")[-1], 1.0) for name in named]
-        self.rule = AdaptRule(self.tensors, multipliers, run)
+        self.rule = TTTOptimizer(self.tensors, multipliers, run)
         self.begin = [t.detach().clone() for t in self.tensors]
 
     @torch.no_grad()
@@ -2060,10 +2084,10 @@ class StreamLearner:
         """Back to the artifact's weights, with nothing remembered."""
         for t, value in zip(self.tensors, self.begin, strict=True):
             t.copy_(value)
-        self.rule = AdaptRule(self.tensors, self.rule.multipliers, self.run)
+        self.rule = TTTOptimizer(self.tensors, self.rule.multipliers, self.run)
 
     @torch.no_grad()
-    def score(self, rows: Sequence[Scored], tally: Tally) -> Tensor | None:
+    def score(self, rows: Sequence[EvalRow], tally: ScoreTable) -> Tensor | None:
         """Score this rank's rows of a chunk -> sum of entropies (1,), if wanted."""
         model, delta = self.model, None if self.adapter is None else self.adapter.head
         total = torch.zeros(1, device=self.dist.device)
@@ -2071,21 +2095,21 @@ class StreamLearner:
             (tokens, targets, segments), counted = row.packed, row.counted
             x = model.hidden(tokens, segments, self.adapter)
             tally.add(row.documents[counted], model.head(x, targets, model.embed, delta)[0].cpu().numpy()[counted])
-            if wants_entropy(self.run):
+            if uses_entropy(self.run):
                 total += model.head.entropy(x, model.embed, delta)[0, torch.from_numpy(counted)].sum()
-        return total if wants_entropy(self.run) else None
+        return total if uses_entropy(self.run) else None
 
-    def learn(self, rows: Sequence[Scored], targets: int, entropy: Tensor | None) -> None:
+    def learn(self, rows: Sequence[EvalRow], targets: int, entropy: Tensor | None) -> None:
         """Steps on a chunk of this many targets, all of them scored."""
-        dist, entropy = self.dist, None if entropy is None else self.dist.sum_(entropy) / targets
+        dist, entropy = self.dist, None if entropy is None else self.dist.all_reduce(entropy) / targets
         for epoch in range(self.run.ttt_epochs):
             grads = [torch.zeros_like(leaf) for leaf in self.leaves]
             for row in rows:
                 nll, counted = self.model(*row.packed, self.adapter), torch.from_numpy(row.counted).to(dist.device)
                 loss = (nll * counted).sum() / targets
                 torch._foreach_add_(grads, list(torch.autograd.grad(loss, self.leaves, materialize_grads=True)))
-            grads = [dist.sum_(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
-            self.rule.step(self.tensors, grads, chunk_rate(self.run, epoch, entropy))
+            grads = [dist.all_reduce(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
+            self.rule.step(self.tensors, grads, chunk_learning_rate(self.run, epoch, entropy))
 
 
 def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
@@ -2104,11 +2128,11 @@ def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterato
         yield pieces
 
 
-def adapt_along(
-    learner: StreamLearner,
+def score_sequentially(
+    learner: SequentialTTT,
     docs: Documents,
     chosen: Sequence[int],
-    tally: Tally,
+    tally: ScoreTable,
     may_learn: Callable[[float], bool] = lambda left: True,
 ) -> int:
     """Score these documents one after another, learning from every chunk once it is scored, until `may_learn` of the
@@ -2119,7 +2143,7 @@ def adapt_along(
             (first, begin, _), lengths = pieces[0], docs.lengths
             pieces = [(i, begin * (i == first), int(lengths[i])) for i in chosen[list(chosen).index(first) :]]
             degraded = len(pieces)
-        rows = my_rows(
+        rows = local_rows(
             docs, (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride)), run, learner.dist
         )
         rows, targets = list(rows) if learning else rows, sum(end - begin for _, begin, end in pieces)
@@ -2134,7 +2158,7 @@ def adapt_along(
     return degraded
 
 
-def ttt_plan(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
+def plan_rounds(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
     """Rounds of groups of documents, a group for each rank, longest documents first; it changes no score."""
     order = np.argsort(-lengths, kind="stable").tolist()
     batch = min(batch, -(-len(order) // world))
@@ -2151,8 +2175,8 @@ def static_costs(lengths: np.ndarray, run: RunConfig) -> np.ndarray:
     )
 
 
-def group_cost(lengths: np.ndarray, run: RunConfig) -> float:
-    """Token passes of documents (B,) that adapt as in adapt_side_by_side, or one by one; to foretell seconds."""
+def batched_cost(lengths: np.ndarray, run: RunConfig) -> float:
+    """Token passes of documents (B,) that adapt as in score_batched, or one by one; to foretell seconds."""
     rows, total, chunk, launches = len(lengths), 0.0, run.ttt_chunk_tokens, 1400  # tokens that take a GPU as long
     for first in range(0, int(lengths.max(initial=0)), chunk):
         left = int((lengths > first).sum())
@@ -2174,9 +2198,14 @@ class Evaluation:
 
     def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
         self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
-        self.seconds, self.tally, self.degraded, self.family = seconds, Tally(docs), 0, {}
-        self.static_costs, self.static_rate = static_costs(docs.lengths, run), math.inf  # found in the warm-up, as is
-        self.slowness = 0.0  # seconds per token pass of a group that adapts; the rate is of passes without, per second
+        self.seconds, self.tally, self.degraded, self.family = seconds, ScoreTable(docs), 0, {}
+        self.static_costs, self.static_tokens_per_s = (
+            static_costs(docs.lengths, run),
+            math.inf,
+        )  # found in the warm-up, as is
+        self.seconds_per_token = (
+            0.0  # seconds per token pass of a group that adapts; the rate is of passes without, per second
+        )
         model.requires_grad_(run.ttt_params == "full")
 
     def warm_up(self) -> None:
@@ -2187,57 +2216,57 @@ class Evaluation:
         few = range(len(docs))[: run.micro_batch_tokens // length + 1 if on_gpu else 1]
         for _ in range(2):  # the second time is the speed, the first compiles
             began = time.perf_counter()
-            score_static(self.model, docs, few, run, alone, Tally(docs))
-            self.static_rate = static_costs(docs.lengths[few], run).sum() / (time.perf_counter() - began)
+            score_static(self.model, docs, few, run, alone, ScoreTable(docs))
+            self.static_tokens_per_s = static_costs(docs.lengths[few], run).sum() / (time.perf_counter() - began)
         if not run.ttt_enabled or not on_gpu:
             return
         if not run.batched_ttt:
             short = dataclasses.replace(run, ttt_chunk_tokens=context)  # so that there is something to learn for
-            adapt_along(StreamLearner(self.model, short, alone), docs, range(len(docs)), Tally(docs))
+            score_sequentially(SequentialTTT(self.model, short, alone), docs, range(len(docs)), ScoreTable(docs))
             return
         for text in (docs, random_documents(self.model.config.vocab_size, many, min(length, 512))):
             began = time.perf_counter()
-            adapt_side_by_side(self.model, text, range(many), run, alone, Tally(text), self.family)
-            self.slowness = (time.perf_counter() - began) / group_cost(text.lengths, run)
+            score_batched(self.model, text, range(many), run, alone, ScoreTable(text), self.family)
+            self.seconds_per_token = (time.perf_counter() - began) / batched_cost(text.lengths, run)
 
-    def score(self) -> Tally:
+    def score(self) -> ScoreTable:
         """Every target of every document -> the tally of all ranks."""
         if not self.run.ttt_enabled:
             score_static(self.model, self.docs, range(len(self.docs)), self.run, self.dist, self.tally)
         elif self.run.ttt_scope == "document":
             self._score_documents()
         else:  # a stream, whose every chunk the ranks share
-            learner = StreamLearner(self.model, self.run, self.dist)
+            learner = SequentialTTT(self.model, self.run, self.dist)
             cost = self.static_costs.sum() / self.docs.lengths.sum()  # of a target
-            self.degraded = adapt_along(
+            self.degraded = score_sequentially(
                 learner, self.docs, range(len(self.docs)), self.tally, lambda left: self._time_left(left * cost)
             )
-        return self.tally.gathered(self.dist)
+        return self.tally.all_reduced(self.dist)
 
     def _time_left(self, rest: float, next_seconds: float = 0.0) -> bool:
         """Whether `next_seconds` of adaptation leave time for `rest` token passes without it; all ranks agree."""
         limit = self.run.eval_seconds * 0.98
-        after = self.seconds() + next_seconds + 1.5 * rest / self.static_rate / self.dist.world
-        return not limit or self.dist.largest(after) <= limit
+        after = self.seconds() + next_seconds + 1.5 * rest / self.static_tokens_per_s / self.dist.world
+        return not limit or self.dist.all_reduce_max(after) <= limit
 
     def _score_documents(self) -> None:
         """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
         run, dist, lengths = self.run, self.dist, self.docs.lengths
-        learner = None if run.batched_ttt else StreamLearner(self.model, run, Dist(device=dist.device))
-        rounds = ttt_plan(lengths, dist.world, run.ttt_batch_docs if run.batched_ttt else 1)
-        costs = [max(group_cost(lengths[group], run) for group in groups) for groups in rounds]
+        learner = None if run.batched_ttt else SequentialTTT(self.model, run, Dist(device=dist.device))
+        rounds = plan_rounds(lengths, dist.world, run.ttt_batch_docs if run.batched_ttt else 1)
+        costs = [max(batched_cost(lengths[group], run) for group in groups) for groups in rounds]
         began, spent, told = self.seconds(), 0.0, 0.0
         for n, groups in enumerate(rounds):
             rest = [i for later in rounds[n:] for group in later for i in group]
-            slowness = (self.seconds() - began) / spent if spent else self.slowness
-            if not self._time_left(self.static_costs[rest].sum(), slowness * costs[n]):
+            seconds_per_token = (self.seconds() - began) / spent if spent else self.seconds_per_token
+            if not self._time_left(self.static_costs[rest].sum(), seconds_per_token * costs[n]):
                 self.degraded = len(rest)
                 self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
                 return score_static(self.model, self.docs, rest, run, dist, self.tally)
             if learner is None and groups[dist.rank]:
-                adapt_side_by_side(self.model, self.docs, groups[dist.rank], run, dist, self.tally, self.family)
+                score_batched(self.model, self.docs, groups[dist.rank], run, dist, self.tally, self.family)
             for i in groups[dist.rank] if learner is not None else ():
-                adapt_along(learner, self.docs, [i], self.tally)
+                score_sequentially(learner, self.docs, [i], self.tally)
             spent += costs[n]
             if self.seconds() - told > 10:
                 told = self.seconds()
@@ -2329,7 +2358,7 @@ def describe_knobs() -> str:
 LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
 
 
-class Plan(NamedTuple):
+class Setup(NamedTuple):
     """What is known before anything is paid for."""
 
     model: ModelConfig
@@ -2350,7 +2379,7 @@ def predicted_bytes(model: GPT, run: RunConfig) -> float:
     return total
 
 
-def check_setup(plan: Plan, say: Callable[[str], None]) -> None:
+def check_setup(plan: Setup, say: Callable[[str], None]) -> None:
     """Say what will be run, and refuse what cannot be: data, disk, devices, bytes."""
     model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
     free, need = shutil.disk_usage(".").free, 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
@@ -2372,7 +2401,7 @@ def check_setup(plan: Plan, say: Callable[[str], None]) -> None:
         return
     say(
         f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
-        f"{run.train_batch_tokens} a step, in {plan.stream.passes} passes of {plan.stream.rows_per_pass} rows per rank"
+        f"{run.train_batch_tokens} a step, {plan.stream.passes} passes of {plan.stream.micro_batch_rows} rows per rank"
     )
     with torch.device("meta"):
         sketch = GPT(model)
@@ -2416,7 +2445,7 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
         raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
 
 
-def load_artifact(path: Path, plan: Plan) -> GPT:
+def load_artifact(path: Path, plan: Setup) -> GPT:
     """The model that a file holds, built from that file alone."""
     meta, stored = unpack(read_file(path), str(path))
     config, tokenizer = stored_config(meta, str(path)), str(meta.get("tokenizer"))
@@ -2430,26 +2459,26 @@ def load_artifact(path: Path, plan: Plan) -> GPT:
     return restore(GPT(config).to(plan.dist.device), stored, str(path))
 
 
-def static_tally(model: GPT, plan: Plan, looping: bool = True, docs: Documents | None = None) -> Tally:
+def score_all_static(model: GPT, plan: Setup, looping: bool = True, docs: Documents | None = None) -> ScoreTable:
     """The score of the validation set, or of other documents, without adaptation."""
-    tally = Tally(plan.validation if docs is None else docs)
+    tally = ScoreTable(plan.validation if docs is None else docs)
     score_static(model, tally.docs, range(len(tally.docs)), plan.run, plan.dist, tally, looping)
-    return tally.gathered(plan.dist)
+    return tally.all_reduced(plan.dist)
 
 
-def average_is_better(trainer: Trainer, plan: Plan, docs: Documents, log: Log) -> bool:
+def average_is_better(trainer: Trainer, plan: Setup, docs: Documents, log: Log) -> bool:
     """Whether the average of the weights or the last of them is read out: what scores better on held-out text."""
     if not len(docs):
         return True
-    last = static_tally(trainer.model, plan, docs=docs).nats.sum()
+    last = score_all_static(trainer.model, plan, docs=docs).nats.sum()
     with trainer.average.applied():
-        average = static_tally(trainer.model, plan, docs=docs).nats.sum()
+        average = score_all_static(trainer.model, plan, docs=docs).nats.sum()
     targets = len(docs.tokens) - 1
     log(f"{len(docs)} held-out documents: average {average / targets:.5f}, last {last / targets:.5f} nats a token")
     return bool(average <= last)
 
 
-def write_documents(path: Path, tally: Tally, static: Tally) -> None:
+def write_documents(path: Path, tally: ScoreTable, static: ScoreTable) -> None:
     """What every document scored, in the order of the validation set, for those who compare runs."""
     out, docs = io.BytesIO(), tally.docs
     np.savez_compressed(
@@ -2464,7 +2493,7 @@ def write_documents(path: Path, tally: Tally, static: Tally) -> None:
     write_atomically(path, [out.getvalue()])
 
 
-def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
+def train_and_pack(plan: Setup, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
     """Everything from random weights to an artifact on the disk -> what the result says of it."""
     run, dist, stream = plan.run, plan.dist, plan.stream
     with watch.phase("set-up"):
@@ -2481,7 +2510,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
         }
         trainer = Trainer(model, run, dist, origin)
 
-        def rehearse(batch: list[Packed]) -> float:
+        def dry_run(batch: list[MicroBatch]) -> float:
             """Time what follows training, with senseless text and weights, and compile the scoring of validation."""
             if not run.max_wallclock_seconds:
                 return 0.0
@@ -2492,12 +2521,12 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
             make_artifact(model, hessians, run, dist, trial, origin, Log(None))
             for phase in ("compile", "choose"):
                 with trial.phase(phase):
-                    static_tally(model, plan, docs=Documents(np.minimum(held.tokens, BOS + 1), *held[1:]))
+                    score_all_static(model, plan, docs=Documents(np.minimum(held.tokens, BOS + 1), *held[1:]))
             reserve = trial.total("calibrate") * run.gptq_calibration_batches
             reserve += 2 * trial.total("choose", "quantise", "pack")
-            return dist.largest(1.15 * reserve + 0.5)
+            return dist.all_reduce_max(1.15 * reserve + 0.5)
 
-        reserve, limit = warm_up(trainer, rehearse), run.max_wallclock_seconds or math.inf
+        reserve, limit = warm_up(trainer, dry_run), run.max_wallclock_seconds or math.inf
         require(reserve < limit, f"MAX_WALLCLOCK_SECONDS={limit:g}: quantising and packing take {reserve:.1f} of them")
         if run.resume:
             trainer.load(run.resume)
@@ -2512,15 +2541,15 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
             watch,
             reserve,
             checkpoint=path.with_suffix(".ckpt"),
-            validate=lambda: static_tally(model, plan, trainer.looping(trainer.progress)).bits_per_byte,
+            validate=lambda: score_all_static(model, plan, trainer.looping(trainer.progress)).bits_per_byte,
         )
     with watch.phase("validate"):
-        last_bpb = static_tally(model, plan).bits_per_byte
+        last_bpb = score_all_static(model, plan).bits_per_byte
     with watch.phase("choose"):
         readout = "average" if average_is_better(trainer, plan, held, log) else "last"
     with trainer.average.applied() if readout == "average" else contextlib.nullcontext():
         with watch.phase("validate"):
-            prequant_bpb = static_tally(model, plan).bits_per_byte
+            prequant_bpb = score_all_static(model, plan).bits_per_byte
         log(f"before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}")
         with watch.phase("calibrate"):
             batches = (stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
@@ -2543,7 +2572,7 @@ def train_and_pack(plan: Plan, log: Log, watch: Stopwatch, path: Path) -> dict[s
     }
 
 
-def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
+def evaluate(plan: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
     """Read an artifact from the disk and score it -> what the result says of it."""
     run, dist, docs = plan.run, plan.dist, plan.validation
     with watch.phase("unpack"):
@@ -2559,7 +2588,7 @@ def evaluate(plan: Plan, log: Log, watch: Stopwatch, path: Path, run_id: str) ->
         strict = bpb * counted_bytes / kept
         log(f"this tokenizer is lossy: over the {kept} bytes that survive it, val_bpb is {strict:.5f}")
     with watch.phase("score without adaptation"):
-        static = static_tally(model, plan) if run.ttt_enabled else tally
+        static = score_all_static(model, plan) if run.ttt_enabled else tally
     if dist.main:
         write_documents(LOGS / f"{run_id}.docs.npz", tally, static)
     adapted = f" ttt_bpb:{bpb:.5f}" if run.ttt_enabled else ""
@@ -2595,7 +2624,7 @@ def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> No
     write_atomically(path, [json.dumps(result, indent=1).encode()])
 
 
-def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
+def make_setup(model: ModelConfig, run: RunConfig, dist: Dist) -> Setup:
     """Open and check all that the run will read."""
     if run.artifact:  # its own configuration counts, whatever the environment says of the model
         header, _ = read_header(read_file(run.artifact), run.artifact)
@@ -2603,7 +2632,7 @@ def make_plan(model: ModelConfig, run: RunConfig, dist: Dist) -> Plan:
     tokenizer = load_tokenizer(run, model.vocab_size)
     validation = load_validation(run.data_path, model.vocab_size, tokenizer)
     stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
-    return Plan(model, run, dist, tokenizer, validation, stream)
+    return Setup(model, run, dist, tokenizer, validation, stream)
 
 
 def prepare_torch(run: RunConfig, device: torch.device) -> None:
@@ -2620,10 +2649,10 @@ def run_all(only_check: bool) -> None:
     model, run = read_env()
     dist = Dist.from_env(run.device)
     prepare_torch(run, dist.device)
-    watch, started = Stopwatch(dist), time.localtime(*dist.agree(time.time()))
+    watch, started = Stopwatch(dist), time.localtime(*dist.broadcast(time.time()))
     run_id = run.run_id or time.strftime("%Y%m%d_%H%M%S", started)
     with watch.phase("load"):
-        plan = make_plan(model, run, dist)
+        plan = make_setup(model, run, dist)
         lines: list[str] = []
         check_setup(plan, lines.append)
     log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
@@ -2721,7 +2750,7 @@ def turned(
 
 
 @jit
-def prepare_kernel(
+def qk_norm_rope_kernel(
     qkv_ptr,
     gain_ptr,
     cos_ptr,
@@ -2930,12 +2959,12 @@ def walk(width: int) -> dict[str, int]:
     return dict(num_warps=4, num_stages=3 if width < 128 else 2)
 
 
-class PackedAttention(torch.autograd.Function):
-    """The kernels above; `attend_plainly` is their twin."""
+class FusedAttention(torch.autograd.Function):
+    """The kernels above; `attention_reference` is their twin."""
 
     @staticmethod
     def forward(
-        ctx, qkv: Tensor, gain: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, segments: Segments, heads: Heads
+        ctx, qkv: Tensor, gain: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, segments: Segments, heads: HeadLayout
     ) -> Tensor:
         """(N, (H + 2 K) h), (H,), (N, H), cosine and sine (N, rope_dims / 2) -> (N, H h)"""
         N, (_, H, K, h) = len(qkv), heads
@@ -2943,7 +2972,7 @@ class PackedAttention(torch.autograd.Function):
         gain = torch.cat([gain * (math.log2(math.e) * h**-0.5), gain.new_ones(K)])  # scores come in units of log 2
         qk, y, out = (qkv.new_empty(N, n * h) for n in (H + K, H, H))
         lse, tiles = torch.empty(H, N, device=qkv.device), -(-N // TILE_TOKENS)
-        prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, qk, qkv, gain, N, False, H, K, h, cos.size(1), **PASS)
+        qk_norm_rope_kernel[(tiles, H + K)](qkv, gain, cos, sin, qk, qkv, gain, N, False, H, K, h, cos.size(1), **PASS)
         attention_forward_kernel[(tiles, H)](qk, qkv, gate, segments.positions, y, out, lse, N, *heads, **walk(h))
         ctx.save_for_backward(qkv, gain, gate, cos, sin, qk, y, lse, *segments)
         ctx.heads = heads
@@ -2958,7 +2987,9 @@ class PackedAttention(torch.autograd.Function):
         attention_output_kernel[(tiles, K)](qkv, gate, y, d_out, d_y, d_gate, d_qkv, drift, N, *ctx.heads, **PASS)
         attention_query_kernel[(tiles, H)](qk, qkv, lse, positions, d_y, drift, d_qk, N, H, K, h, **walk(h))
         attention_key_kernel[(tiles, K)](qk, qkv, lse, positions, ends, d_y, drift, d_qk, d_qkv, N, H, K, h, **walk(h))
-        prepare_kernel[(tiles, H + K)](qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **PASS)
+        qk_norm_rope_kernel[(tiles, H + K)](
+            qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **PASS
+        )
         return d_qkv, d_gain.sum(0)[:H] * (math.log2(math.e) * h**-0.5), d_gate, None, None, None, None
 
 
@@ -3002,8 +3033,8 @@ def loss_kernel(
         tl.store(nll_ptr + token, lse - capped(tl.load(z_ptr + target), cap))
 
 
-class CappedLoss(torch.autograd.Function):
-    """The kernel above; `loss_plainly` is its twin."""
+class FusedLoss(torch.autograd.Function):
+    """The kernel above; `loss_reference` is its twin."""
 
     @staticmethod
     def forward(ctx, z: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -3062,7 +3093,7 @@ def launch_mlp(x: Tensor, w: Tensor, h: Tensor, out: Tensor, back: bool, slope: 
     mlp_kernel[(tiles,)](*parts, len(w), x.size(1), back, slope, MLP_TILE, MLP_DEPTH, num_warps=4, num_stages=4)
 
 
-class PackedMLP(torch.autograd.Function):
+class FusedMLP(torch.autograd.Function):
     """The kernel above and the products around it; its twin is in `MLP`."""
 
     @staticmethod
@@ -3127,13 +3158,13 @@ def mix_kernel(
     tl.store(d_mix_ptr + width, d_add, col < width)
 
 
-class PackedMix(torch.autograd.Function):
-    """`mix_plainly`, with the kernel above on the way back."""
+class FusedMix(torch.autograd.Function):
+    """`mix_reference`, with the kernel above on the way back."""
 
     @staticmethod
     def forward(ctx, x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, x0, mix, scale)
-        y, n, first = mix_plainly(x, x0, mix, scale, gating)
+        y, n, first = mix_reference(x, x0, mix, scale, gating)
         return y, n, first.contiguous()
 
     @staticmethod
@@ -3151,7 +3182,7 @@ class PackedMix(torch.autograd.Function):
 # Appendix: CUDA graphs
 
 
-class Replay:
+class CUDAGraphs:
     """CUDA graphs of work(*inputs), as a GPU would wait for Python to start thousands of small kernels. Under a new key
     it runs as it is, which warms up; then it is captured, then replayed, all on a stream of its own. What lasts must
     change in place, nothing may be read from the GPU, and a replay overwrites the result of the last."""
@@ -3183,7 +3214,7 @@ class Replay:
 # main
 
 
-def end_quickly(grace_s: float = 3.0) -> None:
+def install_signal_handlers(grace_s: float = 3.0) -> None:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt; a thread ends a rank that waits in a collective and never sees it."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
@@ -3210,7 +3241,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments not in ([], ["--check-setup"]):
         print(f"unknown argument {arguments[0]!r}; settings are environment variables, see --help", file=sys.stderr)
         return 2
-    end_quickly()
+    install_signal_handlers()
     try:
         run_all(only_check=bool(arguments))
     except (UserError, OSError) as error:

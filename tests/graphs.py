@@ -31,7 +31,7 @@ class Graph(TorchDispatchMode):
 
 
 def pretend(monkeypatch) -> list[Graph]:
-    """Let train_gpt.Replay work on this CPU -> the graphs that it captures."""
+    """Let train_gpt.CUDAGraphs work on this CPU -> the graphs that it captures."""
     captured: list[Graph] = []
 
     @contextlib.contextmanager

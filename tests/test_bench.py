@@ -42,7 +42,7 @@ def test_torchs_kernels_know_where_segments_begin(tiny_run, tiny_data):
     run, dist = tiny_run(), g.Dist()
     with bench.torch_kernels(run.train_seq_len):
         segments = g.random_batch(run, 64, dist)[0].segments
-        assert not g.kernels_serve(segments.positions)
+        assert not g.use_kernels(segments.positions)
     begins = (segments.positions == 0).nonzero()[:, 0].tolist()
     assert segments.bounds[: len(begins)].tolist() == begins
     assert set(segments.bounds[len(begins) :].tolist()) == {len(segments.positions)}

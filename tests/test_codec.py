@@ -93,8 +93,8 @@ def scored_bits(predictor: codec.Predictor, documents: list[list[int]], **change
     stream = np.array([BOS, *(token for document in documents for token in document)], np.uint16)
     starts = np.flatnonzero(stream == BOS)  # the last one begins nothing
     docs = train_gpt.Documents(stream, np.ones(len(stream), np.int64), starts)
-    tally, run = train_gpt.Tally(docs), dataclasses.replace(predictor.run, **changes)
-    train_gpt.adapt_side_by_side(predictor.model, docs, range(len(docs)), run, train_gpt.Dist(), tally)
+    tally, run = train_gpt.ScoreTable(docs), dataclasses.replace(predictor.run, **changes)
+    train_gpt.score_batched(predictor.model, docs, range(len(docs)), run, train_gpt.Dist(), tally)
     assert tally.counted.tolist() == [len(document) for document in documents]
     return tally.nats.sum() / math.log(2)
 
@@ -299,7 +299,7 @@ def test_contents_that_cannot_be_are_refused(artifact, compressed):
 
 
 def test_a_decoder_that_learns_otherwise_finds_no_text(artifact, compressed, monkeypatch):
-    monkeypatch.setattr(train_gpt.SideBySide, "learn", lambda self, counted: None)
+    monkeypatch.setattr(train_gpt.BatchedTTT, "learn", lambda self, counted: None)
     with pytest.raises(DataError, match="not the encoder's"):
         codec.decompress(artifact, codec.unpack_file(compressed, "it"))
 

@@ -310,7 +310,7 @@ def test_segments_start_where_a_plain_loop_starts_them(tokens, row_tokens, seq_l
 
 def test_a_packed_row_says_where_attention_restarts():
     tokens, targets = np.arange(2, 9, dtype=np.uint16), np.arange(3, 10, dtype=np.uint16)
-    packed = train_gpt.pack_row(tokens, targets, np.array([0, 2, 3]), torch.device("cpu"))
+    packed = train_gpt.make_micro_batch(tokens, targets, np.array([0, 2, 3]), torch.device("cpu"))
     assert packed.tokens.tolist() == [tokens.tolist()] and packed.targets.tolist() == [targets.tolist()]
     assert packed.tokens.dtype == packed.targets.dtype == torch.int64
     assert packed.segments.positions.tolist() == [0, 1, 0, 0, 1, 2, 3]
@@ -437,16 +437,16 @@ def test_rows_are_dealt_evenly_or_the_nearest_valid_batch_is_named(rows, world, 
         )
 
     if rows % world == 0:
-        rows_per_pass, passes = train_gpt.deal_rows(run(rows), world)
-        assert rows_per_pass * passes * world == rows and rows_per_pass <= micro
-        more = [n for n in range(rows_per_pass + 1, micro + 1) if (rows // world) % n == 0]
+        micro_batch_rows, passes = train_gpt.split_batch(run(rows), world)
+        assert micro_batch_rows * passes * world == rows and micro_batch_rows <= micro
+        more = [n for n in range(micro_batch_rows + 1, micro + 1) if (rows // world) % n == 0]
         assert more == []  # no larger pass would fit
         return
     with pytest.raises(ConfigError) as error:
-        train_gpt.deal_rows(run(rows), world)
+        train_gpt.split_batch(run(rows), world)
     named = int(str(error.value).rpartition(" ")[2])
     assert f"TRAIN_BATCH_TOKENS={rows * 32}" in str(error.value) and f"{world} ranks" in str(error.value)
-    assert train_gpt.deal_rows(run(named // 32), world)  # it is valid
+    assert train_gpt.split_batch(run(named // 32), world)  # it is valid
     assert abs(named // 32 - rows) == min(abs(n - rows) for n in range(world, rows + world + 1, world))
 
 

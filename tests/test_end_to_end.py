@@ -236,8 +236,8 @@ def test_a_flipped_byte_ends_with_status_2(first):
 def test_a_world_that_does_not_divide_the_batch_gets_the_nearest_that_it_does(rows, world, nearest):
     run = g.RunConfig(train_batch_tokens=rows * 64, train_row_tokens=64)
     with pytest.raises(g.ConfigError, match=f"nearest valid batch is {nearest * 64}$"):
-        g.deal_rows(run, world)
-    assert g.deal_rows(g.RunConfig(train_batch_tokens=nearest * 64, train_row_tokens=64), world)
+        g.split_batch(run, world)
+    assert g.split_batch(g.RunConfig(train_batch_tokens=nearest * 64, train_row_tokens=64), world)
 
 
 # ---- again, elsewhere, and on two ranks -------------------------------------
@@ -276,7 +276,7 @@ import weakref, torch, train_gpt as g
 g.torch_dist.init_process_group("gloo", store=g.torch_dist.HashStore(), rank=0, world_size=1)
 group, ranks = weakref.ref(g.torch_dist.group.WORLD), g.Dist(0, 2)
 import torch._dynamo  # as compiling does, and some optimizers
-ranks.sum_(torch.ones(1))
+ranks.all_reduce(torch.ones(1))
 ranks.close()
 assert group() is None, "somebody holds the group, and it its threads"
 """

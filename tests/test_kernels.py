@@ -57,15 +57,15 @@ def attention_pair(N, H, K, h, dims, starts, device, dtype, exclusive=True):
     qkv, gain, gate, slope = (torch.randn(shape, generator=random) for shape in shapes)
     gain, slope = gain.to(device) + 2.0, slope.to(device, dtype)
     inputs = [qkv.to(device, dtype), gain, gate.sigmoid().to(device, dtype)]
-    row, heads = np.zeros(N, np.uint16), g.Heads(exclusive, H, K, h)
-    segments = g.pack_row(row, row, np.array(starts), torch.device(device)).segments
-    rope = g.rotary(segments.positions, dims, 100.0)
+    row, heads = np.zeros(N, np.uint16), g.HeadLayout(exclusive, H, K, h)
+    segments = g.make_micro_batch(row, row, np.array(starts), torch.device(device)).segments
+    rope = g.rope_angles(segments.positions, dims, 100.0)
 
     def ours(qkv, gain, gate):
-        return g.PackedAttention.apply(qkv, gain, gate, *(t[:, 0] for t in rope), segments, heads)
+        return g.FusedAttention.apply(qkv, gain, gate, *(t[:, 0] for t in rope), segments, heads)
 
     def twin(qkv, gain, gate):
-        return g.attend_plainly(qkv[None], gain, gate[None], rope, segments, heads)[0]
+        return g.attention_reference(qkv[None], gain, gate[None], rope, segments, heads)[0]
 
     found = []
     for f, kind in ((ours, dtype), (twin, torch.float32)):  # rounded like ours, the twin would err more than it
@@ -81,7 +81,7 @@ def loss_pair(tokens, vocab, cap, device, dtype):
     z = (8 * torch.randn(tokens, vocab, generator=random)).to(device, dtype).requires_grad_()
     targets, slope = torch.randint(vocab, (tokens,), generator=random).to(device), torch.arange(tokens, device=device)
     found = []
-    for f in (g.CappedLoss.apply, g.loss_plainly):
+    for f in (g.FusedLoss.apply, g.loss_reference):
         nll = f(z, targets, cap)
         found.append([nll, *torch.autograd.grad(nll, [z], slope.float())])
     return *found, "nll d_z"
@@ -107,7 +107,7 @@ def mlp_pair(N, D, W, slope, device, dtype):
     def twin(x, up, down, slope):
         return F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down)
 
-    return both(g.PackedMLP.apply, twin, (x, up, down), (d_y,), (slope,), "y d_x d_up d_down")
+    return both(g.FusedMLP.apply, twin, (x, up, down), (d_y,), (slope,), "y d_x d_up d_down")
 
 
 def mix_pair(B, T, D, gating, device, dtype):
@@ -115,7 +115,7 @@ def mix_pair(B, T, D, gating, device, dtype):
     x, x0, d_y, d_n = (torch.randn(B, T, D, generator=random).to(device, dtype) for _ in range(4))
     d_first, mix = torch.randn(B, T, gating, generator=random).to(device, dtype), torch.randn(2, D, generator=random)
     given = (x, x0, mix.to(device)), (d_y, d_n, d_first), (torch.tensor(0.7, device=device), gating)
-    return both(g.PackedMix.apply, g.mix_plainly, *given, "y n gating d_x d_x0 d_mix")
+    return both(g.FusedMix.apply, g.mix_reference, *given, "y n gating d_x d_x0 d_mix")
 
 
 @on_cpu
@@ -139,11 +139,11 @@ def test_a_pass_with_all_kernels_learns_what_one_without_learns(tiny_config, mon
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn(p.shape))
     row = np.zeros(70, np.uint16)
-    segments = g.pack_row(row, row, np.array([0, 9, 64]), torch.device("cpu")).segments
+    segments = g.make_micro_batch(row, row, np.array([0, 9, 64]), torch.device("cpu")).segments
     found, names = [], [name for name, _ in model.named_parameters()]
     monkeypatch.setattr(g, "MIX_PROGRAMS", 3)
     for ours in (True, False):
-        monkeypatch.setattr(g, "kernels_serve", lambda _, ours=ours: ours)
+        monkeypatch.setattr(g, "use_kernels", lambda _, ours=ours: ours)
         nll = model(tokens, targets, segments)
         found.append([nll, *torch.autograd.grad(nll.sum(), list(model.parameters()))])
     close(*found, "nll " + " ".join(names), 1e-4)
@@ -152,11 +152,11 @@ def test_a_pass_with_all_kernels_learns_what_one_without_learns(tiny_config, mon
 @on_cpu
 def test_the_kernels_of_training_serve_nobody_else(tiny_config, monkeypatch):
     """Without gradients, and where corrections alone adapt, the MLP and the mix are those that calibration hears."""
-    monkeypatch.setattr(g, "kernels_serve", lambda _: True)
+    monkeypatch.setattr(g, "use_kernels", lambda _: True)
     x, weight = torch.zeros(1), torch.nn.Parameter(torch.zeros(1))
-    assert g.kernels_train(x, weight) and not g.kernels_train(x, weight.detach())
+    assert g.use_training_kernels(x, weight) and not g.use_training_kernels(x, weight.detach())
     with torch.no_grad():
-        assert not g.kernels_train(x, weight)
+        assert not g.use_training_kernels(x, weight)
 
 
 @on_cpu
@@ -191,7 +191,7 @@ def test_what_the_kernels_cannot_do_is_said_at_the_start(
     tiny_data, tiny_config, tiny_run, monkeypatch, capability, head_dim, triton, said
 ):
     config = dataclasses.replace(tiny_config, model_dim=head_dim * tiny_config.num_heads)
-    plan = g.make_plan(config, tiny_run(), g.Dist())._replace(dist=g.Dist(device="cuda"), stream=None)
+    plan = g.make_setup(config, tiny_run(), g.Dist())._replace(dist=g.Dist(device="cuda"), stream=None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(g, "triton", g.triton if triton else None)
@@ -229,12 +229,12 @@ made = lambda *shape: torch.zeros(shape, dtype=torch.bfloat16, requires_grad=Tru
 for width in map(int, sys.argv[2:]):
     t, angles = torch.zeros(128, dtype=torch.int32), torch.zeros(128, 8)
     given = made(128, 8 * width), torch.ones(4, requires_grad=True), made(128, 4), angles, angles
-    g.PackedAttention.apply(*given, g.Segments(t, t), g.Heads(True, 4, 2, width)).sum().backward()
-g.PackedMLP.apply(made(256, 512), made(2048, 512), made(512, 2048), 0.5).sum().backward()
+    g.FusedAttention.apply(*given, g.Segments(t, t), g.HeadLayout(True, 4, 2, width)).sum().backward()
+g.FusedMLP.apply(made(256, 512), made(2048, 512), made(512, 2048), 0.5).sum().backward()
 mix = torch.ones(2, 512, requires_grad=True)
-sum(t.sum() for t in g.PackedMix.apply(made(1, 64, 512), made(1, 64, 512), mix, torch.ones(()), 12)).backward()
+sum(t.sum() for t in g.FusedMix.apply(made(1, 64, 512), made(1, 64, 512), mix, torch.ones(()), 12)).backward()
 z = made(2, 8192)
-g.CappedLoss.apply(z, torch.zeros(2, dtype=torch.int64), 30.0).sum().backward()
+g.FusedLoss.apply(z, torch.zeros(2, dtype=torch.int64), 30.0).sum().backward()
 """
 
 

@@ -35,7 +35,7 @@ def some_tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 def packed(tokens: torch.Tensor, starts: list[int]) -> g.Segments:
     """The segments of a packed row (1, N)."""
     text = tokens[0].numpy()
-    return g.pack_row(text, text, np.array(starts), torch.device("cpu")).segments
+    return g.make_micro_batch(text, text, np.array(starts), torch.device("cpu")).segments
 
 
 def embedded(model: g.GPT, tokens: torch.Tensor) -> torch.Tensor:
@@ -63,8 +63,8 @@ def test_the_network_learns_the_same_through_kernels_and_through_their_twins(mon
         return [nll.detach(), *torch.autograd.grad(nll.square().sum(), list(model.parameters()))]
 
     twins = nll_and_gradients()
-    monkeypatch.setattr(g, "kernels_serve", lambda x: True)
-    for twin in ("attend_plainly", "loss_plainly"):
+    monkeypatch.setattr(g, "use_kernels", lambda x: True)
+    for twin in ("attention_reference", "loss_reference"):
         monkeypatch.delattr(g, twin)
     for name, a, b in zip(["nll", *dict(model.named_parameters())], nll_and_gradients(), twins, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")
@@ -172,7 +172,7 @@ def test_attention_is_a_masked_softmax(kv_heads, starts):
 
 def test_rotation_is_a_complex_product():
     x, positions, dims, base = torch.randn(2, 7, 3, 10), torch.tensor([0, 1, 2, 0, 1, 5, 1000]), 6, 100.0
-    got = g.rotate(x, *g.rotary(positions, dims, base)).double().numpy()
+    got = g.apply_rope(x, *g.rope_angles(positions, dims, base)).double().numpy()
     z = x[..., :3].double().numpy() + 1j * x[..., 3:6].double().numpy()
     angle = positions.numpy()[:, None, None] * base ** (-np.arange(3) / 3)
     z = z * np.exp(1j * angle)
@@ -185,8 +185,8 @@ def test_exclusive_attention_says_nothing_of_its_own_value(exclusive):
     attention = lively(xsa_last_n=5 if exclusive else 0).blocks[0].attention
     attention.o.weight.data = torch.eye(32)
     n = torch.randn(2, 12, 32)
-    rope = g.rotary(torch.arange(12), 4, 10000.0)
-    y = attention(n, n[..., : attention.gate_width], torch.ones(32), rope, None, g.NO_DELTAS).view(2, 12, 4, 8)
+    rope = g.rope_angles(torch.arange(12), 4, 10000.0)
+    y = attention(n, n[..., : attention.gate_width], torch.ones(32), rope, None, g.NO_LORA).view(2, 12, 4, 8)
     own = attention.v(n).view(2, 12, 2, 8).repeat_interleave(2, 2)
     said = (y * own).sum(-1).abs()
     assert (said.max() < 1e-5) if exclusive else (said.mean() > 0.1)
@@ -236,9 +236,9 @@ def test_a_block_is_its_formula(index):
     model = lively()
     block, c = model.blocks[index], model.config
     a, m, x0 = torch.randn(3, 1, 20, 32)
-    rope = g.rotary(torch.arange(20), c.rope_dims, c.rope_base)
+    rope = g.rope_angles(torch.arange(20), c.rope_dims, c.rope_base)
     streams = (a, m) if block.lanes else (a,)
-    got = block(*streams, x0, rope, None, g.NO_DELTAS)
+    got = block(*streams, x0, rope, None, g.NO_LORA)
     exact = [None if x is None else x[0].double().numpy() for x in (a, m if block.lanes else None, x0)]
     want = block_reference(block, c, index, *exact)
     assert block.lanes == (index >= 3)
@@ -269,7 +269,7 @@ def test_the_head_is_its_formula():
 def test_the_trunk_is_wired_as_planned():
     """The seven visits of this configuration, written out."""
     model, tokens = lively(), some_tokens(2, 16)
-    blocks, rope = model.blocks, g.rotary(torch.arange(16), 4, 10000.0)
+    blocks, rope = model.blocks, g.rope_angles(torch.arange(16), 4, 10000.0)
     x0 = embedded(model, tokens)
 
     def taken_back(x, saved, row):
@@ -277,7 +277,7 @@ def test_the_trunk_is_wired_as_planned():
         return part * x + (1 - part) * model.skip_weight[row] * saved
 
     def run(index, *streams):
-        return blocks[index](*streams, x0, rope, None, g.NO_DELTAS)
+        return blocks[index](*streams, x0, rope, None, g.NO_LORA)
 
     one = run(0, x0)
     two = run(1, one)
@@ -342,7 +342,7 @@ def test_everything_off_is_a_plain_transformer():
     assert [v.block for v in g.layer_plan(model.config, looping=True)] == [0, 1, 2, 3, 4]
     x = x0 = g.norm(model.embed[some_tokens(1, 9)])
     for block in model.blocks:
-        x = block(x, x0, g.rotary(torch.arange(9), 0, 10000.0), None, g.NO_DELTAS)
+        x = block(x, x0, g.rope_angles(torch.arange(9), 0, 10000.0), None, g.NO_LORA)
     torch.testing.assert_close(model.hidden(some_tokens(1, 9)), g.norm(x))
 
 
@@ -393,23 +393,23 @@ def test_initial_weights_follow_from_the_seed_alone():
 # ---- compilation and adapters -----------------------------------------------
 
 
-def some_deltas(rows: int, config: g.ModelConfig, rank: int = 3) -> g.Deltas:
+def some_deltas(rows: int, config: g.ModelConfig, rank: int = 3) -> g.LayerLoRA:
     width = {"k": config.kv_dim, "v": config.kv_dim}
 
-    def delta(target: str) -> g.LowRank:
-        return g.LowRank(torch.randn(rows, 32, rank) / 6, torch.randn(rows, rank, width.get(target, 32)) / 6, 0.7)
+    def delta(target: str) -> g.LoRA:
+        return g.LoRA(torch.randn(rows, 32, rank) / 6, torch.randn(rows, rank, width.get(target, 32)) / 6, 0.7)
 
-    return g.Deltas(*map(delta, g.Deltas._fields))
+    return g.LayerLoRA(*map(delta, g.LayerLoRA._fields))
 
 
 @pytest.mark.parametrize("index", [2, 4])
 def test_blocks_compile_without_a_graph_break(index):
     model = lively()
-    block, rope = model.blocks[index], g.rotary(torch.arange(10), 4, 10000.0)
+    block, rope = model.blocks[index], g.rope_angles(torch.arange(10), 4, 10000.0)
     streams = torch.randn(3 if block.lanes else 2, 2, 10, 32).unbind()
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="eager", fullgraph=True)
-    for deltas in (g.NO_DELTAS, some_deltas(2, model.config)):
+    for deltas in (g.NO_LORA, some_deltas(2, model.config)):
         torch.testing.assert_close(compiled(*streams, rope, None, deltas), block(*streams, rope, None, deltas))
 
 
@@ -438,7 +438,9 @@ def test_a_new_adapter_changes_nothing():
 def test_every_correction_is_used():
     model, text = lively(), some_tokens(3, 25)
     adapter = new_adapter(model, 3)
-    ups = {f"visit {i} {t}": getattr(visit, t).up for i, visit in enumerate(adapter.visits) for t in g.Deltas._fields}
+    ups = {
+        f"visit {i} {t}": getattr(visit, t).up for i, visit in enumerate(adapter.visits) for t in g.LayerLoRA._fields
+    }
     ups |= {"head": adapter.head.up}
     assert len(ups) == 7 * 5 + 1
     model(text[:, :-1], text[:, 1:], adapter=adapter).sum().backward()
@@ -449,15 +451,15 @@ def test_every_correction_is_used():
 @pytest.mark.parametrize("target", ["q", "k", "v", "o"])
 def test_a_correction_is_a_change_of_the_weight(index, target):
     model = lively()
-    block, rope = model.blocks[index], g.rotary(torch.arange(10), 4, 10000.0)
+    block, rope = model.blocks[index], g.rope_angles(torch.arange(10), 4, 10000.0)
     streams = torch.randn(3 if block.lanes else 2, 2, 10, 32).unbind()
     delta = getattr(some_deltas(2, model.config), target)
-    corrected = torch.stack([*block(*streams, rope, None, g.Deltas(**{target: delta}))]).view(-1, 2, 10, 32)
+    corrected = torch.stack([*block(*streams, rope, None, g.LayerLoRA(**{target: delta}))]).view(-1, 2, 10, 32)
     weight = getattr(block.attention, target).weight
     original = weight.clone()
     for row in range(2):  # each row has a correction of its own
         weight.data = original + 0.7 * (delta.down[row] @ delta.up[row]).mT
-        merged = torch.stack([*block(*streams, rope, None, g.NO_DELTAS)]).view(-1, 2, 10, 32)
+        merged = torch.stack([*block(*streams, rope, None, g.NO_LORA)]).view(-1, 2, 10, 32)
         torch.testing.assert_close(corrected[:, row], merged[:, row], rtol=1e-4, atol=1e-4)
 
 
@@ -469,7 +471,7 @@ def test_corrections_of_mlp_and_head_stand_beside_them():
     scale = torch.rand(32)
     torch.testing.assert_close(mlp(x, scale, delta), mlp(x, scale) + scale * beside, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mlp(x, scale), mlp(x, torch.ones(32)) * scale, rtol=1e-4, atol=1e-4)
-    head_delta = g.LowRank(delta.down, torch.randn(2, 3, 64) / 6, 0.7)
+    head_delta = g.LoRA(delta.down, torch.randn(2, 3, 64) / 6, 0.7)
     for row in range(2):
         merged = model.embed + 0.7 * (head_delta.down[row] @ head_delta.up[row]).mT
         got, want = model.head(x, targets, model.embed, head_delta)[row], model.head(x, targets, merged)[row]

@@ -310,8 +310,8 @@ def test_tensors_that_do_not_fit_the_network_are_refused(tiny_config, stored, ca
 
 
 @pytest.fixture
-def plan(tiny_data, tiny_config, tiny_run) -> train_gpt.Plan:
-    return train_gpt.make_plan(tiny_config, tiny_run(), Dist())
+def plan(tiny_data, tiny_config, tiny_run) -> train_gpt.Setup:
+    return train_gpt.make_setup(tiny_config, tiny_run(), Dist())
 
 
 @pytest.fixture
@@ -380,7 +380,7 @@ def test_a_run_refuses_an_artifact_without_a_vocabulary_before_anything_else(pla
     path = write_artifact(tmp_path, meta | {"model": model}, stored)
     run = dataclasses.replace(plan.run, artifact=str(path))
     with pytest.raises(DataError) as error:
-        train_gpt.load_artifact(path, train_gpt.make_plan(plan.model, run, Dist()))
+        train_gpt.load_artifact(path, train_gpt.make_setup(plan.model, run, Dist()))
     assert str(path) in str(error.value)
 
 
@@ -532,7 +532,7 @@ def test_bad_input_is_refused_with_what_was_found(whole_folder, tiny_env, tmp_pa
     env, change, mentioned = BAD[case]
     change(whole_folder)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt, "end_quickly", lambda: None)  # it would take over this process's signals
+    monkeypatch.setattr(train_gpt, "install_signal_handlers", lambda: None)  # it would take over this process's signals
     for name, value in tiny_env(CUBLAS_WORKSPACE_CONFIG=":4096:8", **env).items():
         monkeypatch.setenv(name, value)
     deterministic = torch.are_deterministic_algorithms_enabled()

@@ -37,14 +37,14 @@ def a_model(seed: int = 0) -> g.GPT:
     return model
 
 
-def a_batch(seed: int, rows: int = 2) -> list[g.Packed]:
+def a_batch(seed: int, rows: int = 2) -> list[g.MicroBatch]:
     """Micro-batches of packed text, three documents in each."""
     rng, packs = np.random.default_rng(seed), []
     for _ in range(rows):
         text = rng.integers(2, CONFIG.vocab_size, 65).astype(np.uint16)
         text[[0, 20, 50]] = g.BOS
         starts = g.segment_starts(text[:-1], 64, 32)
-        packs.append(g.pack_row(text[:-1], text[1:], starts, torch.device("cpu")))
+        packs.append(g.make_micro_batch(text[:-1], text[1:], starts, torch.device("cpu")))
     return packs
 
 

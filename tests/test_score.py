@@ -49,7 +49,7 @@ def documents(*lengths: int, seed: int = 0) -> g.Documents:
     return g.split_documents(tokens, (tokens != g.BOS).astype(np.int64))
 
 
-class Recorder(g.Tally):
+class Recorder(g.ScoreTable):
     """Keeps every target's nats, in the order of their booking."""
 
     def __init__(self, docs):
@@ -106,7 +106,7 @@ def test_no_input_loses_more_context_than_a_stride(length, shape):
 @given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12), room=st.integers(CONTEXT, 150))
 def test_rows_hold_all_windows_in_order_and_waste_no_room(lengths, room):
     plan = [w for i, n in enumerate(lengths) for w in g.windows(i, 0, n, CONTEXT, STRIDE)]
-    rows = g.row_plan(plan, room)
+    rows = g.fill_rows(plan, room)
     sizes = [[w.end - w.start for w in row] for row in rows]
     assert [w for row in rows for w in row] == plan
     assert all(sum(row) <= room for row in sizes)
@@ -119,7 +119,7 @@ def test_a_row_holds_its_windows_and_counts_their_targets_alone(lengths, tokens)
     plan = [w for i, n in enumerate(docs.lengths) for w in g.windows(i, 0, int(n), CONTEXT, STRIDE)]
     seen = []
     for row, (packed, owner, counted) in zip(
-        g.row_plan(plan, tokens), g.my_rows(docs, plan, run, g.Dist()), strict=True
+        g.fill_rows(plan, tokens), g.local_rows(docs, plan, run, g.Dist()), strict=True
     ):
         bounds, size = [0, *packed.segments.ends.unique().tolist()], len(counted)
         assert packed.tokens.shape == packed.targets.shape == (1, size) and bounds[0] == 0 and bounds[-1] == size
@@ -182,9 +182,9 @@ def test_only_the_chosen_documents_are_scored(model):
 
 def test_a_complete_tally_is_accepted():
     docs = documents(3, 2)
-    tally = g.Tally(docs)
+    tally = g.ScoreTable(docs)
     tally.add(np.array([0, 1, 0, 0, 1, 0]), np.ones(6, np.float32))
-    assert tally.gathered(g.Dist()).nats.tolist() == [4, 2]
+    assert tally.all_reduced(g.Dist()).nats.tolist() == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -193,22 +193,22 @@ def test_a_complete_tally_is_accepted():
     ids=["twice", "never", "one too many for one too few", "nothing"],
 )
 def test_a_target_counted_twice_or_never_is_refused(booked):
-    tally = g.Tally(documents(3, 2))
+    tally = g.ScoreTable(documents(3, 2))
     tally.add(np.array(booked, np.int64), np.ones(len(booked), np.float32))
     with pytest.raises(AssertionError, match="not once each"):
-        tally.gathered(g.Dist())
+        tally.all_reduced(g.Dist())
 
 
 def test_bits_per_byte_by_hand():
     docs = g.split_documents(np.array([1, 5, 6, 1, 7], np.uint16), np.array([9, 3, 2, 0, 1]))  # the first has no target
-    tally = g.Tally(docs)
+    tally = g.ScoreTable(docs)
     tally.add(np.array([0, 0, 0, 1]), np.log(np.array([2.0, 4.0, 2.0, 16.0])))
     assert tally.bits_per_byte == pytest.approx((1 + 2 + 1 + 4) / (3 + 2 + 0 + 1), rel=1e-12)
 
 
 def test_sums_are_kept_in_double_precision():
     docs = documents(2)
-    tally = g.Tally(docs)
+    tally = g.ScoreTable(docs)
     tally.add(np.zeros(1, np.int64), np.array([2.0**24], np.float32))
     tally.add(np.zeros(1, np.int64), np.array([1.0], np.float32))
     assert tally.nats[0] == 2**24 + 1

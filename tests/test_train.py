@@ -173,12 +173,12 @@ def test_warming_up_leaves_no_trace(settings):
     trainer.optimizer.steps_done = 0
     before = everything(trainer)
 
-    def rehearse(batch: list[g.Packed]) -> float:
+    def dry_run(batch: list[g.MicroBatch]) -> float:
         rehearsed.extend(batch)
         assert differing(before, everything(trainer)) != []  # it did train
         return 3.5
 
-    assert g.warm_up(trainer, rehearse) == 3.5
+    assert g.warm_up(trainer, dry_run) == 3.5
     assert [tuple(p.tokens.shape) for p in rehearsed] == [(1, 128)] * 2  # the shapes of a real batch
     assert differing(before, everything(trainer)) == []
     assert trainer.optimizer.steps_done == 0 and not any(p.grad.any() for p in trainer.model.parameters())
@@ -201,7 +201,7 @@ def test_replayed_passes_learn_what_others_do(settings, monkeypatch):
     g.warm_up(plain, lambda batch: 0.0)
     expected = go(plain)[0]
     captured = pretend(monkeypatch)
-    replayed.replay = g.Replay()
+    replayed.replay = g.CUDAGraphs()
     g.warm_up(replayed, lambda batch: 0.0)
     assert len(captured) == 2 and go(replayed)[0] == expected and len(captured) == 2
     assert not any(graph.fresh for graph in captured) and differing(everything(plain), everything(replayed)) == []
@@ -226,7 +226,7 @@ def test_passes_are_captured_before_the_clock_and_after_both_loop_modes_have_run
     monkeypatch.setattr(g, "attend", attend_segments)
     captured, ran_before = pretend(monkeypatch), []
     trainer, capture = new_trainer(settings(micro_batch_tokens=256)), torch.cuda.graph
-    trainer.replay = g.Replay()
+    trainer.replay = g.CUDAGraphs()
 
     def graph(*given, **options):
         ran_before.append(len(trainer.replay.graphs))
@@ -239,7 +239,7 @@ def test_passes_are_captured_before_the_clock_and_after_both_loop_modes_have_run
 
 def test_inputs_of_another_shape_are_captured_apart(monkeypatch):
     captured = pretend(monkeypatch)
-    replay = g.Replay()
+    replay = g.CUDAGraphs()
     for shape in [(3, 4), (3, 4), (3, 1), (3, 4), (3, 1), (3, 4)]:
         x = torch.randn(shape)
         torch.testing.assert_close(replay("key", lambda x: 2 * x, x), 2 * x)
@@ -259,7 +259,7 @@ def test_a_captured_pass_is_freed_at_once(settings, monkeypatch):
     """Not when Python next looks for cycles: a graph that is freed while another is captured ends that capture."""
     monkeypatch.setattr(g, "attend", attend_segments)
     captured, trainer = pretend(monkeypatch), new_trainer(settings())
-    trainer.replay = g.Replay()
+    trainer.replay = g.CUDAGraphs()
     g.warm_up(trainer, lambda batch: 0.0)
     held = [weakref.ref(graph) for graph in captured]
     captured.clear()

@@ -93,7 +93,7 @@ def documents(*texts: list[int]) -> g.Documents:
 MIXED = documents(*(document(n, seed=n) for n in (45, 9, 34, 1, 0, 26)))
 
 
-class Recorder(g.Tally):
+class Recorder(g.ScoreTable):
     """Keeps every target's nats in the order of their booking, and what `state` gives at each booking."""
 
     def __init__(self, docs, state=lambda: None):
@@ -124,7 +124,7 @@ def of_mixed(name: str) -> Recorder:
     return score(MIXED, **SYSTEMS[name])
 
 
-def bits(tally: g.Tally) -> np.ndarray:
+def bits(tally: g.ScoreTable) -> np.ndarray:
     """Bits per byte of every document; a byte a token, and one more so that none divides by zero."""
     return tally.nats / math.log(2) / (tally.docs.target_bytes() + 1)
 
@@ -137,7 +137,7 @@ def static() -> Recorder:
 @pytest.fixture
 def steps(monkeypatch) -> list[SimpleNamespace]:
     """Every step of adaptation: learning rates, gradients, and the tensors before and after."""
-    taken, step = [], g.AdaptRule.step
+    taken, step = [], g.TTTOptimizer.step
 
     def watched(rule, tensors, grads, lr):
         before, given = [t.detach().clone() for t in tensors], [x.clone() for x in grads]
@@ -146,7 +146,7 @@ def steps(monkeypatch) -> list[SimpleNamespace]:
         lr = torch.zeros(len(given[0])) + lr
         taken.append(SimpleNamespace(lr=lr, grads=given, before=before, change=change, rule=rule))
 
-    monkeypatch.setattr(g.AdaptRule, "step", watched)
+    monkeypatch.setattr(g.TTTOptimizer, "step", watched)
     return taken
 
 
@@ -182,7 +182,7 @@ def test_the_order_of_a_group_changes_nothing(name):
     """Whichever rows end first, what the others have learnt stays theirs."""
     tally = Recorder(MIXED)
     model = random_model().requires_grad_(False)
-    g.adapt_side_by_side(model, MIXED, [4, 1, 5, 3, 0, 2], run_config(**SYSTEMS[name]), g.Dist(), tally)
+    g.score_batched(model, MIXED, [4, 1, 5, 3, 0, 2], run_config(**SYSTEMS[name]), g.Dist(), tally)
     np.testing.assert_allclose(bits(tally), bits(of_mixed(name)), rtol=0, atol=1e-6)
 
 
@@ -334,9 +334,9 @@ def states(docs: g.Documents, monkeypatch, **knobs) -> tuple[list[np.ndarray], l
     monkeypatch.setattr(g, "Adapter", remembered)
     tally = Recorder(docs, lambda: digest([t[:1] for t in adapters[-1].tensors()] if adapters else model.parameters()))
     if run.batched_ttt:
-        g.adapt_side_by_side(model, docs, [0], run, g.Dist(), tally)
+        g.score_batched(model, docs, [0], run, g.Dist(), tally)
     else:
-        g.adapt_along(g.StreamLearner(model, run, g.Dist()), docs, [0], tally)
+        g.score_sequentially(g.SequentialTTT(model, run, g.Dist()), docs, [0], tally)
     monkeypatch.setattr(g, "Adapter", plain)
     return tally.by_document[0], tally.states
 
@@ -375,13 +375,13 @@ def test_earlier_scores_are_the_same_to_the_last_bit(name, cut, monkeypatch):
 
 def test_entropy_scales_the_rate_in_proportion_outside_the_window():
     run = run_config(ttt_lr=0.5, ttt_entropy_low=2.0, ttt_entropy_high=4.0)
-    rate = g.chunk_rate(run, 0, torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0]))
+    rate = g.chunk_learning_rate(run, 0, torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 4.0, 8.0]))
     assert rate.tolist() == pytest.approx([0.0, 0.125, 0.25, 0.5, 0.5, 0.5, 0.25])
     only_high = run_config(ttt_lr=0.5, ttt_entropy_high=4.0)
-    assert g.chunk_rate(only_high, 0, torch.tensor([0.1, 8.0])).tolist() == pytest.approx([0.5, 0.25])
+    assert g.chunk_learning_rate(only_high, 0, torch.tensor([0.1, 8.0])).tolist() == pytest.approx([0.5, 0.25])
     only_low = run_config(ttt_lr=0.5, ttt_entropy_low=2.0)
-    assert g.chunk_rate(only_low, 0, torch.tensor([1.0, 80.0])).tolist() == pytest.approx([0.25, 0.5])
-    assert not g.wants_entropy(run_config()) and g.wants_entropy(only_high) and g.wants_entropy(only_low)
+    assert g.chunk_learning_rate(only_low, 0, torch.tensor([1.0, 80.0])).tolist() == pytest.approx([0.25, 0.5])
+    assert not g.uses_entropy(run_config()) and g.uses_entropy(only_high) and g.uses_entropy(only_low)
 
 
 @pytest.mark.parametrize("system", [LORA, FULL], ids=["lora", "full"])
@@ -461,7 +461,7 @@ def changes_of_full(steps, **knobs) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 def test_frozen_blocks_keep_their_weights_and_all_else_learns(blocks, monkeypatch):
     model, before = random_model(), dict(random_model().named_parameters())
-    monkeypatch.setattr(g.StreamLearner, "reset", lambda self: None)
+    monkeypatch.setattr(g.SequentialTTT, "reset", lambda self: None)
     score(documents(document(3 * CHUNK)), model=model, **FULL | dict(ttt_freeze_blocks=blocks))
     kept = {n for n, p in model.named_parameters() if p.equal(before[n])}
     assert kept == {n for n in before if n.startswith(tuple(f"blocks.{i}." for i in range(blocks)))}
@@ -482,7 +482,7 @@ def test_any_choice_of_targets_adapts_and_helps(static, targets):
     adapter = g.Adapter(CONFIG, run, 2, torch.device("cpu"))
     visits, chosen = len(g.layer_plan(CONFIG, looping=True)), targets.split(",")
     assert len(adapter.tensors()) == 2 * sum(1 if t == "head" else visits for t in chosen)
-    assert {t for t in g.Deltas._fields if getattr(adapter.visits[0], t) is not None} == set(chosen) - {"head"}
+    assert {t for t in g.LayerLoRA._fields if getattr(adapter.visits[0], t) is not None} == set(chosen) - {"head"}
     tally = score(MIXED, **LORA | dict(ttt_lora_targets=targets, ttt_epochs=2))
     assert tally.bits_per_byte < static.bits_per_byte - 1e-4
 
@@ -516,13 +516,13 @@ def test_a_new_adapter_changes_nothing_to_the_last_bit():
 
 @given(lengths=st.lists(st.integers(0, 500), min_size=1, max_size=40), world=st.integers(1, 9), batch=st.integers(1, 9))
 def test_the_plan_has_every_document_once_and_reads_only_lengths(lengths, world, batch):
-    rounds = g.ttt_plan(np.array(lengths), world, batch)
+    rounds = g.plan_rounds(np.array(lengths), world, batch)
     assert all(len(groups) == world for groups in rounds)
     assert all(len(group) <= batch for groups in rounds for group in groups)
     planned = [i for groups in rounds for group in groups for i in group]
     assert sorted(planned) == list(range(len(lengths)))
     assert [lengths[i] for i in planned] == sorted(lengths, reverse=True), "longest first, alike side by side"
-    assert rounds == g.ttt_plan(np.array(lengths), world, batch)
+    assert rounds == g.plan_rounds(np.array(lengths), world, batch)
 
 
 @given(lengths=st.lists(st.integers(0, 500), min_size=1, max_size=40), chunk=st.integers(1, 200))
@@ -539,7 +539,7 @@ def test_a_stream_is_cut_into_equal_chunks_that_hold_every_target_once(lengths, 
 def test_a_document_that_went_astray_leaves_nothing_behind():
     """A NaN among the keys and values that are hidden from the next document would reach its scores: 0 times NaN."""
     tokens = torch.tensor([document(CHUNK), document(CHUNK, seed=1)])
-    learners = g.SideBySide(random_model(), run_config(**LORA), 2, torch.device("cpu"))
+    learners = g.BatchedTTT(random_model(), run_config(**LORA), 2, torch.device("cpu"))
     first = learners.score(tokens, tokens, to_learn=False).clone()
     for past in learners.past:
         past.ring.fill_(math.nan)
@@ -586,7 +586,7 @@ def test_a_stream_that_runs_out_of_time_goes_on_scoring(static):
 def test_a_stream_keeps_time_for_the_rest_and_scores_it_at_once(static, monkeypatch, name):
     """Chunk by chunk the rest would be read a context a chunk: many times the work of scoring without adaptation."""
     made = evaluation(MIXED, eval_seconds=1.0, **SYSTEMS[name])
-    made.static_rate = 100.0  # tokens a second: more than the time that there is
+    made.static_tokens_per_s = 100.0  # tokens a second: more than the time that there is
     passes, hidden = [], g.GPT.hidden
     monkeypatch.setattr(g.GPT, "hidden", lambda *given, **named: passes.append(given) or hidden(*given, **named))
     np.testing.assert_allclose(made.score().nats, static.nats, rtol=1e-5)
@@ -599,11 +599,11 @@ def test_a_stream_keeps_time_for_the_rest_and_scores_it_at_once(static, monkeypa
 def test_the_time_left_reserves_the_score_of_the_rest():
     """At 100 tokens a second, 12 seconds are too few for 61 + 9 + 40 + ... tokens, each at twice its price."""
     made = evaluation(MIXED, eval_seconds=1.0, **LORA)
-    made.static_rate = 100.0
+    made.static_tokens_per_s = 100.0
     made.score()
     assert made.degraded == len(MIXED)
     made = evaluation(MIXED, eval_seconds=1000.0, **LORA)
-    made.static_rate = 100.0
+    made.static_tokens_per_s = 100.0
     made.score()
     assert made.degraded == 0
 
@@ -614,10 +614,10 @@ def test_the_time_left_reserves_the_score_of_the_rest():
 class Part(g.Dist):
     """One of two ranks, alone: nothing is added up."""
 
-    def sum_(self, x):
+    def all_reduce(self, x):
         return x
 
-    def largest(self, value):
+    def all_reduce_max(self, value):
         return value
 
 
@@ -684,30 +684,30 @@ def test_two_ranks_find_what_one_finds(tmp_path):
 
 @pytest.fixture
 def replays(monkeypatch):
-    """The graphs that were captured, once SideBySide believes that it is on a GPU."""
-    plain = g.SideBySide.__init__
+    """The graphs that were captured, once BatchedTTT believes that it is on a GPU."""
+    plain = g.BatchedTTT.__init__
 
     def begin(self, *given):
         plain(self, *given)
-        self.replay = g.Replay()
+        self.replay = g.CUDAGraphs()
 
-    monkeypatch.setattr(g.SideBySide, "__init__", begin)
+    monkeypatch.setattr(g.BatchedTTT, "__init__", begin)
     return pretend(monkeypatch)
 
 
 @pytest.mark.usefixtures("replays")
 def test_what_a_step_reads_lies_aligned_from_the_first_chunk_on(monkeypatch):
     """Triton compiles anew for what is not, and cannot while a graph is captured; chunks of one document are slices."""
-    found, scored = [], g.SideBySide._score
+    found, scored = [], g.BatchedTTT._score
 
     @functools.wraps(scored)
     def watched(self, tokens, targets):
         found.extend(t.data_ptr() % 16 for t in (tokens, targets))
         return scored(self, tokens, targets)
 
-    monkeypatch.setattr(g.SideBySide, "_score", watched)
+    monkeypatch.setattr(g.BatchedTTT, "_score", watched)
     docs, run = documents(document(90)), run_config(**LORA)
-    g.adapt_side_by_side(random_model().requires_grad_(False), docs, [0], run, g.Dist(), g.Tally(docs))
+    g.score_batched(random_model().requires_grad_(False), docs, [0], run, g.Dist(), g.ScoreTable(docs))
     assert len(found) >= 4 and not any(found[:-2])  # of the last chunk nothing is learnt: it runs as it is
 
 
@@ -716,10 +716,10 @@ def test_what_is_captured_is_freed_at_once():
     docs, run, family = documents(document(30), document(20, seed=2), document(10, seed=3)), run_config(**LORA), {}
     gc.disable()
     try:
-        g.adapt_side_by_side(random_model().requires_grad_(False), docs, [0, 1], run, g.Dist(), g.Tally(docs), family)
+        g.score_batched(random_model().requires_grad_(False), docs, [0, 1], run, g.Dist(), g.ScoreTable(docs), family)
         held = [weakref.ref(learners) for learners in family.values()]
-        g.adapt_side_by_side(
-            random_model().requires_grad_(False), docs, [0, 1, 2], run, g.Dist(), g.Tally(docs), family
+        g.score_batched(
+            random_model().requires_grad_(False), docs, [0, 1, 2], run, g.Dist(), g.ScoreTable(docs), family
         )
         assert len(held) == 2 and not any(learners() for learners in held)
     finally:
@@ -734,9 +734,9 @@ def test_adaptation_repeats_to_the_last_bit_on_a_gpu():
     )
 
     def go() -> np.ndarray:
-        tally = g.Tally(docs)
+        tally = g.ScoreTable(docs)
         model = random_model().cuda().requires_grad_(False)
-        g.adapt_side_by_side(model, docs, [0, 1, 2], run, g.Dist(device="cuda"), tally)
+        g.score_batched(model, docs, [0, 1, 2], run, g.Dist(device="cuda"), tally)
         return tally.nats
 
     assert np.array_equal(go(), go())
@@ -752,7 +752,7 @@ def test_replayed_steps_are_those_that_were_captured(request, name):
     def go() -> list[list[float]]:
         family, tally = {}, Recorder(docs)
         for group in ([0, 1], [2, 3]):
-            g.adapt_side_by_side(model, docs, group, run, g.Dist(), tally, family)
+            g.score_batched(model, docs, group, run, g.Dist(), tally, family)
         return [nats.tolist() for nats in tally.by_document]
 
     expected, replays = go(), request.getfixturevalue("replays")

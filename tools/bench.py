@@ -70,7 +70,7 @@ def steps(trainer: g.Trainer, looping: bool, count: int) -> None:
     def go(n: int) -> float:
         began = time.perf_counter()
         for _ in range(n):
-            trainer.step_on(batch, 0.5, looping)
+            trainer.train_step(batch, 0.5, looping)
         dist.finish_kernels()
         return time.perf_counter() - began
 
@@ -96,7 +96,7 @@ def adaptation(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> N
     model = make_model(model_config, run, dist).requires_grad_(False)
     chunk = run.ttt_chunk_tokens
     for documents in (run.ttt_batch_docs, 2):
-        learners = g.SideBySide(model, run, documents, dist.device)
+        learners = g.BatchedTTT(model, run, documents, dist.device)
         tokens = torch.randint(2, model_config.vocab_size, (documents, chunk), device=dist.device)
         counted = torch.ones_like(tokens, dtype=torch.bool)
 
@@ -105,7 +105,7 @@ def adaptation(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> N
             for _ in range(n):
                 learners.score(tokens, tokens, to_learn=True)
                 learners.learn(counted)
-                learners.move_on()
+                learners.advance()
             dist.finish_kernels()
             return time.perf_counter() - began
 
@@ -125,9 +125,9 @@ def adaptation(run: g.RunConfig, model_config: g.ModelConfig, dist: g.Dist) -> N
 
 
 def attention_twin(qkv, gain, gate, cos, sin, segments, heads) -> torch.Tensor:
-    """The arguments and the result of g.PackedAttention."""
+    """The arguments and the result of g.FusedAttention."""
     rope = cos[:, None], sin[:, None]
-    return g.attend_plainly(qkv[None], gain, gate[None], rope, segments, heads)[0]
+    return g.attention_reference(qkv[None], gain, gate[None], rope, segments, heads)[0]
 
 
 class Bounded(NamedTuple):
@@ -144,9 +144,11 @@ MOST_SEGMENTS = 512
 @contextlib.contextmanager
 def torch_kernels(longest: int) -> Iterator[None]:
     """The entry without its own kernels and replays: all in plain torch, attention on packed rows by torch's kernel."""
-    plain_pack = g.pack_row
+    plain_pack = g.make_micro_batch
 
-    def pack_row(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> g.Packed:
+    def make_micro_batch(
+        tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device
+    ) -> g.MicroBatch:
         packed = plain_pack(tokens, targets, starts, device)
         g.require(len(starts) <= MOST_SEGMENTS, f"a row of {len(starts)} segments: lower MICRO_BATCH_TOKENS")
         bounds = np.full(MOST_SEGMENTS + 1, len(tokens), np.int32)
@@ -158,7 +160,12 @@ def torch_kernels(longest: int) -> Iterator[None]:
         bounds = place.bounds, place.bounds, longest, longest
         return varlen_attn(q[0], k, v, *bounds, window_size=(-1, 0))[None]
 
-    plain = {"kernels_serve": lambda _: False, "Replay": lambda: None, "pack_row": pack_row, "attend": attend}
+    plain = {
+        "use_kernels": lambda _: False,
+        "Replay": lambda: None,
+        "make_micro_batch": make_micro_batch,
+        "attend": attend,
+    }
     with mock.patch.multiple(g, **plain):
         yield
 
@@ -169,7 +176,7 @@ def two_paths(run: g.RunConfig, dist: g.Dist) -> Iterator[str]:
         paths = {"our kernels": contextlib.nullcontext(), "torch's kernels": torch_kernels(run.train_seq_len)}
     else:  # ours in Triton's interpreter
         paths = {
-            name: mock.patch.object(g, "kernels_serve", lambda _, ours=ours: ours)
+            name: mock.patch.object(g, "use_kernels", lambda _, ours=ours: ours)
             for name, ours in (("our kernels", True), ("plain torch", False))
         }
     for name, path in paths.items():
@@ -192,10 +199,10 @@ def loss_at_the_end(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> float:
     text, n = stream.held_out().tokens, run.micro_batch_tokens // run.train_row_tokens * run.train_row_tokens
     starts = range(0, run.train_batch_tokens, n)
     g.require(len(text) > starts[-1] + n, f"HOLDOUT_TOKENS={run.holdout_tokens} must be a batch and more")
-    fixed = [g.pack_text(text[start : start + n + 1], run, dist.device) for start in starts]
+    fixed = [g.text_micro_batch(text[start : start + n + 1], run, dist.device) for start in starts]
     for step in range(run.iterations):
         progress = step / run.iterations
-        loss = trainer.step_on(stream.batch(step), progress, trainer.looping(progress))
+        loss = trainer.train_step(stream.batch(step), progress, trainer.looping(progress))
         if step % run.train_log_every == 0:
             print(f"  step:{step} loss:{loss.item():.4f}", flush=True)
         if step >= run.iterations - 20:
@@ -229,9 +236,9 @@ def race(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
         held, found = stream.held_out(), {}
         for readout, weights in (("last", contextlib.nullcontext()), ("average", trainer.average.applied())):
             with weights:
-                tally = g.Tally(held)
+                tally = g.ScoreTable(held)
                 g.score_static(trainer.model, held, range(len(held)), run, dist, tally)
-                found[readout] = tally.gathered(dist).nats.sum() / held.lengths.sum()
+                found[readout] = tally.all_reduced(dist).nats.sum() / held.lengths.sum()
         seconds = watch.total("train")
         print(
             f"race seconds:{seconds:.1f} steps:{trainer.step} "
@@ -250,16 +257,16 @@ def kernels(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
         return torch.randn(shape, device=dist.device, dtype=dtype, requires_grad=True)
 
     mlp = torch.compile(lambda x, up, down, slope: F.linear(F.leaky_relu(F.linear(x, up), slope).square(), down))
-    compare("mlp", g.PackedMLP.apply, mlp, (normal(tokens, D), normal(hidden, D), normal(D, hidden)), slope)
+    compare("mlp", g.FusedMLP.apply, mlp, (normal(tokens, D), normal(hidden, D), normal(D, hidden)), slope)
     learnt = normal(1, tokens, D), normal(1, tokens, D), normal(2, D, dtype=torch.float32)
     given = torch.ones((), device=dist.device), c.attn_gate_width
-    compare("mix", torch.compile(g.PackedMix.apply), torch.compile(g.mix_plainly), learnt, *given)
+    compare("mix", torch.compile(g.FusedMix.apply), torch.compile(g.mix_reference), learnt, *given)
     given = packed.targets[0], c.logit_softcap
-    compare("loss", g.CappedLoss.apply, torch.compile(g.loss_plainly), (normal(tokens, c.vocab_size),), *given)
+    compare("loss", g.FusedLoss.apply, torch.compile(g.loss_reference), (normal(tokens, c.vocab_size),), *given)
     learnt = normal(tokens, D + 2 * c.kv_dim), normal(c.num_heads, dtype=torch.float32), normal(tokens, c.num_heads)
-    heads = g.Heads(True, c.num_heads, c.num_kv_heads, c.head_dim)
-    cos, sin = (t[:, 0] for t in g.rotary(packed.segments.positions, c.rope_dims, c.rope_base))
-    compare("attention", g.PackedAttention.apply, attention_twin, learnt, cos, sin, packed.segments, heads)
+    heads = g.HeadLayout(True, c.num_heads, c.num_kv_heads, c.head_dim)
+    cos, sin = (t[:, 0] for t in g.rope_angles(packed.segments.positions, c.rope_dims, c.rope_base))
+    compare("attention", g.FusedAttention.apply, attention_twin, learnt, cos, sin, packed.segments, heads)
 
 
 def compare(name: str, ours: Callable, twin: Callable, learnt: tuple[torch.Tensor, ...], *given: object) -> None:

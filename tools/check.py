@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for folder in options.folders:
         found = examine(folder)
         if not found and not options.no_evaluation:
-            with believing_nothing(str(folder)):
+            with untrusted(str(folder)):
                 found = evaluate_all(folder, options.artifact)
         for line in found:
             print(f"{folder}: {line}")
@@ -97,7 +97,7 @@ def find_records(root: Path = RECORDS) -> list[Path]:
 
 
 @contextlib.contextmanager
-def believing_nothing(what: str) -> Iterator[None]:
+def untrusted(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is the fault of what is read there. Raises UserError, and nothing else."""
     try:
         yield
@@ -110,7 +110,7 @@ def believing_nothing(what: str) -> Iterator[None]:
 def told(findings: Iterable[str]) -> Iterator[str]:
     """Findings, each one line that is safe to show; what breaks the search is one, too."""
     try:
-        with believing_nothing("it"):
+        with untrusted("it"):
             yield from map(printable, findings)
     except UserError as error:
         yield printable(str(error))
@@ -436,7 +436,7 @@ def against_baseline(facts: Facts) -> list[str]:
 
 def baseline_of(folder: Path) -> Baseline:
     """The scores of a record, from its runs. Raises UserError where that record disagrees with itself."""
-    with believing_nothing(f"the baseline {folder}"):
+    with untrusted(f"the baseline {folder}"):
         record = read_record(folder)
         wrong = list(told(itertools.chain(misplaced(record), against_runs(record))))
         require(not wrong, f"the baseline {folder} disagrees with itself: {'; '.join(wrong)}", DataError)

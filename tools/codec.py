@@ -65,7 +65,7 @@ def open_predictor(path: Path, knobs: Mapping[str, str] | None = None) -> Predic
     header, _ = train_gpt.read_header(blob, str(path))
     config = train_gpt.stored_config(header["meta"], str(path))
     tokenizer = train_gpt.load_tokenizer(run, config.vocab_size)
-    plan = train_gpt.Plan(config, run, train_gpt.Dist(), tokenizer, NO_DOCUMENTS, None)
+    plan = train_gpt.Setup(config, run, train_gpt.Dist(), tokenizer, NO_DOCUMENTS, None)
     model = train_gpt.load_artifact(path, plan).requires_grad_(False)
     return Predictor(model, run, tokenizer, hashlib.sha256(blob).hexdigest())
 
@@ -315,7 +315,7 @@ def walk(predictor: Predictor, documents: range, side: Side) -> None:
     model, run = predictor.model, predictor.run
     require(run.batched_ttt, "text is coded document by document: TTT_PARAMS=lora and TTT_SCOPE=document are needed")
     require_memory(model.config, run, len(documents))
-    learners = train_gpt.SideBySide(model, run, len(documents), torch.device("cpu"))
+    learners = train_gpt.BatchedTTT(model, run, len(documents), torch.device("cpu"))
     rows, first, size = np.array(documents), 0, run.ttt_chunk_tokens
     going, before = np.ones(len(rows), bool), np.full(len(rows), BOS)
 
@@ -335,12 +335,12 @@ def walk(predictor: Predictor, documents: range, side: Side) -> None:
         learners.score(*map(torch.from_numpy, (inputs_of(before, targets), targets)), to_learn=learn)
         if learn:
             learners.learn(torch.from_numpy(known))
-        learners.move_on()
+        learners.advance()
         before = targets[:, -1]
         if going.sum() <= len(going) // 2:
             kept = np.flatnonzero(going)
-            fewer = train_gpt.SideBySide(model, run, len(kept), torch.device("cpu"))
-            fewer.take_over(learners, torch.from_numpy(kept))
+            fewer = train_gpt.BatchedTTT(model, run, len(kept), torch.device("cpu"))
+            fewer.copy_rows(learners, torch.from_numpy(kept))
             learners = fewer
             rows, before, going = rows[kept], before[kept], going[kept]
 
@@ -542,7 +542,7 @@ def unpack_file(blob: bytes, what: str) -> Contents:
         DataError,
     )
     require(len(body) >= 6, f"{what}: cut short: it ends before its header", DataError)
-    with train_gpt.believing_nothing(what):
+    with train_gpt.untrusted(what):
         (size,) = struct.unpack("<H", body[4:6])
         header = json.loads(inflate(body[6 : 6 + size]))
         check_header(header)

@@ -16,7 +16,7 @@ class Opened(NamedTuple):
     """An artifact, ready to score."""
 
     env: dict[str, str]  # the environment under which `python train_gpt.py` scores it just so
-    plan: train_gpt.Plan  # knobs, device, tokenizer and validation
+    plan: train_gpt.Setup  # knobs, device, tokenizer and validation
     model: train_gpt.GPT
 
 
@@ -28,7 +28,7 @@ def open_artifact(path: Path | str, changes: Mapping[str, str] | None = None) ->
     env["ARTIFACT"] = str(path)
     config, run = train_gpt.read_env(env)
     dist = train_gpt.Dist.from_env(run.device)
-    plan = train_gpt.make_plan(config, run, dist)
+    plan = train_gpt.make_setup(config, run, dist)
     model = train_gpt.load_artifact(path, plan)
     return Opened(env, plan, model)
 

@@ -193,15 +193,15 @@ class ScorerError(Exception):
 class LoneRank(train_gpt.Dist):
     """One of several ranks, played alone: ranks that score documents apart from each other exchange nothing."""
 
-    def sum_(self, x: Tensor) -> Tensor:
+    def all_reduce(self, x: Tensor) -> Tensor:
         raise ScorerError("ranks exchange tensors while they score documents apart from each other")
 
-    reduce_scatter = all_gather = sum_
+    reduce_scatter = all_gather = all_reduce
 
-    def agree(self, *values: float) -> list[float]:
+    def broadcast(self, *values: float) -> list[float]:
         return list(values)
 
-    def largest(self, value: float) -> float:
+    def all_reduce_max(self, value: float) -> float:
         return value
 
 
@@ -235,11 +235,11 @@ def hear(
     with listening(model, run.seed) if closely else contextlib.nullcontext() as ear:
         ledger = Ledger(tokens, ear, dist.world == 1)
 
-        class Tally(train_gpt.Tally):
+        class Tally(train_gpt.ScoreTable):
             def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
                 ledger.book(documents.tolist(), nats.tolist())
 
-            def gathered(self, dist: train_gpt.Dist) -> Tally:
+            def all_reduced(self, dist: train_gpt.Dist) -> Tally:
                 return self  # the audit counts for itself
 
         try:
@@ -361,7 +361,7 @@ class Audit:
 
     def cost(self, tokens: int) -> float:
         """Of scoring a document once, in token passes."""
-        return train_gpt.group_cost(np.array([tokens]), self.run) if self.run.ttt_enabled else float(tokens)
+        return train_gpt.batched_cost(np.array([tokens]), self.run) if self.run.ttt_enabled else float(tokens)
 
     def score(self, text: Text, closely: bool = False, dist: train_gpt.Dist | None = None, **changes: int) -> Heard:
         """Score a stream, with these knobs changed."""

@@ -53,11 +53,11 @@ def continued(
     model, generator = predictor.model, torch.Generator().manual_seed(seed)
     run = reading(predictor.run)
     chunk, new = run.ttt_chunk_tokens, [BOS, *tokens]
-    reader = train_gpt.SideBySide(model, run, 1, torch.device("cpu"))  # which learns nothing here
+    reader = train_gpt.BatchedTTT(model, run, 1, torch.device("cpu"))  # which learns nothing here
     while True:
         for first in range(0, len(new), chunk):
             states = reader.hidden(torch.tensor([new[first : first + chunk]]))
-            reader.move_on()
+            reader.advance()
         token = pick(model.head.logits(states[:, -1:], model.embed, None)[0, 0], temperature, top_p, generator)
         yield token
         new = [token]

@@ -173,7 +173,7 @@ def make_jobs(combinations: list[dict[str, str]], artifact: str | None, gpus: in
         try:
             _, run = train_gpt.read_env(env)
             if not artifact:
-                train_gpt.deal_rows(run, gpus)
+                train_gpt.split_batch(run, gpus)
         except ConfigError as error:
             raise ConfigError(f"{shell_words(knobs)}: {error}") from None
         jobs.append(Job(knobs, env))
@@ -212,7 +212,7 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
             f"DATA_PATH={run.data_path} is a sweep's own: it holds no validation; set DATA_PATH to the prepared data",
         )
     config, run = train_gpt.read_env(jobs[0].env)
-    plan = train_gpt.make_plan(config, run, train_gpt.Dist(world=world))
+    plan = train_gpt.make_setup(config, run, train_gpt.Dist(world=world))
     count = f"{len(plan.validation):,} documents ({plan.validation.target_bytes().sum():,} bytes)"
     shards = [] if plan.stream is None else [[str(p.resolve()), p.stat().st_size] for p in plan.stream.paths]
     facts = {"validation": plan.validation.sha256(), "tokenizer": plan.tokenizer.sha256, "train": shards}
