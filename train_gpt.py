@@ -270,69 +270,71 @@ class RunConfig:
         return self.ttt_params == "lora" and self.ttt_scope == "document"
 
 
-LORA_TARGETS = ("q", "k", "v", "o", "mlp", "head")
-
-
 CONFIGS = (ModelConfig, RunConfig)
 
 
 # ======================================================================================================================
-# Model: one forward pass for training, scoring and adaptation. Kernels and their plain references: see the appendix.
+# Model: one forward pass serves training, scoring and adaptation.
+#
+# A parameter's name is also its name in artifacts. Where a kernel exists, its plain reference stands beside the code
+# that uses it, and says what it computes; the kernels themselves are an appendix.
 
 
-def use_kernels(x: Tensor) -> bool:
-    return x.is_cuda and triton is not None  # elsewhere their twins do
-
-
-def has_tma(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def use_training_kernels(
-    x: Tensor, weight: Tensor
-) -> bool:  # those of MLP and mix pay where weights learn, from much text
-    return use_kernels(x) and torch.is_grad_enabled() and weight.requires_grad
+# ---- Attention ----
 
 
 class HeadLayout(NamedTuple):
-    """What the columns of a row of `qkv` are: H queries, K keys and K values of width h."""
+    """The columns of a row of `qkv`: H queries, then K keys, then K values, each of width h."""
 
-    exclusive: bool  # the output drops what a token says of itself, its part along the own value (XSA)
-    query: int
-    kv: int
-    width: int
+    xsa: bool  # the output drops its component along the token's own value (XSA)
+    query: int  # H
+    kv: int  # K
+    width: int  # h
 
 
 class Segments(NamedTuple):
     """Where attention restarts in a packed row of N tokens."""
 
-    positions: Tensor  # (N,) int32, place of every token in its segment
-    ends: Tensor  # (N,) int32, where the segment of every token ends
+    positions: Tensor  # (N,) int32, position of every token within its segment
+    ends: Tensor  # (N,) int32, index at which every token's segment ends
 
 
-class LayerKV:
-    """What a visit keeps of the chunks before: the keys and values of the last L tokens, as those chunks left them."""
+class CachedLayer(NamedTuple):
+    """What a chunk of C tokens attends to in one layer pass: cached tokens, then itself."""
 
-    def __init__(self, ring: Tensor):
-        self.ring = ring  # (2, B, K, L, h) fp32, keys and values; token t lies at t % L
-        self.seen = ring.new_empty(0)  # (C, L + C) bool: which of the ring's tokens and its own a chunk's token sees
-        self.latest = (ring[0], ring[1])  # keys and values of the chunk that came last, (B, K, C, h) each
+    mask: Tensor  # (C, L + C) bool, True where a token attends to a cached one, or to one of the chunk
+    buffer: Tensor  # (2, B, K, L, h) fp32, keys and values of earlier tokens
 
 
 class CachedContext(NamedTuple):
-    """The place of a chunk of C tokens in its documents: what the forward pass needs of the chunks before."""
+    """What a chunk of C tokens attends to in all layer passes."""
 
-    positions: Tensor  # (1 + C,) int64, of the token before it and of its own
-    visits: list[LayerKV]
-
-
-Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's angles
+    positions: Tensor  # (1 + C,) int64, of the token before the chunk and of its own
+    mask: Tensor  # (C, L + C) bool, see CachedLayer
+    buffers: list[Tensor]  # one for each layer pass, see CachedLayer
 
 
-AttentionContext = Segments | LayerKV | None  # what a visit sees: its segment, what is past and itself, or its row
+AttentionContext = Segments | CachedLayer | None  # packed segments; a cache; or None: every row is one document
+Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's rotation angles
+
+
+def use_kernels(x: Tensor) -> bool:
+    """Whether Triton kernels run on this tensor; elsewhere their references do."""
+    return x.is_cuda and triton is not None
+
+
+def use_training_kernels(x: Tensor, weight: Tensor) -> bool:
+    """The kernels of MLP and input mix pay off only on the long rows of training, where weights have gradients."""
+    return use_kernels(x) and torch.is_grad_enabled() and weight.requires_grad
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU has a tensor memory accelerator (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def norm(x: Tensor) -> Tensor:
+    """RMSNorm without a gain, over the last dimension."""
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
@@ -344,61 +346,93 @@ def rope_angles(positions: Tensor, dims: int, base: float) -> Rope:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + dims / 2) of the first `dims` dimensions of every head: (B, T, H, h) -> the same."""
+    """Rotate the pairs (i, i + dims / 2) of the first `dims` dimensions of every head: (B, T, H, h) -> the same."""
     half = cos.size(-1)
-    a, b, rest = x[..., :half].float(), x[..., half : 2 * half].float(), x[..., 2 * half :]
+    a = x[..., :half].float()
+    b = x[..., half : 2 * half].float()
+    rest = x[..., 2 * half :]
     return torch.cat([(a * cos - b * sin).to(x.dtype), (a * sin + b * cos).to(x.dtype), rest], -1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, place: AttentionContext) -> Tensor:
-    """Causal: in segments (B is 1), after the past, or in rows. (B, T, H, h), (B, T, K, h) twice -> (B, T, H, h)"""
-    if isinstance(place, LayerKV):
-        return attend_with_cache(q, k, v, place)
-    if place is None:
+def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+    """Causal attention within segments (then B is 1), after a cache, or within rows.
+
+    (B, T, H, h), (B, T, K, h), (B, T, K, h) -> (B, T, H, h)
+    """
+    if context is None:
         return attend_rows(q, k, v)
-    sizes = torch.unique_consecutive(place.ends, return_counts=True)[1].tolist()
-    parts = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
-    return torch.cat([attend_rows(*part) for part in parts], 1)
+    if isinstance(context, CachedLayer):
+        return attend_with_cache(q, k, v, context)
+    sizes = torch.unique_consecutive(context.ends, return_counts=True)[1].tolist()
+    segments = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
+    return torch.cat([attend_rows(*segment) for segment in segments], 1)
 
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, h), (B, K, T, h) twice
+    """Causal attention within every row; shapes as in `attend`."""
+    q = q.transpose(1, 2)  # (B, H, T, h)
+    k = k.transpose(1, 2)  # (B, K, T, h)
+    v = v.transpose(1, 2)
     group = q.size(1) // k.size(1)
-    if not q.is_cuda:  # the CPU's fast kernel knows no groups
-        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    if not q.is_cuda:  # the CPU's fast kernel does not support grouped queries
+        k = k.repeat_interleave(group, 1)
+        v = v.repeat_interleave(group, 1)
+        group = 1
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1).transpose(1, 2)
 
 
-def attend_with_cache(q: Tensor, k: Tensor, v: Tensor, past: LayerKV) -> Tensor:
-    """A chunk attends to tokens before it and its own: (B, C, H, h), (B, C, K, h) twice -> (B, C, H, h). Written out:
-    nothing is asked of the past on the way back, and a GPU's fused attention adds up gradients in any order."""
-    (B, C, H, h), K, L = q.shape, k.size(2), past.ring.size(3)
-    k, v, (old_k, old_v) = k.transpose(1, 2).float(), v.transpose(1, 2).float(), past.ring
-    past.latest = k.detach(), v.detach()
-    queries = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h).float()  # (B, K, H / K * C, h)
-    s = torch.cat([queries @ old_k.mT, queries @ k.mT], -1) * h**-0.5
-    p = s.masked_fill(~past.seen.repeat(H // K, 1), -math.inf).softmax(-1)
-    y = p[..., :L] @ old_v + p[..., L:] @ v
+def attend_with_cache(q: Tensor, k: Tensor, v: Tensor, context: CachedLayer) -> Tensor:
+    """A chunk of C tokens attends to cached tokens and to itself; shapes as in `attend`, with T = C.
+
+    Written out instead of calling a fused kernel: cached keys and values need no gradient, and a GPU's fused attention
+    sums gradients in an order that changes from run to run."""
+    B, C, H, h = q.shape
+    K = k.size(2)
+    L = context.buffer.size(3)
+    cached_k, cached_v = context.buffer
+    k = k.transpose(1, 2).float()  # (B, K, C, h)
+    v = v.transpose(1, 2).float()
+    q_by_group = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h).float()  # (B, K, H / K * C, h)
+
+    scores = torch.cat([q_by_group @ cached_k.mT, q_by_group @ k.mT], -1) * h**-0.5
+    p = scores.masked_fill(~context.mask.repeat(H // K, 1), -math.inf).softmax(-1)
+    y = p[..., :L] @ cached_v + p[..., L:] @ v
     return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h).to(q.dtype)
 
 
 def attention_reference(
-    qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, place: AttentionContext, heads: HeadLayout
-) -> Tensor:
-    """What the kernels compute, and the same on rows and after what is past. (B, T, (H + 2 K) h) -> (B, T, H h)"""
-    (B, T, _), (exclusive, H, K, h) = qkv.shape, heads
+    qkv: Tensor, gain: Tensor, gate: Tensor | None, rope: Rope, context: AttentionContext, heads: HeadLayout
+) -> tuple[Tensor, Tensor | None]:
+    """What `FusedAttention` computes on segments, and the same for a cache and for rows.
+
+    Projections (B, T, (H + 2 K) h), a gain per query head (H,), a gate per token and head (B, T, H)
+    -> output (B, T, H h), and with a cache the new keys and values to append to it (2, B, K, T, h) fp32, else None
+    """
+    B, T, _ = qkv.shape
+    xsa, H, K, h = heads
     q, k, v = qkv.view(B, T, H + 2 * K, h).split([H, K, K], 2)
-    q, k = apply_rope(norm(q), *rope) * gain.to(q.dtype)[:, None], apply_rope(norm(k), *rope)
-    y = attend(q, k, v, place)
-    if exclusive:
-        own = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
+    q = apply_rope(norm(q), *rope) * gain.to(q.dtype)[:, None]
+    k = apply_rope(norm(k), *rope)
+    y = attend(q, k, v, context)
+    if xsa:
+        unit_value = F.normalize(v, dim=-1)[:, :, :, None]  # (B, T, K, 1, h)
         y = y.reshape(B, T, K, -1, h)
-        y = y - (y * own).sum(-1, keepdim=True) * own
-    return (y if gate is None else y.reshape(B, T, H, h) * gate[..., None]).reshape(B, T, H * h)
+        y = y - (y * unit_value).sum(-1, keepdim=True) * unit_value
+    if gate is not None:
+        y = y.reshape(B, T, H, h) * gate[..., None]
+    new_kv = None
+    if isinstance(context, CachedLayer):
+        new_kv = torch.stack([k.detach(), v.detach()]).transpose(2, 3).float()
+    return y.reshape(B, T, H * h), new_kv
+
+
+# ---- Layers ----
 
 
 class LoRA(NamedTuple):
-    """Corrections of one matrix, one per document: x -> scale * up(down(x)), (B, T, in) -> (B, T, out)."""
+    """Low-rank corrections of one matrix, one for each document: (B, T, in) -> scale * x down up, (B, T, out).
+
+    Hu et al., arXiv 2106.09685."""
 
     down: Tensor  # (B, in, R) fp32
     up: Tensor  # (B, R, out) fp32
@@ -409,7 +443,7 @@ class LoRA(NamedTuple):
 
 
 class LayerLoRA(NamedTuple):
-    """The corrections of one visit to a block; None leaves a matrix alone. `mlp` stands beside the whole MLP."""
+    """The corrections of one layer pass; None leaves a matrix as it is. `mlp` is parallel to the whole MLP."""
 
     q: LoRA | None = None
     k: LoRA | None = None
@@ -419,138 +453,178 @@ class LayerLoRA(NamedTuple):
 
 
 NO_LORA = LayerLoRA()
+LORA_TARGETS = (*LayerLoRA._fields, "head")
 
 
 class Linear(nn.Module):
-    """A matrix: fp32 master weight, multiplied in the dtype of x. A scale of its outputs is folded into the weight."""
+    """A matrix: fp32 master weight (out, in), multiplied in the dtype of x. A scale of its outputs (out,) is folded
+    into the weight."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
 
-    def forward(self, x: Tensor, delta: LoRA | None = None, scale: Tensor | None = None) -> Tensor:
-        y = F.linear(x, (self.weight if scale is None else self.weight * scale[:, None]).to(x.dtype))
-        return y if delta is None else y + (delta(x) if scale is None else delta(x) * scale.to(x.dtype))
+    def forward(self, x: Tensor, lora: LoRA | None = None, scale: Tensor | None = None) -> Tensor:
+        """(B, T, in) -> (B, T, out)"""
+        weight = self.weight if scale is None else self.weight * scale[:, None]
+        y = F.linear(x, weight.to(x.dtype))
+        if lora is None:
+            return y
+        correction = lora(x)
+        return y + (correction if scale is None else correction * scale.to(x.dtype))
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with normalised queries and keys, partial RoPE, XSA and a sparse output gate."""
+    """Grouped-query attention with QK norm, partial RoPE, XSA and a gate for each head's output."""
 
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
         self.heads = HeadLayout(index >= c.num_layers - c.xsa_last_n, c.num_heads, c.num_kv_heads, c.head_dim)
-        self.gate_width, self.gate_scale = c.attn_gate_width, c.attn_gate_scale
-        self.q, self.k = Linear(c.model_dim, c.model_dim), Linear(c.model_dim, c.kv_dim)
-        self.v, self.o = Linear(c.model_dim, c.kv_dim), Linear(c.model_dim, c.model_dim)
+        self.gate_width = c.attn_gate_width
+        self.gate_scale = c.attn_gate_scale
+        self.q = Linear(c.model_dim, c.model_dim)
+        self.k = Linear(c.model_dim, c.kv_dim)
+        self.v = Linear(c.model_dim, c.kv_dim)
+        self.o = Linear(c.model_dim, c.model_dim)
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
 
     def forward(
-        self, n: Tensor, gating: Tensor, scale: Tensor, rope: Rope, place: AttentionContext, d: LayerLoRA
-    ) -> Tensor:
-        """Normalised input (B, T, D), its first columns, scale of the outputs (D,) -> (B, T, D)"""
-        (B, T, _), parts, deltas, gate = n.shape, (self.q, self.k, self.v), (d.q, d.k, d.v), None
-        qkv = F.linear(n, torch.cat([part.weight for part in parts]).to(n.dtype))  # one product of three matrices
-        if any(deltas):
-            qkv = qkv + torch.cat(
-                [
-                    n.new_zeros(B, T, len(part.weight)) if delta is None else delta(n)
-                    for part, delta in zip(parts, deltas, strict=True)
-                ],
-                -1,
-            )
+        self, x: Tensor, gate_input: Tensor, scale: Tensor, rope: Rope, context: AttentionContext, lora: LayerLoRA
+    ) -> tuple[Tensor, Tensor | None]:
+        """Normalised input (B, T, D), its first columns (B, T, gate_width), scale of the outputs (D,)
+        -> (B, T, D), and new keys and values as `attention_reference` gives them."""
+        qkv = self.project(x, lora)
+        gate = None
         if self.gate is not None:
-            gate = (self.gate_scale * F.linear(gating, self.gate.to(n.dtype))).sigmoid()  # (B, T, H)
-        if use_kernels(qkv) and isinstance(place, Segments):
-            gate = qkv.new_ones(1, qkv.size(1), self.heads.query) if gate is None else gate
-            (qkv, gate), rope = (t.flatten(0, 1) for t in (qkv, gate)), (t[:, 0] for t in rope)
-            y = FusedAttention.apply(qkv, self.q_gain, gate, *rope, place, self.heads)[None]
+            gate = (self.gate_scale * F.linear(gate_input, self.gate.to(x.dtype))).sigmoid()  # (B, T, H)
+        if use_kernels(qkv) and isinstance(context, Segments):
+            y, new_kv = self.fused(qkv, gate, rope, context), None
         else:
-            y = attention_reference(qkv, self.q_gain, gate, rope, place, self.heads)
-        return self.o(y, d.o, scale)
+            y, new_kv = attention_reference(qkv, self.q_gain, gate, rope, context, self.heads)
+        return self.o(y, lora.o, scale), new_kv
+
+    def project(self, x: Tensor, lora: LayerLoRA) -> Tensor:
+        """(B, T, D) -> queries, keys and values side by side (B, T, (H + 2 K) h), by one product of three matrices."""
+        weights = [self.q.weight, self.k.weight, self.v.weight]
+        qkv = F.linear(x, torch.cat(weights).to(x.dtype))
+        adapters = [lora.q, lora.k, lora.v]
+        if lora.q is None and lora.k is None and lora.v is None:
+            return qkv
+        corrections = [
+            x.new_zeros(*x.shape[:-1], len(weight)) if adapter is None else adapter(x)
+            for weight, adapter in zip(weights, adapters, strict=True)
+        ]
+        return qkv + torch.cat(corrections, -1)
+
+    def fused(self, qkv: Tensor, gate: Tensor | None, rope: Rope, segments: Segments) -> Tensor:
+        """`attention_reference` on one packed row, by kernels."""
+        if gate is None:
+            gate = qkv.new_ones(1, qkv.size(1), self.heads.query)
+        cos, sin = rope
+        rows = qkv.flatten(0, 1)  # by flatten, not by an index: the gradient of a view costs nothing
+        y = FusedAttention.apply(rows, self.q_gain, gate.flatten(0, 1), cos[:, 0], sin[:, 0], segments, self.heads)
+        return y[None]
 
 
 class MLP(nn.Module):
-    """scale * (down(LeakyReLU(up(x)) squared), and beside it an optional correction). (B, T, D), (D,) -> (B, T, D)"""
+    """scale * down(LeakyReLU(up(x))^2), with an optional correction parallel to all of it."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.slope, self.fused, width = c.mlp_leaky_slope, True, c.mlp_mult * c.model_dim
-        self.up, self.down = Linear(c.model_dim, width), Linear(width, c.model_dim)
+        self.slope = c.mlp_leaky_slope
+        self.may_fuse = True  # see compile_parts
+        self.up = Linear(c.model_dim, c.mlp_mult * c.model_dim)
+        self.down = Linear(c.mlp_mult * c.model_dim, c.model_dim)
 
-    def forward(self, x: Tensor, scale: Tensor, delta: LoRA | None = None) -> Tensor:
-        if self.fused and use_training_kernels(x, self.up.weight):
-            weights = self.up.weight.to(x.dtype), (self.down.weight * scale[:, None]).to(x.dtype)
-            y = FusedMLP.apply(x.flatten(0, 1), *weights, self.slope).view_as(x)
-        else:
+    def forward(self, x: Tensor, scale: Tensor, lora: LoRA | None = None) -> Tensor:
+        """(B, T, D), scale of the outputs (D,) -> (B, T, D)"""
+        if self.may_fuse and use_training_kernels(x, self.up.weight):
+            up = self.up.weight.to(x.dtype)
+            down = (self.down.weight * scale[:, None]).to(x.dtype)
+            y = FusedMLP.apply(x.flatten(0, 1), up, down, self.slope).view_as(x)
+        else:  # the reference of FusedMLP
             y = self.down(F.leaky_relu(self.up(x), self.slope).square(), None, scale)
-        return y if delta is None else y + delta(x) * scale.to(x.dtype)
+        return y if lora is None else y + lora(x) * scale.to(x.dtype)
 
 
-def mix_reference(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T, D) twice, (2, D), () -> y = mix[0] x + mix[1] x0, n = scale norm(y), n's first columns (B, T, gating)"""
-    y = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
-    n = norm(y) * scale.to(x.dtype)
-    return y, n, n[..., :gating]
+def mix_reference(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gate_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a block begins with: (B, T, D), (B, T, D), (2, D), ()
+    -> mixed = mix[0] x + mix[1] x0, normalised = scale norm(mixed), the first columns of it (B, T, gate_width)"""
+    mixed = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
+    normalised = norm(mixed) * scale.to(x.dtype)
+    return mixed, normalised, normalised[..., :gate_width]
 
 
 class Block(nn.Module):
-    """Attention, then the MLP, on one residual stream. x and normalised embeddings, (B, T, D) twice -> (B, T, D)"""
+    """Attention, then an MLP, on one residual stream."""
 
-    lanes = False
+    parallel = False
 
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
-        self.attention, self.mlp = Attention(c, index), MLP(c)
-        # a tensor, not a number: blocks then differ in data alone and share their compiled code
+        self.attention = Attention(c, index)
+        self.mlp = MLP(c)
+        # A tensor, not a number: blocks then differ in data alone and share their compiled code.
         self.register_buffer("input_scale", torch.tensor((index + 1.0) ** -c.ln_scale_power), persistent=False)
-        self.attn_scale, self.mlp_scale = nn.Parameter(torch.ones(c.model_dim)), nn.Parameter(torch.ones(c.model_dim))
-        self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # (x, x0)
+        self.attn_scale = nn.Parameter(torch.ones(c.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
+        self.input_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))  # of x, of x0
 
     def attention_branch(
-        self, x: Tensor, x0: Tensor, rope: Rope, place: AttentionContext, d: LayerLoRA
-    ) -> tuple[Tensor, Tensor]:
-        """-> x mixed with x0, and what attention makes of it"""
+        self, x: Tensor, x0: Tensor, rope: Rope, context: AttentionContext, lora: LayerLoRA
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """-> x mixed with the embeddings x0, the output of attention, new keys and values for a cache"""
         mix = FusedMix.apply if use_training_kernels(x, self.input_mix) else mix_reference
-        x, n, gating = mix(x, x0, self.input_mix, self.input_scale, self.attention.gate_width)
-        return x, self.attention(n, gating, self.attn_scale, rope, place, d)
+        mixed, normalised, gate_input = mix(x, x0, self.input_mix, self.input_scale, self.attention.gate_width)
+        output, new_kv = self.attention(normalised, gate_input, self.attn_scale, rope, context, lora)
+        return mixed, output, new_kv
 
-    def mlp_branch(self, x: Tensor, d: LayerLoRA) -> Tensor:
-        return self.mlp(norm(x) * self.input_scale.to(x.dtype), self.mlp_scale, d.mlp)
+    def mlp_branch(self, x: Tensor, lora: LayerLoRA) -> Tensor:
+        return self.mlp(norm(x) * self.input_scale.to(x.dtype), self.mlp_scale, lora.mlp)
 
-    def forward(self, x: Tensor, x0: Tensor, rope: Rope, place: AttentionContext, d: LayerLoRA) -> Tensor:
-        x, attn = self.attention_branch(x, x0, rope, place, d)
-        x = x + attn
-        return x + self.mlp_branch(x, d)
+    def forward(
+        self, x: Tensor, x0: Tensor, rope: Rope, context: AttentionContext, lora: LayerLoRA
+    ) -> tuple[Tensor, Tensor | None]:
+        """Stream and normalised embeddings, (B, T, D) each -> stream (B, T, D), new keys and values for a cache"""
+        x, attention, new_kv = self.attention_branch(x, x0, rope, context, lora)
+        x = x + attention
+        return x + self.mlp_branch(x, lora), new_kv
 
 
 class ParallelBlock(Block):
-    """Attention and MLP side by side: one reads lane `a`, the other lane `m`, and both write to both."""
+    """Attention and MLP in parallel, on two residual streams: attention reads `a`, the MLP reads `m`, and both write
+    to both."""
 
-    lanes = True
+    parallel = True
 
     def __init__(self, c: ModelConfig, index: int):
         super().__init__(c, index)
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
-        self.lane_mix = nn.Parameter(torch.ones(2, 2))  # [lane written][attention, MLP]
+        self.lane_mix = nn.Parameter(torch.ones(2, 2))  # [stream written][attention, MLP]
 
     def forward(
-        self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, place: AttentionContext, d: LayerLoRA
-    ) -> tuple[Tensor, Tensor]:
-        (_, attn), mlp = self.attention_branch(a, x0, rope, place, d), self.mlp_branch(m, d)
-        keep, mix = self.lane_keep.to(a.dtype), self.lane_mix.to(a.dtype)
-        return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp
+        self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, context: AttentionContext, lora: LayerLoRA
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Streams and normalised embeddings, (B, T, D) each -> both streams, new keys and values for a cache"""
+        _, attention, new_kv = self.attention_branch(a, x0, rope, context, lora)
+        mlp = self.mlp_branch(m, lora)
+        keep = self.lane_keep.to(a.dtype)
+        mix = self.lane_mix.to(a.dtype)
+        new_a = keep[0] * a + mix[0, 0] * attention + mix[0, 1] * mlp
+        new_m = keep[1] * m + mix[1, 0] * attention + mix[1, 1] * mlp
+        return new_a, new_m, new_kv
 
 
 class Skip(nn.Module):
-    """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate)). (B, T, D) twice, (D,) twice -> (B, T, D)"""
+    """A U-Net connection: x <- lerp(weight * saved, x, sigmoid(gate)). (B, T, D), (B, T, D), (D,), (D,) -> (B, T, D)"""
 
     def forward(self, x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
         return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
 
 
 class TokenEmbedding(nn.Module):
-    """Tokens to normalised embeddings, each smeared with the one before it in its document."""
+    """Normalised embeddings of tokens; a gate adds ("smears") the embedding of the token before."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -558,65 +632,73 @@ class TokenEmbedding(nn.Module):
         self.smear_gain = nn.Parameter(torch.zeros(1)) if c.smear_width else None
 
     def forward(self, tokens: Tensor, positions: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
-        """(B, T), place of every token in its segment (T,), (V, D) -> (B, T, D)"""
+        """Tokens (B, T), positions within their segments (T,), embedding matrix (V, D) -> (B, T, D)"""
         e = F.embedding(tokens, embedding)
         if self.smear is not None:
             gate = self.smear_gain * (e[..., : len(self.smear)] @ self.smear).sigmoid()
-            gate = gate * ((tokens != BOS) & (positions > 0))  # nothing passes into a document, nor into a segment
+            gate = gate * ((tokens != BOS) & (positions > 0))  # nothing leaks into a document, nor into a segment
             e = torch.cat([e[:, :1], e[:, 1:] + gate[:, 1:, None] * e[:, :-1]], 1)
         return norm(e).to(dtype)
 
 
 def softcap(z: Tensor, cap: float) -> Tensor:
-    """Logits squashed into +-cap, or as they are if cap is 0; fp32."""
+    """Logits squashed into +-cap by tanh, or unchanged if cap is 0; fp32."""
     return cap * torch.tanh(z.float() / cap) if cap else z.float()
 
 
 def loss_reference(z: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """What `FusedLoss` computes: uncapped logits (N, V), targets (N,) -> negative log-likelihoods (N,), nats"""
     return F.cross_entropy(softcap(z, cap), targets, reduction="none")
 
 
 class OutputHead(nn.Module):
-    """Hidden states to scores: logits of the tied embedding, soft-capped, over the whole vocabulary."""
+    """Hidden states to predictions: logits by the tied embedding, soft-capped, over the whole vocabulary."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.cap = c.logit_softcap
 
-    def logits(self, x: Tensor, embedding: Tensor, delta: LoRA | None) -> Tensor:
-        return softcap(self.raw(x, embedding, delta), self.cap)  # (B, T, D) -> (B, T, V) fp32
-
-    def raw(self, x: Tensor, embedding: Tensor, delta: LoRA | None) -> Tensor:
+    def uncapped_logits(self, x: Tensor, embedding: Tensor, lora: LoRA | None) -> Tensor:
         z = F.linear(x, embedding.to(x.dtype))
-        return z if delta is None else z + delta(x)
+        return z if lora is None else z + lora(x)
 
-    def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta: LoRA | None = None) -> Tensor:
-        """(B, T, D), (B, T) -> negative log-likelihood of every target, (B, T) nats"""
-        z = self.raw(x, embedding, delta).flatten(0, 1)
+    def logits(self, x: Tensor, embedding: Tensor, lora: LoRA | None) -> Tensor:
+        """(B, T, D), (V, D) -> (B, T, V) fp32"""
+        return softcap(self.uncapped_logits(x, embedding, lora), self.cap)
+
+    def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, lora: LoRA | None = None) -> Tensor:
+        """(B, T, D), (B, T), (V, D) -> negative log-likelihood of every target, (B, T) nats"""
+        z = self.uncapped_logits(x, embedding, lora).flatten(0, 1)
         loss = FusedLoss.apply if use_kernels(z) else loss_reference
         return loss(z, targets.flatten(), self.cap).view_as(targets)
 
     @torch.no_grad()
-    def entropy(self, x: Tensor, embedding: Tensor, delta: LoRA | None = None) -> Tensor:
-        """(B, T, D) -> entropy of every prediction, (B, T) nats"""
-        log_p = self.logits(x, embedding, delta).log_softmax(-1)
+    def entropy(self, x: Tensor, embedding: Tensor, lora: LoRA | None = None) -> Tensor:
+        """(B, T, D), (V, D) -> entropy of every prediction, (B, T) nats"""
+        log_p = self.logits(x, embedding, lora).log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1)
 
 
+# ---- The whole network ----
+
+
 class LayerPass(NamedTuple):
-    """One step of the trunk. Loops and skips are data, decided here and nowhere else."""
+    """One application of a block. With looping, a block has several."""
 
     block: int
-    saves: bool  # its output goes to a later visit
-    skip: int | None  # row of skip_weight, where an earlier output arrives
+    pushes_skip: bool  # its output is saved for a later pass
+    pops_skip: int | None  # row of skip_weight and skip_gate by which the output saved last joins its input
 
 
 def layer_plan(c: ModelConfig, looping: bool) -> tuple[LayerPass, ...]:
-    """The visits of a forward pass. The first half saves, the second takes back, last saved first (a U-Net)."""
+    """The layer passes of a forward pass, in order: loops and skips are decided here and nowhere else.
+
+    As in a U-Net, the last passes of the first half push skips, and the first ones of the second half pop them."""
     order = list(range(c.num_layers))
     if looping and c.num_loops:
         order[c.loop_end + 1 : c.loop_end + 1] = list(range(c.loop_start, c.loop_end + 1)) * c.num_loops
-    pairs = min(half := len(order) // 2, c.unet_skips)
+    half = len(order) // 2
+    pairs = min(half, c.unet_skips)
     return tuple(
         LayerPass(block, half - pairs <= i < half, i - half if half <= i < half + pairs else None)
         for i, block in enumerate(order)
@@ -624,44 +706,63 @@ def layer_plan(c: ModelConfig, looping: bool) -> tuple[LayerPass, ...]:
 
 
 class GPT(nn.Module):
+    """The network: embedding, blocks in the order of `layer_plan`, output head."""
+
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.config, self.input, self.head, self.skip = c, TokenEmbedding(c), OutputHead(c), Skip()
+        self.config = c
+        self.input = TokenEmbedding(c)
+        self.head = OutputHead(c)
+        self.skip = Skip()
         self.embed = nn.Parameter(torch.empty(c.vocab_size, c.model_dim))  # also the output matrix
-        lanes_from = c.parallel_start_layer or c.num_layers
-        self.blocks = nn.ModuleList((ParallelBlock if i >= lanes_from else Block)(c, i) for i in range(c.num_layers))
-        pairs = sum(v.saves for v in layer_plan(c, looping=True))
+        first_parallel = c.parallel_start_layer or c.num_layers
+        kinds = [ParallelBlock if i >= first_parallel else Block for i in range(c.num_layers)]
+        self.blocks = nn.ModuleList(kind(c, i) for i, kind in enumerate(kinds))
+        pairs = sum(layer.pushes_skip for layer in layer_plan(c, looping=True))
         self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim)) if pairs else None
         self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
 
     def hidden(
         self,
         tokens: Tensor,
-        place: Segments | CachedContext | None = None,
+        context: Segments | CachedContext | None = None,
         adapter: Adapter | None = None,
         looping: bool = True,
-    ) -> Tensor:
-        """Tokens (B, T) -> normalised states before the head (B, T, D); attention is causal in every segment (then B is
-        1), else in every row. A chunk's tokens are the one before it and its own, its states (B, T - 1, D) its own."""
-        positions = torch.arange(tokens.size(1), device=tokens.device) if place is None else place.positions
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Tokens (B, T) -> normalised states before the head (B, T, D), and with a cache the new keys and values of
+        every layer pass, (2, B, K, C, h) fp32 each.
+
+        Attention is causal within every segment (then B is 1), else within every row. With a cache, the tokens are the
+        one before the chunk, which is needed only to smear its embedding, and the chunk's own: T = 1 + C; the states
+        are the chunk's, (B, C, D)."""
+        cached = isinstance(context, CachedContext)
+        positions = torch.arange(tokens.size(1), device=tokens.device) if context is None else context.positions
         x0 = self.input(tokens, positions, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
-        if isinstance(place, CachedContext):  # the token before was only needed for its embedding
-            x0, positions = x0[:, 1:], positions[1:]
+        if cached:
+            x0 = x0[:, 1:]
+            positions = positions[1:]
         rope = rope_angles(positions, self.config.rope_dims, self.config.rope_base)
-        a, m, saved = x0.clone(), None, []  # a clone, lest a visit sees one tensor twice; m: the second lane
-        for i, visit in enumerate(layer_plan(self.config, looping)):
-            block, deltas = self.blocks[visit.block], NO_LORA if adapter is None else adapter.visits[i]
-            past = place.visits[i] if isinstance(place, CachedContext) else place
-            m = a if block.lanes and m is None else m
-            if visit.skip is not None:
-                a = self.skip(a, saved.pop(), self.skip_weight[visit.skip], self.skip_gate[visit.skip])
-            if block.lanes:
-                a, m = block(a, m, x0, rope, past, deltas)
+
+        a = x0.clone()  # a copy, as the compiler would specialise a block for two arguments that are one tensor
+        m = None  # the second stream, where blocks are parallel
+        skips, new_kvs = [], []
+        for i, layer in enumerate(layer_plan(self.config, looping)):
+            block = self.blocks[layer.block]
+            lora = NO_LORA if adapter is None else adapter.passes[i]
+            layer_context = CachedLayer(context.mask, context.buffers[i]) if cached else context
+            if block.parallel and m is None:
+                m = a
+            if layer.pops_skip is not None:
+                a = self.skip(a, skips.pop(), self.skip_weight[layer.pops_skip], self.skip_gate[layer.pops_skip])
+            if block.parallel:
+                a, m, new_kv = block(a, m, x0, rope, layer_context, lora)
             else:
-                a = block(a, x0, rope, past, deltas)
-            if visit.saves:
-                saved.append(a)
-        return norm(a if m is None else 0.5 * (a + m))
+                a, new_kv = block(a, x0, rope, layer_context, lora)
+            if layer.pushes_skip:
+                skips.append(a)
+            if cached:
+                new_kvs.append(new_kv)
+        return norm(a if m is None else 0.5 * (a + m)), new_kvs
 
     def forward(
         self,
@@ -671,20 +772,22 @@ class GPT(nn.Module):
         adapter: Adapter | None = None,
         looping: bool = True,
     ) -> Tensor:
-        """Tokens (B, T), targets of the last n (B, n) -> their negative log-likelihood, (B, n) nats; callers reduce."""
-        x = self.hidden(tokens, segments, adapter, looping)[:, -targets.size(1) :].contiguous()
-        return self.head(x, targets, self.embed, None if adapter is None else adapter.head)
+        """Tokens (B, T), targets of the last n (B, n) -> their negative log-likelihoods, (B, n) nats, unreduced"""
+        states, _ = self.hidden(tokens, segments, adapter, looping)
+        states = states[:, -targets.size(1) :].contiguous()
+        return self.head(states, targets, self.embed, None if adapter is None else adapter.head)
 
 
 def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
-    """The one place that says what a parameter is; initialisation, optimizer and quantiser ask here."""
+    """The one place that says what a parameter is; initialisation, optimizer and quantiser ask it."""
     if name == "embed":
         return "embedding"
     return "matrix" if name.endswith(".weight") else "scalar"
 
 
 def init_weights(model: GPT, seed: int) -> None:
-    """Matrices orthogonal, those that write to the residual stream zero, the embedding narrow. Drawn on the CPU."""
+    """Matrices orthogonal, but zero where they write to the residual stream; the embedding narrow. Scalars keep the
+    values they were built with. Drawn on the CPU, so that every device starts alike."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if param_role(name) == "embedding":
@@ -696,9 +799,9 @@ def init_weights(model: GPT, seed: int) -> None:
 
 
 def compile_parts(model: GPT) -> None:
-    """Block by block: blocks of a kind share one graph. Training alone pays for this; evaluation runs eagerly."""
+    """Compile block by block: blocks of a kind share one graph. Only training pays for it; evaluation runs eagerly."""
     for block in model.blocks:
-        block.mlp.fused = has_tma(model.embed.device)  # the compiler breaks off at descriptors elsewhere
+        block.mlp.may_fuse = has_tma(model.embed.device)  # without TMA, its descriptors would break the graph
     for part in (model.input, model.head, model.skip, *model.blocks):
         part.compile()
 
@@ -1548,7 +1651,7 @@ def calibrate(model: GPT, batches: Iterable[Sequence[MicroBatch]], dist: Dist) -
     ]
     with torch.compiler.set_stance("force_eager"):  # hooks do not fire in compiled code
         for tokens, _, segments in (row for batch in batches for row in batch):
-            add("embed", model.hidden(tokens, segments))  # it is quantised as the output matrix that it also is
+            add("embed", model.hidden(tokens, segments)[0])  # it is quantised as the output matrix that it also is
     for hook in hooks:
         hook.remove()
     sums = {module: dist.all_reduce(h) for module, h in sums.items()}
@@ -1823,14 +1926,14 @@ class Adapter:
             return LoRA(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
 
         self.starts: list[Tensor] = []  # what every document's part of `tensors` begins with
-        self.visits = [
+        self.passes = [
             LayerLoRA(*(low_rank(target) for target in LayerLoRA._fields)) for _ in layer_plan(c, looping=True)
         ]
         self.head = low_rank("head")
 
     def tensors(self) -> list[Tensor]:
         """All that adapts, documents first: (B, ...) each."""
-        parts = [part for visit in self.visits for part in visit] + [self.head]
+        parts = [part for layer in self.passes for part in layer] + [self.head]
         return [t for part in parts if part is not None for t in (part.down, part.up)]
 
     def begin(self) -> None:
@@ -1916,7 +2019,7 @@ class BatchedTTT:
         self.last.fill_(BOS)
         self.position_on_device.zero_()
         for past in (past for cache in self.caches.values() for past in cache):
-            past.ring.zero_()  # `seen` hides what is there, but 0 times NaN is NaN
+            past.zero_()  # the mask hides what is there, but 0 times NaN is NaN
         self.done, self.size, self.past, self.scored, self.replaying = 0, 0, [], (), False  # tokens past, cache size
 
     def make_room(self, tokens: int) -> None:
@@ -1929,9 +2032,9 @@ class BatchedTTT:
         if size not in self.caches:
             c = self.model.config
             shape = (2, self.documents, c.num_kv_heads, size, c.head_dim)
-            self.caches[size] = [LayerKV(torch.zeros(shape, device=self.device)) for _ in self.adapter.visits]
+            self.caches[size] = [torch.zeros(shape, device=self.device) for _ in self.adapter.passes]
         for old, new in zip(self.past, self.caches[size], strict=False):  # no cache yet, or one for one
-            new.ring[..., : self.size, :].copy_(old.ring)
+            new[..., : self.size, :].copy_(old)
         self.past, self.size = self.caches[size], size
 
     def hidden(self, tokens: Tensor) -> Tensor:
@@ -1940,10 +2043,10 @@ class BatchedTTT:
         self.make_room(n)
         held = torch.arange(self.size, device=self.device) < self.position_on_device
         seen = torch.cat([held.expand(n, -1), held.new_ones(n, n).tril()], 1)
-        for past in self.past:
-            past.seen = seen
-        place = CachedContext(self.position_on_device + torch.arange(-1, n, device=self.device), self.past)
-        return self.model.hidden(torch.cat([self.last, tokens], 1), place, self.adapter)
+        positions = self.position_on_device + torch.arange(-1, n, device=self.device)
+        context = CachedContext(positions, seen, self.past)
+        states, self.new_kv = self.model.hidden(torch.cat([self.last, tokens], 1), context, self.adapter)
+        return states
 
     def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
         """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
@@ -1987,9 +2090,8 @@ class BatchedTTT:
             slots = (
                 self.position_on_device + self.tokens.size(1) - n + torch.arange(n, device=self.device)
             ) % self.size
-            for past in self.past:
-                for ring, latest in zip(past.ring, past.latest, strict=True):
-                    ring.index_copy_(2, slots, latest[:, :, -n:])
+            for past, new in zip(self.past, self.new_kv, strict=True):
+                past.index_copy_(3, slots, new[..., -n:, :])
         self.last.copy_(self.tokens[:, -1:])
         self.position_on_device += self.tokens.size(1)
 
@@ -2006,7 +2108,7 @@ class BatchedTTT:
                 *one.rule.first,
                 *one.rule.second,
                 one.last,
-                *(past.ring.transpose(0, 1) for past in one.past),
+                *(past.transpose(0, 1) for past in one.past),
             ]
             for one in (self, other)
         ]  # (B, ...) each
@@ -2093,7 +2195,7 @@ class SequentialTTT:
         total = torch.zeros(1, device=self.dist.device)
         for row in rows:
             (tokens, targets, segments), counted = row.packed, row.counted
-            x = model.hidden(tokens, segments, self.adapter)
+            x, _ = model.hidden(tokens, segments, self.adapter)
             tally.add(row.documents[counted], model.head(x, targets, model.embed, delta)[0].cpu().numpy()[counted])
             if uses_entropy(self.run):
                 total += model.head.entropy(x, model.embed, delta)[0, torch.from_numpy(counted)].sum()
