@@ -9,7 +9,8 @@ import torch
 
 import train_gpt as g
 
-# Every mechanism is on: 7 visits 0,1,2,1,2,3,4, of which three save and three take back, the last two with lanes.
+# Every mechanism is on: 7 layer passes through blocks 0,1,2,1,2,3,4, of which three push skips and three pop them; the
+# last two have parallel streams.
 TINY = dict(vocab_size=64, model_dim=32, num_layers=5, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4)
 TINY |= dict(xsa_last_n=3, attn_gate_width=6, smear_width=6, unet_skips=8, parallel_start_layer=3)
 TINY |= dict(num_loops=1, loop_start=1, loop_end=2)
@@ -38,20 +39,25 @@ def packed(tokens: torch.Tensor, starts: list[int]) -> g.Segments:
     return g.make_micro_batch(text, text, np.array(starts), torch.device("cpu")).segments
 
 
+def states(model: g.GPT, *arguments, **options) -> torch.Tensor:
+    """What enters the output head."""
+    return model.hidden(*arguments, **options)[0]
+
+
 def embedded(model: g.GPT, tokens: torch.Tensor) -> torch.Tensor:
     """What enters the first block."""
     seen: list[torch.Tensor] = []
     with model.input.register_forward_hook(lambda module, arguments, output: seen.append(output)):
-        model.hidden(tokens)
+        states(model, tokens)
     return seen[0]
 
 
-# ---- the kernels' place -----------------------------------------------------
+# ---- kernels and references -----------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 @pytest.mark.parametrize("off", [{}, dict(attn_gate_width=0, logit_softcap=0.0)], ids=["all", "no gate, no cap"])
-def test_the_network_learns_the_same_through_kernels_and_through_their_twins(monkeypatch, off):
+def test_the_network_learns_the_same_through_kernels_and_through_their_references(monkeypatch, off):
     """Loss and gradient of every parameter, with the kernels where a GPU has them."""
     pytest.importorskip("triton")
     model, tokens, starts = lively(num_heads=2, num_kv_heads=1, **off).requires_grad_(), some_tokens(1, 90), [0, 3, 70]
@@ -62,11 +68,11 @@ def test_the_network_learns_the_same_through_kernels_and_through_their_twins(mon
         nll = model(tokens, tokens.roll(-1, 1), segments)
         return [nll.detach(), *torch.autograd.grad(nll.square().sum(), list(model.parameters()))]
 
-    twins = nll_and_gradients()
+    expected = nll_and_gradients()
     monkeypatch.setattr(g, "use_kernels", lambda x: True)
-    for twin in ("attention_reference", "loss_reference"):
-        monkeypatch.delattr(g, twin)
-    for name, a, b in zip(["nll", *dict(model.named_parameters())], nll_and_gradients(), twins, strict=True):
+    for reference in ("attention_reference", "loss_reference"):
+        monkeypatch.delattr(g, reference)
+    for name, a, b in zip(["nll", *dict(model.named_parameters())], nll_and_gradients(), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -78,7 +84,7 @@ def test_the_network_learns_the_same_through_kernels_and_through_their_twins(mon
 def test_a_row_does_not_see_what_comes_later(cut, looping):
     model, tokens = lively(), some_tokens(3, 32)
     changed = torch.cat([tokens[:, :cut], some_tokens(3, 32, seed=1)[:, cut:]], 1)
-    before, after = (model.hidden(t, looping=looping) for t in (tokens, changed))
+    before, after = (states(model, t, looping=looping) for t in (tokens, changed))
     assert torch.equal(before[:, :cut], after[:, :cut])
     assert (before[:, cut] != after[:, cut]).any()
 
@@ -89,7 +95,7 @@ def test_a_packed_row_does_not_see_what_comes_later(cut):
     tokens[0, starts] = g.BOS
     changed = tokens.clone()
     changed[0, cut:] = some_tokens(1, 48, seed=1)[0, cut:]
-    before, after = (model.hidden(t, packed(tokens, starts)) for t in (tokens, changed))
+    before, after = (states(model, t, packed(tokens, starts)) for t in (tokens, changed))
     assert torch.equal(before[:, :cut], after[:, :cut])
     assert (before[:, cut] != after[:, cut]).any()
 
@@ -97,13 +103,13 @@ def test_a_packed_row_does_not_see_what_comes_later(cut):
 def test_a_document_in_a_packed_row_is_as_it_is_alone():
     model, tokens, starts, ends = lively(), some_tokens(1, 48), [0, 13, 29], [13, 29, 48]
     tokens[0, starts] = g.BOS
-    together = model.hidden(tokens, packed(tokens, starts))
+    together = states(model, tokens, packed(tokens, starts))
     for begin, end in zip(starts, ends, strict=True):
-        alone = model.hidden(tokens[:, begin:end])
+        alone = states(model, tokens[:, begin:end])
         torch.testing.assert_close(together[:, begin:end], alone, rtol=0, atol=2e-6)
     changed = tokens.clone()
     changed[0, 14:29] = some_tokens(1, 48, seed=1)[0, 14:29]  # the document in the middle
-    other = model.hidden(changed, packed(tokens, starts))
+    other = states(model, changed, packed(tokens, starts))
     assert torch.equal(together[:, :14], other[:, :14]) and torch.equal(together[:, 29:], other[:, 29:])
 
 
@@ -115,7 +121,7 @@ def test_a_segment_cut_at_the_context_length_does_not_see_before(before_cut):
     assert starts == [0, 16, 32]
     changed = tokens.clone()
     changed[0, before_cut] = 2 + (tokens[0, before_cut] - 1) % 62
-    first, second = (model.hidden(t, packed(t, starts)) for t in (tokens, changed))
+    first, second = (states(model, t, packed(t, starts)) for t in (tokens, changed))
     assert (first[:, before_cut] != second[:, before_cut]).any()
     assert torch.equal(first[:, before_cut + 1 :], second[:, before_cut + 1 :])
 
@@ -180,16 +186,16 @@ def test_rotation_is_a_complex_product():
     np.testing.assert_array_equal(got[:, [0, 3]], x.double().numpy()[:, [0, 3]])
 
 
-@pytest.mark.parametrize("exclusive", [True, False])
-def test_exclusive_attention_says_nothing_of_its_own_value(exclusive):
-    attention = lively(xsa_last_n=5 if exclusive else 0).blocks[0].attention
+@pytest.mark.parametrize("xsa", [True, False])
+def test_xsa_removes_the_component_along_the_own_value(xsa):
+    attention = lively(xsa_last_n=5 if xsa else 0).blocks[0].attention
     attention.o.weight.data = torch.eye(32)
     n = torch.randn(2, 12, 32)
     rope = g.rope_angles(torch.arange(12), 4, 10000.0)
-    y = attention(n, n[..., : attention.gate_width], torch.ones(32), rope, None, g.NO_LORA).view(2, 12, 4, 8)
+    y = attention(n, n[..., : attention.gate_width], torch.ones(32), rope, None, g.NO_LORA)[0].view(2, 12, 4, 8)
     own = attention.v(n).view(2, 12, 2, 8).repeat_interleave(2, 2)
     said = (y * own).sum(-1).abs()
-    assert (said.max() < 1e-5) if exclusive else (said.mean() > 0.1)
+    assert (said.max() < 1e-5) if xsa else (said.mean() > 0.1)
 
 
 def rms(x):
@@ -201,7 +207,7 @@ def sigmoid(x):
 
 
 def block_reference(block, c, index, a, m, x0):
-    """One visit in numpy, float64, straight from the formulas: streams (T, D) -> (a, m); a plain block has m = None."""
+    """One layer pass in numpy, float64, by the formulas: streams (T, D) -> (a, m); m is None in a plain block."""
     p = SimpleNamespace(**{n.replace(".", "_"): t.double().numpy() for n, t in block.named_parameters()})
     T, H, K, h = len(a), c.num_heads, c.num_kv_heads, c.head_dim
     x = p.input_mix[0] * a + p.input_mix[1] * x0
@@ -231,18 +237,19 @@ def block_reference(block, c, index, a, m, x0):
     return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp_out, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp_out
 
 
-@pytest.mark.parametrize("index", [1, 2, 4])  # plain; with XSA; with XSA and lanes
+@pytest.mark.parametrize("index", [1, 2, 4])  # plain; with XSA; with XSA and parallel streams
 def test_a_block_is_its_formula(index):
     model = lively()
     block, c = model.blocks[index], model.config
     a, m, x0 = torch.randn(3, 1, 20, 32)
     rope = g.rope_angles(torch.arange(20), c.rope_dims, c.rope_base)
-    streams = (a, m) if block.lanes else (a,)
-    got = block(*streams, x0, rope, None, g.NO_LORA)
-    exact = [None if x is None else x[0].double().numpy() for x in (a, m if block.lanes else None, x0)]
+    streams = (a, m) if block.parallel else (a,)
+    *got, new_kv = block(*streams, x0, rope, None, g.NO_LORA)
+    assert new_kv is None
+    exact = [None if x is None else x[0].double().numpy() for x in (a, m if block.parallel else None, x0)]
     want = block_reference(block, c, index, *exact)
-    assert block.lanes == (index >= 3)
-    for one, other in zip(got if block.lanes else (got, None), want, strict=True):
+    assert block.parallel == (index >= 3)
+    for one, other in zip(got if block.parallel else [*got, None], want, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
             np.testing.assert_allclose(one[0].numpy(), other, rtol=1e-4, atol=1e-4)
@@ -267,7 +274,7 @@ def test_the_head_is_its_formula():
 
 
 def test_the_trunk_is_wired_as_planned():
-    """The seven visits of this configuration, written out."""
+    """The seven layer passes of this configuration, written out."""
     model, tokens = lively(), some_tokens(2, 16)
     blocks, rope = model.blocks, g.rope_angles(torch.arange(16), 4, 10000.0)
     x0 = embedded(model, tokens)
@@ -277,29 +284,30 @@ def test_the_trunk_is_wired_as_planned():
         return part * x + (1 - part) * model.skip_weight[row] * saved
 
     def run(index, *streams):
-        return blocks[index](*streams, x0, rope, None, g.NO_LORA)
+        *streams, _ = blocks[index](*streams, x0, rope, None, g.NO_LORA)
+        return streams
 
-    one = run(0, x0)
-    two = run(1, one)
-    three = run(2, two)
-    a = run(1, taken_back(three, three, 0))
-    a = run(2, taken_back(a, two, 1))
+    (one,) = run(0, x0)
+    (two,) = run(1, one)
+    (three,) = run(2, two)
+    (a,) = run(1, taken_back(three, three, 0))
+    (a,) = run(2, taken_back(a, two, 1))
     a, m = run(3, taken_back(a, one, 2), a)
     a, m = run(4, a, m)
-    torch.testing.assert_close(model.hidden(tokens), g.norm((a + m) / 2), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(states(model, tokens), g.norm((a + m) / 2), rtol=1e-4, atol=1e-5)
 
 
-# ---- the plan of visits -----------------------------------------------------
+# ---- the layer plan -----------------------------------------------------
 
 
 def test_the_plan_of_the_default_network():
     looped, plain = (g.layer_plan(g.ModelConfig(), looping) for looping in (True, False))
-    assert [v.block for v in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
-    assert [i for i, v in enumerate(looped) if v.saves] == [0, 1, 2, 3, 4, 5, 6, 7]
-    assert [v.skip for v in looped] == [None] * 8 + [0, 1, 2, 3, 4, 5, 6, 7, None]
-    assert [v.block for v in plain] == list(range(11))
-    assert [i for i, v in enumerate(plain) if v.saves] == [0, 1, 2, 3, 4]
-    assert [v.skip for v in plain] == [None] * 5 + [0, 1, 2, 3, 4, None]
+    assert [layer.block for layer in looped] == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 6, 7, 8, 9, 10]
+    assert [i for i, layer in enumerate(looped) if layer.pushes_skip] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert [layer.pops_skip for layer in looped] == [None] * 8 + [0, 1, 2, 3, 4, 5, 6, 7, None]
+    assert [layer.block for layer in plain] == list(range(11))
+    assert [i for i, layer in enumerate(plain) if layer.pushes_skip] == [0, 1, 2, 3, 4]
+    assert [layer.pops_skip for layer in plain] == [None] * 5 + [0, 1, 2, 3, 4, None]
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 6, 7])
@@ -310,13 +318,13 @@ def test_every_plan_gives_back_what_it_saves(layers, skips, loops):
     for looping in (True, False):
         plan, saved = g.layer_plan(config, looping), []
         assert len(plan) == layers + looping * loops * (layers // 2 + 1)
-        for i, visit in enumerate(plan):
-            if visit.skip is not None:
+        for i, layer in enumerate(plan):
+            if layer.pops_skip is not None:
                 assert i > saved.pop()
-            if visit.saves:
+            if layer.pushes_skip:
                 saved.append(i)
         assert saved == []
-        taken = [v.skip for v in plan if v.skip is not None]
+        taken = [layer.pops_skip for layer in plan if layer.pops_skip is not None]
         assert taken == list(range(min(skips, len(plan) // 2)))
 
 
@@ -334,16 +342,16 @@ def test_every_mechanism_has_an_effect_and_0_turns_it_off(knob):
     with_it, without = (m(text[:, :-1], text[:, 1:]) for m in (on, off))
     assert without.isfinite().all()
     assert (with_it - without).abs().max() > 1e-3
-    assert off.hidden(text, looping=False).isfinite().all()
+    assert states(off, text, looping=False).isfinite().all()
 
 
 def test_everything_off_is_a_plain_transformer():
     model = lively(**dict.fromkeys(OFF, 0))
-    assert [v.block for v in g.layer_plan(model.config, looping=True)] == [0, 1, 2, 3, 4]
+    assert [layer.block for layer in g.layer_plan(model.config, looping=True)] == [0, 1, 2, 3, 4]
     x = x0 = g.norm(model.embed[some_tokens(1, 9)])
     for block in model.blocks:
-        x = block(x, x0, g.rope_angles(torch.arange(9), 0, 10000.0), None, g.NO_LORA)
-    torch.testing.assert_close(model.hidden(some_tokens(1, 9)), g.norm(x))
+        x, _ = block(x, x0, g.rope_angles(torch.arange(9), 0, 10000.0), None, g.NO_LORA)
+    torch.testing.assert_close(states(model, some_tokens(1, 9)), g.norm(x))
 
 
 def test_the_default_network_has_its_35_945_623_parameters():
@@ -393,24 +401,25 @@ def test_initial_weights_follow_from_the_seed_alone():
 # ---- compilation and adapters -----------------------------------------------
 
 
-def some_deltas(rows: int, config: g.ModelConfig, rank: int = 3) -> g.LayerLoRA:
+def some_lora(rows: int, config: g.ModelConfig, rank: int = 3) -> g.LayerLoRA:
     width = {"k": config.kv_dim, "v": config.kv_dim}
 
-    def delta(target: str) -> g.LoRA:
+    def of(target: str) -> g.LoRA:
         return g.LoRA(torch.randn(rows, 32, rank) / 6, torch.randn(rows, rank, width.get(target, 32)) / 6, 0.7)
 
-    return g.LayerLoRA(*map(delta, g.LayerLoRA._fields))
+    return g.LayerLoRA(*map(of, g.LayerLoRA._fields))
 
 
 @pytest.mark.parametrize("index", [2, 4])
 def test_blocks_compile_without_a_graph_break(index):
     model = lively()
     block, rope = model.blocks[index], g.rope_angles(torch.arange(10), 4, 10000.0)
-    streams = torch.randn(3 if block.lanes else 2, 2, 10, 32).unbind()
+    streams = torch.randn(3 if block.parallel else 2, 2, 10, 32).unbind()
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="eager", fullgraph=True)
-    for deltas in (g.NO_LORA, some_deltas(2, model.config)):
-        torch.testing.assert_close(compiled(*streams, rope, None, deltas), block(*streams, rope, None, deltas))
+    for lora in (g.NO_LORA, some_lora(2, model.config)):
+        got, expected = (run(*streams, rope, None, lora)[:-1] for run in (compiled, block))
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("capability, tma", [((8, 9), False), ((9, 0), True), ((10, 0), True)])
@@ -419,10 +428,10 @@ def test_before_hopper_compiled_blocks_do_without_the_copy_engine(monkeypatch, c
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert g.has_tma(torch.device("cuda", 0)) == tma and not g.has_tma(torch.device("cpu"))
     model = lively()
-    assert all(block.mlp.fused for block in model.blocks)
+    assert all(block.mlp.may_fuse for block in model.blocks)
     monkeypatch.setattr(g, "has_tma", lambda device: tma)
     g.compile_parts(model)
-    assert all(block.mlp.fused == tma for block in model.blocks)
+    assert all(block.mlp.may_fuse == tma for block in model.blocks)
 
 
 def new_adapter(model: g.GPT, rows: int) -> g.Adapter:
@@ -438,9 +447,7 @@ def test_a_new_adapter_changes_nothing():
 def test_every_correction_is_used():
     model, text = lively(), some_tokens(3, 25)
     adapter = new_adapter(model, 3)
-    ups = {
-        f"visit {i} {t}": getattr(visit, t).up for i, visit in enumerate(adapter.visits) for t in g.LayerLoRA._fields
-    }
+    ups = {f"pass {i} {t}": getattr(layer, t).up for i, layer in enumerate(adapter.passes) for t in g.LayerLoRA._fields}
     ups |= {"head": adapter.head.up}
     assert len(ups) == 7 * 5 + 1
     model(text[:, :-1], text[:, 1:], adapter=adapter).sum().backward()
@@ -452,27 +459,27 @@ def test_every_correction_is_used():
 def test_a_correction_is_a_change_of_the_weight(index, target):
     model = lively()
     block, rope = model.blocks[index], g.rope_angles(torch.arange(10), 4, 10000.0)
-    streams = torch.randn(3 if block.lanes else 2, 2, 10, 32).unbind()
-    delta = getattr(some_deltas(2, model.config), target)
-    corrected = torch.stack([*block(*streams, rope, None, g.LayerLoRA(**{target: delta}))]).view(-1, 2, 10, 32)
+    streams = torch.randn(3 if block.parallel else 2, 2, 10, 32).unbind()
+    lora = getattr(some_lora(2, model.config), target)
+    corrected = torch.stack(block(*streams, rope, None, g.LayerLoRA(**{target: lora}))[:-1]).view(-1, 2, 10, 32)
     weight = getattr(block.attention, target).weight
     original = weight.clone()
     for row in range(2):  # each row has a correction of its own
-        weight.data = original + 0.7 * (delta.down[row] @ delta.up[row]).mT
-        merged = torch.stack([*block(*streams, rope, None, g.NO_LORA)]).view(-1, 2, 10, 32)
+        weight.data = original + 0.7 * (lora.down[row] @ lora.up[row]).mT
+        merged = torch.stack(block(*streams, rope, None, g.NO_LORA)[:-1]).view(-1, 2, 10, 32)
         torch.testing.assert_close(corrected[:, row], merged[:, row], rtol=1e-4, atol=1e-4)
 
 
 def test_corrections_of_mlp_and_head_stand_beside_them():
     model, x, targets = lively(), torch.randn(2, 10, 32), some_tokens(2, 10)
-    delta = some_deltas(2, model.config).mlp
-    beside = torch.einsum("bro,bir,bti->bto", delta.up, delta.down, x) * 0.7
+    lora = some_lora(2, model.config).mlp
+    beside = torch.einsum("bro,bir,bti->bto", lora.up, lora.down, x) * 0.7
     mlp = model.blocks[0].mlp
     scale = torch.rand(32)
-    torch.testing.assert_close(mlp(x, scale, delta), mlp(x, scale) + scale * beside, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mlp(x, scale, lora), mlp(x, scale) + scale * beside, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(mlp(x, scale), mlp(x, torch.ones(32)) * scale, rtol=1e-4, atol=1e-4)
-    head_delta = g.LoRA(delta.down, torch.randn(2, 3, 64) / 6, 0.7)
+    head_lora = g.LoRA(lora.down, torch.randn(2, 3, 64) / 6, 0.7)
     for row in range(2):
-        merged = model.embed + 0.7 * (head_delta.down[row] @ head_delta.up[row]).mT
-        got, want = model.head(x, targets, model.embed, head_delta)[row], model.head(x, targets, merged)[row]
+        merged = model.embed + 0.7 * (head_lora.down[row] @ head_lora.up[row]).mT
+        got, want = model.head(x, targets, model.embed, head_lora)[row], model.head(x, targets, merged)[row]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
