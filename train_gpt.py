@@ -1803,23 +1803,25 @@ def code() -> bytes:
 
 
 # ======================================================================================================================
-# Scoring: every target once, in nats, booked to its document. Windows depend on the place in a document alone.
+# Scoring: every target once, in nats, added to its document. Windows depend on the position in a document alone.
 
 
 class ScoreTable:
-    """Nats, scored targets and adaptation steps of every document."""
+    """Nats, number of scored targets and number of adaptation steps of every document."""
 
     def __init__(self, docs: Documents):
         self.docs = docs
-        self.nats, self.counted, self.updates = np.zeros(len(docs)), np.zeros(len(docs)), np.zeros(len(docs))
+        self.nats = np.zeros(len(docs))
+        self.counted = np.zeros(len(docs))
+        self.updates = np.zeros(len(docs))
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
-        """Scores (n,) of targets that belong to these documents (n,)."""
+        """Add the scores (n,) of targets that belong to these documents (n,)."""
         self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
         self.counted += np.bincount(documents, minlength=len(self.docs))
 
     def all_reduced(self, dist: Dist) -> ScoreTable:
-        """All ranks' sums, after checking that every target was scored exactly once."""
+        """The sums of all ranks, after a check that every target was scored exactly once."""
         for values in (self.nats, self.counted, self.updates):
             values[:] = dist.all_reduce(torch.from_numpy(values)).numpy()
         wrong = np.flatnonzero(self.counted != self.docs.lengths)
@@ -1841,50 +1843,69 @@ class Window(NamedTuple):
 
 
 def windows(document: int, begin: int, end: int, context: int, stride: int) -> Iterator[Window]:
-    """The windows that score inputs begin..end-1 of a document: the first window reaches to `context`, each further one
-    by `stride`. Where a window starts depends on its place only, never on the document's length."""
-    edge = context if begin < context else context + (begin - context) // stride * stride + stride
+    """The windows that score inputs begin..end-1 of a document: the first one reaches to `context`, each further one
+    `stride` beyond the one before. Where a window starts depends on the position alone, never on the length."""
+    edge = context
+    if begin >= context:
+        edge += ((begin - context) // stride + 1) * stride
     while begin < end:
         yield Window(document, max(0, edge - context), begin, min(edge, end))
-        begin, edge = edge, edge + stride
+        begin = edge
+        edge += stride
 
 
 class EvalRow(NamedTuple):
-    """A packed row of windows: what to run, whose targets it holds and which of them count."""
+    """A packed row of windows, and which of its targets count."""
 
-    packed: MicroBatch
-    documents: np.ndarray  # (N,)
-    counted: np.ndarray  # (N,) bool
+    batch: MicroBatch
+    documents: np.ndarray  # (N,) document of every target
+    counted: np.ndarray  # (N,) bool, the target is scored in this row
 
 
 def fill_rows(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
-    """Windows, in order, in rows of at most row_tokens."""
+    """Put windows, in order, into rows of at most `row_tokens`."""
     rows, used = [], row_tokens
-    for w in plan:
-        if used + w.end - w.start > row_tokens:
+    for window in plan:
+        size = window.end - window.start
+        if used + size > row_tokens:
             rows.append([])
             used = 0
-        rows[-1].append(w)
-        used += w.end - w.start
+        rows[-1].append(window)
+        used += size
     return rows
 
 
 def local_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[EvalRow]:
-    """The rows of a plan, dealt to ranks in turn; all of one size, but a lone row is as short as its windows allow."""
-    size, longest, rows = run.micro_batch_tokens, run.eval_seq_len, fill_rows(plan, run.micro_batch_tokens)
+    """This rank's share of the rows of a plan. All have one size, but a lone row is as short as its windows allow."""
+    size = run.micro_batch_tokens
+    rows = fill_rows(plan, size)
     if len(rows) == 1:
-        size = min(size, -(-sum(w.end - w.start for w in rows[0]) // longest) * longest)
+        used = sum(window.end - window.start for window in rows[0])
+        contexts = -(-used // run.eval_seq_len)  # rounded up
+        size = min(size, contexts * run.eval_seq_len)
     for row in rows[dist.rank :: dist.world]:
-        text, targets = np.full(size, BOS, np.uint16), np.full(size, BOS, np.uint16)
-        documents, counted, starts, at = np.zeros(size, np.int64), np.zeros(size, bool), [], 0
-        for w in row:
-            span, n = docs.span(w.document), w.end - w.start
-            starts.append(at)
-            text[at : at + n], targets[at : at + n] = span[w.start : w.end], span[w.start + 1 : w.end + 1]
-            documents[at : at + n], counted[at + w.first - w.start : at + n] = w.document, True
-            at += n
-        starts.extend(range(at, size, longest))  # of padding, which nothing attends to and nothing counts
-        yield EvalRow(make_micro_batch(text, targets, np.array(starts), dist.device), documents, counted)
+        yield pack_windows(docs, row, size, run.eval_seq_len, dist.device)
+
+
+def pack_windows(docs: Documents, row: Sequence[Window], size: int, context: int, device: torch.device) -> EvalRow:
+    """A row of `size` tokens that begins with these windows. What follows is padding in segments of one context:
+    nothing attends to it, and none of it counts."""
+    text = np.full(size, BOS, np.uint16)
+    targets = np.full(size, BOS, np.uint16)
+    documents = np.zeros(size, np.int64)
+    counted = np.zeros(size, bool)
+    starts, at = [], 0
+    for window in row:
+        span = docs.span(window.document)
+        end = at + window.end - window.start
+        text[at:end] = span[window.start : window.end]
+        targets[at:end] = span[window.start + 1 : window.end + 1]
+        documents[at:end] = window.document
+        counted[at + window.first - window.start : end] = True
+        starts.append(at)
+        at = end
+    starts.extend(range(at, size, context))
+    return EvalRow(make_micro_batch(text, targets, np.array(starts), device), documents, counted)
 
 
 @torch.no_grad()
@@ -1894,100 +1915,118 @@ def score_static(
     chosen: Iterable[int],
     run: RunConfig,
     dist: Dist,
-    tally: ScoreTable,
+    table: ScoreTable,
     looping: bool = True,
 ) -> None:
     """Score these documents without adaptation."""
     lengths = docs.lengths
     plan = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
     for row in local_rows(docs, plan, run, dist):
-        nll = model(*row.packed, looping=looping)[0].cpu().numpy()
-        tally.add(row.documents[row.counted], nll[row.counted])
+        nats = model(*row.batch, looping=looping)[0].cpu().numpy()
+        table.add(row.documents[row.counted], nats[row.counted])
 
 
 # ======================================================================================================================
-# Test-time training: a chunk is scored, then learnt from. What adapts starts anew at each document or in a stream.
+# Test-time training: a chunk is scored, then learned from. What adapts starts anew at every document, or never.
+#
+# A learner adapts along a text. Its user takes it from chunk to chunk, and holds the state of a chunk in hand:
+#     chunk = learner.score(...)            final scores, from what was learned before the chunk
+#     chunk = learner.learn(chunk, mask)    steps on those of its targets that the mask counts
+#     learner.advance(chunk)                the chunk becomes context
+# BatchedTTT does so for many documents at once, each with its own LoRA; SequentialTTT for one text, in which the ranks
+# share every chunk, with the weights themselves or one set of LoRA.
 
 
 class Adapter:
-    """The corrections of B documents, for every visit of the trunk and for the head; they start from the seed alone."""
+    """LoRA of B documents, for every layer pass and for the head. The seed alone decides where they start."""
 
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
-        generator, bound = torch.Generator().manual_seed(run.seed), c.model_dim**-0.5
+        generator = torch.Generator().manual_seed(run.seed)
+        bound = c.model_dim**-0.5
+        widths = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}
+        self.starts: list[Tensor] = []  # of one document, in the order of `tensors`
 
-        def low_rank(target: str) -> LoRA | None:
+        def new_lora(target: str) -> LoRA | None:
             if target not in run.lora_targets:
                 return None
-            d_out = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}.get(target, c.model_dim)
             start = torch.empty(c.model_dim, run.ttt_lora_rank).uniform_(-bound, bound, generator=generator).to(device)
-            up = torch.zeros(documents, run.ttt_lora_rank, d_out, device=device)  # so it changes nothing at first
+            width = widths.get(target, c.model_dim)
+            up = torch.zeros(documents, run.ttt_lora_rank, width, device=device)  # zero: no effect at first
             self.starts += [start, up[0].clone()]
             scale = run.ttt_lora_alpha / run.ttt_lora_rank
             return LoRA(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
 
-        self.starts: list[Tensor] = []  # what every document's part of `tensors` begins with
-        self.passes = [
-            LayerLoRA(*(low_rank(target) for target in LayerLoRA._fields)) for _ in layer_plan(c, looping=True)
-        ]
-        self.head = low_rank("head")
+        self.passes = [LayerLoRA(*map(new_lora, LayerLoRA._fields)) for _ in layer_plan(c, looping=True)]
+        self.head = new_lora("head")
 
     def tensors(self) -> list[Tensor]:
         """All that adapts, documents first: (B, ...) each."""
-        parts = [part for layer in self.passes for part in layer] + [self.head]
-        return [t for part in parts if part is not None for t in (part.down, part.up)]
+        loras = [lora for layer in self.passes for lora in layer] + [self.head]
+        return [t for lora in loras if lora is not None for t in (lora.down, lora.up)]
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         for t, start in zip(self.tensors(), self.starts, strict=True):
             t.copy_(start)
 
 
 class TTTOptimizer:
-    """The step of test-time training on tensors (B, ...): clipping, moments, decay and rate are each document's own."""
+    """The update rule of test-time training on tensors (B, ...). Clipping, moments, decay and rate are each document's
+    own, so that no document's step depends on another. Another rule is another branch of `directions`."""
 
     def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
-        self.run, self.multipliers = run, multipliers
+        self.run = run
+        self.multipliers = multipliers  # of the learning rate, one for each tensor
         self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
-        first = run.ttt_optimizer == "sgd" or run.ttt_beta1 > 0  # a moment without memory is the gradient itself
-        self.first = [torch.zeros_like(t) for t in tensors] if first else []
-        self.second = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
+        has_exp_avg = run.ttt_optimizer == "sgd" or run.ttt_beta1 > 0  # with beta1 = 0 it would equal the gradient
+        self.exp_avg = [torch.zeros_like(t) for t in tensors] if has_exp_avg else []
+        self.exp_avg_sq = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
 
-    def begin(self) -> None:
-        for t in (self.steps_done, *self.first, *self.second):
+    def reset(self) -> None:
+        for t in (self.steps_done, *self.exp_avg, *self.exp_avg_sq):
             t.zero_()
+
+    def directions(self, grads: list[Tensor]) -> list[Tensor]:
+        """Gradients (B, ...) -> what to step along, for a rate of 1; moments are updated in place."""
+        run = self.run
+        if run.ttt_optimizer == "adamw":
+            betas = run.ttt_beta1, run.ttt_beta2
+            return adam_directions(grads, self.exp_avg, self.exp_avg_sq, self.steps_done, *betas, eps=1e-10)
+        torch._foreach_mul_(self.exp_avg, run.ttt_momentum)
+        torch._foreach_add_(self.exp_avg, grads)
+        return self.exp_avg
 
     @torch.no_grad()
     def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor | float) -> None:
-        """Tensors and gradients (B, ...), learning rate (B,) or of all; tensors change in place."""
-        run, first, second = self.run, self.first, self.second
+        """Update tensors (B, ...) in place, by gradients (B, ...) and a learning rate for each document (B,) or all."""
+        run = self.run
         self.steps_done += 1
         lr = torch.zeros(len(tensors[0]), device=tensors[0].device) + lr
         if run.ttt_grad_clip:
             norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (B,)
             factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
             grads = [g * per_document(factor, g) for g in grads]
-        if run.ttt_optimizer == "adamw":
-            directions = adam_directions(grads, first, second, self.steps_done, run.ttt_beta1, run.ttt_beta2, eps=1e-10)
-        else:
-            torch._foreach_mul_(first, run.ttt_momentum)
-            torch._foreach_add_(first, grads)
-            directions = first
-        for t, d, multiplier in zip(tensors, directions, self.multipliers, strict=True):
-            d = orthogonalise(d, run.ttt_ns_steps) if run.ttt_ns_steps and d.ndim == 3 else d
+        for t, direction, multiplier in zip(tensors, self.directions(grads), self.multipliers, strict=True):
+            if run.ttt_ns_steps and direction.ndim == 3:
+                direction = orthogonalise(direction, run.ttt_ns_steps)
             rate = per_document(lr, t)
-            t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, d, value=-multiplier)
+            t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, direction, value=-multiplier)
 
 
 def per_document(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ...), to go with (B, ...)"""
+    """(B,) -> (B, 1, ...), to be multiplied with `like` (B, ...)"""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def chunk_learning_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
-    """Learning rate of a step on a chunk: by a cosine over epochs, less where its entropy (B,) leaves the window."""
-    rate = run.ttt_lr * (0.5 * (1 + math.cos(math.pi * epoch / run.ttt_epochs)) if run.ttt_cosine else 1.0)
+    """Learning rate of a step on a chunk: TTT_LR, falling by a cosine over the epochs if TTT_COSINE, and scaled down in
+    proportion where the mean entropy of the chunk's predictions (B,), nats, leaves its window."""
+    rate = run.ttt_lr
+    if run.ttt_cosine:
+        rate = run.ttt_lr * (0.5 * (1 + math.cos(math.pi * epoch / run.ttt_epochs)))
     if entropy is None:
         return rate
-    low, high = max(run.ttt_entropy_low, 1e-9), run.ttt_entropy_high or math.inf
+    low = max(run.ttt_entropy_low, 1e-9)
+    high = run.ttt_entropy_high or math.inf
     return rate * (entropy / low).clamp(max=1.0) * (high / entropy.clamp(min=1e-9)).clamp(max=1.0)
 
 
@@ -1995,127 +2034,239 @@ def uses_entropy(run: RunConfig) -> bool:
     return run.ttt_entropy_low > 0 or run.ttt_entropy_high > 0
 
 
-class BatchedTTT:
-    """B documents, each with corrections of its own, chunk by chunk: the score of a chunk is final, then its document
-    learns from it. No row reaches another. Earlier chunks are seen as the keys and values that they left in their turn,
-    so that a step costs a chunk and not a window. On a GPU a step is replayed, captured for every size of the cache."""
+class Learner:
+    """What all learners share: one learning step. A subclass scores a chunk and says what its gradients are."""
 
-    SMALLEST_CACHE = 256  # tokens; a cache grows by doubling
+    run: RunConfig
+    tensors: list[Tensor]  # all that adapts, (B, ...) each
+    optimizer: TTTOptimizer
 
-    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
-        self.model, self.run, self.documents, self.device = model, run, documents, device
-        self.room = run.eval_seq_len - run.ttt_chunk_tokens
-        self.adapter = Adapter(model.config, run, documents, device)
-        self.rule = TTTOptimizer(self.adapter.tensors(), [1.0] * len(self.adapter.tensors()), run)
-        self.caches, self.replay = {}, CUDAGraphs() if device.type == "cuda" and run.compile else None  # caches by size
-        self.last = torch.full((documents, 1), BOS, device=device)  # the token before a chunk, for its embedding
-        self.position_on_device = torch.zeros((), dtype=torch.int64, device=device)
-        self.begin()
+    def take_steps(self, chunk: Any, mask: Any) -> Any:
+        """TTT_EPOCHS steps on a scored chunk -> the chunk as its last forward pass left it."""
+        entropy = self.mean_entropy(chunk, mask) if uses_entropy(self.run) else None
+        for epoch in range(self.run.ttt_epochs):
+            if epoch > 0:
+                chunk = self.forward_again(chunk)
+            grads = self.gradients(chunk, mask)
+            self.optimizer.step(self.tensors, grads, chunk_learning_rate(self.run, epoch, entropy))
+        return chunk
 
-    @torch.no_grad()
-    def begin(self) -> None:
-        self.adapter.begin()
-        self.rule.begin()
-        self.last.fill_(BOS)
+    def mean_entropy(self, chunk: Any, mask: Any) -> Tensor:
+        """Of each document's counted predictions (B,), nats."""
+        raise NotImplementedError
+
+    def forward_again(self, chunk: Any) -> Any:
+        """The chunk after another forward pass, with what has been learned since the last."""
+        raise NotImplementedError
+
+    def gradients(self, chunk: Any, mask: Any) -> list[Tensor]:
+        """Of each document's mean loss over its counted targets, (B, ...) each."""
+        raise NotImplementedError
+
+
+# ---- Many documents at once ----
+
+
+class KVCache:
+    """Keys and values of the last L tokens of B documents, for every layer pass. Token t lies in slot t % L.
+
+    All documents are at the same position. L grows by doubling up to `most`; buffers are kept by size and reused, as
+    captured CUDA graphs hold their addresses."""
+
+    SMALLEST = 256  # tokens
+
+    def __init__(self, c: ModelConfig, documents: int, most: int, device: torch.device):
+        self.config = c
+        self.documents = documents
+        self.most = most
+        self.device = device
+        self.buffers_by_size: dict[int, list[Tensor]] = {}
+        self.last_token = torch.full((documents, 1), BOS, device=device)  # the one before a chunk, to smear
+        self.position_on_device = torch.zeros((), dtype=torch.int64, device=device)  # equals `position`; graphs read it
+        self.reset()
+
+    def reset(self) -> None:
+        """To the start of new documents."""
+        self.last_token.fill_(BOS)
         self.position_on_device.zero_()
-        for past in (past for cache in self.caches.values() for past in cache):
-            past.zero_()  # the mask hides what is there, but 0 times NaN is NaN
-        self.done, self.size, self.past, self.scored, self.replaying = 0, 0, [], (), False  # tokens past, cache size
+        for buffers in self.buffers_by_size.values():
+            for buffer in buffers:
+                buffer.zero_()  # masked anyhow, but 0 times NaN is NaN
+        self.position = 0  # tokens so far
+        self.size = 0  # L
+        self.buffers: list[Tensor] = []  # (2, B, K, L, h) fp32 for each layer pass
 
     def make_room(self, tokens: int) -> None:
-        """Take a cache that will hold so many tokens more, or all that a chunk may see."""
-        size = self.size or min(self.room, self.SMALLEST_CACHE)
-        while size < min(self.room, self.done + tokens):
-            size = min(self.room, 2 * size)
-        if self.past and size == self.size:
+        """Grow to hold `tokens` more, or as many as a chunk may attend to."""
+        size = self.size or min(self.most, self.SMALLEST)
+        while size < min(self.most, self.position + tokens):
+            size = min(self.most, 2 * size)
+        if self.buffers and size == self.size:
             return
-        if size not in self.caches:
-            c = self.model.config
-            shape = (2, self.documents, c.num_kv_heads, size, c.head_dim)
-            self.caches[size] = [torch.zeros(shape, device=self.device) for _ in self.adapter.passes]
-        for old, new in zip(self.past, self.caches[size], strict=False):  # no cache yet, or one for one
-            new[..., : self.size, :].copy_(old)
-        self.past, self.size = self.caches[size], size
+        if size not in self.buffers_by_size:
+            shape = (2, self.documents, self.config.num_kv_heads, size, self.config.head_dim)
+            passes = len(layer_plan(self.config, looping=True))
+            self.buffers_by_size[size] = [torch.zeros(shape, device=self.device) for _ in range(passes)]
+        larger = self.buffers_by_size[size]
+        if self.buffers:  # no slot wraps round before the size is `most`, so that token t stays in slot t
+            for new, old in zip(larger, self.buffers, strict=True):
+                new[..., : self.size, :].copy_(old)
+        self.buffers = larger
+        self.size = size
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Inputs of the next chunk (B, C) -> their states (B, C, D). Nothing moves on: other tokens may be tried."""
-        n, self.tokens = tokens.size(1), tokens
-        self.make_room(n)
-        held = torch.arange(self.size, device=self.device) < self.position_on_device
-        seen = torch.cat([held.expand(n, -1), held.new_ones(n, n).tril()], 1)
-        positions = self.position_on_device + torch.arange(-1, n, device=self.device)
-        context = CachedContext(positions, seen, self.past)
-        states, self.new_kv = self.model.hidden(torch.cat([self.last, tokens], 1), context, self.adapter)
-        return states
-
-    def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> Tensor:
-        """Inputs of the next chunk and their targets, (B, C) each -> nats (B, C), from what was learnt before it."""
-        self.make_room(tokens.size(1))
-        self.replaying = to_learn and self.replay is not None
-        with torch.set_grad_enabled(to_learn):
-            return self._do(self._score, tokens, targets)
-
-    def learn(self, counted: Tensor) -> None:
-        """Steps on the chunk that was scored last; which of its targets count: (B, C)."""
-        self._do(self._learn, counted)
-
-    def advance(self) -> None:
-        """The tokens that `hidden` or `score` saw last are past."""
-        self._do(self._move_on)
-        self.done += self.tokens.size(1)
-
-    def _score(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        x = self.hidden(tokens)
-        nll = self.model.head(x, targets, self.model.embed, self.adapter.head)
-        self.scored = (targets, x, nll)
-        return nll.detach()
-
-    def _learn(self, counted: Tensor) -> None:
-        (targets, x, nll), run, model, head = self.scored, self.run, self.model, self.adapter.head
-        count = counted.sum(1).clamp(min=1)
-        entropy = (model.head.entropy(x, model.embed, head) * counted).sum(1) / count if uses_entropy(run) else None
-        for epoch in range(run.ttt_epochs):
-            nll = model.head(self.hidden(self.tokens), targets, model.embed, head) if epoch else nll
-            loss = ((nll * counted).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
-            grads = list(torch.autograd.grad(loss, self.adapter.tensors()))
-            self.rule.step(self.adapter.tensors(), grads, chunk_learning_rate(run, epoch, entropy))
-
-    def _do(self, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        return self.replay((work.__name__, self.size), work, *inputs) if self.replaying else work(*inputs)
+    def context(self, tokens: int) -> CachedContext:
+        """What the next `tokens` tokens attend to. It reads the position on the device, so that it can be captured."""
+        filled = torch.arange(self.size, device=self.device) < self.position_on_device
+        causal = filled.new_ones(tokens, tokens).tril()
+        mask = torch.cat([filled.expand(tokens, -1), causal], 1)
+        positions = self.position_on_device + torch.arange(-1, tokens, device=self.device)
+        return CachedContext(positions, mask, self.buffers)
 
     @torch.no_grad()
-    def _move_on(self) -> None:
-        if self.size:
-            n = min(self.size, self.tokens.size(1))  # a chunk may be longer than what is kept
-            slots = (
-                self.position_on_device + self.tokens.size(1) - n + torch.arange(n, device=self.device)
-            ) % self.size
-            for past, new in zip(self.past, self.new_kv, strict=True):
-                past.index_copy_(3, slots, new[..., -n:, :])
-        self.last.copy_(self.tokens[:, -1:])
-        self.position_on_device += self.tokens.size(1)
+    def append(self, tokens: Tensor, new_kvs: Sequence[Tensor]) -> None:
+        """Append a chunk's tokens (B, C) with their keys and values, (2, B, K, C, h) for each layer pass. Works on the
+        device alone, so that it can be captured; `position` is the caller's to advance."""
+        count = tokens.size(1)
+        kept = min(self.size, count)  # a chunk may be longer than the cache
+        if kept:
+            newest = torch.arange(kept, device=self.device)
+            slots = (self.position_on_device + count - kept + newest) % self.size
+            for buffer, new in zip(self.buffers, new_kvs, strict=True):
+                buffer.index_copy_(3, slots, new[..., -kept:, :])
+        self.last_token.copy_(tokens[:, -1:])
+        self.position_on_device += count
+
+    def copy_rows(self, other: KVCache, rows: Tensor) -> None:
+        """Become these documents of another cache, where they are."""
+        self.position = other.position
+        self.make_room(0)
+        other.make_room(0)
+        for new, old in zip(self.buffers, other.buffers, strict=True):
+            new.copy_(old[:, rows])
+        self.last_token.copy_(other.last_token[rows])
+        self.position_on_device.copy_(other.position_on_device)
+
+
+class BatchedChunk(NamedTuple):
+    """A chunk of C tokens of B documents, scored."""
+
+    tokens: Tensor  # (B, C) inputs
+    targets: Tensor  # (B, C)
+    states: Tensor  # (B, C, D) before the head
+    nats: Tensor  # (B, C); gradients flow through it to the adapter, if the chunk is to be learned from
+    new_kvs: list[Tensor]  # keys and values that the chunk adds to the cache
+
+
+class BatchedTTT(Learner):
+    """B documents, each with a LoRA of its own. No row reaches another.
+
+    Earlier chunks are attended to as the keys and values that they had when they were scored, so that a step costs a
+    chunk and not a window. On a GPU a step that learns is replayed as CUDA graphs, captured for each size of the cache.
+    """
+
+    def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
+        self.model = model
+        self.run = run
+        self.adapter = Adapter(model.config, run, documents, device)
+        self.tensors = self.adapter.tensors()
+        self.optimizer = TTTOptimizer(self.tensors, [1.0] * len(self.tensors), run)
+        self.cache = KVCache(model.config, documents, run.eval_seq_len - run.ttt_chunk_tokens, device)
+        self.graphs = CUDAGraphs() if device.type == "cuda" and run.compile else None
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin new documents, remembering nothing."""
+        self.adapter.reset()
+        self.optimizer.reset()
+        self.cache.reset()
+        self.replaying = False  # the chunk in hand is to be learned from, on a GPU
+
+    def hidden(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Inputs of the next chunk (B, C) -> states (B, C, D), new keys and values. Changes nothing: other tokens may
+        be tried."""
+        self.cache.make_room(tokens.size(1))
+        context = self.cache.context(tokens.size(1))
+        return self.model.hidden(torch.cat([self.cache.last_token, tokens], 1), context, self.adapter)
+
+    def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> BatchedChunk:
+        """Score the next chunk, inputs and targets (B, C) each, from what was learned before it. `to_learn`: whether
+        `learn` will be called on it."""
+        self.cache.make_room(tokens.size(1))
+        self.replaying = to_learn and self.graphs is not None
+        with torch.set_grad_enabled(to_learn):
+            return self._on_device("score", self._score, tokens, targets)
+
+    def learn(self, chunk: BatchedChunk, mask: Tensor) -> BatchedChunk:
+        """Steps on a chunk; the mask (B, C) says which of its targets count."""
+        # The chunk is bound here and not passed as an input: a captured step must read the tensors of the captured
+        # score, as inputs are copied, which would cut them off from their gradients.
+        return self._on_device("learn", lambda mask: self.take_steps(chunk, mask), mask)
+
+    def advance(self, chunk: BatchedChunk) -> None:
+        """Make the chunk part of the context."""
+        self._on_device("advance", lambda: self.cache.append(chunk.tokens, chunk.new_kvs))
+        self.cache.position += chunk.tokens.size(1)
+
+    def _score(self, tokens: Tensor, targets: Tensor) -> BatchedChunk:
+        states, new_kvs = self.hidden(tokens)
+        nats = self.model.head(states, targets, self.model.embed, self.adapter.head)
+        return BatchedChunk(tokens, targets, states, nats, new_kvs)
+
+    def forward_again(self, chunk: BatchedChunk) -> BatchedChunk:
+        return self._score(chunk.tokens, chunk.targets)
+
+    def gradients(self, chunk: BatchedChunk, mask: Tensor) -> list[Tensor]:
+        count = mask.sum(1).clamp(min=1)
+        loss = ((chunk.nats * mask).sum(1) / count).sum()  # a sum over documents: no step depends on a neighbour
+        return list(torch.autograd.grad(loss, self.tensors))
+
+    def mean_entropy(self, chunk: BatchedChunk, mask: Tensor) -> Tensor:
+        entropy = self.model.head.entropy(chunk.states, self.model.embed, self.adapter.head)
+        return (entropy * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def _on_device(self, name: str, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        if not self.replaying:
+            return work(*inputs)
+        return self.graphs((name, self.cache.size), work, *inputs)
 
     @torch.no_grad()
     def copy_rows(self, other: BatchedTTT, rows: Tensor) -> None:
-        """Go on with these documents of another's, where they are."""
-        self.begin()
-        self.done = other.done
-        for learners in (self, other):
-            learners.make_room(0)
-        lasting = [
-            [
-                *one.adapter.tensors(),
-                *one.rule.first,
-                *one.rule.second,
-                one.last,
-                *(past.transpose(0, 1) for past in one.past),
-            ]
-            for one in (self, other)
-        ]  # (B, ...) each
-        for new, old in zip(*lasting, strict=True):
+        """Become these documents of another learner, where they are."""
+        self.reset()
+        self.cache.copy_rows(other.cache, rows)
+        mine = [*self.tensors, *self.optimizer.exp_avg, *self.optimizer.exp_avg_sq]
+        theirs = [*other.tensors, *other.optimizer.exp_avg, *other.optimizer.exp_avg_sq]
+        for new, old in zip(mine, theirs, strict=True):
             new.copy_(old[rows])
-        self.position_on_device.copy_(other.position_on_device)
-        self.rule.steps_done.copy_(other.rule.steps_done)
+        self.optimizer.steps_done.copy_(other.optimizer.steps_done)
+
+
+class ChunkStep(NamedTuple):
+    """The next chunk of the documents that still run together."""
+
+    first: int  # position of the chunk in every document
+    rows: np.ndarray  # (B,) which document each row holds; some may have ended
+    kept: np.ndarray | None  # (B,) where rows were dropped: which rows of the step before stay
+
+
+def chunk_steps(documents: int, chunk: int, goes_on: Callable[[np.ndarray, int], np.ndarray]) -> Iterator[ChunkStep]:
+    """Which of `documents` documents run together, chunk by chunk, until all have ended. Whenever half of the rows have
+    ended, half are dropped: the number of rows stays one of few, for which graphs are captured once.
+
+    goes_on(rows, first) -> (B,) bool: which of these documents have a target at `first`. It is asked once a step,
+    when all earlier chunks have been dealt with: a decoder learns the end of a document as it goes."""
+    rows, first = np.arange(documents), 0
+    while (going := goes_on(rows, first)).any():
+        size = len(rows)
+        while size > 1 and going.sum() <= size // 2:
+            size //= 2
+        kept = None
+        if size < len(rows):
+            kept = np.argsort(~going, kind="stable")[:size]  # those that go on, then some that have ended
+            rows = rows[kept]
+        yield ChunkStep(first, rows, kept)
+        first += chunk
 
 
 def score_batched(
@@ -2124,105 +2275,169 @@ def score_batched(
     group: Sequence[int],
     run: RunConfig,
     dist: Dist,
-    tally: ScoreTable,
-    family: dict[int, BatchedTTT] | None = None,
+    table: ScoreTable,
+    learners_by_size: dict[int, BatchedTTT] | None = None,
 ) -> None:
-    """Score documents that adapt side by side. When half of the rows have ended, the others go on in half as many."""
-    chunk, lengths, family = run.ttt_chunk_tokens, docs.lengths, {} if family is None else family
-    rows, longest = np.array(group), int(lengths[group].max())  # rows: each one's document
-    text = np.full((len(rows), -(-longest // chunk) * chunk + 1), BOS, np.int64)  # padded; everything is causal
-    for row, i in zip(text, group, strict=True):
-        row[: lengths[i] + 1] = docs.span(i)
-    tokens = torch.from_numpy(text).to(dist.device)  # (B, T + 1)
+    """Score documents that adapt side by side. Learners are kept in `learners_by_size` for the next group."""
+    learners_by_size = {} if learners_by_size is None else learners_by_size
+    if len(group) not in learners_by_size:
+        learners_by_size.clear()  # each holds gigabytes; those of the halves of another size will not be needed
 
-    def learners_for(many: int) -> BatchedTTT:
-        if many not in family:
-            family[many] = BatchedTTT(model, run, many, dist.device)
-        return family[many]
+    def learner_for(rows: int) -> BatchedTTT:
+        if rows not in learners_by_size:
+            learners_by_size[rows] = BatchedTTT(model, run, rows, dist.device)
+        return learners_by_size[rows]
 
-    if len(rows) not in family:
-        family.clear()  # each holds gigabytes: those of halves of another number would not be needed
-    learners = learners_for(len(rows))
-    learners.begin()
-    for first in range(0, longest, chunk):
-        end, left = first + chunk, lengths[rows] - first  # left: (B,) targets from here on
-        while len(rows) > 1 and (left > 0).sum() <= len(rows) // 2:
-            kept = np.argsort(left <= 0, kind="stable")[: len(rows) // 2]  # those that go on, then some that do not
+    size = run.ttt_chunk_tokens
+    group = np.array(group)
+    lengths = docs.lengths[group]
+    tokens = padded_documents(docs, group, size).to(dist.device)  # (B, T + 1)
+    learner = learner_for(len(group))
+    learner.reset()
+    for first, rows, kept in chunk_steps(len(group), size, lambda rows, first: lengths[rows] > first):
+        if kept is not None:
             index = torch.from_numpy(kept).to(dist.device)
-            rows, left, tokens, many = rows[kept], left[kept], tokens[index], learners
-            learners = learners_for(len(rows))
-            learners.copy_rows(many, index)
-        inside = np.arange(chunk) < left[:, None]  # (B, chunk)
-        learn = end >= run.ttt_min_doc_tokens and bool(left.max() > chunk)
-        nats = learners.score(tokens[:, first:end], tokens[:, first + 1 : end + 1], to_learn=learn)
-        tally.add(np.repeat(rows, inside.sum(1)), nats.cpu().numpy()[inside])
-        if learn:
-            learners.learn(torch.from_numpy(inside).to(dist.device))
-            tally.updates[rows[left > chunk]] += run.ttt_epochs
-        learners.advance()
+            fewer = learner_for(len(rows))
+            fewer.copy_rows(learner, index)
+            learner, tokens = fewer, tokens[index]
+        end = first + size
+        left = lengths[rows] - first  # (B,) targets of every document from here on
+        mask = np.arange(size) < left[:, None]  # (B, C)
+        to_learn = end >= run.ttt_min_doc_tokens and bool(left.max() > size)
+
+        chunk = learner.score(tokens[:, first:end], tokens[:, first + 1 : end + 1], to_learn)
+        table.add(np.repeat(group[rows], mask.sum(1)), chunk.nats.detach().cpu().numpy()[mask])
+        if to_learn:
+            chunk = learner.learn(chunk, torch.from_numpy(mask).to(dist.device))
+            table.updates[group[rows[left > size]]] += run.ttt_epochs
+        learner.advance(chunk)
 
 
-class SequentialTTT:
-    """What adapts along a text: the weights, or one set of corrections. The ranks of `dist` share every chunk."""
+def padded_documents(docs: Documents, group: Sequence[int], chunk: int) -> Tensor:
+    """Documents as rows of whole chunks and one token more, (B, T + 1) int64, padded at the end with BOS: everything is
+    causal, so that padding changes no score."""
+    lengths = docs.lengths[group]
+    chunks = -(-int(lengths.max()) // chunk)  # rounded up
+    text = np.full((len(group), chunks * chunk + 1), BOS, np.int64)
+    for row, i in zip(text, group, strict=True):
+        row[: docs.lengths[i] + 1] = docs.span(i)
+    return torch.from_numpy(text)
+
+
+# ---- One text ----
+
+
+class SequentialChunk(NamedTuple):
+    """A chunk of a text, scored; every rank holds some of its rows."""
+
+    rows: Sequence[EvalRow]
+    nats: list[np.ndarray]  # (N,) of every row
+    entropy: Tensor | None  # (1,) sum over this rank's counted predictions, if the learning rate depends on it
+    targets: int  # of all ranks
+
+
+class SequentialTTT(Learner):
+    """Adapts along one text: the weights themselves, or one set of LoRA. The ranks of `dist` share every chunk."""
 
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
-        self.model, self.run, self.dist = model, run, dist
-        self.adapter = Adapter(model.config, run, 1, dist.device) if run.ttt_params == "lora" else None
-        if self.adapter is not None:
-            self.leaves = self.tensors = self.adapter.tensors()
+        self.model = model
+        self.run = run
+        self.dist = dist
+        if run.ttt_params == "lora":
+            self.adapter = Adapter(model.config, run, 1, dist.device)
+            self.leaves = self.adapter.tensors()  # what gradients are taken of
+            self.tensors = self.leaves
             multipliers = [1.0] * len(self.leaves)
         else:
+            self.adapter = None
             frozen = tuple(f"blocks.{i}." for i in range(run.ttt_freeze_blocks))
             named = {name: p for name, p in model.named_parameters() if not name.startswith(frozen)}
             self.leaves = [p.requires_grad_() for p in named.values()]
             self.tensors = [p.detach()[None] for p in self.leaves]  # one "document", sharing the weights' memory
-            factors = {"down": run.ttt_lr_mult_mlp_out} | dict.fromkeys(("q", "k", "v", "up"), run.ttt_lr_mult_in)
-            multipliers = [factors.get(name.removesuffix(".weight").split(".")[-1], 1.0) for name in named]
-        self.rule = TTTOptimizer(self.tensors, multipliers, run)
-        self.begin = [t.detach().clone() for t in self.tensors]
+            multipliers = [lr_multiplier(name, run) for name in named]
+        self.optimizer = TTTOptimizer(self.tensors, multipliers, run)
+        self.starts = [t.detach().clone() for t in self.tensors]
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to the artifact's weights, with nothing remembered."""
-        for t, value in zip(self.tensors, self.begin, strict=True):
-            t.copy_(value)
-        self.rule = TTTOptimizer(self.tensors, self.rule.multipliers, self.run)
+        """Back to the artifact's weights, remembering nothing."""
+        for t, start in zip(self.tensors, self.starts, strict=True):
+            t.copy_(start)
+        self.optimizer = TTTOptimizer(self.tensors, self.optimizer.multipliers, self.run)
 
     @torch.no_grad()
-    def score(self, rows: Sequence[EvalRow], tally: ScoreTable) -> Tensor | None:
-        """Score this rank's rows of a chunk -> sum of entropies (1,), if wanted."""
-        model, delta = self.model, None if self.adapter is None else self.adapter.head
-        total = torch.zeros(1, device=self.dist.device)
+    def score(self, rows: Sequence[EvalRow], targets: int) -> SequentialChunk:
+        """Score this rank's rows of a chunk, which has so many targets on all ranks."""
+        nats, entropy = [], None
+        if uses_entropy(self.run):
+            entropy = torch.zeros(1, device=self.dist.device)
         for row in rows:
-            (tokens, targets, segments), counted = row.packed, row.counted
-            x, _ = model.hidden(tokens, segments, self.adapter)
-            tally.add(row.documents[counted], model.head(x, targets, model.embed, delta)[0].cpu().numpy()[counted])
-            if uses_entropy(self.run):
-                total += model.head.entropy(x, model.embed, delta)[0, torch.from_numpy(counted)].sum()
-        return total if uses_entropy(self.run) else None
+            states, row_nats = self.score_row(row)
+            nats.append(row_nats)
+            if entropy is not None:
+                each = self.model.head.entropy(states, self.model.embed, self.head_lora)[0]
+                entropy += each[torch.from_numpy(row.counted)].sum()
+        return SequentialChunk(rows, nats, entropy, targets)
 
-    def learn(self, rows: Sequence[EvalRow], targets: int, entropy: Tensor | None) -> None:
-        """Steps on a chunk of this many targets, all of them scored."""
-        dist, entropy = self.dist, None if entropy is None else self.dist.all_reduce(entropy) / targets
-        for epoch in range(self.run.ttt_epochs):
-            grads = [torch.zeros_like(leaf) for leaf in self.leaves]
-            for row in rows:
-                nll, counted = self.model(*row.packed, self.adapter), torch.from_numpy(row.counted).to(dist.device)
-                loss = (nll * counted).sum() / targets
-                torch._foreach_add_(grads, list(torch.autograd.grad(loss, self.leaves, materialize_grads=True)))
-            grads = [dist.all_reduce(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
-            self.rule.step(self.tensors, grads, chunk_learning_rate(self.run, epoch, entropy))
+    @torch.no_grad()
+    def score_row(self, row: EvalRow) -> tuple[Tensor, np.ndarray]:
+        """-> states (1, N, D), nats (N,)"""
+        tokens, targets, segments = row.batch
+        states, _ = self.model.hidden(tokens, segments, self.adapter)
+        return states, self.model.head(states, targets, self.model.embed, self.head_lora)[0].cpu().numpy()
+
+    @property
+    def head_lora(self) -> LoRA | None:
+        return None if self.adapter is None else self.adapter.head
+
+    def learn(self, chunk: SequentialChunk, mask: Sequence[np.ndarray]) -> SequentialChunk:
+        """Steps on a chunk; the mask (N,) of every row says which of its targets count."""
+        return self.take_steps(chunk, mask)
+
+    def advance(self, chunk: SequentialChunk) -> None:
+        """Nothing is cached: every window is encoded from its tokens."""
+
+    def forward_again(self, chunk: SequentialChunk) -> SequentialChunk:
+        return chunk  # `gradients` runs the forward passes, row by row: together they would not fit the memory
+
+    def gradients(self, chunk: SequentialChunk, mask: Sequence[np.ndarray]) -> list[Tensor]:
+        grads = [torch.zeros_like(leaf) for leaf in self.leaves]
+        for row, counted in zip(chunk.rows, mask, strict=True):
+            nats = self.model(*row.batch, self.adapter)
+            loss = (nats * torch.from_numpy(counted).to(self.dist.device)).sum() / chunk.targets
+            torch._foreach_add_(grads, list(torch.autograd.grad(loss, self.leaves, materialize_grads=True)))
+        return [self.dist.all_reduce(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
+
+    def mean_entropy(self, chunk: SequentialChunk, mask: Sequence[np.ndarray]) -> Tensor:
+        return self.dist.all_reduce(chunk.entropy) / chunk.targets
 
 
-def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut these documents, one after another, into chunks of `chunk` targets: lists of (document, begin, end)."""
+def lr_multiplier(name: str, run: RunConfig) -> float:
+    """Factor on the learning rate of a parameter under TTT_PARAMS=full."""
+    kind = name.removesuffix(".weight").split(".")[-1]
+    if kind == "down":
+        return run.ttt_lr_mult_mlp_out
+    return run.ttt_lr_mult_in if kind in ("q", "k", "v", "up") else 1.0
+
+
+class Piece(NamedTuple):
+    """Targets begin..end-1 of a document."""
+
+    document: int
+    begin: int
+    end: int
+
+
+def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[Piece]]:
+    """Cut these documents, one after another, into chunks of `chunk` targets."""
     pieces, room, lengths = [], chunk, docs.lengths
     for i in chosen:
         begin = 0
         while begin < lengths[i]:
             end = min(int(lengths[i]), begin + room)
-            pieces.append((i, begin, end))
-            room, begin = room - (end - begin), end
+            pieces.append(Piece(i, begin, end))
+            room -= end - begin
+            begin = end
             if room == 0:
                 yield pieces
                 pieces, room = [], chunk
@@ -2234,150 +2449,203 @@ def score_sequentially(
     learner: SequentialTTT,
     docs: Documents,
     chosen: Sequence[int],
-    tally: ScoreTable,
-    may_learn: Callable[[float], bool] = lambda left: True,
+    table: ScoreTable,
+    may_learn: Callable[[int], bool] = lambda targets_left: True,
 ) -> int:
-    """Score these documents one after another, learning from every chunk once it is scored, until `may_learn` of the
-    targets that are left is false: they are scored at once. -> how many documents they are of"""
-    run, left, learning, degraded = learner.run, int(docs.lengths[chosen].sum()), True, 0
+    """Score these documents one after another, learning from every chunk once it is scored, for as long as `may_learn`
+    allows it; then the rest is scored as things stand. -> number of documents that the rest is of"""
+    run, dist = learner.run, learner.dist
+    targets_left, degraded = int(docs.lengths[chosen].sum()), 0
+
+    def rows_of(pieces: Sequence[Piece]) -> Iterator[EvalRow]:
+        plan = (window for piece in pieces for window in windows(*piece, run.eval_seq_len, run.eval_stride))
+        return local_rows(docs, plan, run, dist)
+
+    def book(row: EvalRow, nats: np.ndarray) -> None:
+        table.add(row.documents[row.counted], nats[row.counted])
+
     for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
-        if not (learning := may_learn(left)):
-            (first, begin, _), lengths = pieces[0], docs.lengths
-            pieces = [(i, begin * (i == first), int(lengths[i])) for i in chosen[list(chosen).index(first) :]]
-            degraded = len(pieces)
-        rows = local_rows(
-            docs, (w for piece in pieces for w in windows(*piece, run.eval_seq_len, run.eval_stride)), run, learner.dist
-        )
-        rows, targets = list(rows) if learning else rows, sum(end - begin for _, begin, end in pieces)
-        entropy, left = learner.score(rows, tally), left - targets
-        if not learning:
+        if not may_learn(targets_left):
+            rest = pieces_from(docs, chosen, pieces[0])
+            for row in rows_of(rest):
+                book(row, learner.score_row(row)[1])
+            degraded = len(rest)
             break
-        if left and pieces[0][2] >= run.ttt_min_doc_tokens:  # a document's own count: it is alone if that matters
-            learner.learn(rows, targets, entropy)
-            if learner.dist.main:
-                tally.updates[[i for i, _, _ in pieces]] += run.ttt_epochs
+        targets = sum(piece.end - piece.begin for piece in pieces)
+        chunk = learner.score(list(rows_of(pieces)), targets)
+        for row, nats in zip(chunk.rows, chunk.nats, strict=True):
+            book(row, nats)
+        targets_left -= targets
+        # Under TTT_SCOPE=document the chosen document is alone, and its end is the count of its scored tokens.
+        if targets_left and pieces[0].end >= run.ttt_min_doc_tokens:
+            chunk = learner.learn(chunk, [row.counted for row in chunk.rows])
+            if dist.main:
+                table.updates[[piece.document for piece in pieces]] += run.ttt_epochs
+        learner.advance(chunk)
     learner.reset()
     return degraded
 
 
-def plan_rounds(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
-    """Rounds of groups of documents, a group for each rank, longest documents first; it changes no score."""
+def pieces_from(docs: Documents, chosen: Sequence[int], first: Piece) -> list[Piece]:
+    """What is left of the chosen documents from the beginning of a piece on."""
+    later = list(chosen)[list(chosen).index(first.document) + 1 :]
+    lengths = docs.lengths
+    rest = [Piece(first.document, first.begin, int(lengths[first.document]))]
+    return rest + [Piece(i, 0, int(lengths[i])) for i in later]
+
+
+# ---- All documents, within the time ----
+
+
+def deal_documents(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
+    """Rounds of groups of documents, a group for each rank, longest documents first. It changes no score."""
     order = np.argsort(-lengths, kind="stable").tolist()
-    batch = min(batch, -(-len(order) // world))
+    batch = min(batch, -(-len(order) // world))  # rounded up
     groups = [order[i : i + batch] for i in range(0, len(order), batch)]
     groups += [[] for _ in range(-len(groups) % world)]
     return [groups[i : i + world] for i in range(0, len(groups), world)]
 
 
 def static_costs(lengths: np.ndarray, run: RunConfig) -> np.ndarray:
-    """Token passes that score each of these documents (B,) without adaptation; to foretell seconds."""
-    return np.array(
-        [sum(w.end - w.start for w in windows(0, 0, int(n), run.eval_seq_len, run.eval_stride)) for n in lengths],
-        np.float64,
-    )
+    """Tokens that pass the network to score each of these documents (B,) without adaptation; to forecast seconds."""
+
+    def cost(length: int) -> int:
+        return sum(w.end - w.start for w in windows(0, 0, length, run.eval_seq_len, run.eval_stride))
+
+    return np.array([cost(int(length)) for length in lengths], np.float64)
+
+
+LAUNCH_TOKENS = 1400  # a chunk costs as many seconds on a GPU as so many tokens, however few rows it has
 
 
 def batched_cost(lengths: np.ndarray, run: RunConfig) -> float:
-    """Token passes of documents (B,) that adapt as in score_batched, or one by one; to foretell seconds."""
-    rows, total, chunk, launches = len(lengths), 0.0, run.ttt_chunk_tokens, 1400  # tokens that take a GPU as long
-    for first in range(0, int(lengths.max(initial=0)), chunk):
-        left = int((lengths > first).sum())
-        while left <= rows // 2 > 0:
-            rows //= 2
-        total += launches + rows * chunk
-    return total
+    """Tokens that pass the network for documents (B,) as `score_batched` runs them; to forecast seconds."""
+    chunk = run.ttt_chunk_tokens
+    steps = chunk_steps(len(lengths), chunk, lambda rows, first: lengths[rows] > first)
+    return float(sum(LAUNCH_TOKENS + len(step.rows) * chunk for step in steps))
 
 
-def random_documents(vocab_size: int, many: int, length: int) -> Documents:
-    """Documents of `length` targets but for the last, which has one less; without a byte of text."""
-    text = np.random.default_rng(0).integers(2, vocab_size, many * length, np.uint16)
+def random_documents(vocab_size: int, documents: int, length: int) -> Documents:
+    """Documents of `length` targets, the last of which has one less; without a byte of text."""
+    text = np.random.default_rng(0).integers(2, vocab_size, documents * length, np.uint16)
     text[::length] = BOS
     return split_documents(text, np.ones(len(text), np.int64))
 
 
 class Evaluation:
-    """The test-time-training score of a model: who scores what, within the time."""
+    """The score of a model with test-time training: which rank scores which documents, within the time."""
 
     def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
-        self.model, self.docs, self.run, self.dist, self.log = model, docs, run, dist, log
-        self.seconds, self.tally, self.degraded, self.family = seconds, ScoreTable(docs), 0, {}
-        self.static_costs, self.static_tokens_per_s = (
-            static_costs(docs.lengths, run),
-            math.inf,
-        )  # found in the warm-up, as is
-        self.seconds_per_token = (
-            0.0  # seconds per token pass of a group that adapts; the rate is of passes without, per second
-        )
+        self.model = model
+        self.docs = docs
+        self.run = run
+        self.dist = dist
+        self.log = log
+        self.seconds = seconds  # of the evaluation so far
+        self.table = ScoreTable(docs)
+        self.degraded = 0  # documents that did not adapt for lack of time
+        self.learners_by_size: dict[int, BatchedTTT] = {}
+        self.static_costs = static_costs(docs.lengths, run)
+        # Both speeds are measured in the warm-up.
+        self.static_tokens_per_s = math.inf
+        self.seconds_per_token = 0.0  # of a group that adapts
         model.requires_grad_(run.ttt_params == "full")
 
     def warm_up(self) -> None:
-        """Time passes on random documents; on a GPU also compile and touch every kernel."""
-        run, context, on_gpu = self.run, self.run.eval_seq_len, self.dist.device.type == "cuda"
-        many, length = (run.ttt_batch_docs, context + run.ttt_chunk_tokens) if run.batched_ttt else (2, context)
-        docs, alone = random_documents(self.model.config.vocab_size, many, length), Dist(device=self.dist.device)
+        """Measure speeds on random documents; on a GPU also compile and load every kernel."""
+        run, on_gpu = self.run, self.dist.device.type == "cuda"
+        alone = Dist(device=self.dist.device)
+        count, length = 2, run.eval_seq_len
+        if run.batched_ttt:
+            count, length = run.ttt_batch_docs, run.eval_seq_len + run.ttt_chunk_tokens
+        docs = random_documents(self.model.config.vocab_size, count, length)
+
         few = range(len(docs))[: run.micro_batch_tokens // length + 1 if on_gpu else 1]
-        for _ in range(2):  # the second time is the speed, the first compiles
+        for _ in range(2):  # the first time compiles, the second is the speed
             began = time.perf_counter()
             score_static(self.model, docs, few, run, alone, ScoreTable(docs))
-            self.static_tokens_per_s = static_costs(docs.lengths[few], run).sum() / (time.perf_counter() - began)
+            spent = time.perf_counter() - began
+            self.static_tokens_per_s = static_costs(docs.lengths[few], run).sum() / spent
         if not run.ttt_enabled or not on_gpu:
             return
         if not run.batched_ttt:
-            short = dataclasses.replace(run, ttt_chunk_tokens=context)  # so that there is something to learn for
+            short = dataclasses.replace(
+                run, ttt_chunk_tokens=run.eval_seq_len
+            )  # so that there is a chunk to learn from
             score_sequentially(SequentialTTT(self.model, short, alone), docs, range(len(docs)), ScoreTable(docs))
             return
-        for text in (docs, random_documents(self.model.config.vocab_size, many, min(length, 512))):
+        shorter = random_documents(self.model.config.vocab_size, count, min(length, 512))
+        for text in (docs, shorter):
             began = time.perf_counter()
-            score_batched(self.model, text, range(many), run, alone, ScoreTable(text), self.family)
+            score_batched(self.model, text, range(count), run, alone, ScoreTable(text), self.learners_by_size)
             self.seconds_per_token = (time.perf_counter() - began) / batched_cost(text.lengths, run)
 
     def score(self) -> ScoreTable:
-        """Every target of every document -> the tally of all ranks."""
+        """Score every target of every document -> the table of all ranks."""
+        everything = range(len(self.docs))
         if not self.run.ttt_enabled:
-            score_static(self.model, self.docs, range(len(self.docs)), self.run, self.dist, self.tally)
+            score_static(self.model, self.docs, everything, self.run, self.dist, self.table)
         elif self.run.ttt_scope == "document":
             self._score_documents()
         else:  # a stream, whose every chunk the ranks share
             learner = SequentialTTT(self.model, self.run, self.dist)
-            cost = self.static_costs.sum() / self.docs.lengths.sum()  # of a target
+            cost_of_target = self.static_costs.sum() / self.docs.lengths.sum()
             self.degraded = score_sequentially(
-                learner, self.docs, range(len(self.docs)), self.tally, lambda left: self._time_left(left * cost)
+                learner,
+                self.docs,
+                everything,
+                self.table,
+                may_learn=lambda targets_left: self._has_time(targets_left * cost_of_target),
             )
-        return self.tally.all_reduced(self.dist)
+        return self.table.all_reduced(self.dist)
 
-    def _time_left(self, rest: float, next_seconds: float = 0.0) -> bool:
-        """Whether `next_seconds` of adaptation leave time for `rest` token passes without it; all ranks agree."""
+    def _has_time(self, static_tokens_left: float, next_seconds: float = 0.0) -> bool:
+        """Whether, after `next_seconds` of adaptation, there is time to score the rest without it; all ranks agree."""
         limit = self.run.eval_seconds * 0.98
-        after = self.seconds() + next_seconds + 1.5 * rest / self.static_tokens_per_s / self.dist.world
+        rest = 1.5 * static_tokens_left / self.static_tokens_per_s / self.dist.world
+        after = self.seconds() + next_seconds + rest
         return not limit or self.dist.all_reduce_max(after) <= limit
 
     def _score_documents(self) -> None:
-        """Round by round, each rank its group; when time runs short, all that have not begun are scored as they are."""
-        run, dist, lengths = self.run, self.dist, self.docs.lengths
-        learner = None if run.batched_ttt else SequentialTTT(self.model, run, Dist(device=dist.device))
-        rounds = plan_rounds(lengths, dist.world, run.ttt_batch_docs if run.batched_ttt else 1)
-        costs = [max(batched_cost(lengths[group], run) for group in groups) for groups in rounds]
-        began, spent, told = self.seconds(), 0.0, 0.0
+        """Round by round, each rank its group. When time runs short, documents that have not begun do not adapt."""
+        lengths, dist = self.docs.lengths, self.dist
+        rounds = deal_documents(lengths, dist.world, self.run.ttt_batch_docs if self.run.batched_ttt else 1)
+        costs = [max(batched_cost(lengths[group], self.run) for group in groups) for groups in rounds]
+        learner = None
+        if not self.run.batched_ttt:
+            learner = SequentialTTT(self.model, self.run, Dist(device=dist.device))
+        began, cost_so_far, reported_at = self.seconds(), 0.0, 0.0
         for n, groups in enumerate(rounds):
             rest = [i for later in rounds[n:] for group in later for i in group]
-            seconds_per_token = (self.seconds() - began) / spent if spent else self.seconds_per_token
-            if not self._time_left(self.static_costs[rest].sum(), seconds_per_token * costs[n]):
+            seconds_per_token = self.seconds_per_token
+            if cost_so_far:
+                seconds_per_token = (self.seconds() - began) / cost_so_far
+            if not self._has_time(self.static_costs[rest].sum(), seconds_per_token * costs[n]):
                 self.degraded = len(rest)
                 self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
-                return score_static(self.model, self.docs, rest, run, dist, self.tally)
-            if learner is None and groups[dist.rank]:
-                score_batched(self.model, self.docs, groups[dist.rank], run, dist, self.tally, self.family)
-            for i in groups[dist.rank] if learner is not None else ():
-                score_sequentially(learner, self.docs, [i], self.tally)
-            spent += costs[n]
-            if self.seconds() - told > 10:
-                told = self.seconds()
-                left, here = (self.seconds() - began) * (sum(costs) / spent - 1), self.tally.counted > 0
-                bpb = self.tally.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
-                self.log(
-                    f"adapted documents:{len(self.docs) - len(rest) + sum(map(len, groups))}/{len(self.docs)} "
-                    f"bpb:{bpb:.4f} (of this rank's) eval_s:{told:.0f} eta_s:{left:.0f}"
-                )
+                score_static(self.model, self.docs, rest, self.run, dist, self.table)
+                return
+            self._score_group(groups[dist.rank], learner)
+            cost_so_far += costs[n]
+            if self.seconds() - reported_at > 10:
+                reported_at = self.seconds()
+                eta = (reported_at - began) * (sum(costs) / cost_so_far - 1)
+                self._report(len(self.docs) - len(rest) + sum(map(len, groups)), reported_at, eta)
+
+    def _score_group(self, group: Sequence[int], learner: SequentialTTT | None) -> None:
+        if learner is not None:
+            for i in group:
+                score_sequentially(learner, self.docs, [i], self.table)
+        elif group:
+            score_batched(self.model, self.docs, group, self.run, self.dist, self.table, self.learners_by_size)
+
+    def _report(self, documents: int, seconds: float, eta: float) -> None:
+        here = self.table.counted > 0
+        bpb = self.table.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
+        self.log(
+            f"adapted documents:{documents}/{len(self.docs)} bpb:{bpb:.4f} (of this rank's) "
+            f"eval_s:{seconds:.0f} eta_s:{eta:.0f}"
+        )
 
 
 # ======================================================================================================================

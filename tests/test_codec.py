@@ -93,10 +93,10 @@ def scored_bits(predictor: codec.Predictor, documents: list[list[int]], **change
     stream = np.array([BOS, *(token for document in documents for token in document)], np.uint16)
     starts = np.flatnonzero(stream == BOS)  # the last one begins nothing
     docs = train_gpt.Documents(stream, np.ones(len(stream), np.int64), starts)
-    tally, run = train_gpt.ScoreTable(docs), dataclasses.replace(predictor.run, **changes)
-    train_gpt.score_batched(predictor.model, docs, range(len(docs)), run, train_gpt.Dist(), tally)
-    assert tally.counted.tolist() == [len(document) for document in documents]
-    return tally.nats.sum() / math.log(2)
+    table, run = train_gpt.ScoreTable(docs), dataclasses.replace(predictor.run, **changes)
+    train_gpt.score_batched(predictor.model, docs, range(len(docs)), run, train_gpt.Dist(), table)
+    assert table.counted.tolist() == [len(document) for document in documents]
+    return table.nats.sum() / math.log(2)
 
 
 # -----------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_contents_that_cannot_be_are_refused(artifact, compressed):
 
 
 def test_a_decoder_that_learns_otherwise_finds_no_text(artifact, compressed, monkeypatch):
-    monkeypatch.setattr(train_gpt.BatchedTTT, "learn", lambda self, counted: None)
+    monkeypatch.setattr(train_gpt.BatchedTTT, "learn", lambda self, chunk, mask: chunk)
     with pytest.raises(DataError, match="not the encoder's"):
         codec.decompress(artifact, codec.unpack_file(compressed, "it"))
 
@@ -313,7 +313,12 @@ def test_another_build_is_named_and_tried(artifact, compressed, monkeypatch, cap
 def test_the_encoder_notices_predictions_that_vary_with_what_follows(artifact, monkeypatch):
     predictor = codec.open_predictor(artifact)
     hidden = predictor.model.hidden
-    monkeypatch.setattr(predictor.model, "hidden", lambda tokens, *rest: hidden(tokens, *rest) + 1e-6 * tokens.sum())
+
+    def peeking(tokens, *rest):
+        states, new_kvs = hidden(tokens, *rest)
+        return states + 1e-6 * tokens.sum(), new_kvs
+
+    monkeypatch.setattr(predictor.model, "hidden", peeking)
     with pytest.raises(UserError, match="vary"):
         codec.compress(predictor, some_text(5))
 
@@ -395,7 +400,7 @@ def test_a_sample_follows_from_the_whole_context(artifact, monkeypatch, knobs):
     tokens = [BOS, *codec.to_tokens(predictor, False, "a tale")[:-1]]
     drawn = sample.continued(predictor, tokens[1:], temperature=0, top_p=1, seed=0)
     for _ in range(12):
-        states = predictor.model.hidden(torch.tensor([tokens]))[:, -1:]
+        states = predictor.model.hidden(torch.tensor([tokens]))[0][:, -1:]
         tokens.append(next(drawn))
         assert tokens[-1] == predictor.model.head.logits(states, predictor.model.embed, None).argmax()
 

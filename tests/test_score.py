@@ -63,9 +63,9 @@ class Recorder(g.ScoreTable):
 
 
 def static(model, docs, chosen=None, dist=None, **knobs) -> list[np.ndarray]:
-    tally, chosen = Recorder(docs), range(len(docs)) if chosen is None else chosen
-    g.score_static(model, docs, chosen, run_config(**knobs), dist or g.Dist(), tally)
-    return tally.by_document
+    table, chosen = Recorder(docs), range(len(docs)) if chosen is None else chosen
+    g.score_static(model, docs, chosen, run_config(**knobs), dist or g.Dist(), table)
+    return table.by_document
 
 
 # ---- windows ----------------------------------------------------------------
@@ -177,14 +177,14 @@ def test_only_the_chosen_documents_are_scored(model):
     assert [len(nats) for nats in static(model, docs, [2, 0])] == [21, 0, 40]
 
 
-# ---- the tally --------------------------------------------------------------
+# ---- the table --------------------------------------------------------------
 
 
 def test_a_complete_tally_is_accepted():
     docs = documents(3, 2)
-    tally = g.ScoreTable(docs)
-    tally.add(np.array([0, 1, 0, 0, 1, 0]), np.ones(6, np.float32))
-    assert tally.all_reduced(g.Dist()).nats.tolist() == [4, 2]
+    table = g.ScoreTable(docs)
+    table.add(np.array([0, 1, 0, 0, 1, 0]), np.ones(6, np.float32))
+    assert table.all_reduced(g.Dist()).nats.tolist() == [4, 2]
 
 
 @pytest.mark.parametrize(
@@ -193,25 +193,25 @@ def test_a_complete_tally_is_accepted():
     ids=["twice", "never", "one too many for one too few", "nothing"],
 )
 def test_a_target_counted_twice_or_never_is_refused(booked):
-    tally = g.ScoreTable(documents(3, 2))
-    tally.add(np.array(booked, np.int64), np.ones(len(booked), np.float32))
+    table = g.ScoreTable(documents(3, 2))
+    table.add(np.array(booked, np.int64), np.ones(len(booked), np.float32))
     with pytest.raises(AssertionError, match="not once each"):
-        tally.all_reduced(g.Dist())
+        table.all_reduced(g.Dist())
 
 
 def test_bits_per_byte_by_hand():
     docs = g.split_documents(np.array([1, 5, 6, 1, 7], np.uint16), np.array([9, 3, 2, 0, 1]))  # the first has no target
-    tally = g.ScoreTable(docs)
-    tally.add(np.array([0, 0, 0, 1]), np.log(np.array([2.0, 4.0, 2.0, 16.0])))
-    assert tally.bits_per_byte == pytest.approx((1 + 2 + 1 + 4) / (3 + 2 + 0 + 1), rel=1e-12)
+    table = g.ScoreTable(docs)
+    table.add(np.array([0, 0, 0, 1]), np.log(np.array([2.0, 4.0, 2.0, 16.0])))
+    assert table.bits_per_byte == pytest.approx((1 + 2 + 1 + 4) / (3 + 2 + 0 + 1), rel=1e-12)
 
 
 def test_sums_are_kept_in_double_precision():
     docs = documents(2)
-    tally = g.ScoreTable(docs)
-    tally.add(np.zeros(1, np.int64), np.array([2.0**24], np.float32))
-    tally.add(np.zeros(1, np.int64), np.array([1.0], np.float32))
-    assert tally.nats[0] == 2**24 + 1
+    table = g.ScoreTable(docs)
+    table.add(np.zeros(1, np.int64), np.array([2.0**24], np.float32))
+    table.add(np.zeros(1, np.int64), np.array([1.0], np.float32))
+    assert table.nats[0] == 2**24 + 1
 
 
 # ---- totals are the shard's -------------------------------------------------

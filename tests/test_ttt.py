@@ -111,7 +111,7 @@ def evaluation(docs: g.Documents, dist=None, model=None, seconds=lambda: 0.0, **
     """An evaluation that records; what it says goes into `said`."""
     said = []
     made = g.Evaluation(model or random_model(), docs, run_config(**knobs), dist or g.Dist(), said.append, seconds)
-    made.tally, made.said = Recorder(docs), said
+    made.table, made.said = Recorder(docs), said
     return made
 
 
@@ -124,9 +124,9 @@ def of_mixed(name: str) -> Recorder:
     return score(MIXED, **SYSTEMS[name])
 
 
-def bits(tally: g.ScoreTable) -> np.ndarray:
+def bits(table: g.ScoreTable) -> np.ndarray:
     """Bits per byte of every document; a byte a token, and one more so that none divides by zero."""
-    return tally.nats / math.log(2) / (tally.docs.target_bytes() + 1)
+    return table.nats / math.log(2) / (table.docs.target_bytes() + 1)
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +139,12 @@ def steps(monkeypatch) -> list[SimpleNamespace]:
     """Every step of adaptation: learning rates, gradients, and the tensors before and after."""
     taken, step = [], g.TTTOptimizer.step
 
-    def watched(rule, tensors, grads, lr):
+    def watched(optimizer, tensors, grads, lr):
         before, given = [t.detach().clone() for t in tensors], [x.clone() for x in grads]
-        step(rule, tensors, grads, lr)
+        step(optimizer, tensors, grads, lr)
         change = [t.detach() - b for t, b in zip(tensors, before, strict=True)]
         lr = torch.zeros(len(given[0])) + lr
-        taken.append(SimpleNamespace(lr=lr, grads=given, before=before, change=change, rule=rule))
+        taken.append(SimpleNamespace(lr=lr, grads=given, before=before, change=change))
 
     monkeypatch.setattr(g.TTTOptimizer, "step", watched)
     return taken
@@ -155,10 +155,10 @@ def steps(monkeypatch) -> list[SimpleNamespace]:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_adapting_helps_and_every_target_is_scored_once(static, name):
-    tally = of_mixed(name)
-    assert [len(nats) for nats in tally.by_document] == MIXED.lengths.tolist()
-    assert tally.updates.sum() > 0 and np.isfinite(tally.nats).all()
-    assert tally.bits_per_byte < 0.99 * static.bits_per_byte
+    table = of_mixed(name)
+    assert [len(nats) for nats in table.by_document] == MIXED.lengths.tolist()
+    assert table.updates.sum() > 0 and np.isfinite(table.nats).all()
+    assert table.bits_per_byte < 0.99 * static.bits_per_byte
 
 
 @pytest.mark.parametrize("name", PER_DOCUMENT)
@@ -179,11 +179,11 @@ def test_a_document_scores_the_same_alone_and_in_any_batch_or_order(name):
 
 @pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw, beta1, decay"])
 def test_the_order_of_a_group_changes_nothing(name):
-    """Whichever rows end first, what the others have learnt stays theirs."""
-    tally = Recorder(MIXED)
+    """Whichever rows end first, what the others have learned stays theirs."""
+    table = Recorder(MIXED)
     model = random_model().requires_grad_(False)
-    g.score_batched(model, MIXED, [4, 1, 5, 3, 0, 2], run_config(**SYSTEMS[name]), g.Dist(), tally)
-    np.testing.assert_allclose(bits(tally), bits(of_mixed(name)), rtol=0, atol=1e-6)
+    g.score_batched(model, MIXED, [4, 1, 5, 3, 0, 2], run_config(**SYSTEMS[name]), g.Dist(), table)
+    np.testing.assert_allclose(bits(table), bits(of_mixed(name)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["full, document", "full, stream", "lora, stream"])
@@ -198,8 +198,8 @@ def test_a_stream_goes_on_learning_from_one_document_to_the_next(static):
     again = documents(document(40), document(40))
     still = score(again, ttt_enabled=0)
     for name in ("lora, stream", "full, stream"):
-        tally = score(again, **SYSTEMS[name])
-        assert tally.by_document[1][:CHUNK].sum() < still.by_document[1][:CHUNK].sum()
+        table = score(again, **SYSTEMS[name])
+        assert table.by_document[1][:CHUNK].sum() < still.by_document[1][:CHUNK].sum()
     first, second = (nats[:40] for nats in score(again, **LORA).by_document)
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-6)
 
@@ -211,16 +211,17 @@ class Kept:
     """Attention over a whole document that puts the keys and values of earlier passes in place of the present ones."""
 
     def __init__(self):
-        self.visits, self.calls = [[None, None] for _ in g.layer_plan(CONFIG, looping=True)], 0
+        self.passes, self.calls = [[None, None] for _ in g.layer_plan(CONFIG, looping=True)], 0
 
-    def __call__(self, q, k, v, _place):
-        visit, self.calls = self.visits[self.calls % len(self.visits)], self.calls + 1
+    def __call__(self, q, k, v, _context):
+        kept = self.passes[self.calls % len(self.passes)]
+        self.calls += 1
         for i, new in enumerate((k, v)):
-            old = new[:, :0] if visit[i] is None else visit[i]
+            old = new[:, :0] if kept[i] is None else kept[i]
             old = old[:, : (new.size(1) - 1) // CHUNK * CHUNK]  # of this chunk, a later epoch's take their place
-            visit[i] = torch.cat([old, new[:, old.size(1) :]], 1)
-        k, v = visit
-        visit[:] = k.detach(), v.detach()
+            kept[i] = torch.cat([old, new[:, old.size(1) :]], 1)
+        k, v = kept
+        kept[:] = k.detach(), v.detach()
         return attend_seen(q, k, v, chunk_band(q.size(1), CHUNK, CONTEXT))
 
 
@@ -275,7 +276,7 @@ def test_a_cache_holds_what_a_chunk_may_see_whatever_the_chunks_size(monkeypatch
     text = document(100, period=7)
     found = score(documents(text), ttt_lr=0.0, ttt_chunk_tokens=chunk).by_document[0]
     band = chunk_band(len(text), chunk, CONTEXT)
-    monkeypatch.setattr(g, "attend", lambda q, k, v, _place: attend_seen(q, k, v, band))
+    monkeypatch.setattr(g, "attend", lambda q, k, v, _context: attend_seen(q, k, v, band))
     tokens = torch.tensor([[g.BOS, *text]])
     with torch.no_grad():
         expected = random_model()(tokens[:, :-1], tokens[:, 1:])[0].numpy()
@@ -312,8 +313,8 @@ def test_full_adaptation_is_that_of_torchs_own_sgd(chunk):
     """Whether a chunk is one window or several rows of windows."""
     text = document(91, period=7)
     knobs = dict(ttt_params="full", ttt_lr=0.003, ttt_momentum=0.7, ttt_epochs=2, ttt_freeze_blocks=1, ttt_cosine=0)
-    tally = score(documents(text), **knobs, ttt_grad_clip=0.0, ttt_chunk_tokens=chunk, micro_batch_tokens=32)
-    np.testing.assert_allclose(tally.by_document[0], plain_full(text, chunk, 2, 0.003, 0.7), rtol=0, atol=3e-4)
+    table = score(documents(text), **knobs, ttt_grad_clip=0.0, ttt_chunk_tokens=chunk, micro_batch_tokens=32)
+    np.testing.assert_allclose(table.by_document[0], plain_full(text, chunk, 2, 0.003, 0.7), rtol=0, atol=3e-4)
 
 
 # ---- score before update, and causality, to the last bit --------------------
@@ -332,20 +333,20 @@ def states(docs: g.Documents, monkeypatch, **knobs) -> tuple[list[np.ndarray], l
         return adapters[-1]
 
     monkeypatch.setattr(g, "Adapter", remembered)
-    tally = Recorder(docs, lambda: digest([t[:1] for t in adapters[-1].tensors()] if adapters else model.parameters()))
+    table = Recorder(docs, lambda: digest([t[:1] for t in adapters[-1].tensors()] if adapters else model.parameters()))
     if run.batched_ttt:
-        g.score_batched(model, docs, [0], run, g.Dist(), tally)
+        g.score_batched(model, docs, [0], run, g.Dist(), table)
     else:
-        g.score_sequentially(g.SequentialTTT(model, run, g.Dist()), docs, [0], tally)
+        g.score_sequentially(g.SequentialTTT(model, run, g.Dist()), docs, [0], table)
     monkeypatch.setattr(g, "Adapter", plain)
-    return tally.by_document[0], tally.states
+    return table.by_document[0], table.states
 
 
 @pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw", "full, document"])
-def test_a_chunk_is_scored_with_what_a_replay_that_stops_before_it_has_learnt(name, monkeypatch):
+def test_a_chunk_is_scored_with_what_a_replay_that_stops_before_it_has_learned(name, monkeypatch):
     text = document(5 * CHUNK, period=7)
     nats, seen = states(documents(text), monkeypatch, **SYSTEMS[name])
-    assert len(seen) == len(set(seen)) == 5, "every chunk but the last is learnt from"
+    assert len(seen) == len(set(seen)) == 5, "every chunk but the last is learned from"
     for k in range(5):
         cut, replayed = states(documents(text[: k * CHUNK + 1]), monkeypatch, **SYSTEMS[name])
         assert replayed[k] == seen[k], f"chunk {k}"
@@ -389,7 +390,7 @@ def test_the_rate_of_a_chunk_follows_the_entropy_of_its_own_document(steps, syst
     model, entropies = random_model().requires_grad_(False), []
     for i in (0, 2, 5):  # longest first, as they are adapted
         text = torch.from_numpy(MIXED.span(i).astype(np.int64))[None, :CHUNK]
-        log_p = model.head.logits(model.hidden(text), model.embed, None).log_softmax(-1)
+        log_p = model.head.logits(model.hidden(text)[0], model.embed, None).log_softmax(-1)
         entropies.append(-(log_p.exp() * log_p).sum(-1).mean().item())
     low, high = sorted(entropies)[1] + 0.01, sorted(entropies)[2] - 0.01
     assert low < high
@@ -402,14 +403,14 @@ def test_the_rate_of_a_chunk_follows_the_entropy_of_its_own_document(steps, syst
 @pytest.mark.parametrize("least", [0, CHUNK, CHUNK + 1, 1000])
 @pytest.mark.parametrize("system", [LORA, FULL], ids=["lora", "full"])
 def test_learning_starts_once_enough_tokens_are_scored(static, system, least):
-    tally = score(MIXED, **system | dict(ttt_min_doc_tokens=least))
+    table = score(MIXED, **system | dict(ttt_min_doc_tokens=least))
     skipped = max(0, -(-least // CHUNK) - 1)  # chunks that end before so many are scored
     for i, length in enumerate(MIXED.lengths.tolist()):
-        assert tally.updates[i] == max(0, -(-length // CHUNK) - 1 - skipped)
-        first = (skipped + 1) * CHUNK  # the first target that can be scored by something learnt
+        assert table.updates[i] == max(0, -(-length // CHUNK) - 1 - skipped)
+        first = (skipped + 1) * CHUNK  # the first target that can be scored by something learned
         reach = first if system is FULL else min(first, CONTEXT)  # a cache sees more, through what it keeps
-        np.testing.assert_allclose(tally.by_document[i][:reach], static.by_document[i][:reach], rtol=0, atol=2e-5)
-        assert length <= first or abs(tally.by_document[i][first:] - static.by_document[i][first:]).max() > 1e-3
+        np.testing.assert_allclose(table.by_document[i][:reach], static.by_document[i][:reach], rtol=0, atol=2e-5)
+        assert length <= first or abs(table.by_document[i][first:] - static.by_document[i][first:]).max() > 1e-3
 
 
 @pytest.mark.parametrize("system", [SGD, FULL], ids=["lora", "full"])
@@ -421,8 +422,8 @@ def test_the_rate_falls_by_a_cosine_over_the_epochs_of_every_chunk(steps, system
 
 @pytest.mark.parametrize("system", [LORA, FULL], ids=["lora", "full"])
 def test_every_epoch_is_a_step_on_fresh_gradients(steps, system):
-    tally = score(documents(document(3 * CHUNK)), **system | dict(ttt_epochs=3))
-    assert len(steps) == tally.updates.sum() == 6  # nothing follows the last chunk
+    table = score(documents(document(3 * CHUNK)), **system | dict(ttt_epochs=3))
+    assert len(steps) == table.updates.sum() == 6  # nothing follows the last chunk
     assert not any(torch.equal(a, b) for a, b in zip(steps[0].grads, steps[1].grads, strict=True) if a.any())
 
 
@@ -480,11 +481,11 @@ def test_multipliers_scale_the_rates_of_their_matrices(steps):
 def test_any_choice_of_targets_adapts_and_helps(static, targets):
     run = run_config(ttt_lora_targets=targets)
     adapter = g.Adapter(CONFIG, run, 2, torch.device("cpu"))
-    visits, chosen = len(g.layer_plan(CONFIG, looping=True)), targets.split(",")
-    assert len(adapter.tensors()) == 2 * sum(1 if t == "head" else visits for t in chosen)
-    assert {t for t in g.LayerLoRA._fields if getattr(adapter.visits[0], t) is not None} == set(chosen) - {"head"}
-    tally = score(MIXED, **LORA | dict(ttt_lora_targets=targets, ttt_epochs=2))
-    assert tally.bits_per_byte < static.bits_per_byte - 1e-4
+    passes, chosen = len(g.layer_plan(CONFIG, looping=True)), targets.split(",")
+    assert len(adapter.tensors()) == 2 * sum(1 if t == "head" else passes for t in chosen)
+    assert {t for t in g.LayerLoRA._fields if getattr(adapter.passes[0], t) is not None} == set(chosen) - {"head"}
+    table = score(MIXED, **LORA | dict(ttt_lora_targets=targets, ttt_epochs=2))
+    assert table.bits_per_byte < static.bits_per_byte - 1e-4
 
 
 # ---- the start of an adapter ------------------------------------------------
@@ -515,14 +516,14 @@ def test_a_new_adapter_changes_nothing_to_the_last_bit():
 
 
 @given(lengths=st.lists(st.integers(0, 500), min_size=1, max_size=40), world=st.integers(1, 9), batch=st.integers(1, 9))
-def test_the_plan_has_every_document_once_and_reads_only_lengths(lengths, world, batch):
-    rounds = g.plan_rounds(np.array(lengths), world, batch)
+def test_documents_are_dealt_once_each_by_their_lengths_alone(lengths, world, batch):
+    rounds = g.deal_documents(np.array(lengths), world, batch)
     assert all(len(groups) == world for groups in rounds)
     assert all(len(group) <= batch for groups in rounds for group in groups)
     planned = [i for groups in rounds for group in groups for i in group]
     assert sorted(planned) == list(range(len(lengths)))
     assert [lengths[i] for i in planned] == sorted(lengths, reverse=True), "longest first, alike side by side"
-    assert rounds == g.plan_rounds(np.array(lengths), world, batch)
+    assert rounds == g.deal_documents(np.array(lengths), world, batch)
 
 
 @given(lengths=st.lists(st.integers(0, 500), min_size=1, max_size=40), chunk=st.integers(1, 200))
@@ -539,12 +540,29 @@ def test_a_stream_is_cut_into_equal_chunks_that_hold_every_target_once(lengths, 
 def test_a_document_that_went_astray_leaves_nothing_behind():
     """A NaN among the keys and values that are hidden from the next document would reach its scores: 0 times NaN."""
     tokens = torch.tensor([document(CHUNK), document(CHUNK, seed=1)])
-    learners = g.BatchedTTT(random_model(), run_config(**LORA), 2, torch.device("cpu"))
-    first = learners.score(tokens, tokens, to_learn=False).clone()
-    for past in learners.past:
-        past.ring.fill_(math.nan)
-    learners.begin()
-    assert torch.equal(learners.score(tokens, tokens, to_learn=False), first)
+    learner = g.BatchedTTT(random_model(), run_config(**LORA), 2, torch.device("cpu"))
+    first = learner.score(tokens, tokens, to_learn=False)
+    for buffer in learner.cache.buffers:
+        buffer.fill_(math.nan)
+    learner.reset()
+    assert torch.equal(learner.score(tokens, tokens, to_learn=False).nats, first.nats)
+
+
+@given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=20), chunk=st.integers(1, 16))
+def test_documents_run_together_until_each_has_ended(lengths, chunk):
+    """Every chunk of every document is run; rows are dropped by halves, in the order they had."""
+    lengths = np.array(lengths)
+    asked, held, previous = [], [[] for _ in lengths], np.arange(len(lengths))
+    for step in g.chunk_steps(len(lengths), chunk, lambda rows, first: asked.append(first) or lengths[rows] > first):
+        if step.kept is not None:
+            assert (step.rows == previous[step.kept]).all() and len(step.rows) <= len(previous) // 2
+        going = lengths[step.rows] > step.first
+        assert len(step.rows) == 1 or going.sum() > len(step.rows) // 2
+        for i in step.rows[going]:
+            held[i].append(step.first)
+        assert asked[-1] == step.first, "it is asked of a step when those before are done"
+        previous = step.rows
+    assert held == [list(range(0, n, chunk)) for n in lengths]
 
 
 # ---- the deadline -----------------------------------------------------------
@@ -564,12 +582,12 @@ def test_documents_that_have_not_begun_in_time_are_scored_as_they_are(static, na
     adapted = of_mixed(name)
     for calls in (0, 5, 9, 10_000):
         late = evaluation(MIXED, seconds=clock(calls), **knobs)
-        tally = late.score()  # refuses a target that is missing or twice
+        table = late.score()  # refuses a target that is missing or twice
         seen.add(late.degraded)
         for place, i in enumerate(np.argsort(-MIXED.lengths, kind="stable")):
             reference = adapted if place < len(MIXED) - late.degraded else static
-            np.testing.assert_allclose(tally.by_document[i], reference.by_document[i], rtol=0, atol=1e-4)
-            assert tally.updates[i] == (adapted.updates[i] if reference is adapted else 0)
+            np.testing.assert_allclose(table.by_document[i], reference.by_document[i], rtol=0, atol=1e-4)
+            assert table.updates[i] == (adapted.updates[i] if reference is adapted else 0)
         assert bool(late.said) == (late.degraded > 0)
     assert {0, len(MIXED)} < seen, "none, all, and something between"
 
@@ -628,7 +646,7 @@ def test_the_shares_of_two_ranks_are_the_whole(name):
         made = evaluation(MIXED, Part(rank, 2), **SYSTEMS[name])
         with pytest.raises(AssertionError, match="not once each"):
             made.score()
-        shares.append(made.tally)
+        shares.append(made.table)
     assert all(0 < share.counted.sum() < len(MIXED.tokens) - 1 for share in shares)
     assert (sum(share.counted for share in shares) == MIXED.lengths).all()
     assert (sum(share.updates for share in shares) == of_mixed(name).updates).all()
@@ -645,8 +663,8 @@ def everything(dist: g.Dist) -> dict:
     found = {}
     for name, knobs in RANKED.items():
         made = evaluation(MIXED, dist, **knobs)
-        tally = made.score()
-        found[name] = [bits(tally).tolist(), tally.updates.tolist(), made.degraded]
+        table = made.score()
+        found[name] = [bits(table).tolist(), table.updates.tolist(), made.degraded]
     for name in ("lora", "full, document", "full, stream"):  # one rank runs out of time, the other would not
         made = evaluation(MIXED, dist, seconds=clock(3 + 999 * dist.rank), **RANKED[name] | dict(eval_seconds=10.0))
         made.score()
@@ -689,7 +707,7 @@ def replays(monkeypatch):
 
     def begin(self, *given):
         plain(self, *given)
-        self.replay = g.CUDAGraphs()
+        self.graphs = g.CUDAGraphs()
 
     monkeypatch.setattr(g.BatchedTTT, "__init__", begin)
     return pretend(monkeypatch)
@@ -708,20 +726,21 @@ def test_what_a_step_reads_lies_aligned_from_the_first_chunk_on(monkeypatch):
     monkeypatch.setattr(g.BatchedTTT, "_score", watched)
     docs, run = documents(document(90)), run_config(**LORA)
     g.score_batched(random_model().requires_grad_(False), docs, [0], run, g.Dist(), g.ScoreTable(docs))
-    assert len(found) >= 4 and not any(found[:-2])  # of the last chunk nothing is learnt: it runs as it is
+    assert len(found) >= 4 and not any(found[:-2])  # of the last chunk nothing is learned: it runs as it is
 
 
 def test_what_is_captured_is_freed_at_once():
     """Not when Python next looks for cycles: a graph that is freed while another is captured ends that capture."""
-    docs, run, family = documents(document(30), document(20, seed=2), document(10, seed=3)), run_config(**LORA), {}
+    docs = documents(document(30), document(20, seed=2), document(10, seed=3))
+    run, learners = run_config(**LORA), {}
     gc.disable()
     try:
-        g.score_batched(random_model().requires_grad_(False), docs, [0, 1], run, g.Dist(), g.ScoreTable(docs), family)
-        held = [weakref.ref(learners) for learners in family.values()]
+        g.score_batched(random_model().requires_grad_(False), docs, [0, 1], run, g.Dist(), g.ScoreTable(docs), learners)
+        held = [weakref.ref(learner) for learner in learners.values()]
         g.score_batched(
-            random_model().requires_grad_(False), docs, [0, 1, 2], run, g.Dist(), g.ScoreTable(docs), family
+            random_model().requires_grad_(False), docs, [0, 1, 2], run, g.Dist(), g.ScoreTable(docs), learners
         )
-        assert len(held) == 2 and not any(learners() for learners in held)
+        assert len(held) == 2 and not any(learner() for learner in held)
     finally:
         gc.enable()
 
@@ -734,10 +753,10 @@ def test_adaptation_repeats_to_the_last_bit_on_a_gpu():
     )
 
     def go() -> np.ndarray:
-        tally = g.ScoreTable(docs)
+        table = g.ScoreTable(docs)
         model = random_model().cuda().requires_grad_(False)
-        g.score_batched(model, docs, [0, 1, 2], run, g.Dist(device="cuda"), tally)
-        return tally.nats
+        g.score_batched(model, docs, [0, 1, 2], run, g.Dist(device="cuda"), table)
+        return table.nats
 
     assert np.array_equal(go(), go())
 
@@ -750,11 +769,13 @@ def test_replayed_steps_are_those_that_were_captured(request, name):
     model = random_model().requires_grad_(False)
 
     def go() -> list[list[float]]:
-        family, tally = {}, Recorder(docs)
+        learners, table = {}, Recorder(docs)
         for group in ([0, 1], [2, 3]):
-            g.score_batched(model, docs, group, run, g.Dist(), tally, family)
-        return [nats.tolist() for nats in tally.by_document]
+            g.score_batched(model, docs, group, run, g.Dist(), table, learners)
+        return [nats.tolist() for nats in table.by_document]
 
     expected, replays = go(), request.getfixturevalue("replays")
     assert go() == expected
-    assert len(replays) >= 6 and not any(graph.fresh for graph in replays)  # of score, learn, move on; for 2 rows and 1
+    assert len(replays) >= 6 and not any(
+        graph.fresh for graph in replays
+    )  # of score, learn and advance; for 2 rows and for 1

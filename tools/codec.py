@@ -311,44 +311,43 @@ class Side(Protocol):
 
 
 def walk(predictor: Predictor, documents: range, side: Side) -> None:
-    """Code these documents to their ends, adapting to each. Rows of ended documents go as in the scorer."""
+    """Code these documents to their ends, adapting to each. Rows are dropped just as the scorer drops them."""
     model, run = predictor.model, predictor.run
     require(run.batched_ttt, "text is coded document by document: TTT_PARAMS=lora and TTT_SCOPE=document are needed")
     require_memory(model.config, run, len(documents))
-    learners = train_gpt.BatchedTTT(model, run, len(documents), torch.device("cpu"))
-    rows, first, size = np.array(documents), 0, run.ttt_chunk_tokens
-    going, before = np.ones(len(rows), bool), np.full(len(rows), BOS)
+    device = torch.device("cpu")
+    learner = train_gpt.BatchedTTT(model, run, len(documents), device)
+    ended = np.zeros(len(documents), bool)
+    before = np.full(len(documents), BOS)  # the token before the chunk, of every row
 
     @torch.no_grad()
     def predict(inputs: np.ndarray) -> Tensor:
-        states = learners.hidden(torch.from_numpy(inputs))
-        return model.head.logits(states, model.embed, learners.adapter.head)
+        states, _ = learner.hidden(torch.from_numpy(inputs))
+        return model.head.logits(states, model.embed, learner.adapter.head)
 
-    while True:
-        targets = side.chunk(Chunk(first, rows, before, going, predict))
-        known = counted(targets, going)
-        going = going & (targets != BOS).all(1)
-        if not going.any():
+    for first, rows, kept in train_gpt.chunk_steps(len(documents), run.ttt_chunk_tokens, lambda rows, _: ~ended[rows]):
+        if kept is not None:
+            fewer = train_gpt.BatchedTTT(model, run, len(rows), device)
+            fewer.copy_rows(learner, torch.from_numpy(kept))
+            learner, before = fewer, before[kept]
+        targets = side.chunk(Chunk(first, documents.start + rows, before, ~ended[rows], predict))
+        mask = counted(targets, ~ended[rows])
+        ended[rows] |= (targets == BOS).any(1)
+        if ended.all():
             return
-        first += size
-        learn = bool(run.ttt_enabled) and first >= run.ttt_min_doc_tokens
-        learners.score(*map(torch.from_numpy, (inputs_of(before, targets), targets)), to_learn=learn)
-        if learn:
-            learners.learn(torch.from_numpy(known))
-        learners.advance()
+        to_learn = bool(run.ttt_enabled) and first + run.ttt_chunk_tokens >= run.ttt_min_doc_tokens
+        inputs = inputs_of(before, targets)
+        chunk = learner.score(torch.from_numpy(inputs), torch.from_numpy(targets), to_learn)
+        if to_learn:
+            chunk = learner.learn(chunk, torch.from_numpy(mask))
+        learner.advance(chunk)
         before = targets[:, -1]
-        if going.sum() <= len(going) // 2:
-            kept = np.flatnonzero(going)
-            fewer = train_gpt.BatchedTTT(model, run, len(kept), torch.device("cpu"))
-            fewer.copy_rows(learners, torch.from_numpy(kept))
-            learners = fewer
-            rows, before, going = rows[kept], before[kept], going[kept]
 
 
 def require_memory(config: train_gpt.ModelConfig, run: train_gpt.RunConfig, documents: int) -> None:
     """Corrections with their gradients and moments, and the logits of a chunk, must fit this computer."""
-    visits = len(train_gpt.layer_plan(config, looping=True))
-    widths = 2 * config.model_dim * visits * len(run.lora_targets) + config.model_dim + config.vocab_size
+    passes = len(train_gpt.layer_plan(config, looping=True))
+    widths = 2 * config.model_dim * passes * len(run.lora_targets) + config.model_dim + config.vocab_size
     need = 16 * documents * (run.ttt_lora_rank * widths + run.ttt_chunk_tokens * config.vocab_size)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     require(

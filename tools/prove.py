@@ -9,8 +9,9 @@ the shortest, the median and the longest validation document that fits the time,
 are also left in logs/RUN.prove.json.
 
 The scorer is a black box: it is given streams of tokens, and heard at three places: what it books to a document
-(Tally), what its output layer gave (Head), and what had been learnt by then (the weights, and every Adapter). The last
-two need eager kernels; a GPU's usual ones, compiled or replayed, are heard by what they book, and must book the same.
+(ScoreTable), what its output layer gave (OutputHead), and what had been learned by then (the weights, and every
+Adapter). The last two need eager kernels; a GPU's usual ones, compiled or replayed, are heard by what they book, and
+must book the same.
 """
 
 from __future__ import annotations
@@ -168,8 +169,9 @@ class Ledger:
     def trace(self, places: list[int], nats: Sequence[float]) -> None:
         pairs = [(value, self.tokens[at + 1]) for value, at in zip(nats, places, strict=True)]
         calls, self.ear.calls = self.ear.calls, []
-        for call in calls:
+        for n, call in enumerate(calls):
             if in_order(pairs, zip(call.nats, call.targets, strict=True)):
+                self.ear.calls = calls[n + 1 :]  # several rows may be scored before the first of them is booked
                 self.heard.calls.append(call)
                 for at in places:
                     self.heard.states[at] = call.state
@@ -235,16 +237,16 @@ def hear(
     with listening(model, run.seed) if closely else contextlib.nullcontext() as ear:
         ledger = Ledger(tokens, ear, dist.world == 1)
 
-        class Tally(train_gpt.ScoreTable):
+        class Table(train_gpt.ScoreTable):
             def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
                 ledger.book(documents.tolist(), nats.tolist())
 
-            def all_reduced(self, dist: train_gpt.Dist) -> Tally:
+            def all_reduced(self, dist: train_gpt.Dist) -> Table:
                 return self  # the audit counts for itself
 
         try:
             evaluation = train_gpt.Evaluation(model, docs, run, dist, lambda line: None, lambda: 0.0)
-            evaluation.tally = Tally(docs)
+            evaluation.table = Table(docs)
             evaluation.score()
         except ScorerError:
             raise

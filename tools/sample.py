@@ -10,7 +10,6 @@ The text ends where the model ends its document, or after --tokens. The same see
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import os
 import sys
@@ -37,30 +36,38 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     return int(order[torch.multinomial(odds, 1, generator=generator)])
 
 
-def reading(run: train_gpt.RunConfig) -> train_gpt.RunConfig:
-    """The knobs of a reader that does not learn, whatever the artifact's run adapted, and how. Chunks are short: what
-    is kept of the text before is EVAL_SEQ_LEN less a chunk."""
-    chunk = min(run.ttt_chunk_tokens, train_gpt.RunConfig().ttt_chunk_tokens, run.eval_seq_len // 2)
-    return dataclasses.replace(run, ttt_params="lora", ttt_scope="document", ttt_lora_rank=1, ttt_chunk_tokens=chunk)
+CHUNK = 16  # tokens of the prompt at a time, at most
 
 
 @torch.no_grad()
 def continued(
     predictor: codec.Predictor, tokens: list[int], temperature: float, top_p: float, seed: int
 ) -> Iterator[int]:
-    """What follows these tokens of a document, without end. Every pass is over the new ones alone: keys and values of
-    those before are kept, as many as EVAL_SEQ_LEN says."""
-    model, generator = predictor.model, torch.Generator().manual_seed(seed)
-    run = reading(predictor.run)
-    chunk, new = run.ttt_chunk_tokens, [BOS, *tokens]
-    reader = train_gpt.BatchedTTT(model, run, 1, torch.device("cpu"))  # which learns nothing here
+    """What follows these tokens of a document, without end. Every pass is over new tokens alone, which attend to the
+    cached keys and values of those before: as many as EVAL_SEQ_LEN holds, less a chunk."""
+    model, context = predictor.model, predictor.run.eval_seq_len
+    generator = torch.Generator().manual_seed(seed)
+    chunk = min(CHUNK, context // 2)
+    cache = train_gpt.KVCache(model.config, 1, context - chunk, torch.device("cpu"))
+    new = [BOS, *tokens]
     while True:
         for first in range(0, len(new), chunk):
-            states = reader.hidden(torch.tensor([new[first : first + chunk]]))
-            reader.advance()
-        token = pick(model.head.logits(states[:, -1:], model.embed, None)[0, 0], temperature, top_p, generator)
+            inputs = torch.tensor([new[first : first + chunk]])
+            states = read(model, cache, inputs)
+        logits = model.head.logits(states[:, -1:], model.embed, None)[0, 0]
+        token = pick(logits, temperature, top_p, generator)
         yield token
         new = [token]
+
+
+def read(model: train_gpt.GPT, cache: train_gpt.KVCache, inputs: torch.Tensor) -> torch.Tensor:
+    """Inputs (1, C) -> their states (1, C, D), after which they are part of the cache."""
+    cache.make_room(inputs.size(1))
+    tokens = torch.cat([cache.last_token, inputs], 1)
+    states, new_kvs = model.hidden(tokens, cache.context(inputs.size(1)))
+    cache.append(inputs, new_kvs)
+    cache.position += inputs.size(1)
+    return states
 
 
 def print_text(predictor: codec.Predictor, prompt: list[int], tokens: Iterator[int]) -> None:
