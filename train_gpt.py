@@ -88,10 +88,13 @@ def knob(
     high: float | None = None,
     full: Any = None,
     only: Mapping[str, str] | None = None,
+    absent: Any = None,
 ) -> Any:
     """A field of a config. `full` is the default under TTT_PARAMS=full where it differs; `only` names the knobs and
-    values without which this one has no effect, so that setting it then is refused. `group` opens a group of --help."""
+    values without which this one has no effect, so that setting it then is refused. `group` opens a group of --help.
+    `absent` is what a field of ModelConfig means to artifacts that were written before it existed."""
     meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, full=full, only=only or {})
+    meta["absent"] = absent
     return field(default=default if full is None else None, metadata=meta)
 
 
@@ -1228,7 +1231,7 @@ def split_batch(run: RunConfig, world: int) -> tuple[int, int]:
 
 
 # ======================================================================================================================
-# Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape are stacked and shared over the ranks.
+# Optimizer: Muon for matrices, AdamW for all other parameters. Matrices of one shape form a stack, shared by the ranks.
 
 
 # Coefficients of each Newton-Schulz step: Polar Express, Amsel et al. 2025 (arXiv 2505.16932)
@@ -1242,10 +1245,11 @@ POLAR_EXPRESS = (
 
 
 def orthogonalise(g: Tensor, steps: int) -> Tensor:
-    """The nearest semi-orthogonal matrix of each, roughly: singular values go to about 1. (n, r, c) -> the same."""
+    """Roughly the nearest semi-orthogonal matrix of each: all singular values go to about 1. (n, r, c) -> (n, r, c)"""
     x = g.to(torch.bfloat16) if g.is_cuda else g.float()  # the iteration tolerates bf16
     tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
+    if tall:
+        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS[:steps]:
         s = x @ x.mT
@@ -1254,127 +1258,163 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
 
 
 def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
-    """Nesterov momentum, rows set to one length, orthogonalised, scaled to the matrix's aspect. (n, r, c) -> same.
-    Muon, Jordan 2024; row normalisation as MuonEq-R. `momentum` is updated in place."""
+    """Nesterov momentum, rows normalised, orthogonalised, scaled to the matrix's aspect ratio. (n, r, c) -> (n, r, c)
+
+    Muon, Jordan 2024; row normalisation as in MuonEq-R. `momentum` is updated in place."""
     momentum.mul_(mu).add_(g)
-    return orthogonalise(F.normalize(g + mu * momentum, dim=-1), steps) * max(1.0, g.size(-2) / g.size(-1)) ** 0.5
+    rows_normalised = F.normalize(g + mu * momentum, dim=-1)
+    aspect = max(1.0, g.size(-2) / g.size(-1))
+    return orthogonalise(rows_normalised, steps) * aspect**0.5
 
 
 def adam_directions(
     grads: list[Tensor],
-    first: list[Tensor],
-    second: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
     step: int | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
 ) -> list[Tensor]:
-    """Bias-corrected m / (sqrt(v) + eps) of AdamW (arXiv 1711.05101) for every tensor; moments updated in place."""
-    if beta1:  # without it the gradient is its own average: two passes less over much memory
-        torch._foreach_lerp_(first, grads, 1 - beta1)
-    torch._foreach_mul_(second, beta2)
-    torch._foreach_addcmul_(second, grads, grads, 1 - beta2)
-    denominator = torch._foreach_div(second, 1 - beta2**step)
+    """Bias-corrected exp_avg / (sqrt(exp_avg_sq) + eps) for every tensor; the moments are updated in place.
+
+    AdamW, Loshchilov & Hutter, arXiv 1711.05101. With beta1 = 0 `exp_avg` may be empty: it would equal the gradient."""
+    if beta1:
+        torch._foreach_lerp_(exp_avg, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sq, beta2)
+    torch._foreach_addcmul_(exp_avg_sq, grads, grads, 1 - beta2)
+    denominator = torch._foreach_div(exp_avg_sq, 1 - beta2**step)
     torch._foreach_sqrt_(denominator)
     torch._foreach_add_(denominator, eps)
     if not beta1:
         return torch._foreach_div(grads, denominator)
-    return torch._foreach_div(torch._foreach_div(first, denominator), 1 - beta1**step)
+    return torch._foreach_div(torch._foreach_div(exp_avg, denominator), 1 - beta1**step)
 
 
 class MuonAdam:
-    """Ranks sum gradients, update a share of each stack, gather all: with equal sums their number changes nothing."""
+    """Both optimizers of all parameters, for any number of ranks.
+
+    Ranks sum their gradients, each updates its share of every stack of matrices, and all gather the updates. With equal
+    sums, the number of ranks changes nothing."""
 
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
-        self.run, self.dist, self.steps_done = run, dist, 0
-        matrices, embeddings, scalars = (
-            [p for name, p in model.named_parameters() if param_role(name) == role]
-            for role in ("matrix", "embedding", "scalar")
-        )
-        by_shape = [[p for p in matrices if p.shape == shape] for shape in dict.fromkeys(p.shape for p in matrices)]
-        self.stacks = sorted(by_shape, key=lambda ps: -sum(p.numel() for p in ps))
-        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank; the last may be padding
+        self.run = run
+        self.dist = dist
+        self.steps_done = 0
+        by_role = {"matrix": [], "embedding": [], "scalar": []}
+        for name, p in model.named_parameters():
+            by_role[param_role(name)].append(p)
+
+        shapes = dict.fromkeys(p.shape for p in by_role["matrix"])  # a set that keeps its order
+        stacks = [[p for p in by_role["matrix"] if p.shape == shape] for shape in shapes]
+        self.stacks = sorted(stacks, key=lambda ps: -sum(p.numel() for p in ps))
+        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices of a rank, rounded up
         self.momentum = [ps[0].new_zeros(n, *ps[0].shape) for n, ps in zip(self.share, self.stacks, strict=True)]
-        self.dense = embeddings + scalars
-        self.rates = [(run.embed_lr, run.embed_wd)] * len(embeddings) + [(run.scalar_lr, run.scalar_wd)] * len(scalars)
-        self.first, self.second = ([torch.zeros_like(p) for p in self.dense] for _ in range(2))
-        covered = [id(p) for ps in (*self.stacks, self.dense) for p in ps]
-        assert sorted(covered) == sorted(map(id, model.parameters())), "every parameter has exactly one rule"
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)  # where a replayed pass adds to it; of what a pass does not use it stays zero
+
+        self.adam_params = by_role["embedding"] + by_role["scalar"]
+        self.adam_rates = [(run.embed_lr, run.embed_wd)] * len(by_role["embedding"])  # learning rate, weight decay
+        self.adam_rates += [(run.scalar_lr, run.scalar_wd)] * len(by_role["scalar"])
+        self.exp_avg = [torch.zeros_like(p) for p in self.adam_params]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.adam_params]
+
+        self.params = [p for ps in (*self.stacks, self.adam_params) for p in ps]
+        covered = sorted(map(id, self.params))
+        assert covered == sorted(map(id, model.parameters())), "every parameter has exactly one optimizer"
+        for p in self.params:
+            p.grad = torch.zeros_like(p)  # stays there: captured passes add to it; what a pass does not use stays zero
 
     def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Sum the gradients over ranks -> (this rank's share of every stack, all dense ones, norm of the whole)."""
-        shares = []
+        """Sum the gradients over ranks -> (this rank's share of every stack, all of Adam's, norm of the whole)."""
+        shares, norms = [], []
         for n, ps in zip(self.share, self.stacks, strict=True):
-            g, padding = torch.stack([p.grad for p in ps]), n * self.dist.world - len(ps)
-            shares.append(self.dist.reduce_scatter(F.pad(g, (0, 0, 0, 0, 0, padding)) if padding else g))
-        flat = self.dist.all_reduce(torch.cat([p.grad.flatten() for p in self.dense]))
-        dense = [g.view_as(p) for g, p in zip(flat.split([p.numel() for p in self.dense]), self.dense, strict=True)]
-        each = [
-            self.dist.all_gather(torch.stack(torch._foreach_norm(list(g.unbind()))))[: len(ps)]  # matrix by matrix,
-            for g, ps in zip(shares, self.stacks, strict=True)
-        ]  # so that the sum's order knows no ranks
-        return shares, dense, torch.cat([*each, flat.norm()[None]]).norm()
+            g = torch.stack([p.grad for p in ps])  # (matrices, r, c)
+            padding = n * self.dist.world - len(ps)
+            if padding:
+                g = F.pad(g, (0, 0, 0, 0, 0, padding))
+            shares.append(self.dist.reduce_scatter(g))
+        flat = self.dist.all_reduce(torch.cat([p.grad.flatten() for p in self.adam_params]))
+        sizes = [p.numel() for p in self.adam_params]
+        adam_grads = [g.view_as(p) for g, p in zip(flat.split(sizes), self.adam_params, strict=True)]
+
+        for g, ps in zip(shares, self.stacks, strict=True):
+            # Matrix by matrix, so that the order of the sum does not depend on the number of ranks.
+            each = torch.stack(torch._foreach_norm(list(g.unbind())))
+            norms.append(self.dist.all_gather(each)[: len(ps)])
+        return shares, adam_grads, torch.cat([*norms, flat.norm()[None]]).norm()
 
     @torch.no_grad()
     def step(self, lr_scale: float, mu: float) -> Tensor:
-        """One update from the gradients in p.grad, which it clears -> norm of the reduced gradient."""
-        run, self.steps_done = self.run, self.steps_done + 1
-        shares, dense, norm_ = self.reduce()
+        """One update from the gradients in p.grad, which it clears -> norm of the summed gradient. `lr_scale`: factor
+        on all learning rates; `mu`: Muon's momentum."""
+        run = self.run
+        self.steps_done += 1
+        shares, adam_grads, grad_norm = self.reduce()
         if run.grad_clip_norm:
-            torch._foreach_mul_(shares + dense, (run.grad_clip_norm / (norm_ + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(shares + adam_grads, (run.grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+
         for ps, g, momentum in zip(self.stacks, shares, self.momentum, strict=True):
-            update = self.dist.all_gather(muon_update(g, momentum, mu, run.muon_ns_steps))
+            updates = self.dist.all_gather(muon_update(g, momentum, mu, run.muon_ns_steps))
             torch._foreach_mul_(ps, 1 - run.matrix_lr * lr_scale * run.muon_wd)
-            torch._foreach_add_(ps, list(update[: len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
-        updates = adam_directions(dense, self.first, self.second, self.steps_done, run.beta1, run.beta2, run.adam_eps)
-        for p, u, (lr, wd) in zip(self.dense, updates, self.rates, strict=True):
-            p.mul_(1 - lr * lr_scale * wd).sub_(u, alpha=lr * lr_scale)
-        torch._foreach_zero_([p.grad for ps in (*self.stacks, self.dense) for p in ps])
-        return norm_
+            torch._foreach_add_(ps, list(updates[: len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
+
+        betas = run.beta1, run.beta2
+        updates = adam_directions(adam_grads, self.exp_avg, self.exp_avg_sq, self.steps_done, *betas, run.adam_eps)
+        for p, update, (lr, wd) in zip(self.adam_params, updates, self.adam_rates, strict=True):
+            p.mul_(1 - lr * lr_scale * wd).sub_(update, alpha=lr * lr_scale)
+
+        torch._foreach_zero_([p.grad for p in self.params])
+        return grad_norm
 
     def state(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, whole on every rank."""
-        pairs = enumerate(zip(self.momentum, self.stacks, strict=True))
-        return {f"momentum.{i}": self.dist.all_gather(m)[: len(ps)] for i, (m, ps) in pairs} | self.moments()
+        stacks = enumerate(zip(self.momentum, self.stacks, strict=True))
+        momentum = {f"momentum.{i}": self.dist.all_gather(m)[: len(ps)] for i, (m, ps) in stacks}
+        return momentum | self.moments()
 
     def moments(self) -> dict[str, Tensor]:
-        return {f"{kind}.{i}": t for kind in ("first", "second") for i, t in enumerate(getattr(self, kind))}
+        exp_avg = {f"exp_avg.{i}": t for i, t in enumerate(self.exp_avg)}
+        return exp_avg | {f"exp_avg_sq.{i}": t for i, t in enumerate(self.exp_avg_sq)}
 
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
+        """Continue from what `state` gave after so many steps, on any number of ranks."""
         self.steps_done = steps_done
-        for i, (n, m) in enumerate(zip(self.share, self.momentum, strict=True)):
+        for i, (n, momentum) in enumerate(zip(self.share, self.momentum, strict=True)):
             mine = state[f"momentum.{i}"][self.dist.rank * n : (self.dist.rank + 1) * n]
-            m.zero_()[: len(mine)].copy_(mine)
+            momentum.zero_()[: len(mine)].copy_(mine)
         for name, t in self.moments().items():
             t.copy_(state[name])
 
 
 # ======================================================================================================================
-# Container: one format for artifacts and checkpoints. It describes itself, is checksummed and read without pickle.
+# Container: one format for artifacts and checkpoints. It describes itself, is checksummed and is read without pickle.
+#
+#   magic (8 bytes)
+#   length of the header (4, little-endian)
+#   header: zstd of JSON {"meta", "zstd", "tensors": [[name, type, shape, size], ...]}
+#   the tensors' bytes in that order, each a zstd frame if "zstd" is true
+#   BLAKE2b-128 of everything before (16)
 
 
-#   magic (8) | length of the header (4, little-endian) | header: zstd of JSON, with a table [name, type, shape, size]
-#   | every tensor's bytes in that order, a zstd frame each where the header says so | BLAKE2b-128 of all before (16)
-CONTAINER_MAGIC, DIGEST_BYTES, MAX_HEADER_BYTES, MAX_UNPACKED_BYTES = b"PGOLF\x00\x01\n", 16, 1 << 24, 1 << 31
-
-
+CONTAINER_MAGIC = b"PGOLF\x00\x01\n"
+DIGEST_BYTES = 16
+MAX_HEADER_BYTES = 1 << 24
+MAX_UNPACKED_BYTES = 1 << 31
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
-
-
-TYPE_NAMES = {t: name for name, t in STORED_TYPES.items()}
+TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 
 
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
-    """STORED_TYPES tensors and JSON-able `meta` -> a container; `level` is zstd's, None leaves tensors as they are."""
+    """Tensors of STORED_TYPES and a table that JSON can hold -> a container. zstd compresses the tensors at `level`;
+    None leaves them as they are."""
 
-    def stored(t: Tensor) -> bytes:
+    def tensor_bytes(t: Tensor) -> bytes:
         raw = t.detach().cpu().contiguous().numpy().tobytes()
-        return raw if level is None else zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
+        if level is None:
+            return raw
+        return zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
 
-    with ThreadPoolExecutor() as pool:
-        blobs = list(pool.map(stored, tensors.values()))  # a frame each: in parallel, and with its own statistics
+    with ThreadPoolExecutor() as pool:  # a frame for each tensor: in parallel, and with its own statistics
+        blobs = list(pool.map(tensor_bytes, tensors.values()))
     table = [
         [name, TYPE_NAMES[t.dtype], list(t.shape), len(blob)]
         for (name, t), blob in zip(tensors.items(), blobs, strict=True)
@@ -1382,39 +1422,49 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | No
     header = json.dumps({"meta": dict(meta), "zstd": level is not None, "tensors": table}, separators=(",", ":"))
     header = zstandard.ZstdCompressor(level=19).compress(header.encode())
     body = b"".join([CONTAINER_MAGIC, len(header).to_bytes(4, "little"), header, *blobs])
-    return body + hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
+    return body + blake2b(body)
+
+
+def blake2b(body: bytes) -> bytes:
+    return hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest()
 
 
 def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
-    """A container's checked bytes -> (its header, where the tensors begin)."""
-    body, at = data[:-DIGEST_BYTES], len(CONTAINER_MAGIC) + 4
-    require(body[:8] == CONTAINER_MAGIC, f"{what}: not a file of this program, begins with {body[:8]!r}", DataError)
-    if hashlib.blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
+    """A container's bytes -> its checked header, and where the tensors begin. Raises DataError, which names `what`."""
+    body, checksum = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    magic = body[: len(CONTAINER_MAGIC)]
+    require(magic == CONTAINER_MAGIC, f"{what}: not a file of this program, begins with {magic!r}", DataError)
+    if blake2b(body) != checksum:
         raise DataError(f"{what}: damaged or cut short: the checksum does not fit its {len(data)} bytes; copy it again")
     with untrusted(what):
-        end = at + int.from_bytes(body[at - 4 : at], "little")
-        header = json.loads(decompress(body[at:end], MAX_HEADER_BYTES))
+        start = len(CONTAINER_MAGIC) + 4
+        end = start + int.from_bytes(body[start - 4 : start], "little")
+        header = json.loads(decompress(body[start:end], MAX_HEADER_BYTES))
         require(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
         require(isinstance(header["meta"], dict), "meta is not a table")
-        require(end + sum(entry[3] for entry in header["tensors"]) == len(body), "sizes do not add up")
+        require(end + sum(size for _, _, _, size in header["tensors"]) == len(body), "sizes do not add up")
         return header, end
 
 
 def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A container -> (meta, tensors by name). `what` names it in errors. Nothing is believed before it is checked."""
-    (header, at), tensors = read_header(data, what), {}
+    """A container's bytes -> (meta, tensors by name). Nothing is trusted before it is checked; raises DataError, which
+    names `what`."""
+    header, at = read_header(data, what)
+    tensors: dict[str, Tensor] = {}
     with untrusted(what):
-        room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)  # for all of them, lest a small file fill the memory
+        # A limit for all tensors together, so that a small file cannot fill the memory.
+        room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)
         for name, kind, shape, size in header["tensors"]:
             require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
             tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
-            at, room = at + size, room - tensors[name].nbytes
+            room -= tensors[name].nbytes
+            at += size
         return dict(header["meta"]), tensors
 
 
 @contextlib.contextmanager
 def untrusted(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is the file's fault."""
+    """Whatever goes wrong inside is the fault of the file `what`: DataError."""
     try:
         yield
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, zstandard.ZstdError) as error:
@@ -1422,19 +1472,23 @@ def untrusted(what: str) -> Iterator[None]:
 
 
 def decompress(frame: bytes, most: int) -> bytes:
+    """A zstd frame of at most `most` bytes -> its content."""
     size = zstandard.get_frame_parameters(frame).content_size
     require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
 
 
 def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room: int) -> Tensor:
+    """Stored bytes -> a tensor of a STORED_TYPES name and a shape, of at most `room` bytes."""
     dtype = STORED_TYPES[kind]
     require(all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in shape), f"shape {shape}")
     expected = math.prod(shape) * dtype.itemsize
     require(expected <= room, f"shape {shape} is too large")
     raw = decompress(blob, expected) if compressed else blob
     require(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
-    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape) if expected else torch.empty(shape, dtype=dtype)
+    if not expected:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(raw), dtype=dtype).view(shape)
 
 
 # ======================================================================================================================
@@ -1629,45 +1683,68 @@ def train(
 
 
 # ======================================================================================================================
-# Quantiser: GPTQ on the inputs of all ranks' calibration text, ranges fitted to the bytes that are left.
+# Quantiser: GPTQ on the inputs of all ranks' calibration text. RowQuantiser alone knows how a matrix is stored.
 
 
 @torch.no_grad()
 def calibrate(model: GPT, batches: Iterable[Sequence[MicroBatch]], dist: Dist) -> dict[str, Tensor]:
-    """Sum of x x^T over the inputs x of every matrix, over all visits and ranks: {name: (in, in)}."""
+    """Hessians: the sum of x x^T over the inputs x of every matrix, over all layer passes and ranks: {name: (in, in)}.
+
+    Raises UserError for a matrix that saw no input, which GPTQ would store as zeros."""
     matrices = {name: p for name, p in model.named_parameters() if param_role(name) != "scalar"}
-    qkv = (".q.weight", ".k.weight", ".v.weight")  # the attention itself hears what goes into these at once
-    heard = {name: name.rsplit(".", 2 if name.endswith(qkv) else 1)[0] for name in matrices}  # by which module
-    sums = {heard[name]: torch.zeros(p.size(1), p.size(1), device=p.device) for name, p in matrices.items()}
+    modules = {name: input_module(name) for name in matrices}
+    sums = {modules[name]: torch.zeros(p.size(1), p.size(1), device=p.device) for name, p in matrices.items()}
 
     def add(module: str, inputs: Tensor) -> None:
         x = inputs.flatten(0, -2).float()
         sums[module].addmm_(x.mT, x)
 
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: add(name, args[0]))
-        for name in sums
-        if name != "embed"
+        model.get_submodule(module).register_forward_pre_hook(lambda _, args, module=module: add(module, args[0]))
+        for module in sums
+        if module != "embed"
     ]
     with torch.compiler.set_stance("force_eager"):  # hooks do not fire in compiled code
-        for tokens, _, segments in (row for batch in batches for row in batch):
-            add("embed", model.hidden(tokens, segments)[0])  # it is quantised as the output matrix that it also is
+        for tokens, _, segments in (part for batch in batches for part in batch):
+            states, _ = model.hidden(tokens, segments)
+            add("embed", states)  # the embedding is quantised for its role as the output matrix
     for hook in hooks:
         hook.remove()
-    sums = {module: dist.all_reduce(h) for module, h in sums.items()}
-    return {name: sums[heard[name]] for name in matrices}
+
+    sums = {module: dist.all_reduce(total) for module, total in sums.items()}
+    silent = [name for name in matrices if not sums[modules[name]].any()]
+    require(
+        silent == [],
+        f"calibration saw no input of {', '.join(silent)}: the forward pass never calls the module that owns it; call "
+        "it, or name the parameter otherwise, so that param_role makes it a scalar",
+        UserError,
+    )
+    return {name: sums[modules[name]] for name in matrices}
+
+
+def input_module(name: str) -> str:
+    """The module whose input a matrix is multiplied with. Attention multiplies q, k and v at once, and so sees their
+    input itself."""
+    if name == "embed":
+        return name
+    module = name.removesuffix(".weight")
+    return module.rpartition(".")[0] if module.endswith((".q", ".k", ".v")) else module
 
 
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128) -> Tensor:
     """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
-    (r, c) does: columns are rounded one after another, each one's error spread over those that follow.
-    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), columns ordered by falling diagonal of the hessian (c, c)."""
+    (r, c) does: columns are rounded one after another, and the error of each is spread over those that follow.
+
+    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), in the order of the falling diagonal of the Hessian (c, c)."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    w, h = weight.float()[:, order].clone(), hessian[order][:, order].clone()
-    dead = h.diagonal() == 0  # an input that never fires: its weights have no effect
-    w[:, dead], h.diagonal()[dead] = 0, 1
+    w = weight.float()[:, order].clone()
+    h = hessian[order][:, order].clone()
+    dead = h.diagonal() == 0  # an input that is always zero: its weights have no effect
+    w[:, dead] = 0
+    h.diagonal()[dead] = 1
     h.diagonal().add_(damping * h.diagonal().mean())
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+
     q = torch.empty_like(w)
     for start in range(0, w.size(1), block):
         end = min(start + block, w.size(1))
@@ -1681,73 +1758,138 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: flo
     return q[:, order.argsort()].to(torch.int8)
 
 
-class Grid(NamedTuple):
-    """How a kind of matrix is rounded: to integers in +-qmax, which stand for +-clip deviations of a row."""
+class RowQuantiser:
+    """How matrices are rounded and stored: integers in +-qmax, and a step for every row, chosen so that +-qmax stands
+    for +-clip standard deviations of the row.
 
-    qmax: int
-    clip: float
+    A matrix NAME (out, in) is stored as NAME, its integers (in, out) int8, and NAME.scale, the steps (out,) fp16.
+    Integers are transposed, so that those of a column, which are alike, lie together for zstd. All that is known of
+    this layout is known here: another quantiser is another class with these methods."""
 
-    def scale(self, weight: Tensor) -> Tensor:
-        """Step of every row (r,) fp16; at least the smallest normal fp16, so that no row divides by zero."""
-        return (self.clip * weight.float().std(1) / self.qmax).clamp(2.0**-14, 65504).half()
+    def __init__(self, run: RunConfig, clip_scale: float = 1.0):
+        self.run = run
+        self.clip_scale = clip_scale  # common factor on the ranges of all matrices, by which the fit meets the bytes
+
+    # ---- the grid ----
+
+    def qmax(self, name: str) -> int:
+        bits = self.run.embed_bits if param_role(name) == "embedding" else self.run.matrix_bits
+        return 2 ** (bits - 1) - 1
+
+    def clip(self, name: str) -> float:
+        """Standard deviations of a row that +-qmax stands for."""
+        clip = self.run.attn_clip_sigmas
+        if param_role(name) == "embedding":
+            clip = self.run.embed_clip_sigmas
+        elif ".mlp." in name:
+            clip = self.run.mlp_clip_sigmas
+        return clip * self.clip_scale
+
+    def steps(self, name: str, weight: Tensor) -> Tensor:
+        """Step of every row (out,) fp16; at least the smallest normal fp16, so that no row divides by zero."""
+        steps = self.clip(name) * weight.float().std(1) / self.qmax(name)
+        return steps.clamp(2.0**-14, 65504).half()
+
+    # ---- what is stored ----
+
+    @staticmethod
+    def layout(name: str, shape: torch.Size) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """The stored tensors of a matrix of this shape: {name: (type, shape)}."""
+        return {name: (torch.int8, shape[::-1]), f"{name}.scale": (torch.float16, shape[:1])}
+
+    def encode(self, name: str, weight: Tensor, hessian: Tensor) -> dict[str, Tensor]:
+        """A matrix (out, in) and the Hessian of its inputs (in, in) -> its stored tensors."""
+        steps = self.steps(name, weight)
+        q = gptq(weight, hessian, steps.float(), self.qmax(name), self.run.gptq_damping)
+        return {name: q.mT.contiguous(), f"{name}.scale": steps}
+
+    @staticmethod
+    def decode(name: str, stored: Mapping[str, Tensor]) -> Tensor:
+        """The stored tensors of a matrix -> the matrix (out, in) fp32."""
+        return stored[name].mT.float() * stored[f"{name}.scale"].float()[:, None]
+
+    @staticmethod
+    def kind_of(stored_name: str) -> str:
+        """Which kind of bytes a stored tensor is, for reports."""
+        if stored_name.endswith(".scale"):
+            return "scales"
+        role = param_role(stored_name)
+        if role != "matrix":
+            return role
+        return "mlp" if ".mlp." in stored_name else "attention"
+
+    # ---- what it costs ----
+
+    @staticmethod
+    def fixed_bytes(shape: torch.Size) -> int:
+        """Bytes of a matrix that no range changes."""
+        return 2 * shape[0]
+
+    def entropy_bytes(self, name: str, weight: Tensor) -> float:
+        """Bytes of a matrix at the entropy of its integers, which are rounded to nearest here, with its steps."""
+        qmax = self.qmax(name)
+        q = (weight / self.steps(name, weight).float()[:, None]).round().clamp(-qmax, qmax)
+        counts = (q + qmax).to(torch.int64).flatten().bincount(minlength=2 * qmax + 1)
+        p = counts.double() / weight.numel()
+        bits = float(-(p * p.clamp(min=1e-300).log2()).sum())
+        return bits * weight.numel() / 8 + self.fixed_bytes(weight.shape)
+
+    def gaussian_bytes(self, name: str, shape: torch.Size) -> float:
+        """The same for a matrix of Gaussian weights: an integer has log2(sqrt(2 pi e) qmax / clip) bits."""
+        bits = 2.047 - math.log2(self.clip(name) / self.qmax(name))
+        return shape.numel() * bits / 8 + self.fixed_bytes(shape)
 
 
-def grid_for(name: str, run: RunConfig, widen: float) -> Grid:
-    """The grid of a matrix, its range widened by a common factor."""
-    if param_role(name) == "embedding":
-        return Grid(2 ** (run.embed_bits - 1) - 1, run.embed_clip_sigmas * widen)
-    clip = run.mlp_clip_sigmas if ".mlp." in name else run.attn_clip_sigmas
-    return Grid(2 ** (run.matrix_bits - 1) - 1, clip * widen)
+def entropy_bytes(weights: Mapping[str, Tensor], quantiser: RowQuantiser) -> float:
+    """Bytes of all these matrices, at the entropy of their integers."""
+    return sum(quantiser.entropy_bytes(name, w) for name, w in weights.items())
 
 
-def entropy_bytes(weights: Mapping[str, Tensor], run: RunConfig, widen: float) -> float:
-    """Bytes that the rounded weights hold at the entropy of their integers, matrix by matrix, with their scales."""
-    total = 0.0
-    for name, w in weights.items():
-        grid = grid_for(name, run, widen)
-        q = (w / grid.scale(w).float()[:, None]).round().clamp(-grid.qmax, grid.qmax)
-        p = (q + grid.qmax).to(torch.int64).flatten().bincount(minlength=2 * grid.qmax + 1).double() / w.numel()
-        total += float(-(p * p.clamp(min=1e-300).log2()).sum()) * w.numel() / 8 + 2 * len(w)
-    return total
-
-
-def fit_ranges(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> float:
-    """The smallest common widening of all ranges whose entropy fits the budget (bytes); none goes under the floor."""
-    low, high = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas), 64.0
-    if entropy_bytes(weights, run, low) <= budget:
+def fit_clip_scale(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> float:
+    """The smallest common factor on all ranges whose entropy fits the budget (bytes); no range goes below the floor."""
+    low = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas)
+    high = 64.0
+    if entropy_bytes(weights, RowQuantiser(run, low)) <= budget:
         return low
     for _ in range(14):
         middle = math.sqrt(low * high)
-        low, high = (low, middle) if entropy_bytes(weights, run, middle) <= budget else (middle, high)
+        if entropy_bytes(weights, RowQuantiser(run, middle)) <= budget:
+            high = middle
+        else:
+            low = middle
     return high
 
 
 @torch.no_grad()
-def quantise(model: GPT, hessians: Mapping[str, Tensor], run: RunConfig, dist: Dist, widen: float) -> dict[str, Tensor]:
-    """What an artifact stores: every quantised matrix as `name` int8, transposed so that a column's integers lie
-    together, and `name.scale` fp16; every other parameter as fp16. Ranks share the work by matrix."""
+def quantise(model: GPT, hessians: Mapping[str, Tensor], quantiser: RowQuantiser, dist: Dist) -> dict[str, Tensor]:
+    """What an artifact stores: every matrix as the quantiser encodes it, every scalar parameter as fp16. Ranks share
+    the work by matrix, largest first; what a rank does not encode it has as zeros, and the sum over ranks is exact."""
     stored: dict[str, Tensor] = {}
-    for i, (name, p) in enumerate(sorted(model.named_parameters(), key=lambda item: -item[1].numel())):
+    by_size = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
+    for i, (name, p) in enumerate(by_size):
         if param_role(name) == "scalar":
             stored[name] = p.detach().half()
-            continue
-        grid = grid_for(name, run, widen)
-        scale = stored[f"{name}.scale"] = grid.scale(p)
-        stored[name] = torch.zeros(p.shape, dtype=torch.int8, device=p.device)
-        if i % dist.world == dist.rank:
-            stored[name] = gptq(p, hessians[name], scale.float(), grid.qmax, run.gptq_damping)
-    return {
-        name: dist.all_reduce(t).mT.contiguous() if t.dtype == torch.int8 else t for name, t in sorted(stored.items())
-    }
+        elif i % dist.world == dist.rank:
+            stored |= quantiser.encode(name, p, hessians[name])
+        else:
+            layout = quantiser.layout(name, p.shape)
+            stored |= {
+                part: torch.zeros(shape, dtype=dtype, device=p.device) for part, (dtype, shape) in layout.items()
+            }
+    for name, p in by_size:
+        if param_role(name) != "scalar":
+            for part in quantiser.layout(name, p.shape):
+                stored[part] = dist.all_reduce(stored[part])
+    return dict(sorted(stored.items()))
 
 
 def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -> None:
-    """Names, types and shapes must be those that `quantise` stores of this network; takes no memory for it."""
-    with torch.device("meta"):
+    """Names, types and shapes must be those that `quantise` stores of this network. Raises DataError."""
+    with torch.device("meta"):  # takes no memory
         shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
-    expected = {name: (torch.float16, shape) for name, shape in shapes.items() if param_role(name) == "scalar"}
-    for name in shapes.keys() - expected.keys():
-        expected |= {name: (torch.int8, shapes[name][::-1]), f"{name}.scale": (torch.float16, shapes[name][:1])}
+    expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    for name, shape in shapes.items():
+        expected |= {name: (torch.float16, shape)} if param_role(name) == "scalar" else RowQuantiser.layout(name, shape)
     found = {name: (t.dtype, t.shape) for name, t in stored.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -1756,11 +1898,10 @@ def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -
 
 @torch.no_grad()
 def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
-    """The model, filled with what `quantise` stored."""
+    """The model, filled with what `quantise` stored. Raises DataError, which names the file `what`."""
     check_stored(model.config, stored, what)
     for name, p in model.named_parameters():
-        scale = stored.get(f"{name}.scale")
-        p.copy_(stored[name] if scale is None else (stored[name].mT.float() * scale.float()[:, None]))
+        p.copy_(stored[name] if param_role(name) == "scalar" else RowQuantiser.decode(name, stored))
         require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
     return model
 
@@ -1771,26 +1912,32 @@ def make_artifact(
     run: RunConfig,
     dist: Dist,
     watch: Stopwatch,
-    origin: Mapping[str, Any],
+    provenance: Mapping[str, Any],
     log: Log,
 ) -> bytes:
-    """Quantise and pack into ARTIFACT_BYTES with the code: ranges come from an estimate, mended for the second try."""
-    meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **origin}
+    """Quantise and pack into ARTIFACT_BYTES, code included -> the artifact (b"" on all ranks but the first).
+
+    Ranges are fitted to an estimate of the packed size, which is corrected once by the size that came out. Raises
+    UserError if the second attempt does not fit either."""
+    meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **provenance}
     weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
-    scalars = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
+    scalar_bytes = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
     limit = run.artifact_bytes - len(code())
-    budget, size = (limit * 0.999 - scalars) / 1.025, 0  # 1.025: zstd's Huffman codes, and GPTQ's wider integers
+    budget = (limit * 0.999 - scalar_bytes) / 1.025  # zstd's Huffman codes and GPTQ's wider integers cost 2.5 % more
+    size = 0
     for attempt in (1, 2):
         with watch.phase("quantise"):
-            widen = fit_ranges(weights, run, budget)
-            stored, estimate = quantise(model, hessians, run, dist, widen), entropy_bytes(weights, run, widen)
+            clip_scale = fit_clip_scale(weights, run, budget)
+            quantiser = RowQuantiser(run, clip_scale)
+            stored = quantise(model, hessians, quantiser, dist)
+            estimate = entropy_bytes(weights, quantiser)
         with watch.phase("pack"):
             blob = pack(meta, stored, level=22) if dist.main else b""
             size = int(dist.broadcast(len(blob))[0])
-        log(f"pack {attempt}: ranges x{widen:.4f}, {size} bytes, entropy of rounded weights {estimate:.0f} bytes")
+        log(f"pack {attempt}: ranges x{clip_scale:.4f}, {size} bytes, entropy of rounded weights {estimate:.0f} bytes")
         if size <= limit:
             return blob
-        budget = (limit - (size - estimate)) * 0.998 - 500  # what was not entropy stays, for all we know
+        budget = (limit - (size - estimate)) * 0.998 - 500  # what exceeds the entropy is likely to stay
     raise UserError(
         f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
         f"ARTIFACT_BYTES={run.artifact_bytes}: lower *_BITS or use a smaller model"
@@ -2740,13 +2887,12 @@ class Setup(NamedTuple):
 
 
 def predicted_bytes(model: GPT, run: RunConfig) -> float:
-    """Size of the artifact if weights are Gaussian: an integer then holds log2(sqrt(2 pi e) qmax / clip) bits."""
-    total = 0.0
-    for name, p in model.named_parameters():
-        grid = grid_for(name, run, 1.0)
-        bits = 2.047 - math.log2(grid.clip / grid.qmax)
-        total += 2 * p.numel() if param_role(name) == "scalar" else p.numel() * bits / 8 + 2 * len(p)
-    return total
+    """Size of the artifact if all weights are Gaussian, before ranges are fitted."""
+    quantiser = RowQuantiser(run)
+    return sum(
+        2 * p.numel() if param_role(name) == "scalar" else quantiser.gaussian_bytes(name, p.shape)
+        for name, p in model.named_parameters()
+    )
 
 
 def check_setup(plan: Setup, say: Callable[[str], None]) -> None:
@@ -2779,7 +2925,10 @@ def check_setup(plan: Setup, say: Callable[[str], None]) -> None:
         f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
         f"{len(code())} bytes of code, limit {run.artifact_bytes}"
     )
-    fixed = sum(2 * (p.numel() if param_role(n) == "scalar" else len(p)) for n, p in sketch.named_parameters())
+    fixed = sum(
+        2 * p.numel() if param_role(name) == "scalar" else RowQuantiser.fixed_bytes(p.shape)
+        for name, p in sketch.named_parameters()
+    )
     require(
         run.artifact_bytes > len(code()) + fixed,
         f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} of code and "
@@ -2802,15 +2951,22 @@ def versions() -> str:
 
 
 def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
-    """The network's configuration that an artifact carries, checked like the environment's."""
+    """The configuration of the network in an artifact, checked like the environment's. Raises DataError.
+
+    An artifact may be older than a field of ModelConfig: the field then says what its absence means (see `knob`)."""
     require(meta.get("kind") == "artifact", f"{what}: of kind {meta.get('kind')!r}, expected an artifact", DataError)
-    values, hints = meta.get("model"), get_type_hints(ModelConfig)
+    values, kinds = meta.get("model"), get_type_hints(ModelConfig)
     try:
-        require(isinstance(values, dict) and values.keys() == hints.keys(), "other knobs than this program's")
+        require(isinstance(values, dict), f"it is {str(values)[:60]!r}, no table")
+        unknown = sorted(values.keys() - kinds.keys())
+        require(unknown == [], f"{', '.join(unknown)[:60]} is no knob here: a newer version wrote it; use that one")
+        checked = {}
         for f in fields(ModelConfig):
-            require(type(values[f.name]) in {int, hints[f.name]}, f"{f.name} is {values[f.name]!r}")
-            values[f.name] = parse_knob(f.name.upper(), str(values[f.name]), hints[f.name], f.metadata)
-        return ModelConfig(**values)
+            value = values.get(f.name, f.metadata["absent"])
+            require(value is not None, f"{f.name} is missing")
+            require(type(value) in {int, kinds[f.name]}, f"{f.name} is {str(value)[:60]!r}")
+            checked[f.name] = parse_knob(f.name.upper(), str(value), kinds[f.name], f.metadata)
+        return ModelConfig(**checked)
     except ConfigError as error:
         raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
 
@@ -3059,8 +3215,7 @@ def part_bytes(path: Path) -> dict[str, int]:
     header, _ = read_header(data, str(path))
     parts: dict[str, int] = {}
     for name, _, _, size in header["tensors"]:
-        kind = "scales" if name.endswith(".scale") else param_role(name)
-        kind = ("mlp" if ".mlp." in name else "attention") if kind == "matrix" else kind
+        kind = RowQuantiser.kind_of(name)
         parts[kind] = parts.get(kind, 0) + size
     return parts | {"header": len(data) - sum(parts.values())}
 

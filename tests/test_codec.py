@@ -62,7 +62,7 @@ def make_artifact(tmp_path, monkeypatch, tiny_config, tiny_run, train_tokenizer)
                 if param.ndim == 2:
                     param.normal_(0, 0.2, generator=generator)
         even = {n: torch.eye(p.size(1)) for n, p in model.named_parameters() if train_gpt.param_role(n) != "scalar"}
-        stored = train_gpt.quantise(model, even, tiny_run(), train_gpt.Dist(), 1.0)
+        stored = train_gpt.quantise(model, even, train_gpt.RowQuantiser(tiny_run()), train_gpt.Dist())
         meta = {"kind": "artifact", "model": dataclasses.asdict(model.config)}
         meta["tokenizer"] = train_gpt.hashlib.sha256(proto).hexdigest()
         path = tmp_path / f"{name}.ptz"

@@ -174,17 +174,17 @@ def test_decay_is_decoupled_from_the_gradient():
             torch.testing.assert_close(p.detach(), before[name] * (1 - scale * shrink[g.param_role(name)]))
 
 
-def test_every_parameter_has_exactly_one_rule():
+def test_every_parameter_has_exactly_one_optimizer():
     model = a_model()
     optimizer = g.MuonAdam(model, g.RunConfig(), g.Dist())
     stacked = [p for stack in optimizer.stacks for p in stack]
-    assert identities(stacked + optimizer.dense) == identities(model.parameters())
+    assert identities(stacked + optimizer.adam_params) == identities(model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
     assert {g.param_role(names[id(p)]) for p in stacked} == {"matrix"}
     assert all(len({p.shape for p in stack}) == 1 for stack in optimizer.stacks)
     model.extra = torch.nn.Linear(3, 3)  # a parameter that comes later is covered too
     optimizer = g.MuonAdam(model, g.RunConfig(), g.Dist())
-    covered = [p for stack in optimizer.stacks for p in stack] + optimizer.dense
+    covered = [p for stack in optimizer.stacks for p in stack] + optimizer.adam_params
     assert identities(covered) == identities(model.parameters())
 
 
@@ -229,7 +229,7 @@ def test_the_norm_is_that_of_the_whole_gradient_and_clipping_scales_all_of_it():
         assert norm.item() == pytest.approx(exact, rel=1e-5)
     for p, q in zip(clipped.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    for a, b in zip(one.momentum + one.first, two.momentum + two.first, strict=True):
+    for a, b in zip(one.momentum + one.exp_avg, two.momentum + two.exp_avg, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 

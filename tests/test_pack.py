@@ -252,7 +252,7 @@ def stored(tiny_config, tiny_run) -> dict[str, torch.Tensor]:
     train_gpt.init_weights(model, 0)
     matrices = {name: p for name, p in model.named_parameters() if train_gpt.param_role(name) != "scalar"}
     hessians = {name: torch.eye(p.size(1)) for name, p in matrices.items()}
-    return train_gpt.quantise(model, hessians, tiny_run(), Dist(), 1.0)
+    return train_gpt.quantise(model, hessians, train_gpt.RowQuantiser(tiny_run()), Dist())
 
 
 def restored(tiny_config, stored) -> train_gpt.GPT:
@@ -337,6 +337,36 @@ def test_a_whole_number_is_a_number_too(plan, meta, stored, tmp_path):
     whole = {name: int(value) if value == int(value) else value for name, value in meta["model"].items()}
     model = train_gpt.load_artifact(write_artifact(tmp_path, meta | {"model": whole}, stored), plan)
     assert repr(model.config) == repr(plan.model)
+
+
+def with_new_field(monkeypatch, **options) -> None:
+    """Let ModelConfig have one more field, with these options of its knob."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Newer(train_gpt.ModelConfig):
+        new_width: int = train_gpt.knob(7, "a part that older artifacts lack", low=0, **options)
+
+    Newer.__annotations__ = {"new_width": int}  # get_type_hints looks names up in this module otherwise
+    monkeypatch.setattr(train_gpt, "ModelConfig", Newer)
+
+
+def test_an_artifact_older_than_a_field_means_what_the_field_says(meta, monkeypatch):
+    with_new_field(monkeypatch, absent=0)
+    assert train_gpt.stored_config(meta, "old.ptz").new_width == 0
+    newer = meta | {"model": meta["model"] | {"new_width": 3}}
+    assert train_gpt.stored_config(newer, "new.ptz").new_width == 3
+
+
+def test_a_field_that_does_not_say_what_its_absence_means_is_refused_by_name(meta, monkeypatch):
+    with_new_field(monkeypatch)
+    with pytest.raises(DataError, match="old.ptz.*new_width is missing"):
+        train_gpt.stored_config(meta, "old.ptz")
+
+
+def test_a_field_of_a_newer_version_is_refused_by_name(meta):
+    newer = meta | {"model": meta["model"] | {"future_width": 3}}
+    with pytest.raises(DataError, match="future_width is no knob here: a newer version"):
+        train_gpt.stored_config(newer, "new.ptz")
 
 
 WRONG_META = {

@@ -1,4 +1,4 @@
-"""From weights to integers and back: GPTQ against a plain twin, ranges fitted to bytes, calibration on all text."""
+"""From weights to integers and back: GPTQ against a plain reference, ranges that fit, calibration on all text."""
 
 import math
 
@@ -25,7 +25,7 @@ CONFIG = g.ModelConfig(
     loop_start=1,
     loop_end=2,
 )
-VISITED_TWICE = "blocks.1.attention.q.weight"
+PASSED_TWICE = "blocks.1.attention.q.weight"
 DAMPING = 0.01
 
 
@@ -56,12 +56,12 @@ def matrices(model: g.GPT) -> dict[str, torch.Tensor]:
 
 
 def correlated(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A weight, the hessian of inputs of which each resembles the others, and the scale of every row."""
+    """A weight, the Hessian of inputs of which each resembles the others, and the scale of every row."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((4 * columns, columns)) @ (np.eye(columns) + 2 * rng.random((columns, columns)) / columns)
     x = x * np.linspace(0.5, 2, columns) + rng.standard_normal((4 * columns, 1))
     weight = torch.tensor(rng.standard_normal((rows, columns)), dtype=torch.float32)
-    return weight, torch.tensor(x.T @ x, dtype=torch.float32), g.Grid(7, 3.0).scale(weight).float()
+    return weight, torch.tensor(x.T @ x, dtype=torch.float32), 3 * weight.std(1) / 7
 
 
 def plain_gptq(weight, hessian, scale, qmax, damping, ordered=True):
@@ -121,7 +121,7 @@ def test_gptq_rounds_where_inputs_are_independent():
     assert torch.equal(g.gptq(weight, torch.eye(30), scale, 7, DAMPING).float(), rounded)
 
 
-def test_gptq_of_inputs_that_never_fire():
+def test_gptq_of_inputs_that_are_always_zero():
     weight, hessian, scale = correlated(8, 30)
     dead = torch.tensor([0, 7, 29])
     hessian[dead], hessian[:, dead] = 0, 0
@@ -138,57 +138,71 @@ def test_gptq_leaves_its_arguments_alone():
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
 
-# ---- grids and ranges -------------------------------------------------------
+# ---- ranges and bytes -------------------------------------------------------
 
 
-def test_a_grid_spans_so_many_deviations_of_a_row():
+MLP = "blocks.0.mlp.up.weight"
+
+
+def test_the_range_of_a_row_is_so_many_of_its_deviations():
     weight = torch.randn(5, 300) * torch.tensor([[1e-9], [0.01], [1.0], [0.0], [50.0]])
-    scale = g.Grid(31, 12.0).scale(weight)
-    want = np.maximum(12 * weight.double().numpy().std(1, ddof=1) / 31, 2.0**-14)
-    assert scale.dtype == torch.float16
-    np.testing.assert_allclose(scale.float().numpy(), want, rtol=1e-3)
+    steps = g.RowQuantiser(g.RunConfig(matrix_bits=6, mlp_clip_sigmas=8.0), clip_scale=1.5).steps(MLP, weight)
+    expected = np.maximum(12 * weight.double().numpy().std(1, ddof=1) / 31, 2.0**-14)
+    assert steps.dtype == torch.float16
+    np.testing.assert_allclose(steps.float().numpy(), expected, rtol=1e-3)
 
 
-def test_every_kind_of_matrix_has_its_grid():
+def test_every_kind_of_matrix_has_its_integers_and_its_range():
     run = g.RunConfig(matrix_bits=5, embed_bits=8, attn_clip_sigmas=10.0, mlp_clip_sigmas=9.0, embed_clip_sigmas=8.0)
-    assert g.grid_for("embed", run, 1.5) == (127, 12.0)
-    assert g.grid_for("blocks.0.attention.o.weight", run, 1.5) == (15, 15.0)
-    assert g.grid_for("blocks.0.mlp.down.weight", run, 1.5) == (15, 13.5)
+    quantiser = g.RowQuantiser(run, clip_scale=1.5)
+    expected = {"embed": (127, 12.0), "blocks.0.attention.o.weight": (15, 15.0), MLP: (15, 13.5)}
+    assert {name: (quantiser.qmax(name), quantiser.clip(name)) for name in expected} == expected
 
 
 def test_entropy_bytes_count_what_a_perfect_coder_needs():
-    run, weights = g.RunConfig(), {"embed": torch.randn(40, 50), "blocks.0.mlp.up.weight": torch.randn(20, 30)}
-    want = 0.0
+    quantiser = g.RowQuantiser(g.RunConfig(), clip_scale=1.3)
+    weights = {"embed": torch.randn(40, 50), MLP: torch.randn(20, 30)}
+    expected = 0.0
     for w, clip, qmax in zip(weights.values(), (14.0, 11.5), (63, 31), strict=True):
-        scale = (w.std(1) * clip * 1.3 / qmax).half().double().numpy()
-        q = np.clip(np.round(w.double().numpy() / scale[:, None]), -qmax, qmax)
+        steps = (w.std(1) * clip * 1.3 / qmax).half().double().numpy()
+        q = np.clip(np.round(w.double().numpy() / steps[:, None]), -qmax, qmax)
         counts = np.unique(q, return_counts=True)[1]
-        want += -(counts * np.log2(counts / q.size)).sum() / 8 + 2 * len(w)
-    assert g.entropy_bytes(weights, run, 1.3) == pytest.approx(want, rel=1e-4)
-    assert g.entropy_bytes({"embed": torch.zeros(40, 50)}, run, 1.0) == 80  # scales alone
+        expected += -(counts * np.log2(counts / q.size)).sum() / 8 + 2 * len(w)
+    assert g.entropy_bytes(weights, quantiser) == pytest.approx(expected, rel=1e-4)
+    assert g.entropy_bytes({"embed": torch.zeros(40, 50)}, quantiser) == 80  # the steps alone
+
+
+def test_gaussian_bytes_foretell_the_entropy_of_gaussian_weights():
+    quantiser, weight = g.RowQuantiser(g.RunConfig()), torch.randn(200, 400)
+    for name in ("embed", MLP):
+        expected = quantiser.entropy_bytes(name, weight)
+        assert quantiser.gaussian_bytes(name, weight.shape) == pytest.approx(expected, rel=0.01)
+
+
+def natural_bytes(weights: dict[str, torch.Tensor], clip_scale: float = 1.0) -> float:
+    return g.entropy_bytes(weights, g.RowQuantiser(g.RunConfig(), clip_scale))
 
 
 def test_wider_ranges_need_fewer_bytes():
-    weights = matrices(a_model())
-    sizes = [g.entropy_bytes(weights, g.RunConfig(), widen) for widen in (0.5, 0.7, 1.0, 2.0, 8.0, 64.0)]
+    sizes = [natural_bytes(matrices(a_model()), clip_scale) for clip_scale in (0.5, 0.7, 1.0, 2.0, 8.0, 64.0)]
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 6
 
 
 def test_ranges_fit_the_budget_and_no_more():
     weights, run = matrices(a_model()), g.RunConfig()
-    natural = g.entropy_bytes(weights, run, 1.0)
-    widths = []
+    scales = []
     for part in (1.2, 1.0, 0.8, 0.5):
-        widen = g.fit_ranges(weights, run, part * natural)
-        widths.append(widen)
-        assert 0.99 * part * natural < g.entropy_bytes(weights, run, widen) <= part * natural
-    assert widths == sorted(widths) and widths[0] < 1 < widths[-1]
+        budget = part * natural_bytes(weights)
+        scales.append(g.fit_clip_scale(weights, run, budget))
+        assert 0.99 * budget < natural_bytes(weights, scales[-1]) <= budget
+    assert scales == sorted(scales) and scales[0] < 1 < scales[-1]
 
 
 def test_no_range_is_narrower_than_the_floor():
     run = g.RunConfig(quant_clip_floor=6.0, attn_clip_sigmas=13.0, mlp_clip_sigmas=10.0, embed_clip_sigmas=14.0)
-    widen = g.fit_ranges(matrices(a_model()), run, 1e12)
-    assert min(g.grid_for(n, run, widen).clip for n in matrices(a_model())) == pytest.approx(6.0)
+    weights = matrices(a_model())
+    quantiser = g.RowQuantiser(run, g.fit_clip_scale(weights, run, 1e12))
+    assert min(map(quantiser.clip, weights)) == pytest.approx(6.0)
 
 
 # ---- the artifact -----------------------------------------------------------
@@ -211,9 +225,8 @@ def artifact(model: g.GPT, **overrides) -> tuple[bytes, list[str]]:
 @pytest.mark.parametrize("part", [1.1, 0.9, 0.7])
 def test_an_artifact_fits_within_two_packs(part):
     model = a_model()
-    natural = g.entropy_bytes(matrices(model), g.RunConfig(), 1.0)
     scalars = sum(2 * p.numel() for n, p in model.named_parameters() if g.param_role(n) == "scalar")
-    room = int(part * natural) + scalars
+    room = int(part * natural_bytes(matrices(model))) + scalars
     blob, lines = artifact(model, artifact_bytes=len(g.code()) + room)
     assert 0.9 * room < len(blob) <= room
     assert 1 <= sum(line.startswith("pack ") for line in lines) <= 2
@@ -231,36 +244,39 @@ def test_an_artifact_that_cannot_fit_says_by_how_much():
 
 
 def test_what_is_stored_is_restored():
-    model, run = a_model(), g.RunConfig()
-    stored = g.quantise(model, hessians_of(model), run, g.Dist(), widen=1.0)
-    twin = a_model(seed=9)
-    g.restore(twin, stored, "it")
-    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+    model, quantiser = a_model(), g.RowQuantiser(g.RunConfig())
+    stored = g.quantise(model, hessians_of(model), quantiser, g.Dist())
+    restored = g.restore(a_model(seed=9), stored, "it")
+    for (name, p), q in zip(model.named_parameters(), restored.parameters(), strict=True):
         if g.param_role(name) == "scalar":
             assert torch.equal(q, p.half().float()), name
             continue
         integers, scale = stored[name], stored[f"{name}.scale"].float()
-        grid = g.grid_for(name, run, 1.0)
-        assert integers.dtype == torch.int8 and integers.shape == p.mT.shape and integers.abs().max() <= grid.qmax
+        assert (
+            integers.dtype == torch.int8
+            and integers.shape == p.mT.shape
+            and integers.abs().max() <= quantiser.qmax(name)
+        )
         assert torch.equal(q, integers.mT.float() * scale[:, None]), name
         assert (p - q).square().mean().sqrt() < 2 * scale.mean(), name  # the weights themselves, not a mix-up
 
 
 def test_a_quantised_network_predicts_nearly_as_before():
-    model, twin, tokens = a_model(), a_model(), a_batch(3)[0]
+    model, batch = a_model(), a_batch(3)[0]
     hessians, errors = hessians_of(model), []
     for bits in (8, 4):
-        stored = g.quantise(model, hessians, g.RunConfig(matrix_bits=bits, embed_bits=bits), g.Dist(), widen=0.5)
+        quantiser = g.RowQuantiser(g.RunConfig(matrix_bits=bits, embed_bits=bits), clip_scale=0.5)
+        stored = g.quantise(model, hessians, quantiser, g.Dist())
         _, unpacked = g.unpack(g.pack({}, stored, level=3), "it")
-        g.restore(twin, unpacked, "it")
-        errors.append((twin(*tokens) - model(*tokens)).abs().mean().item())
+        restored = g.restore(a_model(), unpacked, "it")
+        errors.append((restored(*batch) - model(*batch)).abs().mean().item())
     assert 0 < 5 * errors[0] < errors[1] and errors[0] < 0.1
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "shape", "type", "infinite"])
 def test_tensors_that_do_not_fit_are_refused(damage):
     model, name = a_model(), "blocks.0.mlp.up.weight"
-    stored = g.quantise(model, hessians_of(model), g.RunConfig(), g.Dist(), widen=1.0)
+    stored = g.quantise(model, hessians_of(model), g.RowQuantiser(g.RunConfig()), g.Dist())
     if damage == "missing":
         del stored[name]
     elif damage == "extra":
@@ -285,21 +301,43 @@ def test_calibration_sees_every_matrix():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_hessians_are_sums_over_all_tokens_and_visits():
+def test_hessians_are_sums_over_all_tokens_and_layer_passes():
     model, batches = a_model(), [a_batch(1), a_batch(2)]
     hessians = g.calibrate(model, batches, g.Dist())
-    seen: dict[str, list] = {n: [] for n in (VISITED_TWICE, "blocks.0.mlp.down.weight", "blocks.3.attention.o.weight")}
+    seen: dict[str, list] = {n: [] for n in (PASSED_TWICE, "blocks.0.mlp.down.weight", "blocks.3.attention.o.weight")}
     for name, inputs in seen.items():
         module = model.get_submodule(name.removesuffix(".weight"))
-        if name == VISITED_TWICE:  # q, k and v are multiplied together, by the attention that holds them
+        if name == PASSED_TWICE:  # q, k and v are multiplied together, by the attention that holds them
             module = model.get_submodule(name.removesuffix(".q.weight"))
         plain = module.forward
         module.forward = lambda x, *rest, plain=plain, inputs=inputs: (inputs.append(x.detach()), plain(x, *rest))[1]
-    seen["embed"] = [model.hidden(p.tokens, p.segments).detach() for batch in batches for p in batch]
+    seen["embed"] = [model.hidden(p.tokens, p.segments)[0].detach() for batch in batches for p in batch]
     for name, inputs in seen.items():
-        assert len(inputs) == 4 * (2 if name == VISITED_TWICE else 1)  # four micro-batches
+        assert len(inputs) == 4 * (2 if name == PASSED_TWICE else 1)  # four micro-batches
         x = torch.cat(inputs, 1)[0].double()
         torch.testing.assert_close(hessians[name].double(), x.T @ x, rtol=1e-5, atol=1e-4)
+
+
+class Functional(g.MLP):
+    """Uses the weight of a module that it never calls."""
+
+    def forward(self, x, scale, lora=None):
+        hidden = torch.nn.functional.linear(x, self.up.weight)
+        return self.down(hidden.square(), None, scale)
+
+
+def test_a_matrix_that_saw_no_input_is_refused_by_name():
+    """GPTQ would store it as zeros, and say nothing."""
+    model = a_model()
+    model.blocks[2].mlp = Functional(CONFIG)
+    with pytest.raises(g.UserError, match=r"no input of blocks\.2\.mlp\.up\.weight:"):
+        hessians_of(model)
+
+
+def test_an_input_that_is_sometimes_zero_is_none_to_refuse():
+    model = a_model()
+    model.blocks[1].mlp.up.weight.data[:5] = 0.0
+    assert not hessians_of(model)["blocks.1.mlp.down.weight"].diagonal()[:5].any()
 
 
 def rank_main(rank: int, folder: str) -> None:
@@ -307,7 +345,7 @@ def rank_main(rank: int, folder: str) -> None:
     torch_dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     dist, model = g.Dist(rank, 2), a_model()
     hessians = g.calibrate(model, [a_batch(rank)], dist)
-    stored = g.quantise(model, hessians, g.RunConfig(), dist, widen=1.0)
+    stored = g.quantise(model, hessians, g.RowQuantiser(g.RunConfig()), dist)
     torch.save((hessians, stored), f"{folder}/{rank}.pt")
     dist.close()
 
@@ -317,7 +355,7 @@ def test_two_ranks_calibrate_on_all_text_and_share_the_rounding(tmp_path):
     (hessians, stored), (others, stored_there) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     model = a_model()
     parts = [g.calibrate(model, [a_batch(rank)], g.Dist()) for rank in range(2)]
-    alone = g.quantise(model, hessians, g.RunConfig(), g.Dist(), widen=1.0)
+    alone = g.quantise(model, hessians, g.RowQuantiser(g.RunConfig()), g.Dist())
     for name, h in hessians.items():
         assert torch.equal(h, others[name])
         torch.testing.assert_close(h, parts[0][name] + parts[1][name], rtol=1e-5, atol=1e-4)
