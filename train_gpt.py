@@ -7,11 +7,28 @@ Train a small GPT, pack it into 16 MB, read it back and score it in bits per byt
     python train_gpt.py --check-setup                         what would be run, and whether it can be
     ARTIFACT=logs/RUN.ptz python train_gpt.py                 score an artifact; no training data needed
 
-A run leaves logs/<RUN_ID>.txt (its source, settings, progress and result), .json (the result), .docs.npz (the score of
-every document) and .ptz (the artifact).
+A run leaves logs/<RUN_ID>.txt (its source, settings, progress and result), .events.jsonl (progress and result, for
+programs), .json (the result), .docs.npz (the score of every document) and .ptz (the artifact).
 
-Sections begin with "# ====". Shapes: B rows or documents, T tokens, D model width, H query heads, K key/value heads,
-h head width, V vocabulary, R adapter rank, S attention segments.
+The rooms of this file, in order; `run_experiment` at the very end walks through them:
+
+    Config                      every knob with its default, its range and a line of doc
+    Model                       the network, with a plain reference beside every kernel that it uses
+    Distributed and log         ranks, log, stopwatch, files
+    Data                        shards, tokenizer, documents, training batches
+    Optimizer                   Muon and AdamW
+    Container                   the file format of artifacts and checkpoints
+    Training                    schedules, training step, checkpoints, warm-up, training loop
+    Quantiser                   GPTQ, and the fit to the limit of bytes
+    Scoring                     bits per byte without adaptation
+    Test-time training          bits per byte with adaptation
+    Set-up and report           read and check the settings; train and pack; evaluate; report
+    Appendix: Triton kernels    fast versions of what the model describes plainly
+    Appendix: CUDA graphs       capture and replay
+    Main                        the run in one page, signals, exit status
+
+Shapes: B rows or documents, T tokens, D model width, H query heads, K key/value heads, h head width, V vocabulary,
+R LoRA rank, S attention segments.
 """
 
 from __future__ import annotations
@@ -58,11 +75,11 @@ BOS = 1  # stands before every document; a constant of the data, not a knob
 
 
 class UserError(ValueError):
-    """What a user can cause and mend: the message says what was found, what was expected and what to do."""
+    """Something that a user can cause and fix: the message says what was found, what was expected and what to do."""
 
 
 class ConfigError(UserError):
-    """A knob or a combination of knobs that cannot be run."""
+    """A knob, or a combination of knobs, that cannot be run."""
 
 
 class DataError(UserError):
@@ -75,7 +92,7 @@ def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> Non
 
 
 # ======================================================================================================================
-# Config: every knob once, with its default, its unit and a line of doc.
+# Config: every knob once, with its default, its unit, its range and a line of doc.
 
 
 def knob(
@@ -90,8 +107,8 @@ def knob(
     only: Mapping[str, str] | None = None,
     absent: Any = None,
 ) -> Any:
-    """A field of a config. `full` is the default under TTT_PARAMS=full where it differs; `only` names the knobs and
-    values without which this one has no effect, so that setting it then is refused. `group` opens a group of --help.
+    """A field of a config. `full` is the default under TTT_PARAMS=full where it differs. `only` names the knobs and
+    values without which this one has no effect; setting it is then refused. `group` starts a new group of --help.
     `absent` is what a field of ModelConfig means to artifacts that were written before it existed."""
     meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, full=full, only=only or {})
     meta["absent"] = absent
@@ -100,7 +117,7 @@ def knob(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the artifact carries to rebuild the network that it holds. A width, count or scale of 0 turns a part off."""
+    """What an artifact carries to rebuild its network. A width, count or scale of 0 turns a part off."""
 
     vocab_size: int = knob(8192, "pieces of the tokenizer", group="Model", unit="tokens", low=4, high=65536)
     num_layers: int = knob(11, "distinct blocks", low=1, high=1024)
@@ -108,32 +125,37 @@ class ModelConfig:
     num_heads: int = knob(8, "query heads", low=1)
     num_kv_heads: int = knob(4, "key/value heads, each shared by a group of query heads", low=1)
     mlp_mult: int = knob(4, "hidden width of the MLP", unit="x MODEL_DIM", low=1, high=64)
-    mlp_leaky_slope: float = knob(0.5, "the activation is LeakyReLU(slope), squared; 0 = ReLU squared", low=0, high=1)
-    rope_dims: int = knob(16, "dimensions of a head that are rotated by position, 0 = none", low=0)
-    rope_base: float = knob(10000.0, "wavelength base of the rotation", low=1)
-    qk_gain_init: float = knob(5.0, "start of the learned gain of every query head", low=0)
-    xsa_last_n: int = knob(11, "last blocks whose attention output drops its part along the own value (XSA)", low=0)
-    attn_gate_width: int = knob(12, "inputs of the gate on every head's output, 0 = no gate", low=0)
+    mlp_leaky_slope: float = knob(0.5, "the activation is LeakyReLU(slope) squared; 0 = ReLU squared", low=0, high=1)
+    rope_dims: int = knob(16, "dimensions of a head that RoPE rotates, 0 = none", low=0)
+    rope_base: float = knob(10000.0, "base of RoPE's wavelengths", low=1)
+    qk_gain_init: float = knob(5.0, "initial value of the learned gain of each query head", low=0)
+    xsa_last_n: int = knob(11, "last blocks with XSA (attention output without its part along the own value)", low=0)
+    attn_gate_width: int = knob(12, "inputs of the gate on each head's output, 0 = no gate", low=0)
     attn_gate_scale: float = knob(0.5, "factor on the gate's input", low=0)
-    smear_width: int = knob(12, "inputs of the gate that adds the embedding of the token before, 0 = none", low=0)
-    ln_scale_power: float = knob(0.5, "block l sees its input divided by (l+1)^power, 0 = as it is", low=0)
-    logit_softcap: float = knob(30.0, "logits are squashed into +-cap by tanh, 0 = not", low=0)
-    unet_skips: int = knob(8, "most skip connections from the first half of the visits to the second, 0 = none", low=0)
-    parallel_start_layer: int = knob(8, "first block with separate lanes for attention and MLP, 0 = none", low=0)
-    num_loops: int = knob(2, "further runs of the blocks LOOP_START..LOOP_END, 0 = none", low=0, high=64)
+    smear_width: int = knob(12, "inputs of the gate that adds the previous token's embedding, 0 = none", low=0)
+    ln_scale_power: float = knob(0.5, "block l divides its normed input by (l+1)^power, 0 = no scaling", low=0)
+    logit_softcap: float = knob(30.0, "tanh keeps logits within +-cap, 0 = no cap", low=0)
+    unet_skips: int = knob(8, "most skips from the first half of the block passes to the second, 0 = none", low=0)
+    parallel_start_layer: int = knob(8, "first block with parallel streams for attention and MLP, 0 = none", low=0)
+    num_loops: int = knob(2, "extra passes through blocks LOOP_START..LOOP_END, 0 = none", low=0, high=64)
     loop_start: int = knob(3, "first block of the loop", low=0)
     loop_end: int = knob(5, "last block of the loop", low=0)
 
     def __post_init__(self):
-        D, H, K, rope = self.model_dim, self.num_heads, self.num_kv_heads, self.rope_dims
+        D = self.model_dim
+        H = self.num_heads
         require(D % H == 0, f"MODEL_DIM={D} must be a multiple of NUM_HEADS={H}")
-        require(H % K == 0, f"NUM_HEADS={H} must be a multiple of NUM_KV_HEADS={K}")
-        require(rope % 2 == 0 and rope <= D // H, f"ROPE_DIMS={rope} must be even and at most the head width, {D // H}")
-        require(max(self.attn_gate_width, self.smear_width) <= D, f"ATTN_GATE_WIDTH or SMEAR_WIDTH > MODEL_DIM={D}")
+        require(H % self.num_kv_heads == 0, f"NUM_HEADS={H} must be a multiple of NUM_KV_HEADS={self.num_kv_heads}")
+        require(
+            self.rope_dims % 2 == 0 and self.rope_dims <= D // H,
+            f"ROPE_DIMS={self.rope_dims} must be even and at most the head width, {D // H}",
+        )
+        require(self.attn_gate_width <= D, f"ATTN_GATE_WIDTH={self.attn_gate_width} must be at most MODEL_DIM={D}")
+        require(self.smear_width <= D, f"SMEAR_WIDTH={self.smear_width} must be at most MODEL_DIM={D}")
         require(
             self.num_loops == 0 or self.loop_start <= self.loop_end < self.num_layers,
-            "unless NUM_LOOPS=0, "
-            f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks",
+            f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks, "
+            "unless NUM_LOOPS=0",
         )
 
     @property
@@ -145,121 +167,136 @@ class ModelConfig:
         return self.head_dim * self.num_kv_heads
 
 
-LORA, FULL, DOCUMENT = {"ttt_params": "lora"}, {"ttt_params": "full"}, {"ttt_scope": "document"}
-
-
-SGD, ADAMW = {"ttt_optimizer": "sgd"}, {"ttt_optimizer": "adamw"}
+# For `only`: what a knob of test-time training needs in order to have an effect.
+LORA = {"ttt_params": "lora"}
+FULL = {"ttt_params": "full"}
+DOCUMENT = {"ttt_scope": "document"}
+SGD = {"ttt_optimizer": "sgd"}
+ADAMW = {"ttt_optimizer": "adamw"}
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """How one run behaves; never needed to rebuild an artifact's network."""
 
-    run_id: str = knob("", "name of the files in logs/; empty = the time of day", group="Run")
-    seed: int = knob(1337, "seeds the initial weights and the adapters", low=0, high=2**31)
+    run_id: str = knob("", "names the files in logs/; empty = the time of the start", group="Run")
+    seed: int = knob(1337, "seed of the initial weights and of LoRA", low=0, high=2**31)
     device: Literal["auto", "cpu", "cuda"] = knob("auto", "where to run; auto = GPUs if there are any")
     data_path: str = knob("data/datasets/fineweb10B_sp8192", "folder of the shards")
-    tokenizer_path: str = knob("", "SentencePiece model; empty = the one that DATA_PATH/manifest.json names")
-    artifact: str = knob("", "an existing artifact: evaluate it alone, train nothing")
-    artifact_bytes: int = knob(16_000_000, "most bytes of this file and the packed model together", unit="bytes", low=1)
-    checkpoint_seconds: float = knob(0.0, "training time between two checkpoints, 0 = none", unit="s", low=0)
-    resume: str = knob("", "a checkpoint to go on from")
-    compile: int = knob(1, "1 = compile or capture on a GPU, 0 = run eagerly", low=0, high=1)
+    tokenizer_path: str = knob("", "SentencePiece model; empty = the one named in DATA_PATH/manifest.json")
+    artifact: str = knob("", "an existing artifact to evaluate, without training")
+    artifact_bytes: int = knob(16_000_000, "limit on this file and the packed model together", unit="bytes", low=1)
+    checkpoint_seconds: float = knob(0.0, "training time between checkpoints, 0 = none", unit="s", low=0)
+    resume: str = knob("", "a checkpoint to continue from")
+    compile: int = knob(1, "1 = compile and capture CUDA graphs on a GPU, 0 = run eagerly", low=0, high=1)
 
     iterations: int = knob(0, "training steps, 0 = as many as the time allows", group="Budget", unit="steps", low=0)
     max_wallclock_seconds: float = knob(600.0, "from the first batch to the packed file, 0 = no limit", unit="s", low=0)
     eval_seconds: float = knob(600.0, "from opening the artifact to the final score, 0 = no limit", unit="s", low=0)
-    warmup_steps: int = knob(2, "steps on random tokens before the clock, in each loop mode", unit="steps", low=1)
+    warmup_steps: int = knob(2, "steps on random tokens off the clock, in each loop mode", unit="steps", low=1)
 
-    train_batch_tokens: int = knob(786_432, "tokens of a step over all ranks", group="Data", unit="tokens", low=8)
-    train_row_tokens: int = knob(32_768, "a batch is a list of rows of this size, dealt to ranks", unit="tokens", low=8)
-    micro_batch_tokens: int = knob(98_304, "most tokens of one forward pass on one device", unit="tokens", low=8)
+    train_batch_tokens: int = knob(786_432, "tokens per step over all ranks", group="Data", unit="tokens", low=8)
+    train_row_tokens: int = knob(32_768, "size of the rows that a batch consists of", unit="tokens", low=8)
+    micro_batch_tokens: int = knob(98_304, "most tokens in one forward pass on one device", unit="tokens", low=8)
     train_seq_len: int = knob(2048, "longest context in training", unit="tokens", low=2)
-    holdout_tokens: int = knob(1 << 20, "last tokens of the training shards, kept to choose on", unit="tokens", low=0)
-    train_log_every: int = knob(50, "steps between two lines of progress", unit="steps", low=1)
+    holdout_tokens: int = knob(1 << 20, "end of the training shards, held out to choose weights", unit="tokens", low=0)
+    train_log_every: int = knob(50, "steps between lines of progress", unit="steps", low=1)
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0 = only at the end", unit="steps", low=0)
 
     matrix_lr: float = knob(0.026, "Muon's learning rate", group="Optimizer", low=0)
     embed_lr: float = knob(0.03, "AdamW's learning rate for the tied embedding", low=0)
     scalar_lr: float = knob(0.02, "AdamW's learning rate for gains and gates", low=0)
-    muon_momentum: float = knob(0.97, "momentum of Muon", low=0, high=0.9999)
-    muon_momentum_start: float = knob(0.92, "momentum at the first step", low=0, high=0.9999)
-    muon_momentum_warmup_frac: float = knob(0.30, "part of the budget over which momentum rises", low=0, high=1)
+    muon_momentum: float = knob(0.97, "Muon's momentum", low=0, high=0.9999)
+    muon_momentum_start: float = knob(0.92, "Muon's momentum at the first step", low=0, high=0.9999)
+    muon_momentum_warmup_frac: float = knob(0.30, "fraction of the budget over which it rises", low=0, high=1)
     muon_ns_steps: int = knob(5, "Newton-Schulz steps", low=1, high=5)
     muon_wd: float = knob(0.095, "decoupled weight decay of matrices", low=0)
     embed_wd: float = knob(0.085, "decoupled weight decay of the embedding", low=0)
     scalar_wd: float = knob(0.02, "decoupled weight decay of gains and gates", low=0)
-    beta1: float = knob(0.9, "AdamW", low=0, high=0.9999)
-    beta2: float = knob(0.99, "AdamW", low=0, high=0.99999)
-    adam_eps: float = knob(1e-8, "AdamW", low=0)
-    grad_clip_norm: float = knob(0.3, "largest norm of the whole reduced gradient, 0 = no limit", low=0)
-    warmdown_frac: float = knob(0.85, "last part of the budget, over which the learning rate falls", low=0, high=1)
-    min_lr: float = knob(0.10, "learning rate at the end, as a part of the full one", low=0, high=1)
+    beta1: float = knob(0.9, "AdamW's decay rate of the first moment", low=0, high=0.9999)
+    beta2: float = knob(0.99, "AdamW's decay rate of the second moment", low=0, high=0.99999)
+    adam_eps: float = knob(1e-8, "AdamW's epsilon", low=0)
+    grad_clip_norm: float = knob(0.3, "largest norm of the gradient of all parameters, 0 = no limit", low=0)
+    warmdown_frac: float = knob(0.85, "last fraction of the budget, where learning rates fall", low=0, high=1)
+    min_lr: float = knob(0.10, "learning rate at the end, as a fraction of the full one", low=0, high=1)
     ema_horizon_frac: float = knob(0.06, "part of the budget over which weights are averaged, 0 = none", low=0, high=1)
-    enable_looping_at: float = knob(0.35, "part of the budget after which the loop runs", low=0, high=0.9)
+    enable_looping_at: float = knob(0.35, "fraction of the budget after which the loop runs", low=0, high=0.9)
 
-    gptq_calibration_batches: int = knob(4, "training batches whose inputs weigh errors", group="Quantisation", low=1)
-    gptq_damping: float = knob(0.01, "added to the Hessian's diagonal, as a part of its mean", low=1e-6)
+    gptq_calibration_batches: int = knob(4, "training batches to calibrate on", group="Quantisation", low=1)
+    gptq_damping: float = knob(0.01, "added to the Hessian's diagonal, as a fraction of its mean", low=1e-6)
     matrix_bits: int = knob(6, "width of the integers of matrices", unit="bits", low=2, high=8)
     embed_bits: int = knob(7, "width of the integers of the embedding", unit="bits", low=2, high=8)
-    attn_clip_sigmas: float = knob(13.0, "range of attention matrices, in deviations of their rows", low=1)
-    mlp_clip_sigmas: float = knob(11.5, "range of MLP matrices", low=1)
-    embed_clip_sigmas: float = knob(14.0, "range of the embedding", low=1)
-    quant_clip_floor: float = knob(6.0, "the fit to ARTIFACT_BYTES makes no range narrower than this", low=1)
+    attn_clip_sigmas: float = knob(13.0, "range of attention matrices, in standard deviations of a row", low=1)
+    mlp_clip_sigmas: float = knob(11.5, "range of MLP matrices, in standard deviations of a row", low=1)
+    embed_clip_sigmas: float = knob(14.0, "range of the embedding, in standard deviations of a row", low=1)
+    quant_clip_floor: float = knob(6.0, "narrowest range that the fit to ARTIFACT_BYTES may choose", low=1)
 
     eval_seq_len: int = knob(2048, "longest context in evaluation", group="Evaluation", unit="tokens", low=8)
-    eval_stride: int = knob(512, "new tokens per window after the first, where rows are packed", unit="tokens", low=1)
+    eval_stride: int = knob(512, "new tokens per window after the first, in packed rows", unit="tokens", low=1)
 
     ttt_enabled: int = knob(1, "test-time training: 1 = on, 0 = off", group="Test-time training", low=0, high=1)
-    ttt_scope: Literal["document", "stream"] = knob("document", "what starts anew at every document, or goes on")
-    ttt_params: Literal["lora", "full"] = knob("lora", "what adapts: low-rank corrections, or the weights themselves")
-    ttt_optimizer: Literal["sgd", "adamw"] = knob("adamw", "rule of a step", full="sgd")
+    ttt_scope: Literal["document", "stream"] = knob("document", "document = start afresh at each; stream = never")
+    ttt_params: Literal["lora", "full"] = knob("lora", "what adapts: LoRA, or the weights themselves")
+    ttt_optimizer: Literal["sgd", "adamw"] = knob("adamw", "optimizer", full="sgd")
     ttt_lr: float = knob(1e-4, "learning rate", low=0, full=0.005)
-    ttt_epochs: int = knob(1, "steps on every chunk", unit="steps", low=1, full=3)
-    ttt_chunk_tokens: int = knob(16, "tokens scored before each learning", unit="tokens", low=8, full=32_768)
-    ttt_cosine: int = knob(0, "1 = the rate falls by a cosine over a chunk's epochs", low=0, high=1, full=1)
-    ttt_momentum: float = knob(0.9, "SGD", low=0, high=0.9999, only=SGD)
-    ttt_beta1: float = knob(0.0, "AdamW", low=0, high=0.9999, only=ADAMW)
-    ttt_beta2: float = knob(0.99, "AdamW", low=0, high=0.99999, only=ADAMW)
+    ttt_epochs: int = knob(1, "steps on each chunk", unit="steps", low=1, full=3)
+    ttt_chunk_tokens: int = knob(16, "tokens scored before each update", unit="tokens", low=8, full=32_768)
+    ttt_cosine: int = knob(0, "1 = the rate follows a cosine over the epochs of a chunk", low=0, high=1, full=1)
+    ttt_momentum: float = knob(0.9, "SGD's momentum", low=0, high=0.9999, only=SGD)
+    ttt_beta1: float = knob(0.0, "AdamW's decay rate of the first moment", low=0, high=0.9999, only=ADAMW)
+    ttt_beta2: float = knob(0.99, "AdamW's decay rate of the second moment", low=0, high=0.99999, only=ADAMW)
     ttt_weight_decay: float = knob(0.5, "decoupled weight decay", low=0, full=0.0)
     ttt_grad_clip: float = knob(0.0, "largest norm of a document's gradient, 0 = no limit", low=0, full=1.0)
-    ttt_ns_steps: int = knob(0, "Newton-Schulz steps on every update, 0 = plain", low=0, high=5)
-    ttt_entropy_low: float = knob(0.0, "predictive entropy under which the rate is scaled down", unit="nats", low=0)
-    ttt_entropy_high: float = knob(0.0, "entropy over which the rate is scaled down, 0 = no limit", unit="nats", low=0)
-    ttt_min_doc_tokens: int = knob(0, "scored tokens of a document after which learning starts", low=0, only=DOCUMENT)
-    ttt_batch_docs: int = knob(64, "documents adapted side by side", low=1, only=LORA | DOCUMENT)
-    ttt_lora_rank: int = knob(80, "rank of the corrections", low=1, only=LORA)
-    ttt_lora_alpha: float = knob(144.0, "corrections are scaled by alpha / rank", low=0, only=LORA)
-    ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "what is corrected: any of q,k,v,o,mlp,head", only=LORA)
+    ttt_ns_steps: int = knob(0, "Newton-Schulz steps on each update, 0 = none", low=0, high=5)
+    ttt_entropy_low: float = knob(0.0, "predictive entropy below which the rate is scaled down", unit="nats", low=0)
+    ttt_entropy_high: float = knob(0.0, "entropy above which the rate is scaled down, 0 = no limit", unit="nats", low=0)
+    ttt_min_doc_tokens: int = knob(0, "tokens of a document to score before learning starts", low=0, only=DOCUMENT)
+    ttt_batch_docs: int = knob(64, "documents that adapt side by side", low=1, only=LORA | DOCUMENT)
+    ttt_lora_rank: int = knob(80, "rank of LoRA", low=1, only=LORA)
+    ttt_lora_alpha: float = knob(144.0, "LoRA is scaled by alpha / rank", low=0, only=LORA)
+    ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "where LoRA is added: any of q,k,v,o,mlp,head", only=LORA)
     ttt_freeze_blocks: int = knob(2, "first blocks that do not adapt", low=0, only=FULL)
     ttt_lr_mult_mlp_out: float = knob(3.0, "factor on the rate of MLP output matrices", low=0, only=FULL)
     ttt_lr_mult_in: float = knob(0.5, "factor on the rate of q, k, v and MLP input matrices", low=0, only=FULL)
 
     def __post_init__(self):
-        for f in fields(self):  # defaults that depend on what adapts
+        self._fill_in_defaults()
+        self._check_training()
+        self._check_ttt()
+
+    def _fill_in_defaults(self) -> None:
+        """Some defaults depend on what adapts."""
+        which = "full" if self.ttt_params == "full" else "default"
+        for f in fields(self):
             if getattr(self, f.name) is None:
-                object.__setattr__(self, f.name, f.metadata["full" if self.ttt_params == "full" else "default"])
-        batch, row, context = self.train_batch_tokens, self.train_row_tokens, self.eval_seq_len
+                object.__setattr__(self, f.name, f.metadata[which])
+
+    def _check_training(self) -> None:
+        batch = self.train_batch_tokens
+        row = self.train_row_tokens
+        context = self.eval_seq_len
         require(self.iterations + self.max_wallclock_seconds > 0, "ITERATIONS and MAX_WALLCLOCK_SECONDS are 0: set one")
         require(batch % row == 0, f"TRAIN_BATCH_TOKENS={batch} must be a multiple of TRAIN_ROW_TOKENS={row}")
         require(
             self.micro_batch_tokens >= max(row, context),
-            f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must hold "
+            f"MICRO_BATCH_TOKENS={self.micro_batch_tokens} must be at least "
             f"a row, TRAIN_ROW_TOKENS={row}, and a context, EVAL_SEQ_LEN={context}",
         )
         require(self.eval_stride <= context, f"EVAL_STRIDE={self.eval_stride} must be at most EVAL_SEQ_LEN={context}")
-        require(not (self.artifact and self.resume), "ARTIFACT trains nothing, RESUME goes on training: set only one")
+        require(not (self.artifact and self.resume), "ARTIFACT trains nothing, RESUME continues training: set only one")
+
+    def _check_ttt(self) -> None:
         require(
-            self.ttt_chunk_tokens <= context or not self.batched_ttt,
-            f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} "
-            f"must fit EVAL_SEQ_LEN={context} under TTT_PARAMS=lora and TTT_SCOPE=document",
+            self.ttt_chunk_tokens <= self.eval_seq_len or not self.batched_ttt,
+            f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} must be at most EVAL_SEQ_LEN={self.eval_seq_len} "
+            "under TTT_PARAMS=lora and TTT_SCOPE=document",
         )
         require(
             self.ttt_entropy_high == 0 or self.ttt_entropy_low < self.ttt_entropy_high,
-            f"TTT_ENTROPY_LOW={self.ttt_entropy_low} must be under TTT_ENTROPY_HIGH={self.ttt_entropy_high}",
+            f"TTT_ENTROPY_LOW={self.ttt_entropy_low} must be below TTT_ENTROPY_HIGH={self.ttt_entropy_high}",
         )
         require(
-            bool(self.lora_targets) and set(self.lora_targets) <= set(LORA_TARGETS),
+            set(self.lora_targets) <= set(LORA_TARGETS),
             f"TTT_LORA_TARGETS={self.ttt_lora_targets!r}: expected some of {','.join(LORA_TARGETS)}, with commas",
         )
 
@@ -269,7 +306,7 @@ class RunConfig:
 
     @property
     def batched_ttt(self) -> bool:
-        """Many documents adapt side by side, each with corrections of its own."""
+        """Many documents adapt side by side, each with a LoRA of its own."""
         return self.ttt_params == "lora" and self.ttt_scope == "document"
 
 
@@ -814,30 +851,39 @@ def compile_parts(model: GPT) -> None:
 
 
 class Dist:
-    """The ranks of a run. GPU tensors travel by NCCL, decisions by gloo from host to host: none waits for a GPU."""
+    """The ranks of a run. GPU tensors travel by NCCL; decisions go by gloo from host to host, so that no rank waits for
+    its GPU to take one."""
 
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
-        self.rank, self.world, self.device, self.main = rank, world, torch.device(device), rank == 0
+        self.rank = rank
+        self.world = world
+        self.device = torch.device(device)
+        self.main = rank == 0
 
     @classmethod
     def from_env(cls, device: str, env: Mapping[str, str] = os.environ) -> Dist:
         """Join the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or stand alone."""
         use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         require(not use_gpu or torch.cuda.is_available(), "DEVICE=cuda, but torch sees no GPU: use DEVICE=cpu or auto")
-        rank, world, local = (int(env.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank = int(env.get("RANK", 0))
+        world = int(env.get("WORLD_SIZE", 1))
+        local_rank = int(env.get("LOCAL_RANK", 0))
+
         if use_gpu:
+            gpus = torch.cuda.device_count()
             require(
-                local < torch.cuda.device_count(),
-                f"rank {local} of this machine finds only "
-                f"{torch.cuda.device_count()} GPUs: start torchrun with --nproc_per_node at most that",
+                local_rank < gpus,
+                f"local rank {local_rank} has no GPU: this machine has {gpus}; "
+                f"start torchrun with --nproc_per_node={gpus} or less",
             )
-            torch.cuda.set_device(local)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums only with this
+            torch.cuda.set_device(local_rank)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS sums in no fixed order
         if world > 1:
             torch_dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
-        return cls(rank, world, f"cuda:{local}" if use_gpu else "cpu")
+        return cls(rank, world, f"cuda:{local_rank}" if use_gpu else "cpu")
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
         if self.world > 1:
             torch_dist.all_reduce(x)
         return x
@@ -860,16 +906,17 @@ class Dist:
 
     def broadcast(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
-        box = torch.tensor(values, dtype=torch.float64)
+        numbers = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            torch_dist.broadcast(box, src=0)
-        return box.tolist()
+            torch_dist.broadcast(numbers, src=0)
+        return numbers.tolist()
 
     def all_reduce_max(self, value: float) -> float:
-        box = torch.tensor(value, dtype=torch.float64)
+        """The largest of the ranks' numbers, on every rank."""
+        number = torch.tensor(value, dtype=torch.float64)
         if self.world > 1:
-            torch_dist.all_reduce(box, op=torch_dist.ReduceOp.MAX)
-        return box.item()
+            torch_dist.all_reduce(number, op=torch_dist.ReduceOp.MAX)
+        return number.item()
 
     def barrier(self) -> None:
         self.all_reduce_max(0.0)
@@ -884,77 +931,105 @@ class Dist:
 
 
 class Log:
-    """Lines to the screen and to logs/<RUN_ID>.txt; rank 0 alone has either."""
+    """What a run reports: lines for people, on the screen and in logs/<RUN_ID>.txt, and the same values as events for
+    programs, one strict JSON object a line, in logs/<RUN_ID>.events.jsonl. Only rank 0 has files and a screen."""
 
-    def __init__(self, path: Path | None, screen: bool = False):
-        self.file, self.screen = None, screen
+    def __init__(self, path: Path | None = None, screen: Callable[[str], None] | None = None):
+        """`path` is the file of lines; the file of events lies beside it."""
+        self.screen = screen
+        self.lines_file = None
+        self.events_file = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(path, "w", encoding="utf-8")  # noqa: SIM115, open for the whole run
+            self.lines_file = open(path, "w", encoding="utf-8")  # noqa: SIM115, open for the whole run
+            # Unbuffered, and one write per event: a run that is killed leaves whole lines.
+            self.events_file = open(path.with_suffix(".events.jsonl"), "wb", buffering=0)  # noqa: SIM115
 
-    def __call__(self, message: str, screen: bool = True) -> None:
-        if self.screen and screen:
-            print(message, flush=True)
-        if self.file is not None:
-            print(message, file=self.file, flush=True)
+    def line(self, text: str, screen: bool = True) -> None:
+        """Text for people that is no event."""
+        if self.screen is not None and screen:
+            self.screen(text)
+        if self.lines_file is not None:
+            print(text, file=self.lines_file, flush=True)
+
+    def event(self, event: str, template: str = "", /, **values: Any) -> None:
+        """Report an event. The line for people is `template`, formatted with the values; without one there is none."""
+        if template:
+            self.line(template.format(**values))
+        if self.events_file is not None:
+            # JSON has no NaN and no infinity: a loss that is not finite becomes null.
+            finite = {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in values.items()
+            }
+            self.events_file.write(json.dumps({"event": event, **finite}, allow_nan=False).encode() + b"\n")
+
+
+def print_now(text: str) -> None:
+    print(text, flush=True)
 
 
 class Stopwatch:
-    """Seconds of every phase; some phases count against a limit, and pauses are phases of their own."""
+    """Seconds spent in each phase. Some phases count against a limit; a pause of the clock is a phase of its own."""
 
     def __init__(self, dist: Dist):
-        self.dist, self.seconds, self.stack, self.since = dist, {}, [], time.perf_counter()
+        self.dist = dist
+        self.seconds = {}  # {phase: seconds so far}
+        self.running = []  # phases that have started and not ended, the innermost last
+        self.since = time.perf_counter()  # up to here, all time is in `seconds`
 
-    def _book(self) -> None:
+    def _charge(self) -> None:
+        """Add the time since the last call to the innermost phase."""
         now = time.perf_counter()
-        if self.stack:
-            self.seconds[self.stack[-1]] = self.seconds.get(self.stack[-1], 0.0) + now - self.since
+        if self.running:
+            phase = self.running[-1]
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.since
         self.since = now
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time spent inside goes to `name`, and not to the phase around it, whose kernels are waited for."""
+        """Time spent inside counts for `name` and not for the phase around it. Kernels are waited for at both ends."""
         self.dist.finish_kernels()
-        self._book()
-        self.stack.append(name)
+        self._charge()
+        self.running.append(name)
         try:
             yield
             self.dist.finish_kernels()
         finally:
-            self._book()
-            self.stack.pop()
+            self._charge()
+            self.running.pop()
 
     def total(self, *names: str) -> float:
         """Seconds so far of these phases, the running one included."""
-        self._book()
+        self._charge()
         return sum(self.seconds.get(name, 0.0) for name in names)
 
 
 TRAINING_CLOCK = ("train", "choose", "calibrate", "quantise", "pack")  # from the first real batch to the packed file
-
-
 EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from opening the artifact to the final score
 
 
 def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
-    """Write beside, then rename: a reader sees the whole file or none, and an interrupted write leaves nothing."""
-    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
+    """Write to a temporary file beside `path`, then rename it: a reader sees the whole file or none, and an interrupted
+    write leaves nothing behind."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(beside, "wb") as out:
+        with open(partial, "wb") as out:
             out.writelines(chunks)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(beside, path)
+        os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}; free some space or go elsewhere") from error
+        raise UserError(f"{path}: cannot be written: {error.strerror}; free some disk or write elsewhere") from error
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def read_file(path: str | Path, advice: str = "") -> bytes:
     try:
         return Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # a name may hold what no file's does
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         raise DataError(f"{path}: cannot be read: {error.args[-1]}{advice}") from None
 
 
@@ -1492,140 +1567,195 @@ def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room
 
 
 # ======================================================================================================================
-# Training: the budget is time or steps, and every schedule is a pure function of the part of it that is spent.
+# Training: the budget is time or steps, and every schedule is a pure function of the fraction of it that is spent.
 
 
 def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
-    """Part of the training budget spent after `step` steps and `seconds`, of which `reserve` belong to quantisation."""
-    by_steps, limit = step / run.iterations if run.iterations else 0.0, run.max_wallclock_seconds
-    return max(by_steps, seconds / max(limit - reserve, 1e-9) if limit else 0.0)
+    """Fraction of the training budget that `step` steps and `seconds` have spent; `reserve` seconds of the budget are
+    kept for quantisation. At 1 or more, training ends."""
+    by_steps = 0.0
+    if run.iterations:
+        by_steps = step / run.iterations
+
+    by_time = 0.0
+    if run.max_wallclock_seconds:
+        by_time = seconds / max(run.max_wallclock_seconds - reserve, 1e-9)
+    return max(by_steps, by_time)
 
 
 def lr_at(progress: float, run: RunConfig) -> float:
-    """Factor on learning rates: 1, then falling in a line over the last WARMDOWN_FRAC of the budget, to MIN_LR."""
-    return max(run.min_lr, min(1.0, (1.0 - progress) / run.warmdown_frac if run.warmdown_frac else 1.0))
+    """Factor on learning rates: 1, then falling linearly to MIN_LR over the last WARMDOWN_FRAC of the budget."""
+    falling = 1.0
+    if run.warmdown_frac:
+        falling = (1.0 - progress) / run.warmdown_frac
+    return max(run.min_lr, min(1.0, falling))
 
 
 def momentum_at(progress: float, run: RunConfig) -> float:
-    """Muon's momentum rises in a line over the first MUON_MOMENTUM_WARMUP_FRAC of the budget."""
-    part = min(1.0, progress / run.muon_momentum_warmup_frac) if run.muon_momentum_warmup_frac else 1.0
-    return run.muon_momentum_start + part * (run.muon_momentum - run.muon_momentum_start)
+    """Muon's momentum rises linearly over the first MUON_MOMENTUM_WARMUP_FRAC of the budget."""
+    fraction = 1.0
+    if run.muon_momentum_warmup_frac:
+        fraction = min(1.0, progress / run.muon_momentum_warmup_frac)
+    return run.muon_momentum_start + fraction * (run.muon_momentum - run.muon_momentum_start)
 
 
 class WeightAverage:
-    """Exponential average of all parameters; its horizon is a part of the budget, so that a short run forgets, too."""
+    """Exponential moving average of all parameters. Its horizon is a fraction of the budget, so that a short run
+    forgets its beginning, too."""
 
     def __init__(self, model: GPT, horizon: float):
-        self.params, self.horizon = [p.detach() for p in model.parameters()], horizon  # the model's own memory
+        self.params = [p.detach() for p in model.parameters()]  # they share the model's memory
         self.values = [p.clone() for p in self.params]
+        self.horizon = horizon
 
     def update(self, spent: float) -> None:
-        """After a step that took `spent` of the budget."""
+        """Call after a step that took the fraction `spent` of the budget."""
         keep = math.exp(-spent / self.horizon) if self.horizon else 0.0
         torch._foreach_lerp_(self.values, self.params, 1.0 - keep)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model holds the average inside, and its own weights again afterwards."""
-        own = [p.clone() for p in self.params]
+        """Inside, the model holds the average; afterwards, its own weights again."""
+        weights = [p.clone() for p in self.params]
         try:
             torch._foreach_copy_(self.params, self.values)
             yield
         finally:
-            torch._foreach_copy_(self.params, own)
+            torch._foreach_copy_(self.params, weights)
 
 
 class Trainer:
-    """What training consists of, and what a checkpoint holds."""
+    """Model, optimizer, weight average and progress: all that training changes, and all that a checkpoint holds."""
 
-    def __init__(self, model: GPT, run: RunConfig, dist: Dist, origin: Mapping[str, Any]):
-        self.model, self.run, self.dist = model, run, dist
-        self.optimizer, self.average = MuonAdam(model, run, dist), WeightAverage(model, run.ema_horizon_frac)
-        self.replay = CUDAGraphs() if dist.device.type == "cuda" and run.compile and triton else None
-        self.step, self.progress, self.seconds_before = 0, 0.0, 0.0  # seconds_before: of the runs this one resumes
-        self.identity = {
-            "kind": "checkpoint",
-            "model": dataclasses.asdict(model.config),
-            **origin,
-            "train_batch_tokens": run.train_batch_tokens,
-            "train_row_tokens": run.train_row_tokens,
-        }
+    def __init__(self, model: GPT, run: RunConfig, dist: Dist, provenance: Mapping[str, Any]):
+        """`provenance` says what the artifact and every checkpoint come from: tokenizer and held-out text."""
+        self.model = model
+        self.run = run
+        self.dist = dist
+        self.provenance = provenance
+        self.optimizer = MuonAdam(model, run, dist)
+        self.average = WeightAverage(model, run.ema_horizon_frac)
+
+        self.cuda_graphs = None
+        if dist.device.type == "cuda" and run.compile and triton:
+            self.cuda_graphs = CUDAGraphs()
+
+        self.step = 0
+        self.progress = 0.0
+        self.seconds_before = 0.0  # training time of the runs that this one continues
 
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
 
-    def forward_backward(self, part: MicroBatch, looping: bool) -> Tensor:
-        """Add a micro-batch's gradients to those that are there -> its part of the batch's mean loss, nats."""
+    def spend(self, progress: float) -> None:
+        """Note that the fraction `progress` of the budget is spent; the average takes in the last step."""
+        if self.step:
+            spent = progress - self.progress
+            self.average.update(max(0.0, spent))  # the budget of a resumed run may be larger than before
+        self.progress = progress
+
+    def forward_backward(self, micro_batch: MicroBatch, looping: bool) -> Tensor:
+        """Add a micro-batch's gradients to p.grad -> its share of the mean loss of the batch, nats."""
 
         def work(tokens: Tensor, targets: Tensor, *segments: Tensor) -> Tensor:
-            segments = type(part.segments)(*segments)
+            segments = type(micro_batch.segments)(*segments)
             loss = self.model(tokens, targets, segments, looping=looping).sum() / self.run.train_batch_tokens
             loss.backward()
             return loss.detach()
 
-        given = part.tokens, part.targets, *part.segments
-        return work(*given) if self.replay is None else self.replay(looping, work, *given)
+        inputs = (micro_batch.tokens, micro_batch.targets, *micro_batch.segments)
+        if self.cuda_graphs is None:
+            return work(*inputs)
+        return self.cuda_graphs(looping, work, *inputs)
 
     def train_step(self, batch: Sequence[MicroBatch], progress: float, looping: bool) -> Tensor:
-        """One optimizer step on this rank's micro-batches -> mean loss of all ranks, nats per token, on the device."""
-        total = torch.zeros((), device=self.dist.device)
-        for part in batch:
-            total += self.forward_backward(part, looping)
+        """One optimizer step on this rank's micro-batches -> mean loss over all ranks, nats per token, () on device."""
+        loss = torch.zeros((), device=self.dist.device)
+        for micro_batch in batch:
+            loss += self.forward_backward(micro_batch, looping)
         self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
-        return self.dist.all_reduce(total)
+        return self.dist.all_reduce(loss)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
+        """All tensors that training changes, by name; most of them share memory with what they describe."""
         state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        state |= {f"average.{i}": v for i, v in enumerate(self.average.values)}
-        return state | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
+        for i, values in enumerate(self.average.values):
+            state[f"average.{i}"] = values
+        for name, t in self.optimizer.state().items():
+            state[f"optimizer.{name}"] = t
+        return state
 
-    def save(self, path: Path, seconds: float) -> None:
-        """Write a checkpoint; every rank calls, rank 0 writes."""
-        meta = self.identity | {"step": self.step, "progress": self.progress, "seconds": seconds}
-        tensors = self.tensors()
-        if self.dist.main:
-            write_atomically(path, [pack(meta, tensors, level=None)])
-        self.dist.barrier()
+    def copy_state(self) -> dict[str, Tensor]:
+        return {name: t.clone() for name, t in self.state().items()}
 
     @torch.no_grad()
-    def put(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Take over all that `tensors` gave, after so many steps."""
-        for name, t in self.tensors().items():
+    def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Take over what `state()` gave after `step` steps."""
+        for name, t in self.state().items():
             if not name.startswith("optimizer."):
-                t.copy_(tensors[name])
-        self.optimizer.load_state({n.removeprefix("optimizer."): t for n, t in tensors.items()}, step)
+                t.copy_(state[name])
+        of_optimizer = {name.removeprefix("optimizer."): t for name, t in state.items()}
+        self.optimizer.load_state(of_optimizer, step)
+        self.step = step
 
-    def load(self, path: str) -> None:
-        meta, tensors = unpack(read_file(path), path)
-        for key, ours in self.identity.items():
+    def identity(self) -> dict[str, Any]:
+        """What a run must share with the one that it continues."""
+        return {
+            "kind": "checkpoint",
+            "model": dataclasses.asdict(self.model.config),
+            **self.provenance,
+            "train_batch_tokens": self.run.train_batch_tokens,
+            "train_row_tokens": self.run.train_row_tokens,
+        }
+
+    def save_checkpoint(self, path: Path, seconds: float) -> None:
+        """Write a checkpoint. Every rank must call this; rank 0 writes."""
+        meta = self.identity() | {"step": self.step, "progress": self.progress, "seconds": seconds}
+        state = self.state()
+        if self.dist.main:
+            write_atomically(path, [pack(meta, state, level=None)])
+        self.dist.barrier()
+
+    def load_checkpoint(self, path: str) -> None:
+        meta, state = unpack(read_file(path), path)
+        for key, ours in self.identity().items():
             require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
-        shapes, ours = ({name: t.shape for name, t in ts.items()} for ts in (tensors, self.tensors()))
-        require(shapes == ours, f"RESUME={path}: its tensors are not those of this run", DataError)
+
+        found = {name: t.shape for name, t in state.items()}
+        expected = {name: t.shape for name, t in self.state().items()}
+        require(found == expected, f"RESUME={path}: its tensors are not those of this run", DataError)
         with untrusted(path):
-            step, progress, seconds = int(meta["step"]), float(meta["progress"]), float(meta["seconds"])
-        self.put(tensors, step)
-        self.step, self.progress, self.seconds_before = step, progress, seconds
+            step = int(meta["step"])
+            progress = float(meta["progress"])
+            seconds = float(meta["seconds"])
+
+        self.load_state(state, step)
+        self.progress = progress
+        self.seconds_before = seconds
 
 
 def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[MicroBatch]:
-    """A batch of this run's shapes that has nothing to do with any text, for compilation and warm-up."""
-    rows, passes = split_batch(run, dist.world)
+    """A batch of this run's shapes made of random tokens: compilation and warm-up need no real text."""
+    micro_batch_rows, grad_accum_steps = split_batch(run, dist.world)
     generator = np.random.default_rng(run.seed)
-    text = generator.integers(2, vocab_size, rows * run.train_row_tokens + 1).astype(np.uint16)
+    text = generator.integers(2, vocab_size, micro_batch_rows * run.train_row_tokens + 1).astype(np.uint16)
     text[generator.random(len(text)) < 1 / 500] = BOS
-    return [text_micro_batch(text, run, dist.device)] * passes
+    return [text_micro_batch(text, run, dist.device)] * grad_accum_steps
 
 
-def warm_up(trainer: Trainer, dry_run: Callable[[list[MicroBatch]], float]) -> float:
-    """Compile both loop modes on random tokens, dry_run what follows, restore the trainer -> seconds to reserve."""
-    before, config = {name: t.clone() for name, t in trainer.tensors().items()}, trainer.model.config
-    batch = random_batch(trainer.run, config.vocab_size, trainer.dist)
-    for some in [batch[:1]] * bool(trainer.replay) + [batch] * trainer.run.warmup_steps:  # both modes run, then capture
-        for looping in (False, True) if config.num_loops else (False,):
-            trainer.train_step(some, 0.0, looping)
-    reserve = dry_run(batch)
-    trainer.put(before, 0)
-    return reserve
+def warm_up(trainer: Trainer, batch: Sequence[MicroBatch]) -> None:
+    """Train on `batch` in both loop modes, until everything is compiled and captured. This changes the trainer: save
+    its state before, load it afterwards."""
+    batches = [batch] * trainer.run.warmup_steps
+    if trainer.cuda_graphs is not None:
+        batches.insert(0, batch[:1])  # both modes run once before either is captured, which needs less memory
+
+    loop_modes = [False]
+    if trainer.model.config.num_loops:
+        loop_modes.append(True)
+    for micro_batches in batches:
+        for looping in loop_modes:
+            trainer.train_step(micro_batches, 0.0, looping)
 
 
 def check_loss(loss: float, step: int, vocab_size: int) -> None:
@@ -1646,40 +1776,63 @@ def train(
     validate: Callable[[], float],
     checkpoint: Path,
 ) -> list[tuple[int, float, float]]:
-    """Train until the budget is spent -> (step, seconds, loss) of every logged step."""
-    run, dist, history = trainer.run, trainer.dist, []
-    pending, logged_at, saved_at = torch.zeros(()), trainer.seconds_before, trainer.seconds_before
+    """Train until the budget is spent -> (step, seconds, loss) of every logged step. `validate` gives bits per byte,
+    `checkpoint` is the file that CHECKPOINT_SECONDS writes."""
+    run = trainer.run
+    history = []
+    loss = torch.zeros(())
+    logged_at = trainer.seconds_before
+    saved_at = trainer.seconds_before
+
+    def seconds_now() -> float:
+        return trainer.seconds_before + watch.total(*TRAINING_CLOCK)
+
     while True:
-        (seconds,) = dist.broadcast(trainer.seconds_before + watch.total(*TRAINING_CLOCK))
-        progress = progress_at(run, trainer.step, seconds, reserve)
-        if trainer.step:
-            trainer.average.update(max(0.0, progress - trainer.progress))  # a resumed run may have a larger budget
-        trainer.progress = progress
+        (seconds,) = trainer.dist.broadcast(seconds_now())  # the ranks must agree on when to stop
+        trainer.spend(progress_at(run, trainer.step, seconds, reserve))
         if run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds:
-            trainer.save(checkpoint, seconds)
+            trainer.save_checkpoint(checkpoint, seconds)
             saved_at = seconds
-        if progress >= 1.0:
+        if trainer.progress >= 1.0:
             break
-        looping = trainer.looping(progress)
-        loss = trainer.train_step(stream.batch(trainer.step), progress, looping)
+
+        previous_loss = loss
+        loss = trainer.train_step(stream.batch(trainer.step), trainer.progress, trainer.looping(trainer.progress))
         trainer.step += 1
-        check_loss(pending.item(), trainer.step - 1, stream.vocab_size)  # read late: the GPU always has work queued
-        pending = loss
+        # The previous loss is read only now, when this step is queued: the GPU never waits for Python.
+        check_loss(previous_loss.item(), trainer.step - 1, stream.vocab_size)
+
         if trainer.step % run.train_log_every == 0:
-            value, now = loss.item(), trainer.seconds_before + watch.total(*TRAINING_CLOCK)
+            value = loss.item()
+            now = seconds_now()
             history.append((trainer.step, now, value))
-            speed = run.train_log_every * run.train_batch_tokens / max(now - logged_at, 1e-9)
-            epochs, eta = trainer.step * run.train_batch_tokens / stream.total, now / max(progress, 1e-9) - now
-            log(
-                f"step:{trainer.step} loss:{value:.4f} progress:{progress:.3f} loop:{int(looping)} "
-                f"tokens_per_s:{speed:.0f} epoch:{epochs:.2f} train_s:{now:.1f} eta_s:{eta:.0f}"
-            )
+            log_step(log, trainer, stream, value, now, now - logged_at)
             logged_at = now
         if run.val_loss_every and trainer.step % run.val_loss_every == 0:
             with watch.phase("validate"):
-                log(f"step:{trainer.step} val_bpb:{validate():.5f} (last iterate, without adaptation)")
-    check_loss(pending.item(), trainer.step, stream.vocab_size)
+                line = "step:{step} val_bpb:{val_bpb:.5f} (last iterate, without adaptation)"
+                log.event("validate", line, step=trainer.step, val_bpb=validate())
+
+    check_loss(loss.item(), trainer.step, stream.vocab_size)
     return history
+
+
+def log_step(log: Log, trainer: Trainer, stream: TrainingStream, loss: float, now: float, since_last: float) -> None:
+    """Report progress at `now` seconds of training, `since_last` seconds after the report before."""
+    run = trainer.run
+    log.event(
+        "step",
+        "step:{step} loss:{loss:.4f} progress:{progress:.3f} loop:{loop} "
+        "tokens_per_s:{tokens_per_s:.0f} epoch:{epoch:.2f} train_s:{train_s:.1f} eta_s:{eta_s:.0f}",
+        step=trainer.step,
+        loss=loss,
+        progress=trainer.progress,
+        loop=int(trainer.looping(trainer.progress)),
+        tokens_per_s=run.train_log_every * run.train_batch_tokens / max(since_last, 1e-9),
+        epoch=trainer.step * run.train_batch_tokens / stream.total,
+        train_s=now,
+        eta_s=now / max(trainer.progress, 1e-9) - now,
+    )
 
 
 # ======================================================================================================================
@@ -1934,7 +2087,15 @@ def make_artifact(
         with watch.phase("pack"):
             blob = pack(meta, stored, level=22) if dist.main else b""
             size = int(dist.broadcast(len(blob))[0])
-        log(f"pack {attempt}: ranges x{clip_scale:.4f}, {size} bytes, entropy of rounded weights {estimate:.0f} bytes")
+        log.event(
+            "pack",
+            "pack {attempt}: ranges x{clip_scale:.4f}, {artifact_bytes} bytes, "
+            "entropy of rounded weights {entropy_bytes:.0f} bytes",
+            attempt=attempt,
+            clip_scale=clip_scale,
+            artifact_bytes=size,
+            entropy_bytes=estimate,
+        )
         if size <= limit:
             return blob
         budget = (limit - (size - estimate)) * 0.998 - 500  # what exceeds the entropy is likely to stay
@@ -2769,7 +2930,8 @@ class Evaluation:
                 seconds_per_token = (self.seconds() - began) / cost_so_far
             if not self._has_time(self.static_costs[rest].sum(), seconds_per_token * costs[n]):
                 self.degraded = len(rest)
-                self.log(f"time is short: {len(rest)} documents that have not begun are scored without adaptation")
+                line = "time is short: {degraded_documents} documents that have not begun are scored without adaptation"
+                self.log.event("time_short", line, degraded_documents=len(rest))
                 score_static(self.model, self.docs, rest, self.run, dist, self.table)
                 return
             self._score_group(groups[dist.rank], learner)
@@ -2789,94 +2951,121 @@ class Evaluation:
     def _report(self, documents: int, seconds: float, eta: float) -> None:
         here = self.table.counted > 0
         bpb = self.table.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
-        self.log(
-            f"adapted documents:{documents}/{len(self.docs)} bpb:{bpb:.4f} (of this rank's) "
-            f"eval_s:{seconds:.0f} eta_s:{eta:.0f}"
+        self.log.event(
+            "adapted",
+            "adapted documents:{documents_done}/{documents} bpb:{bpb:.4f} (of this rank's) "
+            "eval_s:{eval_s:.0f} eta_s:{eta_s:.0f}",
+            documents_done=documents,
+            documents=len(self.docs),
+            bpb=float(bpb),
+            eval_s=seconds,
+            eta_s=eta,
         )
 
 
 # ======================================================================================================================
-# Set-up and report: read the environment, check, train, quantise, pack, read back from the disk, score.
+# Set-up and report: read the settings, check them, train and pack, read back from the disk, score, report.
 
 
+# {NAME: (its field, its type)}
 KNOBS = {
     f.name.upper(): (f, kind)
-    for config in CONFIGS  # {NAME: (its field, its type)}
+    for config in CONFIGS
     for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
 }
 
-
-OUR_FAMILIES = tuple(
-    "TTT_ MUON_ GPTQ_ QUANT_ XSA_ ROPE_ LOOP_ SMEAR_ ATTN_GATE_ UNET_ EVAL_ EMA_ EMBED_ MATRIX_ "
-    "SCALAR_ WARMDOWN_ GRAD_CLIP QK_ LOGIT_ MLP_ TIED_ TIE_ HEAD_LR PHASED_TTT LQER_ VAL_".split()
-)
+# A name that begins like a knob of ours, but is none, is a mistake, unless other programs have names like that, too.
+COMMON_WORDS = "ARTIFACT CHECKPOINT DATA ENABLE MAX MIN MODEL NUM PARALLEL RUN TOKENIZER".split()
+OTHER_ENTRIES = ("HEAD_LR", "LQER_", "PHASED_TTT", "TIED_", "TIE_")  # knobs of other entries that ours does not have
+FIRST_WORDS = {name.split("_")[0] for name in KNOBS if "_" in name}
+OUR_FAMILIES = (*sorted(f"{word}_" for word in FIRST_WORDS.difference(COMMON_WORDS)), *OTHER_ENTRIES)
+BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # names that build tools set, though they look like ours misspelt
 
 
 def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     """One environment string -> one checked value."""
-    want = f"{name}={text!r}: {meta['doc']}; expected "
-    if choices := get_args(kind):
-        require(text in choices, want + " | ".join(choices))
+    problem = f"{name}={text!r}: {meta['doc']}; expected "
+    choices = get_args(kind)
+    if choices:
+        require(text in choices, problem + " | ".join(choices))
         return text
+
     try:
         value = kind(text)
     except ValueError:
-        raise ConfigError(want + {int: "a whole number", float: "a number"}[kind]) from None
-    require(kind is not float or math.isfinite(value), want + "a finite number")
-    require(meta["low"] is None or value >= meta["low"], want + f"at least {meta['low']}")
-    require(meta["high"] is None or value <= meta["high"], want + f"at most {meta['high']}")
+        raise ConfigError(problem + {int: "a whole number", float: "a number"}[kind]) from None
+    require(kind is not float or math.isfinite(value), problem + "a finite number")
+    require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
+    require(meta["high"] is None or value <= meta["high"], problem + f"at most {meta['high']}")
     return value
 
 
 def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
-    """What looks like a knob of ours and is none, misspelt or retired, fails loudly; other programs' names do not."""
-    for name in sorted(set(env) - set(knobs) - {"ARTIFACTS", "COMPILER"}):  # which build tools set
-        near = difflib.get_close_matches(name, sorted(knobs), 1, 0.0 if name.startswith(OUR_FAMILIES) else 0.85)
+    """A name that looks like one of ours, but is misspelt or retired, fails loudly; names of other programs do not."""
+    for name in sorted(set(env) - set(knobs) - BUILD_TOOLS):
+        similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
+        near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
         require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
 
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
-    """Build both configs from the environment; the only function that reads it, with Dist.from_env."""
+    """Build both configs from the environment; only this function and Dist.from_env read it."""
     refuse_unknown(env, KNOBS)
-    given = {f.name: parse_knob(name, env[name], kind, f.metadata) for name, (f, kind) in KNOBS.items() if name in env}
-    model, run = (config(**{f.name: given[f.name] for f in fields(config) if f.name in given}) for config in CONFIGS)
+    values = {}
+    for name, (f, kind) in KNOBS.items():
+        if name in env:
+            values[f.name] = parse_knob(name, env[name], kind, f.metadata)
+    model = ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig) if f.name in values})
+    run = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
+
     for name, (f, _) in KNOBS.items():
-        require(name not in env or applies(f, run), f"{name} has no effect here: it needs {needs(f)}")
+        require(name not in env or has_effect(f, run), f"{name} has no effect here: it needs {conditions(f)}")
     return model, run
 
 
-def applies(f: dataclasses.Field, config: Any) -> bool:
+def has_effect(f: dataclasses.Field, config: Any) -> bool:
     return all(getattr(config, name) == value for name, value in f.metadata["only"].items())
 
 
-def needs(f: dataclasses.Field) -> str:
+def conditions(f: dataclasses.Field) -> str:
+    """Under which a knob has an effect."""
     return " and ".join(f"{name.upper()}={value}" for name, value in f.metadata["only"].items())
 
 
 def settings(*configs: Any) -> dict[str, str]:
     """The knobs of these configs as an environment would give them; those without effect are left out."""
-    return {f.name.upper(): str(getattr(c, f.name)) for c in configs for f in fields(c) if applies(f, c)}
+    return {f.name.upper(): str(getattr(c, f.name)) for c in configs for f in fields(c) if has_effect(f, c)}
 
 
 def describe_knobs() -> str:
     """The text of --help: every knob with its default, unit and meaning, in groups."""
-    lines = [__doc__.split("\nA run leaves")[0].strip(), ""]
+    usage = __doc__.split("\nA run leaves")[0].strip()
+    lines = [usage, ""]
     for name, (f, kind) in KNOBS.items():
-        m, choices = f.metadata, get_args(kind)
-        if m["group"]:
-            lines.append(f"\n{m['group']}")
-        default = str(m["default"]) if m["full"] is None else f"{m['default']} (full: {m['full']})"
-        notes = f" ({' | '.join(choices)})" * bool(choices) + f" [{m['unit']}]" * bool(m["unit"])
-        notes += f" (with {needs(f)})" * bool(m["only"])
-        lines.append(f"  {name:26} {default or '-':24} {m['doc']}{notes}")
+        meta = f.metadata
+        if meta["group"]:
+            lines.append(f"\n{meta['group']}")
+
+        default = str(meta["default"]) or "-"
+        if meta["full"] is not None:
+            default += f" (full: {meta['full']})"
+        notes = ""
+        if get_args(kind):
+            notes += f" ({' | '.join(get_args(kind))})"
+        if meta["unit"]:
+            notes += f" [{meta['unit']}]"
+        if meta["only"]:
+            notes += f" (with {conditions(f)})"
+        lines.append(f"  {name:26} {default:24} {meta['doc']}{notes}")
     return "\n".join(lines)
 
 
-LOGS, INTERRUPTED = Path("logs"), 130  # 130: the exit status of Ctrl-C
+LOGS = Path("logs")
+INTERRUPTED = 130  # exit status of Ctrl-C
 
 
 class Setup(NamedTuple):
-    """What is known before anything is paid for."""
+    """All that is known before any time is spent."""
 
     model: ModelConfig
     run: RunConfig
@@ -2884,6 +3073,17 @@ class Setup(NamedTuple):
     tokenizer: Tokenizer
     validation: Documents
     stream: TrainingStream | None  # None when an artifact is only evaluated
+
+
+def make_setup(model: ModelConfig, run: RunConfig, dist: Dist) -> Setup:
+    """Open and check all that the run will read."""
+    if run.artifact:  # the artifact's own configuration counts, whatever the environment says about the model
+        header, _ = read_header(read_file(run.artifact), run.artifact)
+        model = stored_config(header["meta"], run.artifact)
+    tokenizer = load_tokenizer(run, model.vocab_size)
+    validation = load_validation(run.data_path, model.vocab_size, tokenizer)
+    stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
+    return Setup(model, run, dist, tokenizer, validation, stream)
 
 
 def predicted_bytes(model: GPT, run: RunConfig) -> float:
@@ -2895,47 +3095,114 @@ def predicted_bytes(model: GPT, run: RunConfig) -> float:
     )
 
 
-def check_setup(plan: Setup, say: Callable[[str], None]) -> None:
-    """Say what will be run, and refuse what cannot be: data, disk, devices, bytes."""
-    model, run, dist, docs = plan.model, plan.run, plan.dist, plan.validation
-    free, need = shutil.disk_usage(".").free, 3 * run.artifact_bytes + (600 << 20 if run.checkpoint_seconds else 0)
-    require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some space", UserError)
-    if dist.device.type == "cuda":
-        old, h = torch.cuda.get_device_capability(dist.device) < (8, 0), model.head_dim
-        require(not old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
-        require(not triton or h in (16, 32, 64, 128), f"GPUs want MODEL_DIM / NUM_HEADS = {h} to be 16, 32, 64 or 128")
-        say(
-            "no Triton: all runs in plain torch"
-            if not triton
-            else "kernels: Triton "
-            + triton.__version__
-            + ", but cuBLAS for the MLP: no TMA" * (bool(run.compile) and not has_tma(dist.device))
+def check_setup(setup: Setup) -> None:
+    """Refuse what cannot be run: too little disk, an unsuitable GPU, a limit of bytes that no model could meet."""
+    run = setup.run
+    free = shutil.disk_usage(".").free
+    need = 3 * run.artifact_bytes
+    if run.checkpoint_seconds:
+        need += 600 << 20
+    require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some disk", UserError)
+
+    if setup.dist.device.type == "cuda":
+        head_dim = setup.model.head_dim
+        too_old = torch.cuda.get_device_capability(setup.dist.device) < (8, 0)
+        require(not too_old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
+        require(
+            not triton or head_dim in (16, 32, 64, 128),
+            f"on a GPU, MODEL_DIM / NUM_HEADS = {head_dim} must be 16, 32, 64 or 128",
         )
-    say(f"devices: {dist.world} x {device_name(dist.device)}")
-    say(f"validation: {len(docs)} documents, {len(docs.tokens) - 1} targets, {docs.target_bytes().sum()} bytes")
-    if plan.stream is None:
+
+    if setup.stream is not None:
+        with torch.device("meta"):
+            sketch = GPT(setup.model)
+        fixed = sum(
+            2 * p.numel() if param_role(name) == "scalar" else RowQuantiser.fixed_bytes(p.shape)
+            for name, p in sketch.named_parameters()
+        )
+        require(
+            run.artifact_bytes > len(code()) + fixed,
+            f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} bytes of code and "
+            f"{fixed} of gains and scales leave nothing for weights; raise it or use a smaller model",
+            UserError,
+        )
+
+
+def describe_run(setup: Setup, run_id: str, log: Log) -> None:
+    """Log the source, the settings (for pasting into a shell) and the versions; the lines go to the file alone."""
+    knobs = settings(setup.model, setup.run)
+    log.line(code().decode(), screen=False)
+    for name, value in knobs.items():
+        log.line(f"{name}={shlex.quote(value) if value else ''}", screen=False)
+    log.line(f"{versions()} {platform.platform()}", screen=False)
+    log.event(
+        "run",
+        run_id=run_id,
+        seed=setup.run.seed,
+        code_sha256=hashlib.sha256(code()).hexdigest(),
+        code_bytes=len(code()),
+        versions=versions(),
+        platform=platform.platform(),
+        knobs=knobs,
+    )
+
+
+def describe_setup(setup: Setup, log: Log) -> None:
+    """Log what will be run: devices, data, sizes, limits."""
+    run = setup.run
+    dist = setup.dist
+    docs = setup.validation
+    if dist.device.type == "cuda":
+        describe_kernels(run, dist.device, log)
+    log.event("device", "devices: {world_size} x {device}", world_size=dist.world, device=device_name(dist.device))
+    log.event(
+        "validation",
+        "validation: {documents} documents, {tokens} targets, {bytes} bytes",
+        documents=len(docs),
+        tokens=len(docs.tokens) - 1,
+        bytes=int(docs.target_bytes().sum()),
+    )
+    if setup.stream is None:
         return
-    say(
-        f"training data: {len(plan.stream.paths)} shards, {plan.stream.total} tokens, {run.holdout_tokens} held out; "
-        f"{run.train_batch_tokens} a step, {plan.stream.passes} passes of {plan.stream.micro_batch_rows} rows per rank"
+
+    micro_batch_rows, grad_accum_steps = split_batch(run, dist.world)
+    log.event(
+        "training_data",
+        "training data: {shards} shards, {tokens} tokens, {holdout_tokens} held out; "
+        "{batch_tokens} a step, {grad_accum_steps} passes of {micro_batch_rows} rows per rank",
+        shards=len(setup.stream.paths),
+        tokens=setup.stream.total,
+        holdout_tokens=run.holdout_tokens,
+        batch_tokens=run.train_batch_tokens,
+        grad_accum_steps=grad_accum_steps,
+        micro_batch_rows=micro_batch_rows,
     )
     with torch.device("meta"):
-        sketch = GPT(model)
-    say(
-        f"predicted artifact: about {predicted_bytes(sketch, run):.0f} bytes before its ranges are fitted, "
-        f"{len(code())} bytes of code, limit {run.artifact_bytes}"
+        sketch = GPT(setup.model)
+    log.event(
+        "predicted_size",
+        "predicted artifact: about {artifact_bytes:.0f} bytes before its ranges are fitted, "
+        "{code_bytes} bytes of code, limit {limit_bytes}",
+        artifact_bytes=predicted_bytes(sketch, run),
+        code_bytes=len(code()),
+        limit_bytes=run.artifact_bytes,
     )
-    fixed = sum(
-        2 * p.numel() if param_role(name) == "scalar" else RowQuantiser.fixed_bytes(p.shape)
-        for name, p in sketch.named_parameters()
+    log.event(
+        "limits",
+        "limits: {train_seconds:g} s of training, {eval_seconds:g} s of evaluation (0: none)",
+        train_seconds=run.max_wallclock_seconds,
+        eval_seconds=run.eval_seconds,
     )
-    require(
-        run.artifact_bytes > len(code()) + fixed,
-        f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} of code and "
-        f"{fixed} of gains and scales leave nothing for weights; raise it or use a smaller model",
-        UserError,
-    )
-    say(f"limits: {run.max_wallclock_seconds:g} s of training, {run.eval_seconds:g} s of evaluation (0: none)")
+
+
+def describe_kernels(run: RunConfig, device: torch.device, log: Log) -> None:
+    if not triton:
+        log.event("kernels", "no Triton: all runs in plain torch", triton=None, mlp="cublas")
+    elif run.compile and not has_tma(device):
+        line = "kernels: Triton {triton}, but cuBLAS for the MLP: no TMA"
+        log.event("kernels", line, triton=triton.__version__, mlp="cublas")
+    else:
+        log.event("kernels", "kernels: Triton {triton}", triton=triton.__version__, mlp="triton")
 
 
 def device_name(device: torch.device) -> str:
@@ -2985,228 +3252,271 @@ def load_artifact(path: Path, plan: Setup) -> GPT:
     return restore(GPT(config).to(plan.dist.device), stored, str(path))
 
 
-def score_all_static(model: GPT, plan: Setup, looping: bool = True, docs: Documents | None = None) -> ScoreTable:
-    """The score of the validation set, or of other documents, without adaptation."""
-    tally = ScoreTable(plan.validation if docs is None else docs)
-    score_static(model, tally.docs, range(len(tally.docs)), plan.run, plan.dist, tally, looping)
-    return tally.all_reduced(plan.dist)
+def score_all_static(model: GPT, setup: Setup, looping: bool = True, docs: Documents | None = None) -> ScoreTable:
+    """The scores without adaptation of the validation set, or of other documents; the same table on every rank."""
+    table = ScoreTable(setup.validation if docs is None else docs)
+    score_static(model, table.docs, range(len(table.docs)), setup.run, setup.dist, table, looping)
+    return table.all_reduced(setup.dist)
 
 
-def average_is_better(trainer: Trainer, plan: Setup, docs: Documents, log: Log) -> bool:
-    """Whether the average of the weights or the last of them is read out: what scores better on held-out text."""
-    if not len(docs):
-        return True
-    last = score_all_static(trainer.model, plan, docs=docs).nats.sum()
-    with trainer.average.applied():
-        average = score_all_static(trainer.model, plan, docs=docs).nats.sum()
-    targets = len(docs.tokens) - 1
-    log(f"{len(docs)} held-out documents: average {average / targets:.5f}, last {last / targets:.5f} nats a token")
-    return bool(average <= last)
+def make_trainer(setup: Setup, held_out: Documents) -> Trainer:
+    """A new network, and what trains it."""
+    run = setup.run
+    model = GPT(setup.model)
+    init_weights(model, run.seed)
+    model.to(setup.dist.device)
+    if setup.dist.device.type == "cuda" and run.compile and triton:  # the compiler generates Triton kernels
+        compile_parts(model)
+
+    provenance = {
+        "tokenizer": setup.tokenizer.sha256,
+        "holdout_tokens": run.holdout_tokens,
+        "holdout": hashlib.sha256(held_out.tokens.astype("<u2").tobytes()).hexdigest(),
+    }
+    return Trainer(model, run, setup.dist, provenance)
 
 
-def write_documents(path: Path, tally: ScoreTable, static: ScoreTable) -> None:
-    """What every document scored, in the order of the validation set, for those who compare runs."""
-    out, docs = io.BytesIO(), tally.docs
-    np.savez_compressed(
-        out,
-        nats=tally.nats,
-        static_nats=static.nats,
-        tokens=docs.lengths,
-        bytes=docs.target_bytes(),
-        updates=tally.updates.astype(np.int64),
-        validation=np.array(docs.sha256()),
-    )
-    write_atomically(path, [out.getvalue()])
+def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents) -> float:
+    """Compile and time, before the clock starts, all that training and packing will do; then start from the initial
+    weights, or from the checkpoint RESUME -> seconds to reserve for what follows training."""
+    run = setup.run
+    batch = random_batch(run, setup.model.vocab_size, setup.dist)
+    initial_state = trainer.copy_state()
 
-
-def train_and_pack(plan: Setup, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
-    """Everything from random weights to an artifact on the disk -> what the result says of it."""
-    run, dist, stream = plan.run, plan.dist, plan.stream
-    with watch.phase("set-up"):
-        model = GPT(plan.model)
-        init_weights(model, run.seed)
-        model.to(dist.device)
-        if dist.device.type == "cuda" and run.compile and triton:  # which the compiler needs, too
-            compile_parts(model)
-        held = stream.held_out()
-        origin = {
-            "tokenizer": plan.tokenizer.sha256,
-            "holdout_tokens": run.holdout_tokens,
-            "holdout": hashlib.sha256(held.tokens.astype("<u2").tobytes()).hexdigest(),
-        }
-        trainer = Trainer(model, run, dist, origin)
-
-        def dry_run(batch: list[MicroBatch]) -> float:
-            """Time what follows training, with senseless text and weights, and compile the scoring of validation."""
-            if not run.max_wallclock_seconds:
-                return 0.0
-            calibrate(model, [batch[:1]], dist)  # once more below, when nothing is new to the GPU
-            trial = Stopwatch(dist)
-            with trial.phase("calibrate"):
-                hessians = calibrate(model, [batch], dist)
-            make_artifact(model, hessians, run, dist, trial, origin, Log(None))
-            for phase in ("compile", "choose"):
-                with trial.phase(phase):
-                    score_all_static(model, plan, docs=Documents(np.minimum(held.tokens, BOS + 1), *held[1:]))
-            reserve = trial.total("calibrate") * run.gptq_calibration_batches
-            reserve += 2 * trial.total("choose", "quantise", "pack")
-            return dist.all_reduce_max(1.15 * reserve + 0.5)
-
-        reserve, limit = warm_up(trainer, dry_run), run.max_wallclock_seconds or math.inf
-        require(reserve < limit, f"MAX_WALLCLOCK_SECONDS={limit:g}: quantising and packing take {reserve:.1f} of them")
-        if run.resume:
-            trainer.load(run.resume)
-        dist.finish_kernels()
-        dist.barrier()
-    log(f"set-up took {watch.total('set-up'):.1f} s; {reserve:.1f} s are reserved for quantisation and packing")
-    with watch.phase("train"):
-        history = train(
-            trainer,
-            stream,
-            log,
-            watch,
-            reserve,
-            checkpoint=path.with_suffix(".ckpt"),
-            validate=lambda: score_all_static(model, plan, trainer.looping(trainer.progress)).bits_per_byte,
+    warm_up(trainer, batch)
+    reserve = 0.0
+    if run.max_wallclock_seconds:
+        reserve = dry_run(trainer, batch, setup, held_out)
+        require(
+            reserve < run.max_wallclock_seconds,
+            f"MAX_WALLCLOCK_SECONDS={run.max_wallclock_seconds:g}: "
+            f"quantising and packing take {reserve:.1f} s of them; raise it",
         )
+
+    trainer.load_state(initial_state, step=0)
+    if run.resume:
+        trainer.load_checkpoint(run.resume)
+    return reserve
+
+
+def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_out: Documents) -> float:
+    """Do what follows training, with random tokens and the weights of the warm-up: this compiles the scoring of
+    validation, too -> seconds to reserve."""
+    run = setup.run
+    dist = setup.dist
+    model = trainer.model
+    calibrate(model, [batch[:1]], dist)  # so that nothing is new to the GPU when it is timed below
+
+    watch = Stopwatch(dist)
+    with watch.phase("calibrate"):
+        hessians = calibrate(model, [batch], dist)
+    make_artifact(model, hessians, run, dist, watch, trainer.provenance, Log())
+
+    blank_tokens = np.minimum(held_out.tokens, BOS + 1)  # BOS where it was: documents of the same lengths
+    blank = Documents(blank_tokens, held_out.bytes, held_out.starts)
+    for phase in ("compile", "choose"):
+        with watch.phase(phase):
+            score_all_static(model, setup, docs=blank)
+
+    seconds = watch.total("calibrate") * run.gptq_calibration_batches
+    seconds += 2 * watch.total("choose", "quantise", "pack")  # two tries to fit the bytes; two sets of weights to score
+    return dist.all_reduce_max(1.15 * seconds + 0.5)
+
+
+def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log) -> str:
+    """ "average" or "last": which weights score better on the held-out text; the average if there is none."""
+    if not len(held_out):
+        return "average"
+    targets = len(held_out.tokens) - 1
+    last = score_all_static(trainer.model, setup, docs=held_out).nats.sum() / targets
+    with trainer.average.applied():
+        average = score_all_static(trainer.model, setup, docs=held_out).nats.sum() / targets
+
+    weights_used = "average" if average <= last else "last"
+    log.event(
+        "readout",
+        "{documents} held-out documents: average {average:.5f}, last {last:.5f} nats a token",
+        documents=len(held_out),
+        average=average,
+        last=last,
+        readout=weights_used,
+    )
+    return weights_used
+
+
+def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
+    """From random weights to an artifact on the disk -> what the result says about it."""
+    run = setup.run
+    stream = setup.stream
+
+    with watch.phase("set-up"):
+        held_out = stream.held_out()
+        trainer = make_trainer(setup, held_out)
+        reserve = prepare_training(trainer, setup, held_out)
+        setup.dist.finish_kernels()
+        setup.dist.barrier()
+    line = "set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing"
+    log.event("set_up", line, seconds=watch.total("set-up"), reserve_seconds=reserve)
+
+    def validate() -> float:
+        looping = trainer.looping(trainer.progress)
+        return score_all_static(trainer.model, setup, looping).bits_per_byte
+
+    with watch.phase("train"):
+        history = train(trainer, stream, log, watch, reserve, validate, checkpoint=path.with_suffix(".ckpt"))
     with watch.phase("validate"):
-        last_bpb = score_all_static(model, plan).bits_per_byte
+        last_bpb = score_all_static(trainer.model, setup).bits_per_byte
     with watch.phase("choose"):
-        readout = "average" if average_is_better(trainer, plan, held, log) else "last"
-    with trainer.average.applied() if readout == "average" else contextlib.nullcontext():
+        weights_used = choose_weights(trainer, setup, held_out, log)
+    with trainer.average.applied() if weights_used == "average" else contextlib.nullcontext():
         with watch.phase("validate"):
-            prequant_bpb = score_all_static(model, plan).bits_per_byte
-        log(f"before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}")
-        with watch.phase("calibrate"):
-            batches = (stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
-            hessians = calibrate(model, batches, dist)
-        blob = make_artifact(model, hessians, run, dist, watch, origin, log)
-    with watch.phase("pack"):
-        if dist.main:
-            write_atomically(path, [blob])
-        dist.barrier()
-    tokens, seconds = trainer.step * run.train_batch_tokens, trainer.seconds_before + watch.total(*TRAINING_CLOCK)
+            prequant_bpb = score_all_static(trainer.model, setup).bits_per_byte
+        line = "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}"
+        log.event("before_quantisation", line, prequant_bpb=prequant_bpb, last_bpb=last_bpb)
+        pack_weights(trainer, setup, log, watch, path)
+
+    train_tokens = trainer.step * run.train_batch_tokens
     return {
         "steps": trainer.step,
-        "train_tokens": tokens,
-        "epochs": tokens / stream.total,
+        "train_tokens": train_tokens,
+        "epochs": train_tokens / stream.total,
         "last_bpb": last_bpb,
-        "readout": readout,
+        "readout": weights_used,
         "prequant_bpb": prequant_bpb,
         "history": history,
-        "train_seconds": seconds,
+        "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK),
     }
 
 
-def evaluate(plan: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
-    """Read an artifact from the disk and score it -> what the result says of it."""
-    run, dist, docs = plan.run, plan.dist, plan.validation
+def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, path: Path) -> None:
+    """Quantise the weights that the model holds and write the artifact."""
+    run = setup.run
+    dist = setup.dist
+    with watch.phase("calibrate"):
+        batches = (setup.stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
+        hessians = calibrate(trainer.model, batches, dist)
+    artifact = make_artifact(trainer.model, hessians, run, dist, watch, trainer.provenance, log)
+    with watch.phase("pack"):
+        if dist.main:
+            write_atomically(path, [artifact])
+        dist.barrier()
+
+
+def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
+    """Read an artifact from the disk and score it -> what the result says about it."""
+    run = setup.run
+    docs = setup.validation
+
     with watch.phase("unpack"):
-        model = load_artifact(path, plan)
-        evaluation = Evaluation(model, docs, run, dist, log, lambda: watch.total(*EVALUATION_CLOCK))
+        model = load_artifact(path, setup)
+        evaluation = Evaluation(model, docs, run, setup.dist, log, lambda: watch.total(*EVALUATION_CLOCK))
     with watch.phase("evaluate: warm-up"):
         evaluation.warm_up()
     with watch.phase("evaluate: score"):
-        tally = evaluation.score()
-    bpb, counted_bytes = tally.bits_per_byte, int(docs.target_bytes().sum())
-    kept = manifest_value(Path(run.data_path), "splits", "val", "smaller_bytes")
-    if isinstance(kept, int) and 0 < kept < counted_bytes:
-        strict = bpb * counted_bytes / kept
-        log(f"this tokenizer is lossy: over the {kept} bytes that survive it, val_bpb is {strict:.5f}")
+        table = evaluation.score()
     with watch.phase("score without adaptation"):
-        static = score_all_static(model, plan) if run.ttt_enabled else tally
-    if dist.main:
-        write_documents(LOGS / f"{run_id}.docs.npz", tally, static)
-    adapted = f" ttt_bpb:{bpb:.5f}" if run.ttt_enabled else ""
-    log(f"artifact {path}: static_bpb:{static.bits_per_byte:.5f}{adapted}")
+        static = score_all_static(model, setup) if run.ttt_enabled else table
+
+    if setup.dist.main:
+        write_documents(LOGS / f"{run_id}.docs.npz", table, static)
+    log_scores(setup, log, path, table, static)
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
     return {
-        "val_bpb": bpb,
-        "val_loss": float(tally.nats.sum() / tally.counted.sum()),
+        "val_bpb": table.bits_per_byte,
+        "val_loss": float(table.nats.sum() / table.counted.sum()),
         "static_bpb": static.bits_per_byte,
         "documents": len(docs),
-        "tokens": int(tally.counted.sum()),
-        "bytes": counted_bytes,
+        "tokens": int(table.counted.sum()),
+        "bytes": int(docs.target_bytes().sum()),
         "validation": docs.sha256(),
-        "adaptation_steps": int(tally.updates.sum()),
+        "adaptation_steps": int(table.updates.sum()),
         "doc_independent": int(independent),
         "degraded_documents": evaluation.degraded,
         "eval_seconds": watch.total(*EVALUATION_CLOCK),
     }
 
 
-def report(result: dict[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
-    """The table of phases, the result as a line of key:value, and the same as JSON."""
-    result["phases"] = {name: round(s, 3) for name, s in watch.seconds.items()}
+def write_documents(path: Path, table: ScoreTable, static: ScoreTable) -> None:
+    """The score of every document, in the order of the validation set, for comparing runs."""
+    out = io.BytesIO()
+    np.savez_compressed(
+        out,
+        nats=table.nats,
+        static_nats=static.nats,
+        tokens=table.docs.lengths,
+        bytes=table.docs.target_bytes(),
+        updates=table.updates.astype(np.int64),
+        validation=np.array(table.docs.sha256()),
+    )
+    write_atomically(path, [out.getvalue()])
+
+
+def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: ScoreTable) -> None:
+    """Log the scores with and without adaptation; for a lossy tokenizer also per byte of the text that survives it."""
+    counted_bytes = int(setup.validation.target_bytes().sum())
+    kept = manifest_value(Path(setup.run.data_path), "splits", "val", "smaller_bytes")
+    if isinstance(kept, int) and 0 < kept < counted_bytes:
+        log.event(
+            "lossy",
+            "this tokenizer is lossy: over the {bytes_kept} bytes that survive it, val_bpb is {val_bpb_kept:.5f}",
+            bytes_kept=kept,
+            val_bpb_kept=table.bits_per_byte * counted_bytes / kept,
+        )
+
+    line = "artifact {artifact}: static_bpb:{static_bpb:.5f}"
+    val_bpb = None
+    if setup.run.ttt_enabled:
+        line += " ttt_bpb:{val_bpb:.5f}"
+        val_bpb = table.bits_per_byte
+    log.event("score", line, artifact=str(path), static_bpb=static.bits_per_byte, val_bpb=val_bpb)
+
+
+def describe_artifact(path: Path) -> dict[str, Any]:
+    """What the result says about the file."""
+    data = read_file(path)
+    return {
+        "artifact_bytes": len(data),
+        "code_bytes": len(code()),
+        "total_bytes": len(data) + len(code()),
+        "artifact_sha256": hashlib.sha256(data).hexdigest(),
+    }
+
+
+SHOWN_IN_RESULT_LINE = (
+    "val_bpb static_bpb prequant_bpb artifact_bytes code_bytes total_bytes steps train_tokens train_seconds "
+    "eval_seconds documents tokens bytes doc_independent degraded_documents seed"
+).split()
+
+
+def report(result: Mapping[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
+    """Log the seconds of every phase and the result, and write the result as JSON."""
     for name, seconds in watch.seconds.items():
-        clock = "training" if name in TRAINING_CLOCK else "evaluation" if name in EVALUATION_CLOCK else "-"
-        log(f"phase {name:26} {seconds:9.2f} s   clock: {clock}")
-    keys = (
-        "val_bpb static_bpb prequant_bpb artifact_bytes code_bytes total_bytes steps train_tokens train_seconds "
-        "eval_seconds documents tokens bytes doc_independent degraded_documents seed"
-    ).split()
-    shown = {key: result[key] for key in keys if key in result}
-    log("result " + " ".join(f"{k}:{v:.6f}" if isinstance(v, float) else f"{k}:{v}" for k, v in shown.items()))
+        clock = "-"
+        if name in TRAINING_CLOCK:
+            clock = "training"
+        elif name in EVALUATION_CLOCK:
+            clock = "evaluation"
+        line = "phase {name:26} {seconds:9.2f} s   clock: {clock}"
+        log.event("phase", line, name=name, seconds=seconds, clock=clock)
+
+    line = "result"
+    for key in SHOWN_IN_RESULT_LINE:
+        if isinstance(result.get(key), float):
+            line += f" {key}:{{{key}:.6f}}"
+        elif key in result:
+            line += f" {key}:{{{key}}}"
+    log.event("result", line, **result)
     write_atomically(path, [json.dumps(result, indent=1).encode()])
 
 
-def make_setup(model: ModelConfig, run: RunConfig, dist: Dist) -> Setup:
-    """Open and check all that the run will read."""
-    if run.artifact:  # its own configuration counts, whatever the environment says of the model
-        header, _ = read_header(read_file(run.artifact), run.artifact)
-        model = stored_config(header["meta"], run.artifact)
-    tokenizer = load_tokenizer(run, model.vocab_size)
-    validation = load_validation(run.data_path, model.vocab_size, tokenizer)
-    stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
-    return Setup(model, run, dist, tokenizer, validation, stream)
-
-
 def prepare_torch(run: RunConfig, device: torch.device) -> None:
-    """A budget in steps repeats exactly, so it gets deterministic kernels; a budget in time gets the fastest."""
+    """A budget in steps must repeat exactly, so it gets deterministic kernels; a budget in time gets the fastest."""
     torch.manual_seed(run.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     if run.iterations and not run.max_wallclock_seconds:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
-def run_all(only_check: bool) -> None:
-    model, run = read_env()
-    dist = Dist.from_env(run.device)
-    prepare_torch(run, dist.device)
-    watch, started = Stopwatch(dist), time.localtime(*dist.broadcast(time.time()))
-    run_id = run.run_id or time.strftime("%Y%m%d_%H%M%S", started)
-    with watch.phase("load"):
-        plan = make_setup(model, run, dist)
-        lines: list[str] = []
-        check_setup(plan, lines.append)
-    log = Log(LOGS / f"{run_id}.txt" if dist.main and not only_check else None, screen=dist.main)
-    knobs = settings(plan.model, run)  # what was refused above has left the files of a run of that name alone
-    pasteable = (f"{name}={shlex.quote(value) if value else ''}" for name, value in knobs.items())
-    log("\n".join([code().decode(), *pasteable, f"{versions()} {platform.platform()}"]), screen=False)
-    log("\n".join(lines))
-    if only_check:
-        return dist.close()
-    result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest(), "knobs": knobs}
-    artifact = Path(run.artifact) if run.artifact else LOGS / f"{run_id}.ptz"
-    if not run.artifact:
-        result |= train_and_pack(plan, log, watch, artifact)
-    result |= evaluate(plan, log, watch, artifact, run_id)
-    size = artifact.stat().st_size
-    result |= {
-        "artifact_bytes": size,
-        "code_bytes": len(code()),
-        "total_bytes": size + len(code()),
-        "artifact_sha256": hashlib.sha256(read_file(artifact)).hexdigest(),
-        "versions": versions(),
-        "artifact_parts": part_bytes(artifact),
-        "world_size": dist.world,
-        "device": device_name(dist.device),
-    }
-    if dist.main:
-        report(result, watch, log, LOGS / f"{run_id}.json")
-    dist.close()
 
 
 def part_bytes(path: Path) -> dict[str, int]:
@@ -3736,39 +4046,89 @@ class CUDAGraphs:
 
 
 # ======================================================================================================================
-# main
+# Main: the run in one page, signals and exit status.
+
+
+def run_experiment(check_only: bool) -> None:
+    """Read the settings and check them; train, quantise and pack; read the artifact back, score it and report."""
+    model_config, run = read_env()
+    dist = Dist.from_env(run.device)
+    prepare_torch(run, dist.device)
+    watch = Stopwatch(dist)
+    run_id = choose_run_id(run, dist)
+
+    with watch.phase("load"):
+        setup = make_setup(model_config, run, dist)
+        check_setup(setup)  # before the log is opened: a refused run leaves the files of its name alone
+    log = open_log(run_id, dist, write_files=not check_only)
+    describe_run(setup, run_id, log)
+    describe_setup(setup, log)
+    if check_only:
+        dist.close()
+        return
+
+    result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
+    result["knobs"] = settings(setup.model, run)
+    if run.artifact:
+        artifact = Path(run.artifact)
+    else:
+        artifact = LOGS / f"{run_id}.ptz"
+        result |= train_and_pack(setup, log, watch, artifact)
+    result |= evaluate(setup, log, watch, artifact, run_id)
+    result |= describe_artifact(artifact)
+    result |= {"versions": versions(), "artifact_parts": part_bytes(artifact)}
+    result |= {"world_size": dist.world, "device": device_name(dist.device)}
+    result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
+    if dist.main:
+        report(result, watch, log, LOGS / f"{run_id}.json")
+    dist.close()
+
+
+def choose_run_id(run: RunConfig, dist: Dist) -> str:
+    """RUN_ID, or rank 0's time of day: ranks whose clocks differ must name the same files."""
+    (now,) = dist.broadcast(time.time())
+    return run.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(now))
+
+
+def open_log(run_id: str, dist: Dist, write_files: bool) -> Log:
+    if not dist.main:
+        return Log()
+    return Log(LOGS / f"{run_id}.txt" if write_files else None, screen=print_now)
 
 
 def install_signal_handlers(grace_s: float = 3.0) -> None:
-    """Ctrl-C and SIGTERM raise KeyboardInterrupt; a thread ends a rank that waits in a collective and never sees it."""
+    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt. A rank that waits in a collective never runs Python's handler,
+    so after `grace_s` a thread ends the process, whatever it is doing."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
-    def watch() -> None:
-        while os.read(reader, 1)[0] not in (signal.SIGINT, signal.SIGTERM):
-            pass
+    def end_after_grace() -> None:
+        number = 0
+        while number not in (signal.SIGINT, signal.SIGTERM):
+            number = os.read(reader, 1)[0]  # the C handler writes the signal's number, even while Python is blocked
         time.sleep(grace_s)
         for partial in LOGS.rglob(f".*.{os.getpid()}.partial"):
             partial.unlink(missing_ok=True)
         os._exit(INTERRUPTED)
 
-    threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=end_after_grace, daemon=True).start()
 
 
 def main(arguments: Sequence[str]) -> int:
-    """-> exit status: 0, 2 for what a user can mend, 130 when interrupted."""
+    """-> exit status: 0; 2 for what a user can fix; 130 when interrupted."""
     if arguments in (["--help"], ["-h"]):
         print(describe_knobs())
         return 0
     if arguments not in ([], ["--check-setup"]):
         print(f"unknown argument {arguments[0]!r}; settings are environment variables, see --help", file=sys.stderr)
         return 2
+
     install_signal_handlers()
     try:
-        run_all(only_check=bool(arguments))
+        run_experiment(check_only=arguments == ["--check-setup"])
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2

@@ -1,8 +1,9 @@
 """Every test starts from the same random state and uses one thread, whatever the machine has: ./run.sh runs as many
 tests at a time as there are cores.
 
-For every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`, `write_shard(path, tokens)`,
-`tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that) and `run_script` (as a user does).
+Fixtures for every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`,
+`write_shard(path, tokens)`, `tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that) and
+`run_script` (starts it as a user does). To import, where a fixture does not reach: TINY_MODEL, TINY_RUN, read_events.
 """
 
 import os
@@ -53,54 +54,68 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+TINY_MODEL = train_gpt.ModelConfig(
+    vocab_size=TINY_VOCAB,
+    num_layers=4,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_mult=2,
+    rope_dims=4,
+    xsa_last_n=2,
+    attn_gate_width=4,
+    smear_width=4,
+    unet_skips=2,
+    parallel_start_layer=3,
+    num_loops=1,
+    loop_start=1,
+    loop_end=2,
+)
+TINY_RUN = dict(
+    run_id="tiny",
+    device="cpu",
+    iterations=3,
+    max_wallclock_seconds=0.0,
+    eval_seconds=0.0,
+    warmup_steps=1,
+    train_batch_tokens=256,
+    train_row_tokens=64,
+    micro_batch_tokens=128,
+    train_seq_len=32,
+    holdout_tokens=0,
+    train_log_every=1,
+    gptq_calibration_batches=1,
+    eval_seq_len=32,
+    eval_stride=8,
+    ttt_chunk_tokens=8,
+    ttt_batch_docs=4,
+    ttt_lora_rank=2,
+)
+
+
 @pytest.fixture
 def tiny_config() -> train_gpt.ModelConfig:
-    """A network with every mechanism in it: 64 pieces, width 32, 4 layers, heads 4/2, a loop, lanes, skips, gates."""
-    return train_gpt.ModelConfig(
-        vocab_size=TINY_VOCAB,
-        num_layers=4,
-        model_dim=32,
-        num_heads=4,
-        num_kv_heads=2,
-        mlp_mult=2,
-        rope_dims=4,
-        xsa_last_n=2,
-        attn_gate_width=4,
-        smear_width=4,
-        unet_skips=2,
-        parallel_start_layer=3,
-        num_loops=1,
-        loop_start=1,
-        loop_end=2,
-    )
+    """A network with every mechanism in it: 64 pieces, width 32, 4 layers, heads 4/2, a loop, parallel streams, skips
+    and gates."""
+    return TINY_MODEL
 
 
 @pytest.fixture
 def tiny_run(tmp_path) -> Callable[..., train_gpt.RunConfig]:
     """tiny_run(**overrides): three steps of 256 tokens in rows of 64 on the CPU, contexts of 32, chunks of 8, data in
     tmp_path / "data", where `tiny_data` puts it."""
-    tiny = dict(
-        run_id="tiny",
-        device="cpu",
-        data_path=str(tmp_path / "data"),
-        iterations=3,
-        max_wallclock_seconds=0.0,
-        eval_seconds=0.0,
-        warmup_steps=1,
-        train_batch_tokens=256,
-        train_row_tokens=64,
-        micro_batch_tokens=128,
-        train_seq_len=32,
-        holdout_tokens=0,
-        train_log_every=1,
-        gptq_calibration_batches=1,
-        eval_seq_len=32,
-        eval_stride=8,
-        ttt_chunk_tokens=8,
-        ttt_batch_docs=4,
-        ttt_lora_rank=2,
-    )
-    return lambda **overrides: train_gpt.RunConfig(**(tiny | overrides))
+    return lambda **overrides: train_gpt.RunConfig(**(TINY_RUN | {"data_path": str(tmp_path / "data")} | overrides))
+
+
+def read_events(path: Path) -> list[dict]:
+    """The events of a run; every line must be whole, and JSON in the strict sense."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{path}: {constant} is no JSON")
+
+    text = path.read_text(encoding="utf-8")
+    assert text == "" or text.endswith("\n"), f"{path}: the last line is not whole"
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,51 +16,30 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sentencepiece
+from conftest import TINY_MODEL, TINY_RUN, read_events, shard_bytes
 
 import train_gpt as g
 
 SCRIPT = Path(g.__file__)
 ALONE = [sys.executable, str(SCRIPT)]
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
-SMALL = dict(
-    DEVICE="cpu",
+SMALL = {name.upper(): value for name, value in (vars(TINY_MODEL) | TINY_RUN).items()} | dict(
+    RUN_ID=None,
     NUM_LAYERS=2,
-    MODEL_DIM=32,
-    NUM_HEADS=2,
-    NUM_KV_HEADS=1,
-    MLP_MULT=2,
-    ROPE_DIMS=4,
-    ATTN_GATE_WIDTH=8,
-    SMEAR_WIDTH=8,
-    UNET_SKIPS=1,
     PARALLEL_START_LAYER=1,
-    NUM_LOOPS=1,
+    UNET_SKIPS=1,
     LOOP_START=0,
     LOOP_END=0,
     ITERATIONS=12,
-    MAX_WALLCLOCK_SECONDS=0,
-    TRAIN_BATCH_TOKENS=256,
-    TRAIN_ROW_TOKENS=64,
-    MICRO_BATCH_TOKENS=128,
-    TRAIN_SEQ_LEN=32,
     HOLDOUT_TOKENS=600,
     TRAIN_LOG_EVERY=2,
-    EVAL_SEQ_LEN=32,
-    EVAL_STRIDE=8,
-    EVAL_SECONDS=0,
-    TTT_CHUNK_TOKENS=8,
+    DATA_PATH="my data",
     TTT_LR=0.01,
-    TTT_LORA_RANK=2,
     TTT_LORA_ALPHA=4,
+    TTT_BATCH_DOCS=None,
 )
 MACHINE = {name: os.environ[name] for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
 MACHINE |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def write_shard(path: Path, tokens: list[int]) -> None:
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    path.write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes())
 
 
 def write_data(folder: Path) -> None:
@@ -85,7 +65,8 @@ def write_data(folder: Path) -> None:
     (folder / "small.model").write_bytes(blob.getvalue())
     (folder / "manifest.json").write_text(json.dumps({"tokenizer": {"path": "small.model"}}))
     for name, part in {"train_000000": texts[:80], "train_000001": texts[80:140], "val_000000": texts[140:]}.items():
-        write_shard(folder / f"fineweb_{name}.bin", [t for text in part for t in (g.BOS, *processor.encode(text))])
+        tokens = [token for text in part for token in (g.BOS, *processor.encode(text))]
+        (folder / f"fineweb_{name}.bin").write_bytes(shard_bytes(tokens))
     (folder / "val.txt").write_text("\n".join(texts[140:]))
 
 
@@ -97,7 +78,7 @@ class Folder:
         write_data(path / "my data")
 
     def environment(self, **knobs) -> dict[str, str]:
-        settings = SMALL | dict(VOCAB_SIZE=64, DATA_PATH="my data") | knobs
+        settings = SMALL | knobs
         return MACHINE | {name: str(value) for name, value in settings.items() if value is not None}
 
     def run(self, *arguments: str, command=ALONE, **knobs) -> subprocess.CompletedProcess:
@@ -123,7 +104,9 @@ def first(tmp_path_factory) -> SimpleNamespace:
     done = folder.run(RUN_ID="first")
     assert done.returncode == 0, done.stderr[-2000:]
     result = json.loads((folder.path / "logs" / "first.json").read_text())
-    return SimpleNamespace(folder=folder, stdout=done.stdout, result=result, log=folder.path / "logs" / "first.txt")
+    events = read_events(folder.path / "logs" / "first.events.jsonl")
+    log = folder.path / "logs" / "first.txt"
+    return SimpleNamespace(folder=folder, stdout=done.stdout, result=result, log=log, events=events)
 
 
 # ---- a complete run ---------------------------------------------------------
@@ -137,6 +120,48 @@ def test_the_last_line_is_the_result_and_the_json_says_the_same(first):
         assert float(shown[key]) == pytest.approx(first.result[key], abs=1e-6)
     for key, value in shown.items():
         assert float(value) == pytest.approx(first.result[key], abs=1e-6), key
+
+
+EVENTS = {  # of a run on a CPU in which nothing special happens, in order: their fields
+    "run": {"run_id", "seed", "code_sha256", "code_bytes", "versions", "platform", "knobs"},
+    "device": {"world_size", "device"},
+    "validation": {"documents", "tokens", "bytes"},
+    "training_data": {"shards", "tokens", "holdout_tokens", "batch_tokens", "grad_accum_steps", "micro_batch_rows"},
+    "predicted_size": {"artifact_bytes", "code_bytes", "limit_bytes"},
+    "limits": {"train_seconds", "eval_seconds"},
+    "set_up": {"seconds", "reserve_seconds"},
+    "step": {"step", "loss", "progress", "loop", "tokens_per_s", "epoch", "train_s", "eta_s"},
+    "readout": {"documents", "average", "last", "readout"},
+    "before_quantisation": {"prequant_bpb", "last_bpb"},
+    "pack": {"attempt", "clip_scale", "artifact_bytes", "entropy_bytes"},
+    "score": {"artifact", "static_bpb", "val_bpb"},
+    "phase": {"name", "seconds", "clock"},
+}
+
+
+def test_the_events_are_those_of_the_contract_in_their_order(first):
+    names = [event["event"] for event in first.events]
+    assert list(dict.fromkeys(names)) == [*EVENTS, "result"]
+    for event in first.events[:-1]:
+        assert event.keys() == {"event"} | EVENTS[event["event"]]
+    assert first.events[-1] == {"event": "result"} | first.result
+    assert first.events[0]["knobs"] == first.result["knobs"]
+    assert first.events[0]["code_bytes"] == first.result["code_bytes"] == SCRIPT.stat().st_size
+    assert [e["step"] for e in first.events if e["event"] == "step"] == [2, 4, 6, 8, 10, 12]
+
+
+def test_the_figures_of_a_line_are_those_of_its_event(first):
+    lines = first.stdout.splitlines()
+    assert len(lines) == len(first.events) - 1  # the first event, of source and settings, has none on the screen
+    for line, event in zip(lines, first.events[1:], strict=True):
+        if event["event"] in ("device", "score"):  # which name a device and a file
+            continue
+        values = [value for value in event.values() if isinstance(value, int | float)]
+        for figure in re.findall(r"\d+(?:\.\d+)?", line.removesuffix("(0: none)")):
+            half_a_digit = 0.51 * 10.0 ** -len(figure.partition(".")[2])
+            assert any(abs(float(figure) - value) <= half_a_digit for value in values), (line, event)
+    (score,) = [event for event in first.events if event["event"] == "score"]
+    assert f"artifact {score['artifact']}: static_bpb:{score['static_bpb']:.5f} ttt_bpb:{score['val_bpb']:.5f}" in lines
 
 
 def test_the_result_adds_up(first):
@@ -153,6 +178,7 @@ def test_the_result_adds_up(first):
     assert {"train", "calibrate", "quantise", "pack", "unpack", "evaluate: score"} <= set(result["phases"])
     assert sorted(p.name for p in first.log.parent.iterdir()) == [
         "first.docs.npz",
+        "first.events.jsonl",
         "first.json",
         "first.ptz",
         "first.txt",
@@ -180,7 +206,7 @@ def test_an_artifact_is_scored_alone_without_training_data(first, tmp_path):
     for path in (tmp_path / "my data").glob("fineweb_train_*"):
         path.unlink()
     of_the_model = {name: None for name in SMALL if name.lower() in {f.name for f in g.fields(g.ModelConfig)}}
-    alone = folder.result(RUN_ID="alone", ARTIFACT=first.folder.artifact(), VOCAB_SIZE=None, **of_the_model)
+    alone = folder.result(RUN_ID="alone", ARTIFACT=first.folder.artifact(), **of_the_model)
     for key in ("val_bpb", "static_bpb", "val_loss", "bytes", "tokens", "artifact_bytes", "adaptation_steps"):
         assert alone[key] == first.result[key], key
     assert "steps" not in alone and not (tmp_path / "logs" / "alone.ptz").exists()
@@ -195,25 +221,29 @@ def test_a_time_that_packing_alone_takes_is_refused_before_training(tmp_path):
 def test_ranks_whose_clocks_differ_name_their_files_alike(tmp_path, monkeypatch):
     """Without RUN_ID, a rank that named the artifact by its own clock would not find the one that was written."""
     named = []
-    monkeypatch.setattr(g.Dist, "agree", lambda self, *values: [0.0])  # rank 0's time
-    monkeypatch.setattr(g, "train_and_pack", lambda plan, log, watch, path: named.append(path) or {})
+    monkeypatch.setattr(g.Dist, "broadcast", lambda self, *values: [0.0])  # rank 0's time
+    monkeypatch.setattr(g, "train_and_pack", lambda setup, log, watch, path: named.append(path) or {})
     monkeypatch.setattr(g, "evaluate", lambda *given: g.require(False, "far enough"))
     monkeypatch.chdir(tmp_path)
     for name, value in Folder(tmp_path).environment().items():
         monkeypatch.setenv(name, value)
     with pytest.raises(g.UserError, match="far enough"):
-        g.run_all(only_check=False)
-    (log,), (artifact,) = (tmp_path / "logs").iterdir(), named
-    assert log.stem == artifact.stem == time.strftime("%Y%m%d_%H%M%S", time.localtime(0))
+        g.run_experiment(check_only=False)
+    start = time.strftime("%Y%m%d_%H%M%S", time.localtime(0))
+    assert [path.name for path in named] == [f"{start}.ptz"]
+    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [f"{start}.events.jsonl", f"{start}.txt"]
 
 
 def test_a_run_that_is_refused_leaves_the_files_of_its_name_alone(tmp_path):
-    folder, log = Folder(tmp_path), tmp_path / "logs" / "kept.txt"
-    log.parent.mkdir()
-    log.write_text("of a run that took ten minutes")
+    folder, logs = Folder(tmp_path), tmp_path / "logs"
+    kept = {"kept.txt": "of a run that took ten minutes", "kept.events.jsonl": '{"event": "run"}\n'}
+    logs.mkdir()
+    for name, text in kept.items():
+        (logs / name).write_text(text)
     for wrong in ({"DATA_PATH": "absent"}, {"ARTIFACT_BYTES": 1000}):
         assert folder.run(RUN_ID="kept", **wrong).returncode == 2
-        assert log.read_text() == "of a run that took ten minutes"
+        assert folder.run(RUN_ID="new", **wrong).returncode == 2
+        assert {path.name: path.read_text() for path in logs.iterdir()} == kept
 
 
 @pytest.mark.slow
@@ -379,7 +409,9 @@ def test_ctrl_c_ends_everything_soon_and_leaves_no_half_written_file(tmp_path, c
         with pytest.raises(ProcessLookupError):  # no rank is left behind
             os.killpg(process.pid, 0)
     assert list(tmp_path.rglob("*.partial")) == []
-    assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["cut.ckpt", "cut.txt"]
+    assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["cut.ckpt", "cut.events.jsonl", "cut.txt"]
+    steps = [event for event in read_events(tmp_path / "logs" / "cut.events.jsonl") if event["event"] == "step"]
+    assert [event["step"] for event in steps[:3]] == [2, 4, 6][: len(steps)] and len(steps) >= 2
 
 
 @pytest.mark.slow

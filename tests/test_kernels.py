@@ -191,18 +191,21 @@ def test_what_the_kernels_cannot_do_is_said_at_the_start(
     tiny_data, tiny_config, tiny_run, monkeypatch, capability, head_dim, triton, said
 ):
     config = dataclasses.replace(tiny_config, model_dim=head_dim * tiny_config.num_heads)
-    plan = g.make_setup(config, tiny_run(), g.Dist())._replace(dist=g.Dist(device="cuda"), stream=None)
+    setup = g.make_setup(config, tiny_run(), g.Dist())._replace(dist=g.Dist(device="cuda"), stream=None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     monkeypatch.setattr(g, "triton", g.triton if triton else None)
     lines: list[str] = []
     if "=" in said:
         with pytest.raises(g.UserError, match=said):
-            g.check_setup(plan, lines.append)
+            g.check_setup(setup)
     else:
-        g.check_setup(plan, lines.append)
+        g.check_setup(setup)
+        g.describe_setup(setup, g.Log(screen=lines.append))
         assert said in lines[0] and len(lines) == 3 and ("TMA" in lines[0]) == (triton and capability < (9, 0))
-        g.check_setup(plan._replace(run=dataclasses.replace(plan.run, compile=0)), (uncompiled := []).append)
+        uncompiled: list[str] = []
+        eager = setup._replace(run=dataclasses.replace(setup.run, compile=0))
+        g.describe_setup(eager, g.Log(screen=uncompiled.append))
         assert "TMA" not in uncompiled[0]
 
 

@@ -219,7 +219,8 @@ def artifact(model: g.GPT, **overrides) -> tuple[bytes, list[str]]:
     """-> (the packed model, the lines that were logged)"""
     lines: list[str] = []
     run, dist = g.RunConfig(**overrides), g.Dist()
-    return g.make_artifact(model, hessians_of(model), run, dist, g.Stopwatch(dist), ORIGIN, lines.append), lines
+    log = g.Log(screen=lines.append)
+    return g.make_artifact(model, hessians_of(model), run, dist, g.Stopwatch(dist), ORIGIN, log), lines
 
 
 @pytest.mark.parametrize("part", [1.1, 0.9, 0.7])

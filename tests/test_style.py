@@ -2,17 +2,21 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 import train_gpt
 
 SOURCE = Path(train_gpt.__file__).read_text(encoding="utf-8")
 TREE = ast.parse(SOURCE)
+MODULES = {name for name, value in vars(train_gpt).items() if isinstance(value, ModuleType)}
 KNOBS = {f.name for kind in train_gpt.CONFIGS for f in fields(kind)}
-LONGEST_FUNCTION = 80  # lines; 60 once the warm-up is linear
+SHARED = KNOBS & {"device", "vocab_size"}  # tensors have the one, TrainingStream has the other
+LONGEST_FUNCTION = 60  # lines
 
 
 def found(kind: type[ast.AST], within: ast.AST = TREE) -> list:
@@ -32,17 +36,53 @@ def test_every_function_can_be_seen_whole():
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION} == {}
 
 
+def test_the_docstring_lists_the_rooms_in_order():
+    titles = re.findall(r"^# ={118}\n# (.*)$", SOURCE, re.M)
+    table = train_gpt.__doc__.partition("The rooms of this file")[2].partition("Shapes:")[0]
+    rooms = re.findall(r"^    (\S.*?)  ", table, re.M)
+    assert len(rooms) == len(titles)
+    assert [title for room, title in zip(rooms, titles, strict=True) if not title.startswith(room)] == []
+
+
 def test_every_knob_is_read_somewhere():
-    """By an attribute of a config, elsewhere than where the config checks itself."""
-    checks = {id(node) for f in functions_named("__post_init__") for node in ast.walk(f)}
-    own = {id(node) for c in found(ast.ClassDef) if c.name in ("ModelConfig", "RunConfig") for node in ast.walk(c)}
+    """As an attribute of whatever the config is called there. Checks of the config by itself do not count, its
+    properties do. Nor do attributes of modules and of `self` (torch.compile, self.device), nor calls (p.compile())."""
+    configs = [c for c in found(ast.ClassDef) if c.name in {kind.__name__ for kind in train_gpt.CONFIGS}]
+    methods = [f for c in configs for f in found(ast.FunctionDef, c)]
+    properties = [f for f in methods if "property" in {vars(d).get("id") for d in f.decorator_list}]
+    checks = {id(node) for f in methods if f not in properties for node in ast.walk(f)}
+    in_properties = {id(node) for f in properties for node in ast.walk(f)}
+    called = {id(call.func) for call in found(ast.Call)}
+
     read = set()
     for node in found(ast.Attribute):
-        holder = node.value.attr if isinstance(node.value, ast.Attribute) else vars(node.value).get("id")
-        is_config = holder in ("run", "c", "config", "model") or (holder == "self" and id(node) in own)
-        if is_config and isinstance(node.ctx, ast.Load) and id(node) not in checks:
+        owner = vars(node.value).get("id")
+        of_another = owner in MODULES or (owner == "self" and id(node) not in in_properties) or id(node) in called
+        if isinstance(node.ctx, ast.Load) and not of_another and id(node) not in checks:
             read.add(node.attr)
-    assert KNOBS - read == set()
+    assert KNOBS - SHARED - read == set()
+
+
+def test_knobs_whose_names_other_objects_have_too_are_read(tiny_data, tiny_config, tiny_run, monkeypatch, tmp_path):
+    """There the source does not tell; so the configs note what is read of them."""
+    read = set()
+
+    def noting(config):
+        def get(self, name):
+            read.add(name)
+            return object.__getattribute__(self, name)
+
+        kind = type(config)
+        noted = object.__new__(type(kind.__name__, (kind,), {"__getattribute__": get}))
+        object.__setattr__(noted, "__dict__", dict(vars(config)))
+        return noted
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "read_env", lambda: (noting(tiny_config), noting(tiny_run())))
+    monkeypatch.setattr(train_gpt, "settings", lambda *configs: {})  # it reads them all
+    monkeypatch.setattr(train_gpt, "prepare_torch", lambda run, device: None)  # it would change torch for other tests
+    train_gpt.run_experiment(check_only=True)
+    assert SHARED - read == set() and len(read) < len(KNOBS)
 
 
 def test_a_knob_is_declared_once():

@@ -110,7 +110,8 @@ class Recorder(g.ScoreTable):
 def evaluation(docs: g.Documents, dist=None, model=None, seconds=lambda: 0.0, **knobs) -> g.Evaluation:
     """An evaluation that records; what it says goes into `said`."""
     said = []
-    made = g.Evaluation(model or random_model(), docs, run_config(**knobs), dist or g.Dist(), said.append, seconds)
+    log = g.Log(screen=said.append)
+    made = g.Evaluation(model or random_model(), docs, run_config(**knobs), dist or g.Dist(), log, seconds)
     made.table, made.said = Recorder(docs), said
     return made
 

@@ -230,9 +230,19 @@ def race(run: g.RunConfig, c: g.ModelConfig, dist: g.Dist) -> None:
     g.require(run.max_wallclock_seconds > 0, "the two learn for MAX_WALLCLOCK_SECONDS: set it")
     for name in two_paths(run, dist):
         trainer, stream, watch = new_trainer(run, c, dist), g.TrainingStream(run, c.vocab_size, dist), g.Stopwatch(dist)
-        g.warm_up(trainer, lambda batch: 0.0)
+        initial_state = trainer.copy_state()
+        g.warm_up(trainer, g.random_batch(run, c.vocab_size, dist))
+        trainer.load_state(initial_state, step=0)
         with watch.phase("train"):
-            g.train(trainer, stream, g.Log(None, dist.main), watch, 0.0, lambda: float("nan"), Path("unused"))
+            g.train(
+                trainer,
+                stream,
+                g.Log(screen=g.print_now if dist.main else None),
+                watch,
+                0.0,
+                lambda: float("nan"),
+                Path("unused"),
+            )
         held, found = stream.held_out(), {}
         for readout, weights in (("last", contextlib.nullcontext()), ("average", trainer.average.applied())):
             with weights:

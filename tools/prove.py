@@ -245,7 +245,7 @@ def hear(
                 return self  # the audit counts for itself
 
         try:
-            evaluation = train_gpt.Evaluation(model, docs, run, dist, lambda line: None, lambda: 0.0)
+            evaluation = train_gpt.Evaluation(model, docs, run, dist, train_gpt.Log(), lambda: 0.0)
             evaluation.table = Table(docs)
             evaluation.score()
         except ScorerError:

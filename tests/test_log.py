@@ -1,0 +1,82 @@
+"""The log of a run: lines for people, events for programs, from the same values."""
+
+import json
+import math
+
+import pytest
+from conftest import read_events
+
+from train_gpt import Log
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "logs" / "run.1.txt"
+
+
+@pytest.fixture
+def events_path(path):
+    return path.with_name("run.1.events.jsonl")
+
+
+def test_a_line_is_the_template_filled_with_the_values_of_the_event(path, events_path):
+    shown = []
+    log = Log(path, screen=shown.append)
+    log.event("step", "step:{step} loss:{loss:.4f}", step=3, loss=1.23456789, progress=0.1)
+    assert shown == ["step:3 loss:1.2346"] and path.read_text() == "step:3 loss:1.2346\n"
+    assert read_events(events_path) == [{"event": "step", "step": 3, "loss": 1.23456789, "progress": 0.1}]
+    assert events_path.read_text().startswith('{"event": ')
+
+
+def test_an_event_without_a_template_has_no_line_and_a_line_is_no_event(path, events_path):
+    shown = []
+    log = Log(path, screen=shown.append)
+    log.event("run", source="{not a template}", seed=1)
+    log.line("a line with {braces}")
+    log.line("for the file alone", screen=False)
+    assert shown == ["a line with {braces}"]
+    assert path.read_text() == "a line with {braces}\nfor the file alone\n"
+    assert [event["event"] for event in read_events(events_path)] == ["run"]
+
+
+def test_an_event_may_have_a_field_of_any_name(path):
+    Log(path).event("phase", "{template} {self} {name}", template=2, self=3, name=4)
+    assert path.read_text() == "2 3 4\n"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_becomes_null(path, events_path, value):
+    Log(path).event("step", "loss:{loss:.4f}", loss=value)
+    assert path.read_text() == f"loss:{value:.4f}\n" and read_events(events_path) == [{"event": "step", "loss": None}]
+
+
+def test_a_value_that_is_no_json_leaves_no_half_line(path, events_path):
+    log = Log(path)
+    log.event("step", step=1)
+    for wrong in (object(), [math.nan]):
+        with pytest.raises((TypeError, ValueError)):
+            log.event("step", step=wrong)
+    assert read_events(events_path) == [{"event": "step", "step": 1}]
+
+
+def test_every_event_is_on_the_disk_at_once_and_whole(path, events_path):
+    """However long it is: a run that is killed leaves whole lines."""
+    log = Log(path)
+    for n in range(3):
+        log.event("result", "n:{n}", n=n, history=[[i, i / 7, "é"] for i in range(10_000)])
+        events = [json.loads(line) for line in events_path.read_text().splitlines()]
+        assert [event["n"] for event in events] == list(range(n + 1)) and len(events[-1]["history"]) == 10_000
+        assert path.read_text().splitlines()[-1] == f"n:{n}"
+
+
+def test_a_log_without_a_file_writes_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Log().event("step", "step:{step}", step=1)
+    Log().line("said")
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
+
+
+def test_a_second_run_of_a_name_begins_both_files_anew(path, events_path):
+    Log(path).event("step", "{step}", step=1)
+    Log(path).event("step", "{step}", step=2)
+    assert path.read_text() == "2\n" and read_events(events_path) == [{"event": "step", "step": 2}]
