@@ -59,10 +59,10 @@ GOOD = (20240520, 1, 3)
         (with_header((20240521, 1, 3), bytes(6)), ("not a shard", "20240521", "20240520")),
         (with_header((20240520, 2, 3), bytes(6)), ("not a shard", "version", "2")),
         (np.array(GOOD, ">i4").tobytes() + bytes(1012 + 6), ("not a shard",)),
-        (with_header(GOOD, bytes(4)), ("3 tokens", "holds 2", "truncated")),
+        (with_header(GOOD, bytes(4)), ("3 tokens", "hold 2", "truncated")),
         (with_header(GOOD, bytes(5)), ("3 tokens", "2.5", "truncated")),
         (with_header(GOOD, bytes(7)), ("3 tokens", "3.5")),
-        (with_header(GOOD, bytes(8)), ("3 tokens", "holds 4")),
+        (with_header(GOOD, bytes(8)), ("3 tokens", "hold 4")),
         (with_header((20240520, 1, -1), b""), ("-1 tokens",)),
         (with_header((20240520, 1, 2**31 - 1), bytes(6)), ("2147483647 tokens",)),
         (with_header(GOOD, b"")[:1023], ("1023 bytes", "header")),
@@ -375,7 +375,7 @@ def test_a_batch_is_a_function_of_its_number(tiny_data, tiny_run):
 def test_the_next_batch_is_fetched_ahead(tiny_data, tiny_run):
     stream = TrainingStream(tiny_run(), VOCAB, Dist())
     stream.batch(4)
-    ((number, fetched),) = stream.ahead.items()
+    ((number, fetched),) = stream.loading.items()
     assert number == 5 and isinstance(fetched, Future)
     assert fetched.result() is stream.batch(5)
 
