@@ -149,7 +149,7 @@ def test_caseops_shards_arrive_with_their_sidecar(contest):
     manifest = json.loads((folder / "manifest.json").read_text())
     size = sum(len(t.encode()) for t in TEXTS[:50])
     val, train = manifest["splits"]["val"], manifest["splits"]["train"]
-    assert [val[name] for name in ("documents", *prepare.MEASURES)] == [50, size, size, size, None]
+    assert [val[name] for name in ("documents", *prepare.BYTE_COUNTS)] == [50, size, size, size, None]
     assert train["documents"] == 250 and train["tokens"] == sum(s["tokens"] for s in train["shards"])
     tokenizer = train_gpt.load_tokenizer(train_gpt.read_env({"DATA_PATH": str(folder)})[1], 420)
     assert train_gpt.load_validation(str(folder), 420, tokenizer).bytes.sum() == size
@@ -371,7 +371,7 @@ def test_the_digest_that_the_hub_names_is_checked(hub, tmp_path):
     hub.faults["large"] = [redirect(hashlib.sha256(b"content").hexdigest()), redirect("0" * 64)]
     remote = prepare.Hub(hub.url, "some/one")
     assert remote.fetch("large", tmp_path / "a").read_bytes() == b"content"
-    with pytest.raises(train_gpt.DataError, match="has not the SHA-256 that the hub names"):
+    with pytest.raises(train_gpt.DataError, match="does not have the SHA-256 that the hub names"):
         remote.fetch("large", tmp_path / "b")
     assert names(tmp_path) == ["a", "hub"]
 
@@ -406,7 +406,11 @@ def test_documents_are_encoded_with_a_tokenizer_of_ours(contest, documents, caps
 
 @pytest.mark.parametrize(
     "facts, message",
-    [({"docs_sha256": "0" * 64}, "has not the published SHA-256 0000"), ({}, "names no docs"), ([], "names no docs")],
+    [
+        ({"docs_sha256": "0" * 64}, "does not have the published SHA-256 0000"),
+        ({}, "names no docs"),
+        ([], "names no docs"),
+    ],
 )
 def test_documents_with_another_digest_are_refused(contest, documents, capsys, facts, message):
     (documents / "docs_selected.source_manifest.json").write_text(json.dumps(facts))

@@ -61,7 +61,7 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 def models(tmp_path_factory) -> dict[str, bytes]:
     """Ours with and without CaseOps, and one that normalises as the contest's do."""
     folder = tmp_path_factory.mktemp("models")
-    part = prepare.Part(str(write_lines(folder / "text.jsonl", TEXTS)))
+    part = prepare.SourceFile(str(write_lines(folder / "text.jsonl", TEXTS)))
     lossy = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
@@ -234,13 +234,15 @@ def test_training_repeats_exactly_and_leaves_validation_out(models, tmp_path):
     assert prepare.train_tokenizer([models["part"]], 420, True) == models["caseops"]
     part = models["part"]._replace(first_validation=100)
     validation = write_lines(tmp_path / "val.jsonl", ["unseen"])
-    seen = list(prepare.tokenizer_text([prepare.Part(str(validation), all_validation=True), part], False))
+    seen = list(prepare.tokenizer_text([prepare.SourceFile(str(validation), all_validation=True), part], False))
     assert seen == TEXTS[100:]
 
 
 def test_markers_merge_with_what_is_beside_them(tmp_path):
     text = write_lines(tmp_path / "a.jsonl", ["See The Cat, says NASA. " * n for n in range(1, 50)])
-    processor = prepare.load_encoder(prepare.train_tokenizer([prepare.Part(str(text))], 310, True), True).processor
+    processor = prepare.load_encoder(
+        prepare.train_tokenizer([prepare.SourceFile(str(text))], 310, True), True
+    ).processor
     pieces = [processor.id_to_piece(i) for i in range(310)]
     for whole in (f"\u2581{MARKERS[0]}the", f"\u2581{MARKERS[1]}nasa"):
         assert any(piece.startswith(whole) for piece in pieces)
