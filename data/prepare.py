@@ -25,6 +25,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -527,11 +528,12 @@ def installed_documents() -> list[str]:
 
     topics = importlib.import_module("pydoc_data.topics").topics
     found = {f"pydoc_data.topics.{name}": text.strip() for name, text in topics.items()}
-    for package, module in (("", os), ("numpy", np), ("torch", torch)):
-        root = Path(module.__file__).resolve().parent
-        for name, text in parsed_docstrings(root, package):
-            found[name] = text
-            progress()
+    with garbage_collection_off():  # half the time goes into it otherwise: syntax trees are many objects without cycles
+        for package, module in (("", os), ("numpy", np), ("torch", torch)):
+            root = Path(module.__file__).resolve().parent
+            for name, text in parsed_docstrings(root, package):
+                found[name] = text
+                progress()
     for module_name in COMPILED_MODULES:
         found.update(compiled_docstrings(module_name))
 
@@ -598,6 +600,17 @@ def compiled_docstrings(module_name: str) -> Iterator[tuple[str, str]]:
             text = getattr(item, "__doc__", None)
             if isinstance(text, str):
                 yield f"{module_name}.{qualified_name}", inspect.cleandoc(text)
+
+
+@contextlib.contextmanager
+def garbage_collection_off() -> Iterator[None]:
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def is_public(name: str) -> bool:
