@@ -107,7 +107,8 @@ def read_back(folder: Path, split: str) -> tuple[list[str], list[int]]:
     manifest = json.loads((folder / "manifest.json").read_text())
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / manifest["tokenizer"]["path"]))
     decode = prepare.decode_caseops if manifest["tokenizer"]["transform"] == "caseops" else str
-    texts, sums = [], []
+    texts = []
+    sums = []
     for path in train_gpt.find_shards(str(folder), split):
         tokens = train_gpt.read_shard(path)
         sidecar = path.with_name(path.name.replace("_val_", "_val_bytes_"))
@@ -133,9 +134,13 @@ def recounted(encoder: prepare.Encoder, tokens: list[int]) -> list[int]:
     stream = []  # (UTF-8 byte of transformed text, its token)
     for i, token in enumerate(tokens):
         piece = encoder.processor.id_to_piece(token)
-        is_byte = encoder.processor.is_byte(token)
-        stream += [(b, i) for b in (bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("\u2581", " ").encode())]
-    counts, escaped, at = [0] * len(tokens), False, 0
+        if encoder.processor.is_byte(token):
+            stream.append((int(piece[3:5], 16), i))
+        else:
+            stream += [(byte, i) for byte in piece.replace("\u2581", " ").encode()]
+    counts = [0] * len(tokens)
+    escaped = False
+    at = 0
     for character in bytes(b for b, _ in stream).decode():
         for _, token in stream[at : at + len(character.encode())]:
             counts[token] += not encoder.caseops or character not in MARKERS or escaped
@@ -152,8 +157,8 @@ def test_exact_tokenizers_keep_every_character(models, kind):
     for i in range(0, len(every), 50_000):
         prepare.encode_document(encoder, "".join(every[i : i + 50_000]), False)  # raises where a character is lost
     some = "".join(every[:0x400] + every[0x400::97])
-    tokens, sidecar, measures = prepare.encode_document(encoder, some, True)
-    assert measures[:3] == [len(some.encode())] * 3
+    tokens, sidecar, byte_counts = prepare.encode_document(encoder, some, True)
+    assert byte_counts[:3] == [len(some.encode())] * 3
     assert sidecar[0] == 0 and sidecar[1:].tolist() == recounted(encoder, tokens[1:].tolist())
 
 
@@ -161,10 +166,10 @@ def test_exact_tokenizers_keep_every_character(models, kind):
 @pytest.mark.parametrize("text", NASTY + TEXTS[:20])
 def test_sidecar_of_exact_tokenizers(models, kind, text):
     encoder = prepare.load_encoder(models[kind], kind == "caseops")
-    tokens, sidecar, measures = prepare.encode_document(encoder, text, True)
+    tokens, sidecar, byte_counts = prepare.encode_document(encoder, text, True)
     assert tokens[0] == train_gpt.BOS
     assert sidecar[1:].tolist() == recounted(encoder, tokens[1:].tolist())
-    assert sidecar.sum() == len(text.encode()) == measures[0]
+    assert sidecar.sum() == len(text.encode()) == byte_counts[0]
 
 
 @given(
@@ -177,23 +182,23 @@ def test_sidecar_of_exact_tokenizers(models, kind, text):
 )
 def test_sidecar_adds_up_for_any_text(models, kind, caseops, text):
     encoder = prepare.load_encoder(models[kind], caseops)
-    tokens, sidecar, measures = prepare.encode_document(encoder, text, True)
+    tokens, sidecar, byte_counts = prepare.encode_document(encoder, text, True)
     decoded = encoder.processor.decode(tokens[1:].tolist())
     decoded = len((prepare.decode_caseops(decoded) if caseops else decoded).encode())
-    assert measures[:3] == [len(text.encode()), decoded, min(decoded, len(text.encode()))]
+    assert byte_counts[:3] == [len(text.encode()), decoded, min(decoded, len(text.encode()))]
     assert len(tokens) == 1 or sidecar.sum() == len(text.encode())
     assert encoder.exact == (kind != "lossy")
 
 
 def test_text_that_normalisation_removed_goes_to_the_next_token(models):
     encoder = prepare.load_encoder(models["lossy"], False)
-    tokens, sidecar, measures = prepare.encode_document(encoder, "  e\n\n\te½ ", True)
+    tokens, sidecar, byte_counts = prepare.encode_document(encoder, "  e\n\n\te½ ", True)
     pieces = [encoder.processor.id_to_piece(t) for t in tokens[1:].tolist()]
     assert "".join(pieces) == "e\u2581e1<0xE2><0x81><0x84>2"  # ½ becomes 1⁄2
     assert pieces[0] == "e" and sidecar[1] == 3  # two spaces removed before it
     counts = dict(zip(pieces[1:], sidecar[2:].tolist(), strict=True))
     assert sum(counts.values()) == len("\n\n\te½ ".encode()) and counts["2"] == 3  # ½, and the space removed at the end
-    assert measures == [10, 8, 8, 8]
+    assert byte_counts == [10, 8, 8, 8]
 
 
 def test_contest_formula_by_hand(models):
@@ -201,10 +206,10 @@ def test_contest_formula_by_hand(models):
     word = next(i for i in range(400) if encoder.processor.id_to_piece(i).startswith("\u2581") and i > 260)
     length = len(encoder.processor.id_to_piece(word)) - 1
     text = encoder.processor.id_to_piece(word).replace("\u2581", " ") * 2 + "é"
-    tokens, _, measures = prepare.encode_document(encoder, text, False)
+    tokens, _, byte_counts = prepare.encode_document(encoder, text, False)
     assert tokens.tolist() == [1, word, word, *encoder.byte_ids[0xC3:0xC4], *encoder.byte_ids[0xA9:0xAA]]
-    assert measures[3] == length + (1 + length) + 2  # no space is counted after BOS
-    assert measures[0] == measures[3] + 1
+    assert byte_counts[3] == length + (1 + length) + 2  # no space is counted after BOS
+    assert byte_counts[0] == byte_counts[3] + 1
 
 
 def test_a_token_too_heavy_for_the_sidecar_is_refused(models):
@@ -296,13 +301,10 @@ def test_text_comes_back_from_shards(tmp_path, suffix, caseops):
     assert read_back(folder, "val") == (validation, [len(t.encode()) for t in validation])
     manifest = json.loads((folder / "manifest.json").read_text())
     for split, texts in (("train", TEXTS[60:]), ("val", validation)):
-        facts, size = manifest["splits"][split], sum(len(t.encode()) for t in texts)
-        assert (facts["documents"], facts["original_bytes"], facts["decoded_bytes"], facts["smaller_bytes"]) == (
-            len(texts),
-            size,
-            size,
-            size,
-        )
+        facts = manifest["splits"][split]
+        size = sum(len(t.encode()) for t in texts)
+        assert facts["documents"] == len(texts)
+        assert facts["original_bytes"] == facts["decoded_bytes"] == facts["smaller_bytes"] == size
         assert facts["tokens"] == sum(s["tokens"] for s in facts["shards"])
         assert len(facts["shards"]) > 2 and all(s["tokens"] <= 2000 for s in facts["shards"])
         for entry in facts["shards"] + facts["sidecars"]:
@@ -325,7 +327,8 @@ def test_the_entry_reads_what_was_prepared(tmp_path):
 def test_a_lossy_tokenizer_is_weighed_and_reported(models, model_file, tmp_path, capsys):
     model = model_file("lossy")
     validation = ["e½" * 50, "e  e" * 50, "eee"]
-    val, train = write_lines(tmp_path / "val.jsonl", validation), write_lines(tmp_path / "train.jsonl", TEXTS)
+    val = write_lines(tmp_path / "val.jsonl", validation)
+    train = write_lines(tmp_path / "train.jsonl", TEXTS)
     assert run(train, "--val", val, "--tokenizer", model, "--out", tmp_path) == 0
     facts = json.loads((tmp_path / "datasets" / "jsonl" / "manifest.json").read_text())
     processor = sentencepiece.SentencePieceProcessor(model_proto=models["lossy"])
@@ -714,9 +717,8 @@ except KeyboardInterrupt:
 
 
 def test_sources_are_parsed_not_run(tmp_path):
-    package, module = (
-        tmp_path / "pack",
-        '''
+    package = tmp_path / "pack"
+    module = '''
 """Module."""
 class C:
   """Class."""
@@ -731,8 +733,7 @@ async def f():
 if True:
   def g():
     """No."""
-''',
-    )
+'''
     no = '"""No."""'
     for name, code in {
         "__init__": '"""Package."""\nraise SystemExit("this was run")',
@@ -842,7 +843,8 @@ class Terminal(io.StringIO):
     ],
 )
 def test_progress_tells_how_long_still(monkeypatch, stream, times, expected):
-    clock, out = iter(times), stream()
+    clock = iter(times)
+    out = stream()
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with contextlib.redirect_stderr(out):
         progress = prepare.Progress("encoding", 100_000_000)
