@@ -49,7 +49,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -1034,107 +1034,70 @@ def read_file(path: str | Path, advice: str = "") -> bytes:
 
 
 # ======================================================================================================================
-# Data: shards are memory-mapped and hostile until checked; a batch is a pure function of its number.
+# Data: shards are memory-mapped and not trusted until checked; a batch is a pure function of its number.
 
 
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+# ---- Shards ----
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_INTS = 256
 
 
 def read_shard(path: Path | str) -> np.ndarray:
-    """Memory-map a shard: 256 little-endian int32 (magic, version, count, zeros), then `count` uint16 -> (count,)."""
-    path, header_bytes, hint = Path(path), 4 * SHARD_HEADER_INTS, "prepare the data again (./run.sh data --help)"
+    """Memory-map a shard: 256 little-endian int32 (magic, version, count, zeros), then `count` uint16 -> (count,).
+
+    Raises DataError if the file cannot be read, is no shard, or has another size than its header promises.
+    """
+    path = Path(path)
+    header_bytes = 4 * SHARD_HEADER_INTS
+    hint = "prepare the data again (./run.sh data --help)"
+
     try:
         size = path.stat().st_size
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}; {hint}") from None
     if size < header_bytes:
         raise DataError(f"{path}: {size} bytes are too few for a shard's header of {header_bytes}; {hint}")
+
     magic, version, count = np.fromfile(path, dtype="<i4", count=3).tolist()
     require(
         (magic, version) == (SHARD_MAGIC, SHARD_VERSION),
-        f"{path}: not a shard: magic and version are {magic}, "
-        f"{version}, expected {SHARD_MAGIC}, {SHARD_VERSION}; {hint}",
+        f"{path}: not a shard: magic and version are {magic}, {version}, "
+        f"expected {SHARD_MAGIC}, {SHARD_VERSION}; {hint}",
         DataError,
     )
     require(
-        0 <= count and size == header_bytes + 2 * count,
-        f"{path}: the header promises {count} tokens, the size of "
-        f"{size} bytes holds {(size - header_bytes) / 2:g}: truncated or damaged; {hint}",
+        count >= 0 and size == header_bytes + 2 * count,
+        f"{path}: the header promises {count} tokens, the file's {size} bytes "
+        f"hold {(size - header_bytes) / 2:g}: truncated or damaged; {hint}",
         DataError,
     )
-    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,)) if count else np.zeros(0, "<u2")
+    if count == 0:
+        return np.zeros(0, "<u2")  # an empty file region cannot be mapped
+    return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
 def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
+    """Raise DataError if a token lies outside the vocabulary: the embedding would be read out of bounds."""
     largest = int(tokens.max(initial=0))
-    require(largest < vocab_size, f"{path}: token {largest} >= VOCAB_SIZE={vocab_size}: another tokenizer's", DataError)
+    require(
+        largest < vocab_size,
+        f"{path}: token {largest} >= VOCAB_SIZE={vocab_size}: another tokenizer made this shard; "
+        "set VOCAB_SIZE, or prepare the data again",
+        DataError,
+    )
 
 
 def find_shards(folder: str, kind: str) -> list[Path]:
-    """The shards fineweb_<kind>_NNNNNN.bin of a folder, in order; at least one."""
+    """The shards fineweb_<kind>_NNNNNN.bin of a folder, in order; DataError if there is none."""
     paths = sorted(Path(folder).glob(f"fineweb_{kind}_[0-9]*.bin"))
     require(paths != [], f"DATA_PATH={folder}: no fineweb_{kind}_*.bin; prepare some (./run.sh data --help)", DataError)
     return paths
 
 
-class PieceBytes(NamedTuple):
-    """What a tokenizer's pieces weigh, by the contest's formula."""
-
-    plain: np.ndarray  # (V,) int64, UTF-8 bytes of the piece without its leading space mark
-    space: np.ndarray  # (V,) bool, it begins with the space mark
-    control: np.ndarray  # (V,) bool, control or unknown: no bytes, and no space is counted after it
-
-
-def piece_bytes(tokenizer: sentencepiece.SentencePieceProcessor) -> PieceBytes:
-    """A byte piece is 1 byte; any other its UTF-8 length without the leading "▁"; control and unknown pieces 0."""
-    size = tokenizer.get_piece_size()
-    plain, space, control = np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool)
-    for i in range(size):
-        piece = tokenizer.id_to_piece(i)
-        control[i] = tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
-        if not control[i]:
-            space[i] = piece.startswith("▁") and not tokenizer.is_byte(i)
-            plain[i] = 1 if tokenizer.is_byte(i) else len(piece.removeprefix("▁").encode())
-    return PieceBytes(plain, space, control)
-
-
-def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
-    """Bytes of tokens: the piece's, and 1 for a leading space unless a control token is before. (n,) -> (n,) int64"""
-    after_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])  # nobody predicts the first, nothing is before
-    return pieces.plain[tokens] + (pieces.space[tokens] & after_text)
-
-
-class Tokenizer(NamedTuple):
-    path: Path
-    sha256: str
-    processor: sentencepiece.SentencePieceProcessor
-    pieces: PieceBytes
-
-
-def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the data: TOKENIZER_PATH, or what the manifest in DATA_PATH names."""
-    named = manifest_value(Path(run.data_path), "tokenizer", "path")
-    if not run.tokenizer_path and not isinstance(named, str):
-        raise DataError(f"{run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH")
-    path = Path(run.tokenizer_path or Path(run.data_path) / named)
-    blob, processor = read_file(path, "; set TOKENIZER_PATH"), sentencepiece.SentencePieceProcessor()
-    try:
-        processor.LoadFromSerializedProto(blob)
-        size, bos, pieces = processor.get_piece_size(), processor.bos_id(), piece_bytes(processor)
-    except (RuntimeError, ValueError):  # a piece may be no text
-        raise DataError(f"{path}: not a SentencePiece model; set TOKENIZER_PATH to one") from None
-    require(
-        size == vocab_size,
-        f"{path}: the tokenizer has {size} pieces, the model VOCAB_SIZE={vocab_size}; "
-        f"set {'' if run.artifact else f'VOCAB_SIZE={size} or '}another TOKENIZER_PATH",
-        DataError,
-    )
-    require(bos == BOS, f"{path}: BOS is {bos}, expected {BOS}: use another tokenizer", DataError)
-    return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor, pieces)
-
-
 def manifest_value(folder: Path, *keys: str) -> Any:
-    """An entry of a prepared folder's manifest.json, None where there is none."""
+    """An entry of a prepared folder's manifest.json; None if there is no such file or entry."""
     try:
         value = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         for key in keys:
@@ -1144,11 +1107,97 @@ def manifest_value(folder: Path, *keys: str) -> Any:
         return None
 
 
+# ---- Tokenizer ----
+
+
+class PieceBytes(NamedTuple):
+    """How many bytes each of a tokenizer's V pieces stands for, by the contest's formula."""
+
+    sizes: np.ndarray  # (V,) int64, UTF-8 bytes of the piece without its leading space mark
+    leading_space: np.ndarray  # (V,) bool, the piece begins with the space mark
+    control: np.ndarray  # (V,) bool, control, unknown or unused: no bytes, and a space right after it is not counted
+
+
+def piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> PieceBytes:
+    """A byte piece is 1 byte; any other its UTF-8 length without the leading "▁"; control and unknown pieces 0."""
+    vocab_size = processor.get_piece_size()
+    sizes = np.zeros(vocab_size, np.int64)
+    leading_space = np.zeros(vocab_size, bool)
+    control = np.zeros(vocab_size, bool)
+
+    for i in range(vocab_size):
+        if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
+            control[i] = True
+        elif processor.is_byte(i):
+            sizes[i] = 1
+        else:
+            piece = processor.id_to_piece(i)
+            sizes[i] = len(piece.removeprefix("▁").encode())
+            leading_space[i] = piece.startswith("▁")
+    return PieceBytes(sizes, leading_space, control)
+
+
+def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
+    """Bytes every token stands for: those of its piece, and 1 for a leading space that follows text. (n,) -> (n,) int64
+
+    A space after a control token, such as BOS, is not counted, nor one before the very first token.
+    """
+    follows_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])
+    return pieces.sizes[tokens] + (pieces.leading_space[tokens] & follows_text)
+
+
+class Tokenizer(NamedTuple):
+    path: Path
+    sha256: str  # of the file
+    processor: sentencepiece.SentencePieceProcessor
+    pieces: PieceBytes
+
+
+def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer of the data: TOKENIZER_PATH, else the one that the manifest in DATA_PATH names.
+
+    Raises DataError if there is none, or if it does not have `vocab_size` pieces and the BOS that shards use.
+    """
+    named = manifest_value(Path(run.data_path), "tokenizer", "path")
+    if run.tokenizer_path:
+        path = Path(run.tokenizer_path)
+    elif isinstance(named, str):
+        path = Path(run.data_path) / named
+    else:
+        raise DataError(f"{run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH")
+
+    blob = read_file(path, "; set TOKENIZER_PATH")
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(blob)
+        size = processor.get_piece_size()
+        bos = processor.bos_id()
+        pieces = piece_bytes(processor)
+    except (RuntimeError, ValueError):  # ValueError: a piece is not valid UTF-8
+        raise DataError(f"{path}: not a SentencePiece model; set TOKENIZER_PATH to one") from None
+
+    remedy = "set another TOKENIZER_PATH" if run.artifact else f"set VOCAB_SIZE={size} or another TOKENIZER_PATH"
+    require(
+        size == vocab_size,
+        f"{path}: the tokenizer has {size} pieces, the model VOCAB_SIZE={vocab_size}; {remedy}",
+        DataError,
+    )
+    require(bos == BOS, f"{path}: BOS is {bos}, expected {BOS}: use another tokenizer", DataError)
+    return Tokenizer(path, hashlib.sha256(blob).hexdigest(), processor, pieces)
+
+
+# ---- Documents to score ----
+
+
 class Documents(NamedTuple):
-    """The validation set: a stream of tokens and where its documents begin."""
+    """A stream of n tokens to score, such as the validation set, and where its documents begin.
+
+    The targets of a document are its tokens after BOS, and the BOS of the next document, which ends it. So every token
+    of the stream but the first is the target of exactly one document; the last document has no closing BOS.
+    """
 
     tokens: np.ndarray  # (n,) uint16, BOS before every document
-    bytes: np.ndarray  # (n,) int64, bytes of original text that a token stands for
+    bytes: np.ndarray  # (n,) int64, bytes of original text that every token stands for
     starts: np.ndarray  # (documents + 1,) position of every BOS, then n
 
     def __len__(self) -> int:
@@ -1156,63 +1205,86 @@ class Documents(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """Targets of every document: its tokens after BOS and the BOS that follows it; the last has no closing BOS."""
-        return np.minimum(self.starts[1:], len(self.tokens) - 1) - self.starts[:-1]
+        """Targets of every document, (documents,)."""
+        last_targets = np.minimum(self.starts[1:], len(self.tokens) - 1)
+        return last_targets - self.starts[:-1]
 
     def span(self, i: int) -> np.ndarray:
-        """Document i with its closing BOS: (lengths[i] + 1,)."""
+        """Tokens of document i with its closing BOS, (lengths[i] + 1,): all but the last are inputs."""
         return self.tokens[self.starts[i] : self.starts[i + 1] + 1]
 
-    def sha256(self) -> str:
-        """Tells this validation set from any other."""
-        return hashlib.sha256(self.tokens.astype("<u2").tobytes() + self.bytes.astype("<i8").tobytes()).hexdigest()
-
     def target_bytes(self) -> np.ndarray:
-        """Bytes of every document's targets (documents,)."""
-        ahead = np.concatenate([[0], np.cumsum(self.bytes[1:], dtype=np.int64)])  # ahead[t]: bytes of targets 1..t
-        return ahead[self.starts[:-1] + self.lengths] - ahead[self.starts[:-1]]
+        """Bytes of every document's targets, (documents,)."""
+        cumulative = np.concatenate([[0], np.cumsum(self.bytes[1:], dtype=np.int64)])  # [t]: bytes of tokens 1..t
+        begin = self.starts[:-1]
+        return cumulative[begin + self.lengths] - cumulative[begin]
+
+    def sha256(self) -> str:
+        """Identifies tokens and bytes."""
+        return hashlib.sha256(self.tokens.astype("<u2").tobytes() + self.bytes.astype("<i8").tobytes()).hexdigest()
 
 
 def split_documents(tokens: np.ndarray, token_bytes: np.ndarray) -> Documents:
-    return Documents(tokens, token_bytes, np.append(np.flatnonzero(tokens == BOS), len(tokens)))
+    """Tokens (n,), the bytes they stand for (n,) -> documents, one for every BOS."""
+    starts = np.append(np.flatnonzero(tokens == BOS), len(tokens))
+    return Documents(tokens, token_bytes, starts)
 
 
 def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Documents:
-    """All validation shards, checked whole: they are small, and a wrong one would cost a whole run."""
+    """All validation shards as one stream. They are checked whole: a bad one would cost a whole run.
+
+    Raises DataError for a damaged shard or side-car, a missing side-car, and a validation set without text.
+    """
     shards = {path: read_shard(path) for path in find_shards(folder, "val")}
     for path, shard in shards.items():
         require(
             len(shard) > 1 and shard[0] == BOS,
-            f"{path}: validation must begin with BOS ({BOS}) and hold a "
-            f"document: found {shard[:4].tolist()}; prepare the data again",
+            f"{path}: validation must begin with BOS ({BOS}) and hold a document: "
+            f"found {shard[:4].tolist()}; prepare the data again",
             DataError,
         )
         check_vocabulary(path, shard, vocab_size)
-    tokens = np.concatenate([*shards.values()])
-    sidecars, again = [p.with_name(p.name.replace("_val_", "_val_bytes_")) for p in shards], "prepare the data again"
-    if any(p.exists() for p in sidecars) or manifest_value(Path(folder), "splits", "val", "sidecars"):
-        counts = [read_shard(p) for p in sidecars]
-        for path, shard, count in zip(sidecars, shards.values(), counts, strict=True):
-            require(len(shard) == len(count), f"{path}: {len(count)} entries, {len(shard)} tokens; {again}", DataError)
-    else:
-        counts = [contest_bytes(tokens, tokenizer.pieces)]
-    docs = split_documents(tokens, np.concatenate(counts).astype(np.int64))
-    require(docs.target_bytes().sum() > 0, f"DATA_PATH={folder}: validation stands for no text at all", DataError)
+
+    tokens = np.concatenate(list(shards.values()))
+    token_bytes = read_sidecars(folder, shards)
+    if token_bytes is None:
+        token_bytes = contest_bytes(tokens, tokenizer.pieces)
+
+    docs = split_documents(tokens, token_bytes.astype(np.int64))
+    require(
+        docs.target_bytes().sum() > 0,
+        f"DATA_PATH={folder}: validation stands for no text at all; prepare the data again",
+        DataError,
+    )
     return docs
 
 
-def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
-    """Where segments of consecutive rows begin: every row, every BOS, and seq_len tokens after each. (N,) -> (S,)"""
-    first = tokens == BOS
-    first[::row_tokens] = True
-    starts = np.flatnonzero(first)
-    pieces = -(-np.diff(starts, append=len(tokens)) // seq_len)  # segments of every stretch, rounded up
-    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    return np.repeat(starts, pieces) + nth * seq_len
+def read_sidecars(folder: str, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
+    """The bytes behind every token of these validation shards, (n,) uint16, from fineweb_val_bytes_NNNNNN.bin.
+
+    None if the folder has no side-car and its manifest lists none: then the contest's formula counts. One that is
+    missing may not be replaced by the formula: it would count the pieces that mark capitals as bytes of text.
+    """
+    paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
+    expected = manifest_value(Path(folder), "splits", "val", "sidecars")
+    if not expected and not any(path.exists() for path in paths):
+        return None
+
+    counts = [read_shard(path) for path in paths]
+    for path, shard, count in zip(paths, shards.values(), counts, strict=True):
+        require(
+            len(shard) == len(count),
+            f"{path}: {len(count)} entries for {len(shard)} tokens; prepare the data again",
+            DataError,
+        )
+    return np.concatenate(counts)
+
+
+# ---- Micro-batches ----
 
 
 class MicroBatch(NamedTuple):
-    """One forward pass of packed text."""
+    """The input of one forward pass: N tokens of packed text on the device."""
 
     tokens: Tensor  # (1, N) int64
     targets: Tensor  # (1, N) int64
@@ -1220,79 +1292,60 @@ class MicroBatch(NamedTuple):
 
 
 def make_micro_batch(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> MicroBatch:
-    """Arrays (N,), (N,), (S,) -> device tensors; the copy does not wait for the GPU."""
+    """Tokens (N,), targets (N,) and the first tokens of segments (S,) -> tensors on the device.
+
+    The copy to a GPU is asynchronous: it leaves from pinned memory and nobody waits for it.
+    """
     sizes = np.diff(starts, append=len(tokens))
-    positions, ends = np.arange(len(tokens)) - np.repeat(starts, sizes), np.repeat(starts + sizes, sizes)
-    parts = [
-        torch.from_numpy(np.ascontiguousarray(a, dtype=t))
-        for a, t in ((tokens, np.int64), (targets, np.int64), (positions, np.int32), (ends, np.int32))
-    ]
-    if device.type == "cuda":
-        parts = [p.pin_memory().to(device, non_blocking=True) for p in parts]
-    return MicroBatch(parts[0][None], parts[1][None], Segments(parts[2], parts[3]))
+    positions = np.arange(len(tokens)) - np.repeat(starts, sizes)
+    ends = np.repeat(starts + sizes, sizes)
 
+    def to_device(array: np.ndarray, dtype: type) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+        if device.type == "cuda":
+            tensor = tensor.pin_memory().to(device, non_blocking=True)
+        return tensor
 
-def text_micro_batch(text: np.ndarray, run: RunConfig, device: torch.device) -> MicroBatch:
-    """Whole training rows of N tokens, and one more: (N + 1,)."""
-    return make_micro_batch(
-        text[:-1], text[1:], segment_starts(text[:-1], run.train_row_tokens, run.train_seq_len), device
+    return MicroBatch(
+        to_device(tokens, np.int64)[None],
+        to_device(targets, np.int64)[None],
+        Segments(to_device(positions, np.int32), to_device(ends, np.int32)),
     )
 
 
-class TrainingStream:
-    """The training shards, endless. Batch b is the same rows for any number of ranks; rank r gets the r-th share."""
+def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
+    """Where attention restarts in consecutive rows: at every row, at every BOS, and seq_len tokens after each.
 
-    def __init__(self, run: RunConfig, vocab_size: int, dist: Dist):
-        self.run, self.vocab_size, self.dist = run, vocab_size, dist
-        self.paths = find_shards(run.data_path, "train")
-        self.shards = [read_shard(p) for p in self.paths]
-        self.ends = np.cumsum([len(s) for s in self.shards])
-        self.begins = self.ends - [len(s) for s in self.shards]
-        self.total = int(self.ends[-1]) - run.holdout_tokens  # what is chosen is chosen on text that nobody trains on
-        self.micro_batch_rows, self.passes = split_batch(run, dist.world)
-        self.worker, self.ahead = ThreadPoolExecutor(1), {}  # {number of a batch: its Future}, what is fetched already
-        require(BOS in self.shards[0][: 1 << 24], f"{self.paths[0]}: no BOS ({BOS}); prepare the data again", DataError)
-        row, held = run.train_row_tokens, run.holdout_tokens
-        require(
-            self.total > row,
-            f"DATA_PATH={run.data_path}: {self.ends[-1]} training tokens less HOLDOUT_TOKENS="
-            f"{held} are no more than a row, TRAIN_ROW_TOKENS={row}: prepare more data or lower these",
-            DataError,
-        )
+    Tokens (N,) -> positions (S,), ascending.
+    """
+    restarts = tokens == BOS
+    restarts[::row_tokens] = True
+    stretches = np.flatnonzero(restarts)
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from any position of the endless stream: (count,) uint16."""
-        parts, at = [], start % self.total
-        while count:
-            i = int(np.searchsorted(self.ends, at, side="right"))
-            parts.append(self.shards[i][at - self.begins[i] :][: min(count, self.total - at)])
-            check_vocabulary(self.paths[i], parts[-1], self.vocab_size)
-            count, at = count - len(parts[-1]), (at + len(parts[-1])) % self.total
-        return np.concatenate(parts)
+    # A stretch of n tokens is ceil(n / seq_len) segments.
+    counts = -(-np.diff(stretches, append=len(tokens)) // seq_len)
+    first = np.cumsum(counts) - counts
+    index_in_stretch = np.arange(counts.sum()) - np.repeat(first, counts)
+    return np.repeat(stretches, counts) + index_in_stretch * seq_len
 
-    def held_out(self) -> Documents:
-        """The whole documents of the text that training never reads, a byte a token: nobody counts theirs."""
-        text = np.concatenate([s[max(0, self.total - at) :] for s, at in zip(self.shards, self.begins, strict=True)])
-        starts = np.flatnonzero(text == BOS)
-        text = text[starts[0] : starts[-1]] if len(starts) else text[:0]
-        check_vocabulary(self.paths[-1], text, self.vocab_size)
-        return split_documents(text, np.ones(len(text), np.int64))
 
-    def _load(self, batch: int) -> list[MicroBatch]:
-        rows = self.micro_batch_rows * self.run.train_row_tokens
-        first = batch * self.run.train_batch_tokens + self.dist.rank * self.passes * rows
-        starts = range(first, first + self.passes * rows, rows)
-        return [text_micro_batch(self.read(start, rows + 1), self.run, self.dist.device) for start in starts]
+def text_micro_batch(text: np.ndarray, run: RunConfig, device: torch.device) -> MicroBatch:
+    """Whole training rows, N tokens and the one that follows them, (N + 1,) -> a micro-batch of N targets."""
+    tokens = text[:-1]
+    targets = text[1:]
+    starts = segment_starts(tokens, run.train_row_tokens, run.train_seq_len)
+    return make_micro_batch(tokens, targets, starts, device)
 
-    def batch(self, number: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a batch; the next one is fetched meanwhile."""
-        this = self.ahead.get(number) or self.worker.submit(self._load, number)
-        self.ahead = {number + 1: self.worker.submit(self._load, number + 1)}
-        return this.result()
+
+# ---- The training stream ----
 
 
 def split_batch(run: RunConfig, world: int) -> tuple[int, int]:
-    """(rows of one forward pass, passes of a step) on each rank."""
+    """How each rank processes its share of a batch -> (rows of a micro-batch, gradient accumulation steps).
+
+    A micro-batch is as large as MICRO_BATCH_TOKENS allows. Raises ConfigError if the ranks cannot share the rows
+    equally, and names the nearest batch that they can.
+    """
     rows = run.train_batch_tokens // run.train_row_tokens
     nearest = max(1, round(rows / world)) * world * run.train_row_tokens
     require(
@@ -1300,9 +1353,105 @@ def split_batch(run: RunConfig, world: int) -> tuple[int, int]:
         f"TRAIN_BATCH_TOKENS={run.train_batch_tokens} is {rows} rows of {run.train_row_tokens} "
         f"tokens, which {world} ranks cannot share equally; the nearest valid batch is {nearest}",
     )
-    share = rows // world
-    fit = max(n for n in range(1, share + 1) if share % n == 0 and n * run.train_row_tokens <= run.micro_batch_tokens)
-    return fit, share // fit
+    rank_rows = rows // world
+    divisors = [n for n in range(1, rank_rows + 1) if rank_rows % n == 0]
+    micro_batch_rows = max(n for n in divisors if n * run.train_row_tokens <= run.micro_batch_tokens)
+    return micro_batch_rows, rank_rows // micro_batch_rows
+
+
+class TrainingStream:
+    """The training shards as one endless stream of tokens: after the last one the first follows again.
+
+    Batch b is tokens b * TRAIN_BATCH_TOKENS and on, whatever the number of ranks, cut into rows of TRAIN_ROW_TOKENS. It
+    travels in one direction:
+
+        batch(b)           hands it out, and starts to load batch b + 1
+        _load(b)           in a thread: this rank's share of the rows, one micro-batch after another
+        read(start, n)     checked tokens, from the memory-mapped shards
+        text_micro_batch   inputs, targets and segments, copied to the device
+
+    Raises ConfigError if the ranks cannot share a batch, DataError for shards that cannot be trained on.
+    """
+
+    def __init__(self, run: RunConfig, vocab_size: int, dist: Dist):
+        self.run = run
+        self.vocab_size = vocab_size
+        self.dist = dist
+        self.micro_batch_rows, self.grad_accum_steps = split_batch(run, dist.world)
+
+        self.paths = find_shards(run.data_path, "train")
+        self.shards = [read_shard(path) for path in self.paths]
+        sizes = [len(shard) for shard in self.shards]
+        self.shard_ends = np.cumsum(sizes)
+        self.shard_starts = self.shard_ends - sizes
+
+        # The end of the last shard is held out: choices made on it are made on text that no training has seen.
+        all_tokens = int(self.shard_ends[-1])
+        self.total = all_tokens - run.holdout_tokens  # tokens of an epoch
+
+        self.loader = ThreadPoolExecutor(1)
+        self.loading: dict[int, Future[list[MicroBatch]]] = {}  # by number of the batch; at most the next one
+
+        beginning = self.shards[0][: 1 << 24]
+        require(BOS in beginning, f"{self.paths[0]}: no BOS ({BOS}); prepare the data again", DataError)
+        require(
+            self.total > run.train_row_tokens,
+            f"DATA_PATH={run.data_path}: {all_tokens} training tokens less HOLDOUT_TOKENS={run.holdout_tokens} are no "
+            f"more than a row, TRAIN_ROW_TOKENS={run.train_row_tokens}: prepare more data or lower these",
+            DataError,
+        )
+
+    def batch(self, number: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a batch, grad_accum_steps of them. The next batch is loaded meanwhile."""
+        current = self.loading.get(number)
+        if current is None:
+            current = self.loader.submit(self._load, number)
+        self.loading = {number + 1: self.loader.submit(self._load, number + 1)}
+        return current.result()
+
+    def _load(self, number: int) -> list[MicroBatch]:
+        """Read this rank's share of a batch. The r-th of equal shares of consecutive rows goes to rank r."""
+        micro_batch_tokens = self.micro_batch_rows * self.run.train_row_tokens
+        rank_tokens = self.grad_accum_steps * micro_batch_tokens
+        begin = number * self.run.train_batch_tokens + self.dist.rank * rank_tokens
+
+        micro_batches = []
+        for start in range(begin, begin + rank_tokens, micro_batch_tokens):
+            text = self.read(start, micro_batch_tokens + 1)  # and the last input's target
+            micro_batches.append(text_micro_batch(text, self.run, self.dist.device))
+        return micro_batches
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens from any position of the endless stream, (count,) uint16.
+
+        Raises DataError for a token outside the vocabulary, and names its shard.
+        """
+        parts = []
+        position = start % self.total
+        while count > 0:
+            i = int(np.searchsorted(self.shard_ends, position, side="right"))
+            available = min(count, self.total - position)
+            part = self.shards[i][position - self.shard_starts[i] :][:available]
+            check_vocabulary(self.paths[i], part, self.vocab_size)
+            parts.append(part)
+            count -= len(part)
+            position = (position + len(part)) % self.total
+        return np.concatenate(parts)
+
+    def held_out(self) -> Documents:
+        """The whole documents among the held-out tokens. Their text's bytes are unknown: a token counts as one."""
+        parts = []
+        for shard, start in zip(self.shards, self.shard_starts, strict=True):
+            parts.append(shard[max(0, self.total - start) :])
+        text = np.concatenate(parts)
+
+        starts = np.flatnonzero(text == BOS)
+        if len(starts):
+            text = text[starts[0] : starts[-1]]
+        else:
+            text = text[:0]
+        check_vocabulary(self.paths[-1], text, self.vocab_size)
+        return split_documents(text, np.ones(len(text), np.int64))
 
 
 # ======================================================================================================================
@@ -3165,7 +3314,6 @@ def describe_setup(setup: Setup, log: Log) -> None:
     if setup.stream is None:
         return
 
-    micro_batch_rows, grad_accum_steps = split_batch(run, dist.world)
     log.event(
         "training_data",
         "training data: {shards} shards, {tokens} tokens, {holdout_tokens} held out; "
@@ -3174,8 +3322,8 @@ def describe_setup(setup: Setup, log: Log) -> None:
         tokens=setup.stream.total,
         holdout_tokens=run.holdout_tokens,
         batch_tokens=run.train_batch_tokens,
-        grad_accum_steps=grad_accum_steps,
-        micro_batch_rows=micro_batch_rows,
+        grad_accum_steps=setup.stream.grad_accum_steps,
+        micro_batch_rows=setup.stream.micro_batch_rows,
     )
     with torch.device("meta"):
         sketch = GPT(setup.model)

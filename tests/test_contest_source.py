@@ -21,7 +21,7 @@ HUB_ROOT = "datasets/{repo}/resolve/main/datasets"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Serves server.root with ranges. server.faults maps the end of a path to functions that answer in its stead, once
+    """Serves server.root with ranges. server.faults maps the end of a path to functions that answer instead, once
     each."""
 
     def do_GET(self):
@@ -36,7 +36,9 @@ class Handler(BaseHTTPRequestHandler):
         path = self.server.root / self.path.lstrip("/")
         if not path.is_file():
             return self.send_error(404)
-        content, wanted, begin = path.read_bytes(), self.headers.get("Range"), 0
+        content = path.read_bytes()
+        wanted = self.headers.get("Range")
+        begin = 0
         if wanted and ranges:
             begin = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
             if begin >= len(content):
@@ -59,7 +61,9 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setattr(prepare, "FIRST_PAUSE_S", 0.001)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.root, server.requests, server.faults = tmp_path / "hub", [], {}
+    server.root = tmp_path / "hub"
+    server.requests = []
+    server.faults = {}
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -122,9 +126,17 @@ def contest(hub, published, tmp_path):
             ["contest", "--base-url", hub.url, "--out", str(tmp_path / "out"), "--workers", "1", *map(str, arguments)]
         )
 
-    run.hub, run.datasets = hub, tmp_path / "out" / "datasets"
+    run.hub = hub
+    run.datasets = tmp_path / "out" / "datasets"
     run.remote = hub.root / HUB_ROOT.format(repo=prepare.REPOSITORIES["caseops"]) / "datasets" / CASEOPS
     return run
+
+
+def empty_repository(hub) -> Path:
+    """The folder of the repository some/one."""
+    folder = hub.root / HUB_ROOT.format(repo="some/one")
+    folder.mkdir(parents=True)
+    return folder
 
 
 def names(folder: Path) -> list[str]:
@@ -149,7 +161,7 @@ def test_caseops_shards_arrive_with_their_sidecar(contest):
     manifest = json.loads((folder / "manifest.json").read_text())
     size = sum(len(t.encode()) for t in TEXTS[:50])
     val, train = manifest["splits"]["val"], manifest["splits"]["train"]
-    assert [val[name] for name in ("documents", *prepare.MEASURES)] == [50, size, size, size, None]
+    assert [val[name] for name in ("documents", *prepare.BYTE_COUNTS)] == [50, size, size, size, None]
     assert train["documents"] == 250 and train["tokens"] == sum(s["tokens"] for s in train["shards"])
     tokenizer = train_gpt.load_tokenizer(train_gpt.read_env({"DATA_PATH": str(folder)})[1], 420)
     assert train_gpt.load_validation(str(folder), 420, tokenizer).bytes.sum() == size
@@ -166,8 +178,8 @@ def test_plain_shards_are_weighed_by_the_formula(contest, models):  # noqa: F811
     ]
     facts = json.loads((folder / "manifest.json").read_text())["splits"]["val"]
     encoder = prepare.load_encoder(models["lossy"], False)
-    measures = np.array([prepare.encode_document(encoder, t, False)[2] for t in TEXTS[:50]]).sum(0).tolist()
-    assert [facts["decoded_bytes"], facts["contest_bytes"]] == [measures[1], measures[3]]
+    byte_counts = np.array([prepare.encode_document(encoder, t, False)[2] for t in TEXTS[:50]]).sum(0).tolist()
+    assert [facts["decoded_bytes"], facts["contest_bytes"]] == [byte_counts[1], byte_counts[3]]
     assert facts["original_bytes"] is None and facts["smaller_bytes"] is None
 
 
@@ -294,10 +306,10 @@ def test_a_server_that_answers_another_range_is_not_believed(contest):
     assert asked(contest.hub, name) == [None, "bytes=1500-", "bytes=1500-"]
 
 
-def busy(code: int):
+def busy(code: int, retry_after: str = "0"):
     def answer(handler):
         handler.send_response(code)
-        handler.send_header("Retry-After", "0")
+        handler.send_header("Retry-After", retry_after)
         handler.end_headers()
 
     return answer
@@ -314,12 +326,7 @@ def test_pauses_grow_and_follow_the_server(hub, tmp_path, monkeypatch):
     pauses = []
     monkeypatch.setattr(prepare.time, "sleep", pauses.append)
 
-    def later(handler):
-        handler.send_response(429)
-        handler.send_header("Retry-After", "30")
-        handler.end_headers()
-
-    hub.faults["x"] = [busy(503), busy(503), later] + [busy(503)] * 9
+    hub.faults["x"] = [busy(503), busy(503), busy(429, "30")] + [busy(503)] * 9
     with pytest.raises(train_gpt.UserError, match="HTTP 503.*gave up after 6 attempts"):
         prepare.Hub(hub.url, "some/one").fetch("x", tmp_path / "x")
     assert pauses == [1, 2, 30, 8, 16]
@@ -346,16 +353,14 @@ def test_a_later_run_goes_on_with_what_came(contest):
 
 
 def test_what_is_longer_than_the_file_is_no_beginning_of_it(hub, tmp_path):
-    folder = hub.root / HUB_ROOT.format(repo="some/one")
-    folder.mkdir(parents=True)
+    folder = empty_repository(hub)
     (folder / "x").write_bytes(b"short")
     (tmp_path / ".x.part").write_bytes(b"something longer")
     assert prepare.Hub(hub.url, "some/one").fetch("x", tmp_path / "x").read_bytes() == b"short"
 
 
 def test_the_digest_that_the_hub_names_is_checked(hub, tmp_path):
-    folder = hub.root / HUB_ROOT.format(repo="some/one")
-    folder.mkdir(parents=True)
+    folder = empty_repository(hub)
     (folder / "elsewhere").write_bytes(b"content")
 
     def redirect(digest):
@@ -371,7 +376,7 @@ def test_the_digest_that_the_hub_names_is_checked(hub, tmp_path):
     hub.faults["large"] = [redirect(hashlib.sha256(b"content").hexdigest()), redirect("0" * 64)]
     remote = prepare.Hub(hub.url, "some/one")
     assert remote.fetch("large", tmp_path / "a").read_bytes() == b"content"
-    with pytest.raises(train_gpt.DataError, match="has not the SHA-256 that the hub names"):
+    with pytest.raises(train_gpt.DataError, match="does not have the SHA-256 that the hub names"):
         remote.fetch("large", tmp_path / "b")
     assert names(tmp_path) == ["a", "hub"]
 
@@ -406,7 +411,11 @@ def test_documents_are_encoded_with_a_tokenizer_of_ours(contest, documents, caps
 
 @pytest.mark.parametrize(
     "facts, message",
-    [({"docs_sha256": "0" * 64}, "has not the published SHA-256 0000"), ({}, "names no docs"), ([], "names no docs")],
+    [
+        ({"docs_sha256": "0" * 64}, "does not have the published SHA-256 0000"),
+        ({}, "names no docs"),
+        ([], "names no docs"),
+    ],
 )
 def test_documents_with_another_digest_are_refused(contest, documents, capsys, facts, message):
     (documents / "docs_selected.source_manifest.json").write_text(json.dumps(facts))

@@ -1,4 +1,4 @@
-"""Shards, tokenizers and side-cars that are not what they should be are refused; the rest is read as it was written."""
+"""Shards, tokenizers and side-cars that are not what they should be are refused; good ones are read as written."""
 
 import json
 import random
@@ -59,10 +59,10 @@ GOOD = (20240520, 1, 3)
         (with_header((20240521, 1, 3), bytes(6)), ("not a shard", "20240521", "20240520")),
         (with_header((20240520, 2, 3), bytes(6)), ("not a shard", "version", "2")),
         (np.array(GOOD, ">i4").tobytes() + bytes(1012 + 6), ("not a shard",)),
-        (with_header(GOOD, bytes(4)), ("3 tokens", "holds 2", "truncated")),
+        (with_header(GOOD, bytes(4)), ("3 tokens", "hold 2", "truncated")),
         (with_header(GOOD, bytes(5)), ("3 tokens", "2.5", "truncated")),
         (with_header(GOOD, bytes(7)), ("3 tokens", "3.5")),
-        (with_header(GOOD, bytes(8)), ("3 tokens", "holds 4")),
+        (with_header(GOOD, bytes(8)), ("3 tokens", "hold 4")),
         (with_header((20240520, 1, -1), b""), ("-1 tokens",)),
         (with_header((20240520, 1, 2**31 - 1), bytes(6)), ("2147483647 tokens",)),
         (with_header(GOOD, b"")[:1023], ("1023 bytes", "header")),
@@ -278,7 +278,8 @@ def test_every_target_belongs_to_one_document_and_totals_are_the_shards(bodies, 
     weights = np.array(data.draw(st.lists(st.integers(0, 9), min_size=len(stream), max_size=len(stream))), np.int64)
     docs = train_gpt.split_documents(stream, weights)
     assert len(docs) == len(bodies)
-    at, targets = 0, []
+    at = 0
+    targets = []
     for i, body in enumerate(bodies):
         last = i == len(bodies) - 1
         span = [BOS, *body] + ([] if last else [BOS])  # the last document has no closing BOS
@@ -290,7 +291,16 @@ def test_every_target_belongs_to_one_document_and_totals_are_the_shards(bodies, 
     assert docs.lengths.sum() == len(stream) - 1 and docs.target_bytes().sum() == weights[1:].sum()
 
 
-# ---- packing ----------------------------------------------------------------
+# ---- micro-batches ----------------------------------------------------------------
+
+
+def plain_segment_starts(tokens: list[int], row_tokens: int, seq_len: int) -> list[int]:
+    """Token by token."""
+    starts = []
+    for i, token in enumerate(tokens):
+        if i % row_tokens == 0 or token == BOS or i - starts[-1] == seq_len:
+            starts.append(i)
+    return starts
 
 
 @given(
@@ -300,22 +310,19 @@ def test_every_target_belongs_to_one_document_and_totals_are_the_shards(bodies, 
 )
 @settings(max_examples=300)
 def test_segments_start_where_a_plain_loop_starts_them(tokens, row_tokens, seq_len):
-    starts, since = [], 0
-    for i, token in enumerate(tokens):
-        since += 1
-        if i % row_tokens == 0 or token == BOS or since == seq_len:
-            starts, since = [*starts, i], 0
-    assert train_gpt.segment_starts(np.array(tokens, np.uint16), row_tokens, seq_len).tolist() == starts
+    starts = train_gpt.segment_starts(np.array(tokens, np.uint16), row_tokens, seq_len)
+    assert starts.tolist() == plain_segment_starts(tokens, row_tokens, seq_len)
 
 
-def test_a_packed_row_says_where_attention_restarts():
-    tokens, targets = np.arange(2, 9, dtype=np.uint16), np.arange(3, 10, dtype=np.uint16)
-    packed = train_gpt.make_micro_batch(tokens, targets, np.array([0, 2, 3]), torch.device("cpu"))
-    assert packed.tokens.tolist() == [tokens.tolist()] and packed.targets.tolist() == [targets.tolist()]
-    assert packed.tokens.dtype == packed.targets.dtype == torch.int64
-    assert packed.segments.positions.tolist() == [0, 1, 0, 0, 1, 2, 3]
-    assert packed.segments.ends.tolist() == [2, 2, 3, 7, 7, 7, 7]
-    assert packed.segments.positions.dtype == packed.segments.ends.dtype == torch.int32
+def test_a_micro_batch_says_where_attention_restarts():
+    tokens = np.arange(2, 9, dtype=np.uint16)
+    targets = np.arange(3, 10, dtype=np.uint16)
+    micro_batch = train_gpt.make_micro_batch(tokens, targets, np.array([0, 2, 3]), torch.device("cpu"))
+    assert micro_batch.tokens.tolist() == [tokens.tolist()] and micro_batch.targets.tolist() == [targets.tolist()]
+    assert micro_batch.tokens.dtype == micro_batch.targets.dtype == torch.int64
+    assert micro_batch.segments.positions.tolist() == [0, 1, 0, 0, 1, 2, 3]
+    assert micro_batch.segments.ends.tolist() == [2, 2, 3, 7, 7, 7, 7]
+    assert micro_batch.segments.positions.dtype == micro_batch.segments.ends.dtype == torch.int32
 
 
 # ---- the training stream ----------------------------------------------------
@@ -327,15 +334,22 @@ def training_tokens(folder) -> np.ndarray:
 
 def whole_batch(streams: list[TrainingStream], number: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets of all ranks' micro-batches, in order."""
-    parts = [packed for stream in streams for packed in stream.batch(number)]
-    return tuple(torch.cat([part[i][0] for part in parts]).numpy() for i in (0, 1))
+    micro_batches = [micro_batch for stream in streams for micro_batch in stream.batch(number)]
+    return joined(micro_batches)
+
+
+def joined(micro_batches: list[train_gpt.MicroBatch]) -> tuple[np.ndarray, np.ndarray]:
+    inputs = torch.cat([micro_batch.tokens[0] for micro_batch in micro_batches])
+    targets = torch.cat([micro_batch.targets[0] for micro_batch in micro_batches])
+    return inputs.numpy(), targets.numpy()
 
 
 @pytest.mark.parametrize("micro_batch_tokens", [64, 128])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_batches_are_the_contiguous_stream_whatever_the_ranks(tiny_data, tiny_run, world, micro_batch_tokens):
     """1,500 tokens in batches of 256: batch 1 crosses a shard's edge, batches 5 and 11 the end of an epoch."""
-    run, stream = tiny_run(micro_batch_tokens=micro_batch_tokens), training_tokens(tiny_data)
+    run = tiny_run(micro_batch_tokens=micro_batch_tokens)
+    stream = training_tokens(tiny_data)
     ranks = [TrainingStream(run, VOCAB, Dist(rank, world)) for rank in range(world)]
     for number in range(13):
         at = np.arange(number * 256, (number + 1) * 256)
@@ -350,34 +364,28 @@ def test_every_row_begins_a_segment_and_no_segment_holds_two_documents(tiny_data
     for rank in range(world):
         for tokens, _, segments in TrainingStream(run, VOCAB, Dist(rank, world)).batch(3):
             assert tokens.numel() <= run.micro_batch_tokens
-            expected, since = [], 0
-            for i, token in enumerate(tokens[0].tolist()):
-                since += 1
-                if i % run.train_row_tokens == 0 or token == BOS or since == run.train_seq_len:
-                    expected, since = [*expected, i], 0
+            expected = plain_segment_starts(tokens[0].tolist(), run.train_row_tokens, run.train_seq_len)
             assert (segments.positions == 0).nonzero()[:, 0].tolist() == expected
             assert segments.ends.unique().tolist() == [*expected[1:], tokens.numel()]
 
 
 def test_a_batch_is_a_function_of_its_number(tiny_data, tiny_run):
-    """Asked for in any order, again, and while the next one is fetched: always the same, and never written to again."""
-    run, reference = tiny_run(), {}
-    for number in range(8):
-        reference[number] = whole_batch([TrainingStream(run, VOCAB, Dist())], number)
-    stream, held = TrainingStream(run, VOCAB, Dist()), []
-    for number in (0, 1, 2, 2, 7, 3, 4, 0, 6, 5):
-        held.append((number, stream.batch(number)))
-    for number, batch in held:
-        for i in (0, 1):
-            assert (torch.cat([part[i][0] for part in batch]).numpy() == reference[number][i]).all()
+    """In any order, again, and while the next one is loaded: always the same, and never written to again."""
+    run = tiny_run()
+    expected = [whole_batch([TrainingStream(run, VOCAB, Dist())], number) for number in range(8)]
+    stream = TrainingStream(run, VOCAB, Dist())
+    order = (0, 1, 2, 2, 7, 3, 4, 0, 6, 5)
+    batches = [stream.batch(number) for number in order]
+    for number, batch in zip(order, batches, strict=True):
+        assert all((a == b).all() for a, b in zip(joined(batch), expected[number], strict=True))
 
 
-def test_the_next_batch_is_fetched_ahead(tiny_data, tiny_run):
+def test_the_next_batch_is_loaded_ahead(tiny_data, tiny_run):
     stream = TrainingStream(tiny_run(), VOCAB, Dist())
     stream.batch(4)
-    ((number, fetched),) = stream.ahead.items()
-    assert number == 5 and isinstance(fetched, Future)
-    assert fetched.result() is stream.batch(5)
+    ((number, loading),) = stream.loading.items()
+    assert number == 5 and isinstance(loading, Future)
+    assert loading.result() is stream.batch(5)
 
 
 def test_rows_longer_than_all_data_are_refused(tiny_data, tiny_run):
@@ -425,7 +433,7 @@ def test_shards_may_begin_and_end_inside_a_long_document(tiny_data, tiny_run, wr
 
 @given(rows=st.integers(1, 60), world=st.integers(1, 16), micro=st.integers(1, 70))
 @settings(max_examples=300)
-def test_rows_are_dealt_evenly_or_the_nearest_valid_batch_is_named(rows, world, micro):
+def test_rows_are_shared_equally_or_the_nearest_valid_batch_is_named(rows, world, micro):
     def run(rows):
         return train_gpt.RunConfig(
             train_batch_tokens=rows * 32,
@@ -437,10 +445,10 @@ def test_rows_are_dealt_evenly_or_the_nearest_valid_batch_is_named(rows, world, 
         )
 
     if rows % world == 0:
-        micro_batch_rows, passes = train_gpt.split_batch(run(rows), world)
-        assert micro_batch_rows * passes * world == rows and micro_batch_rows <= micro
-        more = [n for n in range(micro_batch_rows + 1, micro + 1) if (rows // world) % n == 0]
-        assert more == []  # no larger pass would fit
+        micro_batch_rows, grad_accum_steps = train_gpt.split_batch(run(rows), world)
+        assert micro_batch_rows * grad_accum_steps * world == rows and micro_batch_rows <= micro
+        larger = [n for n in range(micro_batch_rows + 1, micro + 1) if (rows // world) % n == 0]
+        assert larger == []  # would fit
         return
     with pytest.raises(ConfigError) as error:
         train_gpt.split_batch(run(rows), world)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -61,7 +62,7 @@ def write_lines(path: Path, texts: list[str]) -> Path:
 def models(tmp_path_factory) -> dict[str, bytes]:
     """Ours with and without CaseOps, and one that normalises as the contest's do."""
     folder = tmp_path_factory.mktemp("models")
-    part = prepare.Part(str(write_lines(folder / "text.jsonl", TEXTS)))
+    part = prepare.SourceFile(str(write_lines(folder / "text.jsonl", TEXTS)))
     lossy = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
@@ -85,6 +86,18 @@ def models(tmp_path_factory) -> dict[str, bytes]:
     }
 
 
+@pytest.fixture
+def model_file(models, tmp_path):
+    """model_file(kind): the model as a file, for --tokenizer."""
+
+    def write(kind: str) -> Path:
+        path = tmp_path / "given.model"
+        path.write_bytes(models[kind])
+        return path
+
+    return write
+
+
 def run(*arguments: object) -> int:
     return prepare.main(["jsonl", "--workers", "1", *map(str, arguments)])
 
@@ -94,7 +107,8 @@ def read_back(folder: Path, split: str) -> tuple[list[str], list[int]]:
     manifest = json.loads((folder / "manifest.json").read_text())
     processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / manifest["tokenizer"]["path"]))
     decode = prepare.decode_caseops if manifest["tokenizer"]["transform"] == "caseops" else str
-    texts, sums = [], []
+    texts = []
+    sums = []
     for path in train_gpt.find_shards(str(folder), split):
         tokens = train_gpt.read_shard(path)
         sidecar = path.with_name(path.name.replace("_val_", "_val_bytes_"))
@@ -107,6 +121,11 @@ def read_back(folder: Path, split: str) -> tuple[list[str], list[int]]:
     return texts, sums
 
 
+def everything(folder: Path) -> dict[str, bytes]:
+    """Content of every file below a folder, by relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 # ---- bytes ------------------------------------------------------------------
 
 
@@ -115,9 +134,13 @@ def recounted(encoder: prepare.Encoder, tokens: list[int]) -> list[int]:
     stream = []  # (UTF-8 byte of transformed text, its token)
     for i, token in enumerate(tokens):
         piece = encoder.processor.id_to_piece(token)
-        is_byte = encoder.processor.is_byte(token)
-        stream += [(b, i) for b in (bytes([int(piece[3:5], 16)]) if is_byte else piece.replace("\u2581", " ").encode())]
-    counts, escaped, at = [0] * len(tokens), False, 0
+        if encoder.processor.is_byte(token):
+            stream.append((int(piece[3:5], 16), i))
+        else:
+            stream += [(byte, i) for byte in piece.replace("\u2581", " ").encode()]
+    counts = [0] * len(tokens)
+    escaped = False
+    at = 0
     for character in bytes(b for b, _ in stream).decode():
         for _, token in stream[at : at + len(character.encode())]:
             counts[token] += not encoder.caseops or character not in MARKERS or escaped
@@ -134,8 +157,8 @@ def test_exact_tokenizers_keep_every_character(models, kind):
     for i in range(0, len(every), 50_000):
         prepare.encode_document(encoder, "".join(every[i : i + 50_000]), False)  # raises where a character is lost
     some = "".join(every[:0x400] + every[0x400::97])
-    tokens, sidecar, measures = prepare.encode_document(encoder, some, True)
-    assert measures[:3] == [len(some.encode())] * 3
+    tokens, sidecar, byte_counts = prepare.encode_document(encoder, some, True)
+    assert byte_counts[:3] == [len(some.encode())] * 3
     assert sidecar[0] == 0 and sidecar[1:].tolist() == recounted(encoder, tokens[1:].tolist())
 
 
@@ -143,10 +166,10 @@ def test_exact_tokenizers_keep_every_character(models, kind):
 @pytest.mark.parametrize("text", NASTY + TEXTS[:20])
 def test_sidecar_of_exact_tokenizers(models, kind, text):
     encoder = prepare.load_encoder(models[kind], kind == "caseops")
-    tokens, sidecar, measures = prepare.encode_document(encoder, text, True)
+    tokens, sidecar, byte_counts = prepare.encode_document(encoder, text, True)
     assert tokens[0] == train_gpt.BOS
     assert sidecar[1:].tolist() == recounted(encoder, tokens[1:].tolist())
-    assert sidecar.sum() == len(text.encode()) == measures[0]
+    assert sidecar.sum() == len(text.encode()) == byte_counts[0]
 
 
 @given(
@@ -159,23 +182,23 @@ def test_sidecar_of_exact_tokenizers(models, kind, text):
 )
 def test_sidecar_adds_up_for_any_text(models, kind, caseops, text):
     encoder = prepare.load_encoder(models[kind], caseops)
-    tokens, sidecar, measures = prepare.encode_document(encoder, text, True)
+    tokens, sidecar, byte_counts = prepare.encode_document(encoder, text, True)
     decoded = encoder.processor.decode(tokens[1:].tolist())
     decoded = len((prepare.decode_caseops(decoded) if caseops else decoded).encode())
-    assert measures[:3] == [len(text.encode()), decoded, min(decoded, len(text.encode()))]
+    assert byte_counts[:3] == [len(text.encode()), decoded, min(decoded, len(text.encode()))]
     assert len(tokens) == 1 or sidecar.sum() == len(text.encode())
     assert encoder.exact == (kind != "lossy")
 
 
 def test_text_that_normalisation_removed_goes_to_the_next_token(models):
     encoder = prepare.load_encoder(models["lossy"], False)
-    tokens, sidecar, measures = prepare.encode_document(encoder, "  e\n\n\te½ ", True)
+    tokens, sidecar, byte_counts = prepare.encode_document(encoder, "  e\n\n\te½ ", True)
     pieces = [encoder.processor.id_to_piece(t) for t in tokens[1:].tolist()]
     assert "".join(pieces) == "e\u2581e1<0xE2><0x81><0x84>2"  # ½ becomes 1⁄2
     assert pieces[0] == "e" and sidecar[1] == 3  # two spaces removed before it
     counts = dict(zip(pieces[1:], sidecar[2:].tolist(), strict=True))
     assert sum(counts.values()) == len("\n\n\te½ ".encode()) and counts["2"] == 3  # ½, and the space removed at the end
-    assert measures == [10, 8, 8, 8]
+    assert byte_counts == [10, 8, 8, 8]
 
 
 def test_contest_formula_by_hand(models):
@@ -183,10 +206,10 @@ def test_contest_formula_by_hand(models):
     word = next(i for i in range(400) if encoder.processor.id_to_piece(i).startswith("\u2581") and i > 260)
     length = len(encoder.processor.id_to_piece(word)) - 1
     text = encoder.processor.id_to_piece(word).replace("\u2581", " ") * 2 + "é"
-    tokens, _, measures = prepare.encode_document(encoder, text, False)
+    tokens, _, byte_counts = prepare.encode_document(encoder, text, False)
     assert tokens.tolist() == [1, word, word, *encoder.byte_ids[0xC3:0xC4], *encoder.byte_ids[0xA9:0xAA]]
-    assert measures[3] == length + (1 + length) + 2  # no space is counted after BOS
-    assert measures[0] == measures[3] + 1
+    assert byte_counts[3] == length + (1 + length) + 2  # no space is counted after BOS
+    assert byte_counts[0] == byte_counts[3] + 1
 
 
 def test_a_token_too_heavy_for_the_sidecar_is_refused(models):
@@ -234,13 +257,15 @@ def test_training_repeats_exactly_and_leaves_validation_out(models, tmp_path):
     assert prepare.train_tokenizer([models["part"]], 420, True) == models["caseops"]
     part = models["part"]._replace(first_validation=100)
     validation = write_lines(tmp_path / "val.jsonl", ["unseen"])
-    seen = list(prepare.tokenizer_text([prepare.Part(str(validation), all_validation=True), part], False))
+    seen = list(prepare.tokenizer_text([prepare.SourceFile(str(validation), all_validation=True), part], False))
     assert seen == TEXTS[100:]
 
 
 def test_markers_merge_with_what_is_beside_them(tmp_path):
     text = write_lines(tmp_path / "a.jsonl", ["See The Cat, says NASA. " * n for n in range(1, 50)])
-    processor = prepare.load_encoder(prepare.train_tokenizer([prepare.Part(str(text))], 310, True), True).processor
+    processor = prepare.load_encoder(
+        prepare.train_tokenizer([prepare.SourceFile(str(text))], 310, True), True
+    ).processor
     pieces = [processor.id_to_piece(i) for i in range(310)]
     for whole in (f"\u2581{MARKERS[0]}the", f"\u2581{MARKERS[1]}nasa"):
         assert any(piece.startswith(whole) for piece in pieces)
@@ -276,13 +301,10 @@ def test_text_comes_back_from_shards(tmp_path, suffix, caseops):
     assert read_back(folder, "val") == (validation, [len(t.encode()) for t in validation])
     manifest = json.loads((folder / "manifest.json").read_text())
     for split, texts in (("train", TEXTS[60:]), ("val", validation)):
-        facts, size = manifest["splits"][split], sum(len(t.encode()) for t in texts)
-        assert (facts["documents"], facts["original_bytes"], facts["decoded_bytes"], facts["smaller_bytes"]) == (
-            len(texts),
-            size,
-            size,
-            size,
-        )
+        facts = manifest["splits"][split]
+        size = sum(len(t.encode()) for t in texts)
+        assert facts["documents"] == len(texts)
+        assert facts["original_bytes"] == facts["decoded_bytes"] == facts["smaller_bytes"] == size
         assert facts["tokens"] == sum(s["tokens"] for s in facts["shards"])
         assert len(facts["shards"]) > 2 and all(s["tokens"] <= 2000 for s in facts["shards"])
         for entry in facts["shards"] + facts["sidecars"]:
@@ -302,11 +324,11 @@ def test_the_entry_reads_what_was_prepared(tmp_path):
     assert len(documents) == len(texts) and documents.bytes.sum() == sum(len(t.encode()) for t in texts)
 
 
-def test_a_lossy_tokenizer_is_weighed_and_reported(models, tmp_path, capsys):
-    model = tmp_path / "given.model"
-    model.write_bytes(models["lossy"])
+def test_a_lossy_tokenizer_is_weighed_and_reported(models, model_file, tmp_path, capsys):
+    model = model_file("lossy")
     validation = ["e½" * 50, "e  e" * 50, "eee"]
-    val, train = write_lines(tmp_path / "val.jsonl", validation), write_lines(tmp_path / "train.jsonl", TEXTS)
+    val = write_lines(tmp_path / "val.jsonl", validation)
+    train = write_lines(tmp_path / "train.jsonl", TEXTS)
     assert run(train, "--val", val, "--tokenizer", model, "--out", tmp_path) == 0
     facts = json.loads((tmp_path / "datasets" / "jsonl" / "manifest.json").read_text())
     processor = sentencepiece.SentencePieceProcessor(model_proto=models["lossy"])
@@ -328,33 +350,28 @@ def test_a_lossy_tokenizer_is_weighed_and_reported(models, tmp_path, capsys):
     assert read_back(tmp_path / "datasets" / "jsonl", "val")[1] == [a for a, _ in sizes]
 
 
-def test_caseops_follows_the_markers_of_a_given_tokenizer(models, tmp_path):
-    model, text = tmp_path / "given.model", write_lines(tmp_path / "a.jsonl", TEXTS)
+def test_caseops_follows_the_markers_of_a_given_tokenizer(model_file, tmp_path):
+    text = write_lines(tmp_path / "a.jsonl", TEXTS)
     for kind, transform in (("caseops", "caseops"), ("plain", "none")):
-        model.write_bytes(models[kind])
-        assert run(text, "--val-fraction", 0.3, "--tokenizer", model, "--out", tmp_path) == 0
+        assert run(text, "--val-fraction", 0.3, "--tokenizer", model_file(kind), "--out", tmp_path) == 0
         manifest = json.loads((tmp_path / "datasets" / "jsonl" / "manifest.json").read_text())
         assert manifest["tokenizer"]["transform"] == transform
 
 
-def test_workers_change_nothing(models, tmp_path, monkeypatch):
+def test_workers_change_nothing(model_file, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_BYTES", 4096)
-    model, text = tmp_path / "given.model", write_lines(tmp_path / "a.jsonl", TEXTS)
-    model.write_bytes(models["caseops"])
+    text = write_lines(tmp_path / "a.jsonl", TEXTS)
     for workers in (1, 3):
-        options = ["--val-fraction", 0.3, "--tokenizer", model, "--workers", workers]
+        options = ["--val-fraction", 0.3, "--tokenizer", model_file("caseops"), "--workers", workers]
         assert run(text, *options, "--out", tmp_path / str(workers)) == 0
-    files = [sorted((tmp_path / str(n) / "datasets" / "jsonl").iterdir()) for n in (1, 3)]
-    assert [f.name for f in files[0]] == [f.name for f in files[1]]
-    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
+    assert everything(tmp_path / "1") == everything(tmp_path / "3")
 
 
 # ---- splits -----------------------------------------------------------------
 
 
-def test_a_document_in_both_splits_is_refused_by_name(models, tmp_path, capsys):
-    model = tmp_path / "given.model"
-    model.write_bytes(models["plain"])
+def test_a_document_in_both_splits_is_refused_by_name(model_file, tmp_path, capsys):
+    model = model_file("plain")
     val = write_lines(tmp_path / "val.jsonl", TEXTS[:10])
     train = write_lines(tmp_path / "train.jsonl", [*TEXTS[10:50], TEXTS[7]])
     assert run(train, "--val", val, "--tokenizer", model, "--out", tmp_path) == 2
@@ -362,9 +379,8 @@ def test_a_document_in_both_splits_is_refused_by_name(models, tmp_path, capsys):
     assert not (tmp_path / "datasets" / "jsonl").exists()
 
 
-def test_copies_and_empty_documents_are_counted(models, tmp_path):
-    model = tmp_path / "given.model"
-    model.write_bytes(models["plain"])
+def test_copies_and_empty_documents_are_counted(model_file, tmp_path):
+    model = model_file("plain")
     val = write_lines(tmp_path / "val.jsonl", [*TEXTS[:10], TEXTS[3], ""])
     train = write_lines(tmp_path / "train.jsonl", [*TEXTS[10:30], TEXTS[11], TEXTS[11], "", ""])
     assert run(train, "--val", val, "--tokenizer", model, "--out", tmp_path) == 0
@@ -374,9 +390,8 @@ def test_copies_and_empty_documents_are_counted(models, tmp_path):
     assert [splits["val"][name] for name in names] == [1, 1, 11]
 
 
-def test_the_split_by_digest_is_a_property_of_the_text(models, tmp_path):
-    model = tmp_path / "given.model"
-    model.write_bytes(models["plain"])
+def test_the_split_by_digest_is_a_property_of_the_text(model_file, tmp_path):
+    model = model_file("plain")
     found = []
     for texts in (TEXTS, TEXTS[::-1] + TEXTS):
         text = write_lines(tmp_path / "a.jsonl", texts)
@@ -457,17 +472,12 @@ def test_bad_options_are_refused_by_the_command_line(arguments):
 
 
 @pytest.fixture
-def small(models, tmp_path):
+def small(model_file, tmp_path):
     """Arguments of a quick preparation, and its folder."""
-    model = tmp_path / "given.model"
-    model.write_bytes(models["plain"])
+    model = model_file("plain")
     text = write_lines(tmp_path / "a.jsonl", TEXTS)
     out = tmp_path / "out"
     return [text, "--tokenizer", model, "--val-fraction", 0.3, "--out", out], out / "datasets" / "jsonl"
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_a_finished_preparation_is_used_again(small, capsys):
@@ -537,60 +547,135 @@ def test_two_preparations_of_one_name_do_not_meet(small, capsys):
     assert sorted(p.name for p in folder.parent.iterdir()) == ["jsonl"]
 
 
-# What a preparation is at when the signal comes: `at_it` says so.
+FORKER = """
+import json, os, sys
+sys.path[0] = os.getcwd()
+import train_gpt
+for line in sys.stdin:
+    folder, program = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        os.chdir(folder)
+        output = os.open("output", os.O_WRONLY)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.close(output)
+        exec(program)
+        break
+    print(child, flush=True)
+    end = os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # its id stays taken: a signal may come too late
+    print(end.si_status if end.si_code == os.CLD_EXITED else -end.si_status, flush=True)
+"""
+
+
+class Forker:
+    """Runs programs in forks of a process that has imported the entry: importing takes longer than the programs do.
+    A program gets a session of its own, and ends as any Python process does."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", FORKER], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+        )
+
+    def start(self, folder: Path, program: str) -> None:
+        """Run a program in a folder."""
+        os.mkfifo(folder / "output")
+        self.output = os.open(folder / "output", os.O_RDONLY | os.O_NONBLOCK)
+        self.process.stdin.write(json.dumps([str(folder), program]).encode() + b"\n")
+        self.pid = int(self.process.stdout.readline())
+        self.running = True
+
+    def has_ended(self, wait_s: float = 0) -> bool:
+        return bool(select.select([self.process.stdout], [], [], wait_s)[0])
+
+    def result(self) -> tuple[int, str]:
+        """(exit status, output), once the program and all processes that hold its output have ended."""
+        assert self.has_ended(20), "the program does not end"
+        status = int(self.process.stdout.readline())
+        self.running = False
+        output = b""
+        while True:
+            assert select.select([self.output], [], [], 20)[0], "a process of the program does not end"
+            chunk = os.read(self.output, 1 << 16)
+            if not chunk:
+                return status, output.decode()
+            output += chunk
+
+    def clean_up(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        os.close(self.output)
+        if self.running:
+            self.process.stdout.readline()
+
+
+@pytest.fixture(scope="session")
+def forker_process():
+    forker = Forker()
+    yield forker
+    forker.process.stdin.close()
+    forker.process.wait()
+
+
+@pytest.fixture
+def forker(forker_process):
+    yield forker_process
+    forker_process.clean_up()
+
+
+# `at_it` says that the preparation is where the signal shall find it.
 INTERRUPTED = """
 import hashlib, os, runpy, sys, time
 from multiprocessing.connection import Connection
 import sentencepiece
-parent, at_it, send, train = os.getpid(), lambda: open("at it", "w").close(), Connection._send, {train}
+parent = os.getpid()
+send = Connection._send
+def at_it():
+    open("at it", "w").close()
+def train_long(**_):
+    at_it()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)  # Python hears no signal
 def send_in_two(self, data, *more):
     if len(data) < 1 << 16 or os.getpid() == parent:
         return send(self, data, *more)
     send(self, data[:9], *more)
     at_it()
-    time.sleep(1)
+    while not os.path.exists("signals are sent"):
+        time.sleep(0.01)
     send(self, data[9:], *more)
-Connection._send, sentencepiece.SentencePieceTrainer.train = send_in_two, train
-runpy.run_path(sys.argv.pop(1), run_name="__main__")
+Connection._send = send_in_two
+sentencepiece.SentencePieceTrainer.train = train_long
+sys.argv = {arguments}
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
-TRAIN = "sentencepiece.SentencePieceTrainer.train"
-TRAIN_LONG = "lambda **_: (at_it(), hashlib.pbkdf2_hmac('sha256', b'', b'', 1 << 30))"  # Python hears no signal
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sent", ["INT", "TERM", "INT, INT, INT", "TERM to all"])
-@pytest.mark.parametrize("train", [TRAIN_LONG, TRAIN], ids=["in training", "while a long result is sent"])
-def test_a_signal_ends_it_within_seconds(tmp_path, train, sent):
+@pytest.mark.parametrize("moment", ["in training", "while a long result is sent"])
+def test_a_signal_ends_it_within_seconds(small, tmp_path, forker, moment, sent):
     """And all its workers, also if it comes again, or to them, too, as from `timeout`."""
-    text = write_lines(tmp_path / "a.jsonl", sentences(3000, 3))
-    command = [sys.executable, "-c", INTERRUPTED.format(train=train), ROOT / "data" / "prepare.py", "jsonl", text]
-    command += ["--out", tmp_path / "out", "--vocab-size", "400", "--workers", "3"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        while not (tmp_path / "at it").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.01)
-        for name in sent.removesuffix(" to all").split(", "):
-            send = os.killpg if sent.endswith(" to all") else os.kill
-            send(process.pid, signal.Signals["SIG" + name])
-            time.sleep(0.2)
-        begin = time.monotonic()
-        _, said = process.communicate(timeout=20)  # not before all who hold the pipe have ended
-        assert process.returncode in (130, -signal.SIGINT) and time.monotonic() - begin < 5  # -2: at Python's own end
-        assert "interrupted" in said and not list((tmp_path / "out" / "datasets").iterdir())
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def said_by(program: str) -> str:
-    """A process of its own, which must end; its output tells how."""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=60)
-    return done.stdout
+    arguments, folder = small
+    if moment == "in training":
+        arguments = [a for a in arguments if a not in ("--tokenizer", tmp_path / "given.model")]
+    command = [ROOT / "data" / "prepare.py", "jsonl", *arguments, "--workers", 3]
+    forker.start(tmp_path, INTERRUPTED.format(arguments=list(map(str, command))))
+    while not (tmp_path / "at it").exists():
+        assert not forker.has_ended(0.01), forker.result()
+    for name in sent.removesuffix(" to all").split(", "):
+        send = os.killpg if sent.endswith(" to all") else os.kill
+        send(forker.pid, signal.Signals["SIG" + name])
+        time.sleep(0.1)
+    (tmp_path / "signals are sent").touch()
+    begin = time.monotonic()
+    status, output = forker.result()
+    assert status in (130, -signal.SIGINT) and time.monotonic() - begin < 5  # -2: at Python's own end
+    assert "interrupted" in output and not list(folder.parent.iterdir())
 
 
 @pytest.mark.slow
-def test_workers_that_cannot_all_be_made_are_ended():
+def test_workers_that_cannot_all_be_made_are_ended(tmp_path, forker):
     program = """
 import errno, os
 from data import prepare
@@ -607,11 +692,12 @@ try:
 except OSError as error:
     print(error.strerror)
 """
-    assert said_by(program) == "no more processes\n"
+    forker.start(tmp_path, program)
+    assert forker.result() == (0, "no more processes\n")
 
 
 @pytest.mark.slow
-def test_a_signal_while_workers_are_made_is_not_lost():
+def test_a_signal_while_workers_are_made_is_not_lost(tmp_path, forker):
     """Python drops what is raised in the hooks of a fork."""
     program = """
 import os, signal
@@ -623,16 +709,16 @@ try:
 except KeyboardInterrupt:
     print("heard")
 """
-    assert said_by(program) == "heard\n"
+    forker.start(tmp_path, program)
+    assert forker.result() == (0, "heard\n")
 
 
 # ---- installed text ---------------------------------------------------------
 
 
 def test_sources_are_parsed_not_run(tmp_path):
-    package, module = (
-        tmp_path / "pack",
-        '''
+    package = tmp_path / "pack"
+    module = '''
 """Module."""
 class C:
   """Class."""
@@ -647,8 +733,7 @@ async def f():
 if True:
   def g():
     """No."""
-''',
-    )
+'''
     no = '"""No."""'
     for name, code in {
         "__init__": '"""Package."""\nraise SystemExit("this was run")',
@@ -758,7 +843,8 @@ class Terminal(io.StringIO):
     ],
 )
 def test_progress_tells_how_long_still(monkeypatch, stream, times, expected):
-    clock, out = iter(times), stream()
+    clock = iter(times)
+    out = stream()
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     with contextlib.redirect_stderr(out):
         progress = prepare.Progress("encoding", 100_000_000)
