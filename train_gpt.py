@@ -953,9 +953,8 @@ class Log:
             print(text, file=self.lines_file, flush=True)
 
     def event(self, event: str, template: str = "", /, **values: Any) -> None:
-        """Report an event. The line for people is `template`, formatted with the values; without one there is none."""
-        if template:
-            self.line(template.format(**values))
+        """Report an event. The line for people is `template`, formatted with the values; without one there is none.
+        Whoever sees the line finds the event on the disk: it is written first."""
         if self.events_file is not None:
             # JSON has no NaN and no infinity: a loss that is not finite becomes null.
             finite = {
@@ -963,6 +962,8 @@ class Log:
                 for name, value in values.items()
             }
             self.events_file.write(json.dumps({"event": event, **finite}, allow_nan=False).encode() + b"\n")
+        if template:
+            self.line(template.format(**values))
 
 
 def print_now(text: str) -> None:
