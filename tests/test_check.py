@@ -13,7 +13,7 @@ import pytest
 import test_record
 
 from tools import check
-from tools.common import end_in_a_line
+from tools.artifact import end_in_a_line
 
 
 @pytest.fixture(scope="module")

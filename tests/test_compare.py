@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 from test_plot import png_size
-from test_runs import fabricate
+from test_results import fabricate
 
 from tools import compare
-from tools.common import end_in_a_line
-from tools.runs import load_run
+from tools.artifact import end_in_a_line
+from tools.results import load_run
 
 
 def test_a_planted_difference_is_found_and_drawn(tmp_path, monkeypatch, capsys):

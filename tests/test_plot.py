@@ -3,10 +3,10 @@
 import contextlib
 
 import pytest
-from test_runs import fabricate
+from test_results import fabricate
 
 from tools import plot
-from tools.runs import load_run
+from tools.results import load_run
 from train_gpt import UserError
 
 

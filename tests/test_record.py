@@ -16,10 +16,10 @@ from test_end_to_end import Folder
 
 import train_gpt
 from tools import check, claims, record
+from tools.artifact import end_in_a_line
 from tools.claims import CONTEST, NON_RECORD, Baseline, Facts
-from tools.common import end_in_a_line
 from tools.prove import PROPERTIES, Finding
-from tools.runs import load_run
+from tools.results import load_run
 from tools.welch import Sample, incomplete_beta, lower_by, upper_tail
 
 WHO = dict(AUTHOR="Ada L.", GITHUB_ID="ada")

@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 import torch
 from test_plot import png_size
-from test_runs import fabricate
+from test_results import fabricate
 
 import train_gpt
 from data import prepare
 from tools import sweep
-from tools.common import end_in_a_line
+from tools.artifact import end_in_a_line
 from tools.holdout import caseops_sidecar, make_holdout
-from tools.runs import load_run
+from tools.results import load_run
 
 HELD = 300  # of the 1,500 training tokens of tiny_data
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from tools.runs import Run, number, whole
+from tools.results import Run
+from tools.values import number, whole
 from tools.welch import Sample, lower_by
 from train_gpt import DataError, UserError, require
 
@@ -512,7 +513,7 @@ def results_row(run: Run) -> list[str]:
 
 def phases_section(runs: Sequence[Run], facts: Facts) -> str:
     """Every phase of every run, and what the two clocks and the whole run took."""
-    clocks = {name: clock for run in runs for name, (_, clock) in phases(run).items()}
+    clocks = {name: clock for run in runs for name, (_, clock) in run.phases().items()}
     seconds = {name: [r.result["phases"].get(name, 0.0) for r in runs] for name in clocks}
     rows = [[name, clock, *(f"{s:.1f}" for s in seconds[name])] for name, clock in clocks.items()]
     totals = {
@@ -522,12 +523,6 @@ def phases_section(runs: Sequence[Run], facts: Facts) -> str:
     }
     rows += [[name, "", *(f"{total(r):.1f}" for r in runs)] for name, total in totals.items()]
     return table(["phase", "clock", *(f"seed {r.result['seed']}, s" for r in runs)], rows)
-
-
-def phases(run: Run) -> dict[str, tuple[float, str]]:
-    """Seconds and clock ("training", "evaluation" or "-") of every phase, as the log's table has them."""
-    found = (re.fullmatch(r"phase (\S.*?) +(\d+\.\d+) s +clock: (\S+)", line) for line in run.log_lines)
-    return {match[1]: (float(match[2]), match[3]) for match in found if match}
 
 
 def validation_section(run: Run, facts: Facts) -> str:

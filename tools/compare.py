@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.common import end_in_a_line
+from tools.artifact import end_in_a_line
 from tools.plot import COLOURS, by_length, label_lengths, picture, short
-from tools.runs import (
+from tools.results import (
     Interval,
     Run,
     bits_per_byte,

@@ -24,8 +24,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.common import end_in_a_line
-from tools.runs import Run, bits_per_byte, length_groups, load_run
+from tools.artifact import end_in_a_line
+from tools.results import Run, bits_per_byte, length_groups, load_run
 from train_gpt import EVALUATION_CLOCK, LOGS, TRAINING_CLOCK, UserError, require, write_atomically
 
 WIDTH, DPI = 900, 100  # pixels of every picture, as wide as a README

@@ -28,11 +28,21 @@ import torch
 import train_gpt
 from data.prepare import whole_number
 from tools import claims
-from tools.check import RECORDS, against_log, baseline_of, contradictions, ranks, read_record, run_entry, told, unlike
+from tools.artifact import end_in_a_line
+from tools.check import (
+    RECORDS,
+    against_log,
+    baseline_of,
+    contradictions,
+    guarded,
+    ranks,
+    read_record,
+    run_entry,
+    unlike,
+)
 from tools.claims import CONTEST, CONTEST_SECONDS, DEPENDENT, MOST_BYTES, NON_RECORD, OWN_TOKENIZER, Baseline, Facts
-from tools.common import end_in_a_line
 from tools.plot import MOST_RUNS, draw_all
-from tools.runs import Run, beside, load_run
+from tools.results import EVENTS_BELOW, Run, beside, load_run
 from train_gpt import LOGS, DataError, RunConfig, UserError, read_env, read_file, require, write_atomically
 
 
@@ -201,7 +211,7 @@ def find_finished(run: RunConfig, knobs: dict[str, str]) -> Run | None:
         ]
         if found.source != train_gpt.code():
             reasons.append("train_gpt.py has changed")
-        reasons += told(against_log(found))
+        reasons += guarded(against_log(found))
     if not reasons:
         print(f"{path}: finished, not run again")
         return found
@@ -317,7 +327,8 @@ def content_of(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -> 
     }
     for run in runs:
         seed = run.result["seed"]
-        files[f"train_seed{seed}.log"] = read_file(run.log)
+        events = read_file(beside(run.path, ".events.jsonl"))
+        files[f"train_seed{seed}.log"] = read_file(run.log).removesuffix(b"\n") + EVENTS_BELOW + events
         files[f"train_seed{seed}.json"] = read_file(run.path)
         files[f"train_seed{seed}.docs.npz"] = read_file(beside(run.path, ".docs.npz"))
         files[f"audit_seed{seed}.txt"] = audits[seed].encode()

@@ -41,10 +41,11 @@ import numpy as np
 import torch
 
 import train_gpt
-from tools.common import end_in_a_line, knobs_of_run
+from tools.artifact import end_in_a_line, knobs_of_run
+from tools.events import Event, read_events
 from tools.holdout import make_holdout
 from tools.plot import COLOURS, picture
-from tools.runs import Interval, Run, differences, load_run
+from tools.results import Interval, Run, differences, load_run
 from train_gpt import LOGS, ConfigError, DataError, UserError, require
 
 SWEEPS = LOGS / "sweeps"
@@ -76,7 +77,7 @@ class Job:
     source: str = ""  # sha256 of the train_gpt.py that it is for
     state: str = "waiting"  # waiting | running | done | failed
     at: str = ""  # how far, in words
-    bpb: float | None = None  # the latest that the log says
+    bpb: float | None = None  # the latest that the run reported
     eta: float | None = None  # seconds, of the running phase
     run: Run | None = None  # once it is done
 
@@ -274,42 +275,58 @@ class Running(NamedTuple):
     job: Job
     process: subprocess.Popen
     slot: str | None
-    began: float
-    log: Tail
+    started_at: float
+    events: GrowingEvents
 
 
-class Tail:
-    """New whole lines of a log that grows, after the source at its beginning."""
+class GrowingEvents:
+    """The events of a run that is still running, as it reports them."""
 
     def __init__(self, path: Path):
-        self.path, self.at, self.rest = path, len(train_gpt.code()), b""
+        self.path = path
+        self.position = 0
+        self.rest = b""  # of a line that is not whole yet
 
-    def lines(self) -> list[str]:
+    def new(self) -> list[Event]:
+        """What has come since the last call. A damaged line shows nothing here; it is an error once the run is read."""
         try:
-            with open(self.path, "rb") as log:
-                log.seek(self.at)
-                new = log.read()
+            with open(self.path, "rb") as file:
+                file.seek(self.position)
+                content = file.read()
         except FileNotFoundError:
             return []
-        self.at += len(new)
-        *whole, self.rest = (self.rest + new).split(b"\n")
-        return [line.decode("utf-8", "replace") for line in whole]
+        self.position += len(content)
+        *lines, self.rest = (self.rest + content).split(b"\n")
+
+        events = []
+        for line in lines:
+            with contextlib.suppress(DataError):
+                events += read_events(line, self.path.name)
+        return events
 
 
-def note_progress(job: Job, line: str) -> None:
-    """What a line of the log says of how far the run is."""
-    figures = dict(re.findall(r"(\w+):(\d[\d./]*)", line))
-    if line.startswith("step:"):
-        job.at = f"step {figures['step']}"
-    elif line.startswith("adapted documents:"):
-        job.at = f"{figures['documents']} documents"
-    elif line.startswith(("before quantisation", "artifact ")):
-        job.at, job.eta = "packing" if line[0] == "b" else "scored", None
-    for name in ("val_bpb", "ttt_bpb", "bpb"):
-        if name in figures:
-            job.bpb = float(figures[name])
-    if "eta_s" in figures:
-        job.eta = float(figures["eta_s"])
+def note_progress(job: Job, event: Event) -> None:
+    """How far a run is, by one of its events."""
+    values = event.values
+    match event.name:
+        case "step":
+            job.at = f"step {values['step']}"
+        case "validate":
+            job.at = f"step {values['step']}"
+            job.bpb = values["val_bpb"]
+        case "before_quantisation":
+            job.at = "packing"
+            job.eta = None
+            job.bpb = values["prequant_bpb"]
+        case "adapted":
+            job.at = f"{values['documents_done']}/{values['documents']} documents"
+            job.bpb = values["bpb"]
+        case "score":
+            job.at = "scored"
+            job.eta = None
+            job.bpb = values["static_bpb"] if values["val_bpb"] is None else values["val_bpb"]
+    if event.known:
+        job.eta = values.get("eta_s", job.eta)
 
 
 class Sweep:
@@ -339,7 +356,7 @@ class Sweep:
         if self.gpus > 1:
             program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
         env = job.env if slot is None else job.env | {"CUDA_VISIBLE_DEVICES": slot}
-        for suffix in (".json", ".docs.npz", ".txt"):  # of an attempt that was cut off
+        for suffix in (".json", ".docs.npz", ".events.jsonl", ".txt"):  # of an attempt that was cut off
             job.file(suffix).unlink(missing_ok=True)
         with open(job.file(".err"), "wb") as errors:
             process = subprocess.Popen(
@@ -350,18 +367,18 @@ class Sweep:
                 stderr=errors,
             )
         job.state, job.at = "running", "starting"
-        self.running.append(Running(job, process, slot, time.monotonic(), Tail(job.file(".txt"))))
+        self.running.append(Running(job, process, slot, time.monotonic(), GrowingEvents(job.file(".events.jsonl"))))
 
     def look_after(self, one: Running) -> None:
-        """Read its log; when it has ended, see what came of it and free its place."""
+        """Read its events; when it has ended, see what came of it and free its place."""
         status = one.process.poll()
-        for line in one.log.lines():
-            note_progress(one.job, line)
+        for event in one.events.new():
+            note_progress(one.job, event)
         if status is None:
             return
         self.running.remove(one)
         self.free.append(one.slot)
-        self.took.append(time.monotonic() - one.began)
+        self.took.append(time.monotonic() - one.started_at)
         conclude(one.job, status)
 
     def seconds_left(self) -> float | None:
@@ -370,7 +387,7 @@ class Sweep:
             return None
         each, now = sum(self.took) / len(self.took), time.monotonic()
         waiting = sum(job.state == "waiting" for job in self.jobs)
-        begun = sum(max(0.0, each - (now - one.began)) for one in self.running)
+        begun = sum(max(0.0, each - (now - one.started_at)) for one in self.running)
         return (begun + waiting * each) / self.width
 
     def stop(self) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import runs
-from tools.runs import differences, length_groups, load_run, ratio_intervals
+from tools import results
+from tools.results import differences, length_groups, load_run, ratio_intervals
 from train_gpt import DataError
 
 SOURCE = b"print('the entry')\n"
-LINES = ("TTT_LR=0.01", "step:2 val_bpb:1.90000 (last iterate, without adaptation)", "result val_bpb:1.0")
+EVENTS = ({"event": "validate", "step": 2, "val_bpb": 1.9}, {"event": "later", "val_bpb": "unknown"})
 
 
 def fabricate(
@@ -30,7 +30,7 @@ def fabricate(
     trained: bool = True,
     **changes,
 ) -> Path:
-    """The three files of a run on `count` documents that `texts` decides, whose bits per byte lie `gap` above 1.2 and
+    """The four files of a run on `count` documents that `texts` decides, whose bits per byte lie `gap` above 1.2 and
     have noise of their own that `own` decides; `changes` go into the result. Returns the path of the .json."""
     shared, mine = np.random.default_rng(texts), np.random.default_rng(1000 + own)
     tokens = np.maximum(shared.lognormal(6, 1, count), 2).astype(np.int64)
@@ -85,7 +85,8 @@ def fabricate(
             history=[[1, 2.0, 4.0], [2, 4.0, 3.0], [4, 8.0, 2.5]],
         )
     (folder / f"{run_id}.json").write_text(json.dumps(result | changes))
-    (folder / f"{run_id}.txt").write_bytes(SOURCE + ("\n".join(LINES) + "\n").encode())
+    (folder / f"{run_id}.events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
+    (folder / f"{run_id}.txt").write_bytes(SOURCE + b"\nTTT_LR=0.01\n")
     return folder / f"{run_id}.json"
 
 
@@ -104,7 +105,7 @@ def test_a_run_is_found_by_its_id_or_its_path_and_says_what_its_documents_say(tm
     assert load_run(path).result == run.result == json.loads(path.read_text())
     assert run.bpb == pytest.approx(run.nats.sum() / math.log(2) / run.bytes.sum(), rel=1e-12)
     assert run.static_bpb == pytest.approx(1.02 * run.bpb) and run.loss == pytest.approx(run.result["val_loss"])
-    assert run.validations() == [(2, 1.9)] and run.log_lines[0] == "TTT_LR=0.01"
+    assert run.validations() == [(2, 1.9)] and run.log_text == "TTT_LR=0.01\n"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_files_that_are_missing_cut_short_or_too_large_are_refused(tmp_path, mon
     scores.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="not the scores"):
         load_run(path)
-    monkeypatch.setattr(runs, "MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(results, "MAX_UNPACKED_BYTES", 1 << 20)
     with zipfile.ZipFile(scores, "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("nats.npy", bytes(1 << 21))
     with pytest.raises(DataError, match="bytes unpacked"):
