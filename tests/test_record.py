@@ -101,8 +101,10 @@ def no_start(*_):
 def test_a_record_holds_its_runs_byte_for_byte(recorded):
     logs, source = recorded.parents[2] / "logs", Path(train_gpt.__file__)
     for seed in (0, 42):
-        for ending, there in ((".txt", ".log"), (".json", ".json"), (".docs.npz", ".docs.npz")):
-            kept = recorded / f"train_seed{seed}{there}"
+        text, events = ((logs / f"Tiny_seed{seed}{ending}").read_bytes() for ending in (".txt", ".events.jsonl"))
+        assert (recorded / f"train_seed{seed}.log").read_bytes() == text + b"events:\n" + events
+        for ending in (".json", ".docs.npz"):
+            kept = recorded / f"train_seed{seed}{ending}"
             assert kept.read_bytes() == (logs / f"Tiny_seed{seed}{ending}").read_bytes()
         assert (
             f"audited {Path('logs', f'Tiny_seed{seed}.ptz')} with TTT_LR 0.01 --seconds 120\n"
@@ -223,9 +225,15 @@ def test_what_is_not_the_same_run_is_run_again(home, facts, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "code", lambda: b"another")
         assert found() is None and "train_gpt.py has changed" in capsys.readouterr().out
-    log = home / "logs" / "Tiny_seed0.txt"
-    log.write_text(log.read_text().rpartition("result ")[0])
-    assert found() is None and "does not end with a result" in capsys.readouterr().out
+    for ending, reason in ((".txt", "where its events give 'result "), (".events.jsonl", "do not end with a result")):
+        path = home / "logs" / f"Tiny_seed0{ending}"
+        whole = path.read_text()
+        path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+        assert found() is None and reason in capsys.readouterr().out
+        path.unlink()
+        assert found() is None and "cannot be read" in capsys.readouterr().out
+        path.write_text(whole)
+    assert found() is not None
 
 
 def test_a_run_on_other_validation_is_refused(home, facts):

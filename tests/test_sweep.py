@@ -111,7 +111,7 @@ lr, source = os.environ["TTT_LR"], pathlib.Path(__file__).read_bytes()
 out = pathlib.Path("logs", os.environ["RUN_ID"])
 with open("started", "a") as started:
     print(lr, os.environ.get("SEED", "-"), os.environ.get("CUDA_VISIBLE_DEVICES", "-"), file=started)
-out.with_suffix(".txt").write_bytes(source + b"\\nstep:2 loss:3.0 eta_s:5\\n")
+out.with_suffix(".txt").write_bytes(source)
 if lr == "0.5":
     sys.exit("error: planted failure")
 while lr == "0.25" and not os.path.exists("go on"):
@@ -413,20 +413,36 @@ def test_a_run_of_a_source_that_was_changed_meanwhile_does_not_count(stand_in, c
     assert job.state == "failed" and "changed meanwhile" in job.at
 
 
+STEP = dict(step=50, loss=3.1, progress=0.5, loop=0, tokens_per_s=1.0, epoch=0.1, train_s=9.5, eta_s=12.5)
+ADAPTED = dict(documents_done=12, documents=64, bpb=1.3, eval_s=20.0, eta_s=30.0)
+SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
+
+
 @pytest.mark.parametrize(
-    "line, at, bpb, eta",
+    "event, values, at, bpb, eta",
     [
-        ("step:50 loss:3.1 progress:0.5 train_s:9.5 eta_s:12", "step 50", None, 12),
-        ("step:50 val_bpb:1.50000 (last iterate, without adaptation)", "step 50", 1.5, None),
-        ("before quantisation, without adaptation: val_bpb:1.40000, last iterate 1.45", "packing", 1.4, None),
-        ("adapted documents:12/64 eval_s:20 eta_s:30", "12/64 documents", None, 30),
-        ("artifact logs/a.ptz: static_bpb:1.41000 ttt_bpb:1.39000", "scored", 1.39, None),
-        ("VOCAB_SIZE=64", "", None, None),
+        ("step", STEP, "step 50", None, 12.5),
+        ("validate", dict(step=50, val_bpb=1.5), "step 50", 1.5, None),
+        ("before_quantisation", dict(prequant_bpb=1.4, last_bpb=1.45), "packing", 1.4, None),
+        ("adapted", ADAPTED, "12/64 documents", 1.3, 30.0),
+        ("score", SCORE, "scored", 1.39, None),
+        ("score", SCORE | {"val_bpb": None}, "scored", 1.41, None),
+        ("device", dict(world_size=1, device="CPU"), "", None, None),
+        ("later", dict(eta_s="soon"), "", None, None),
     ],
 )
-def test_progress_is_read_from_the_lines_of_the_log(line, at, bpb, eta):
-    job = sweep.Job({}, {})
-    sweep.note_progress(job, line)
+def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, at, bpb, eta):
+    job, path = sweep.Job({}, {}), tmp_path / "run.events.jsonl"
+    growing = sweep.GrowingEvents(path)
+    assert growing.new() == []
+    line = json.dumps({"event": event, **values}) + "\n"
+    for part in ('{"damaged\n' + line[:9], line[9:]):
+        with open(path, "a") as file:
+            file.write(part)
+        found = growing.new()
+        for one in found:
+            sweep.note_progress(job, one)
+    assert [one.name for one in found] == [event] and growing.new() == []
     assert (job.at, job.bpb, job.eta) == (at, bpb, eta)
 
 

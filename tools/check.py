@@ -350,7 +350,7 @@ def against_phases(run: Run) -> Iterator[str]:
 def against_training(run: Run) -> Iterator[str]:
     result = run.result
     sizes = [event["tokens"] for event in run.reported("training_data")]
-    if "epochs" in result and [round(result["epochs"] * size) for size in sizes] != [result["train_tokens"]]:
+    if "epochs" in result and [result["train_tokens"] / max(size, 1) for size in sizes] != [result["epochs"]]:
         yield (
             f"epochs is {result['epochs']}, train_tokens {result['train_tokens']}, and by the events there are "
             f"{' and '.join(map(str, sizes)) or 'no'} tokens to train on"
