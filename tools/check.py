@@ -82,11 +82,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--artifact is for the evaluation of one record",
         UserError,
     )
-    options.artifact = dict(map(named_artifact, options.artifact))
+    options.artifact = dict(seed_and_path(text) for text in options.artifact)
     return options
 
 
-def named_artifact(text: str) -> tuple[int, Path]:
+def seed_and_path(text: str) -> tuple[int, Path]:
     seed, _, path = text.partition("=")
     require(seed.isdecimal() and path != "", f"--artifact {text}: expected SEED=FILE", UserError)
     return int(seed), Path(path)
@@ -163,10 +163,11 @@ def read_facts(stated: Any, readme: str) -> Facts:
 
 def read_runs(folder: Path) -> list[Run]:
     """The runs that lie in a record, by seed."""
-    found = {int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"train_seed(\d{1,10})\..*", p.name))}
-    require(bool(found), "no train_seed*.json: no run is here", DataError)
-    paths = [folder / f"train_seed{seed}.json" for seed in sorted(found)]
-    return [Run(p, read_result(p), **read_documents(beside(p, ".docs.npz"))) for p in paths]
+    names = [re.fullmatch(r"train_seed(\d{1,10})\..*", path.name) for path in folder.iterdir()]
+    seeds = {int(match[1]) for match in names if match}
+    require(bool(seeds), "no train_seed*.json: no run is here", DataError)
+    paths = [folder / f"train_seed{seed}.json" for seed in sorted(seeds)]
+    return [Run(path, read_result(path), **read_documents(beside(path, ".docs.npz"))) for path in paths]
 
 
 # -----------------------------------------------------------------------------
@@ -174,8 +175,8 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def examine(folder: Path) -> list[str]:
-    """Everything in a record that does not follow from its runs, and everything that speaks against these. No code of
-    the record runs."""
+    """Everything in a record that does not follow from its runs, and everything that speaks against the runs. No code
+    of the record runs."""
     return list(guarded(findings_in(folder)))
 
 
@@ -195,10 +196,13 @@ def misplaced(record: Record) -> Iterator[str]:
 
 def contradictions(record: Record) -> list[str]:
     """What is wrong in a record, wherever it lies."""
-    folder, _, facts, runs = record
+    folder = record.folder
+    facts = record.facts
+    runs = record.runs
     wrong = against_runs(record)
     if wrong:  # what follows from such runs says nothing
         return wrong
+
     return [
         *claims.objections(runs, facts),
         *against_submission(record),
@@ -217,7 +221,7 @@ def against_runs(record: Record) -> list[str]:
 
 
 def against_files(run: Run, folder: Path) -> Iterator[str]:
-    """A run's files against each other, and against the source that the record shows."""
+    """A run's files against each other, and against the train_gpt.py of the record."""
     if run.path.name != f"train_seed{run.result['seed']}.json":
         yield f"it is of seed {run.result['seed']}"
     if run.source != read_file(folder / "train_gpt.py"):
@@ -236,10 +240,10 @@ def audit_name(run: Run) -> str:
 
 
 def against_knobs(result: Mapping[str, Any]) -> Iterator[str]:
-    """What a result says of the way of scoring, against the knobs; and the digest that tells its artifact."""
+    """What a result says about how it was scored, against the knobs; and the digest of its artifact."""
     knobs = result["knobs"]
-    alone = knobs.get("TTT_SCOPE") == "document" and result["degraded_documents"] == 0
-    independent = int(knobs.get("TTT_ENABLED") == "0" or alone)
+    each_alone = knobs.get("TTT_SCOPE") == "document" and result["degraded_documents"] == 0
+    independent = int(knobs.get("TTT_ENABLED") == "0" or each_alone)
     if result["doc_independent"] != independent:
         yield f"doc_independent is {result['doc_independent']}, its knobs and degraded_documents make it {independent}"
     for name in ("seed", "run_id"):
@@ -389,13 +393,14 @@ def against_audit(run: Run, path: Path) -> Iterator[str]:
     """What an audit leaves open or says against a run, and where it speaks of another artifact."""
     lines = read_text(path).splitlines()
     for name in PROPERTIES:
-        verdicts = [m[1] for line in lines if (m := re.fullmatch(rf"(ok|FAIL|-) +{re.escape(name)}( .*)?", line))]
+        matches = [re.fullmatch(rf"(ok|FAIL|-) +{re.escape(name)}( .*)?", line) for line in lines]
+        verdicts = [match[1] for match in matches if match]
         if not verdicts:
             yield f"it has no line for {name!r}"
         elif "FAIL" in verdicts:
             yield f"it says that {name!r} FAILs"
 
-    heads = [m for line in lines if (m := re.fullmatch(r"(?:.*/)?([^/]+)\.ptz: (.*)", line))]
+    heads = list(filter(None, (re.fullmatch(r"(?:.*/)?([^/]+)\.ptz: (.*)", line) for line in lines)))
     if [m[1] for m in heads] != [run.name]:
         yield f"it is of {' and '.join(m[1] for m in heads) or 'no artifact'}, the run is {run.name}"
     for name, value in re.findall(r"\b(TTT_[A-Z_]+)=(\w+)", " ".join(m[2] for m in heads)):
@@ -427,7 +432,8 @@ def says(text: str, value: Any) -> bool:
 
 def against_submission(record: Record) -> Iterator[str]:
     derived = claims.submission(record.runs, record.facts)
-    stated, expected = dict(flat(record.stated)), dict(flat(derived))
+    stated = dict(flat(record.stated))
+    expected = dict(flat(derived))
     for name in [*expected, *(stated.keys() - expected.keys())]:
         if stated.get(name) != expected.get(name):
             yield f"submission.json: {name} is {stated.get(name)}, the runs give {expected.get(name)}"
@@ -436,7 +442,7 @@ def against_submission(record: Record) -> Iterator[str]:
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """("seed_results.42.steps", "1500") of every leaf, an empty table or list being one."""
+    """("seed_results.42.steps", "1500") for every leaf; an empty table or list is a leaf, too."""
     if isinstance(value, dict | list) and value:
         parts = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in parts:
@@ -448,16 +454,21 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def differing_lines(name: str, stated: str, expected: str) -> Iterator[str]:
     lines = difflib.unified_diff(stated.split("\n"), expected.split("\n"), n=0, lineterm="")
     for line in itertools.islice(lines, 2, None):  # after the names of two files
-        if not line.startswith("@@"):
-            yield f"{name} {'says' if line[0] == '-' else 'should say'} {line[1:]!r}"
+        if line.startswith("-"):
+            yield f"{name} says {line[1:]!r}"
+        elif line.startswith("+"):
+            yield f"{name} should say {line[1:]!r}"
 
 
 def against_baseline(facts: Facts) -> list[str]:
     """The baseline against the record that it is taken from, where that is at hand."""
-    source = Path(facts.baseline.source) if facts.baseline else None
-    if source is None or not (source / "submission.json").is_file():
+    if facts.baseline is None:
         return []
-    stated, actual = asdict(facts.baseline), asdict(baseline_of(source))
+    source = Path(facts.baseline.source)
+    if not (source / "submission.json").is_file():
+        return []
+    stated = asdict(facts.baseline)
+    actual = asdict(baseline_of(source))
     return [
         f"submission.json: baseline.{name} is {stated[name]}, {source} gives {actual[name]}"
         for name in stated
@@ -471,10 +482,17 @@ def baseline_of(folder: Path) -> Baseline:
         record = read_record(folder)
         wrong = list(guarded(itertools.chain(misplaced(record), against_runs(record))))
         require(not wrong, f"the baseline {folder} disagrees with itself: {'; '.join(wrong)}", DataError)
-        stated, first = claims.submission(record.runs, record.facts), record.runs[0].result
-        std, width = stated["val_bpb_std"] or 0.0, first["bytes"] / first["tokens"]
-        seeds, totals = len(record.runs), (first["documents"], first["bytes"])
-        return Baseline(folder.as_posix(), stated["val_bpb"], std, seeds, width, *totals)
+        stated = claims.submission(record.runs, record.facts)
+        first = record.runs[0].result
+        return Baseline(
+            source=folder.as_posix(),
+            val_bpb=stated["val_bpb"],
+            val_bpb_std=stated["val_bpb_std"] or 0.0,
+            seeds=len(record.runs),
+            bytes_per_token=first["bytes"] / first["tokens"],
+            documents=first["documents"],
+            bytes=first["bytes"],
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -483,13 +501,14 @@ def baseline_of(folder: Path) -> Baseline:
 
 def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
     """Score again every artifact that is at hand -> what differs."""
-    runs, wrong = read_record(folder).runs, []
+    runs = read_record(folder).runs
+    wrong = []
     unknown = named.keys() - {run.result["seed"] for run in runs}
     require(not unknown, f"--artifact: the record has no seed {sorted(unknown)}", UserError)
     for run in runs:
         seed = run.result["seed"]
         artifact = named.get(seed) or LOGS / f"{run.name}.ptz"
-        if seed not in named and (not artifact.is_file() or unlike(artifact, run)):
+        if seed not in named and (not artifact.is_file() or how_it_differs(artifact, run)):
             print(f"{folder}: seed {seed}: its artifact is not at hand ({artifact}); not evaluated again")
         elif seed not in named and made_on_gpu(run) and not torch.cuda.is_available():
             print(
@@ -497,7 +516,7 @@ def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
                 f"--artifact {seed}={artifact}"
             )
         elif run.result["degraded_documents"]:
-            print(f"{folder}: seed {seed}: what a deadline left unadapted cannot be repeated; not evaluated again")
+            print(f"{folder}: seed {seed}: what a deadline left out cannot be repeated; not evaluated again")
         else:
             wrong += [f"seed {seed}: {line}" for line in evaluate_again(folder, run, artifact)]
     return wrong
@@ -509,7 +528,7 @@ def made_on_gpu(run: Run) -> bool:
 
 def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
     """Score an artifact with the record's train_gpt.py, in a folder of its own."""
-    if difference := unlike(artifact, run):
+    if difference := how_it_differs(artifact, run):
         yield f"{artifact} is another one: {difference}"
         return
     print(f"{folder}: seed {run.result['seed']}: evaluating {artifact} again", flush=True)
@@ -520,8 +539,8 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
         again = read_result(Path(work) / "logs" / f"{run.name}.json")
     if again["validation"] != run.result["validation"]:
         yield (
-            f"{env['DATA_PATH']} holds another validation set ({in_short(again)}) than the record's "
-            f"({in_short(run.result)}): set DATA_PATH"
+            f"{env['DATA_PATH']} holds another validation set ({validation_of(again)}) than the record's "
+            f"({validation_of(run.result)}): set DATA_PATH"
         )
         return
     for name in ("val_bpb", "static_bpb"):
@@ -530,42 +549,53 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
             yield f"{name} is {again[name]:.6f} when evaluated again, {run.result[name]:.6f} in the record"
 
 
-def unlike(artifact: Path, run: Run) -> str:
-    """In what a file differs from the artifact of a run; empty: in nothing."""
-    content, size, sha256 = read_file(artifact), run.result["artifact_bytes"], run.result.get("artifact_sha256")
+def how_it_differs(artifact: Path, run: Run) -> str:
+    """How a file differs from the artifact of a run; empty if it is that artifact."""
+    content = read_file(artifact)
+    size = run.result["artifact_bytes"]
     if len(content) != size:
         return f"it holds {len(content)} bytes, the run's artifact {size}"
+
+    sha256 = run.result.get("artifact_sha256")
     found = hashlib.sha256(content).hexdigest()
-    return "" if found == sha256 else f"its SHA-256 is {found}, that of the run's artifact {sha256}"
+    if found != sha256:
+        return f"its SHA-256 is {found}, that of the run's artifact {sha256}"
+    return ""
 
 
-def in_short(result: Mapping[str, Any]) -> str:
-    """Which validation set was scored."""
+def validation_of(result: Mapping[str, Any]) -> str:
+    """Which validation set was scored, in short."""
     return f"{result['documents']} documents, {result['tokens']} targets, sha256 {result['validation'][:12]}…"
 
 
 def evaluation_environment(run: Run, artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the run, for another machine: no knob of the caller's counts, but where its data lie and on
-    what it runs."""
+    """The environment of the run, for another machine: of the caller's knobs only those count that say where its data
+    lie and on what it runs."""
     knobs = dict(run.result["knobs"])
-    knobs |= {name: env[name] for name in OF_THE_MACHINE if name in env}
-    knobs |= {name: str(Path(knobs[name]).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH") if knobs[name]}
+    for name in OF_THE_MACHINE:
+        if name in env:
+            knobs[name] = env[name]
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        if knobs[name]:
+            knobs[name] = str(Path(knobs[name]).resolve())
     knobs |= {"ARTIFACT": str(artifact.resolve()), "RESUME": "", "EVAL_SECONDS": "0"}
-    ours = {f.name.upper() for kind in train_gpt.CONFIGS for f in fields(kind)} | knobs.keys()
-    return {name: value for name, value in env.items() if name not in ours} | knobs
+
+    all_knobs = {f.name.upper() for kind in train_gpt.CONFIGS for f in fields(kind)} | knobs.keys()
+    return {name: value for name, value in env.items() if name not in all_knobs} | knobs
 
 
 def ranks(env: Mapping[str, str]) -> int:
-    """Processes of a run: one a GPU, or one."""
+    """Processes of a run: one per GPU, or one."""
     return 1 if env.get("DEVICE") == "cpu" else max(1, torch.cuda.device_count())
 
 
 def run_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
     """Start a train_gpt.py on all GPUs, as run.sh does, its output on the screen -> its exit status. When interrupted,
-    the run is given the time to end by itself."""
-    count = ranks(env)
-    spread = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-    process = subprocess.Popen([sys.executable, *spread, str(script)], cwd=folder, env=dict(env))
+    wait for the run to end by itself."""
+    command = [sys.executable]
+    if ranks(env) > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks(env)}"]
+    process = subprocess.Popen([*command, str(script)], cwd=folder, env=dict(env))
     try:
         return process.wait()
     except KeyboardInterrupt:
