@@ -1,5 +1,6 @@
 """`./run.sh check`: a record that is true passes, and one with any number falsified does not."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -80,20 +81,20 @@ def falsified_text(text: str, begin: int, end: int) -> Iterator[tuple[str, str]]
 
 def falsified_readme(text: str) -> Iterator[tuple[str, str]]:
     """All of it but the author's own words of what changed."""
-    begin, end = text.index("## What changed"), text.index("## Settings that differ")
+    begin = text.index("## What changed")
+    end = text.index("## Settings that differ")
     yield from falsified_text(text, 0, begin)
     yield from falsified_text(text, end, len(text))
 
 
 def falsified_log(text: str) -> Iterator[tuple[str, str]]:
     """Every number below the source: those that people read, then those of the events."""
-    begin, events = text.index("\nVOCAB_SIZE="), text.index("\nevents:\n")
-    yield from falsified_text(text, begin, events)
+    events = text.index("\nevents:\n")
+    yield from falsified_text(text, text.index("\nVOCAB_SIZE="), events)
     at = events + len("\nevents:\n")
     for line in text[at:].splitlines(keepends=True):
-        before, after = text[:at], text[at + len(line) :]
         for what, falsified in falsified_event(line):
-            yield what, before + falsified + after
+            yield what, text[:at] + falsified + text[at + len(line) :]
         at += len(line)
 
 
@@ -135,8 +136,10 @@ FALSIFIED: dict[str, Callable[[str], Iterator[tuple[str, str]]]] = {
 
 @pytest.mark.parametrize("name", FALSIFIED)
 def test_every_falsified_number_is_caught(copy, name, capsys):
-    path, missed, count = copy / name, [], 0
+    path = copy / name
     text = path.read_text()
+    missed = []
+    count = 0
     for what, falsified in FALSIFIED[name](text):
         assert falsified != text
         path.write_text(falsified)
@@ -574,22 +577,6 @@ ANOTHER_KIND = [
 ]
 
 
-NONSENSE = [
-    (r"^step:2 .*", "step:1 loss:nan progress:0 train_s:nan"),
-    (r"^step:2 ", f"step:{'9' * 5000} "),
-    (r"^(training data: \d+ shards,) \d+", rf"\1 {'9' * 5000}"),
-    (r"^(phase train +)\S+", rf"\g<1>{'9' * 400}.0"),
-    (r"^TTT_LR=.*", "TTT_LR='"),
-    (r"^TTT_LR=.*", "TTT_LR=\0"),
-    (r"^(result val_bpb):\S+", r"\1:nan"),
-]
-
-
-@pytest.mark.parametrize(("pattern", "text"), NONSENSE)
-def test_nonsense_in_a_log_is_told_and_not_believed(copy, pattern, text):
-    assert change_log(copy, pattern, text)
-
-
 HUGE = 10**400  # JSON holds it, and no float does
 
 
@@ -678,18 +665,16 @@ def test_facts_of_another_kind_are_told(copy, change):
 
 def test_a_baseline_at_hand_is_compared(copy, monkeypatch):
     """The record whose scores are to be beaten lies in the repository: its figures are taken from there again."""
-    patch, home = monkeypatch, copy.parents[2]
+    home = copy.parents[2]
     shutil.copytree(home / "records", home / "older")
     source = next((home / "older").glob("*/*")).relative_to(home)
+    monkeypatch.chdir(home)
     actual = check.baseline_of(source)
-    facts = check.read_record(copy).facts
-    patch.chdir(home)
-    true, false = (
-        test_record.dataclasses.replace(facts, baseline=b)
-        for b in (actual, test_record.dataclasses.replace(actual, val_bpb=9.0))
-    )
-    assert check.against_baseline(true) == []
-    assert check.against_baseline(false) == [
+    facts = dataclasses.replace(check.read_record(copy).facts, baseline=actual)
+    assert check.against_baseline(facts) == []
+
+    facts = dataclasses.replace(facts, baseline=dataclasses.replace(actual, val_bpb=9.0))
+    assert check.against_baseline(facts) == [
         f"submission.json: baseline.val_bpb is 9.0, {source} gives {actual.val_bpb}"
     ]
 
@@ -762,7 +747,8 @@ def test_what_a_gpu_scored_is_not_evaluated_unasked_on_a_cpu(
 def test_another_artifact_is_a_disagreement(recorded, copy, monkeypatch, capsys):
     """Be it of another size or other bytes: it is not evaluated."""
     monkeypatch.setattr(check, "run_entry", test_record.no_start)
-    logs, other = recorded.parents[2] / "logs", copy.parents[2] / "other.ptz"
+    logs = recorded.parents[2] / "logs"
+    other = copy.parents[2] / "other.ptz"
     content = (logs / "Tiny_seed0.ptz").read_bytes()
     for changed, reason in ((content + b"x", "bytes, the run's artifact"), (content[:-1] + b"\0", "its SHA-256 is ")):
         assert changed != content

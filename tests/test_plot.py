@@ -20,7 +20,8 @@ def png_size(path) -> tuple[int, int]:
 @pytest.fixture
 def shown(monkeypatch) -> dict:
     """The axes of every picture as they were when it was done, by the name of its file."""
-    seen, original = {}, plot.picture
+    seen = {}
+    original = plot.picture
 
     @contextlib.contextmanager
     def watched(path, height, columns=1):

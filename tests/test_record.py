@@ -99,9 +99,11 @@ def no_start(*_):
 
 
 def test_a_record_holds_its_runs_byte_for_byte(recorded):
-    logs, source = recorded.parents[2] / "logs", Path(train_gpt.__file__)
+    logs = recorded.parents[2] / "logs"
+    source = Path(train_gpt.__file__)
     for seed in (0, 42):
-        text, events = ((logs / f"Tiny_seed{seed}{ending}").read_bytes() for ending in (".txt", ".events.jsonl"))
+        text = (logs / f"Tiny_seed{seed}.txt").read_bytes()
+        events = (logs / f"Tiny_seed{seed}.events.jsonl").read_bytes()
         assert (recorded / f"train_seed{seed}.log").read_bytes() == text + b"events:\n" + events
         for ending in (".json", ".docs.npz"):
             kept = recorded / f"train_seed{seed}{ending}"
@@ -149,7 +151,8 @@ def test_readme_says_what_changed_and_every_figure_by_seed(recorded, runs):
     assert f"\n{WHAT}\n" in text and "not a record of the contest's main track" in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     for run in runs:
-        r, row = run.result, rows[str(run.result["seed"])]
+        r = run.result
+        row = rows[str(r["seed"])]
         for figure in (
             f"{r['prequant_bpb']:.5f}",
             f"{r['static_bpb']:.5f}",
@@ -255,7 +258,8 @@ def test_a_seed_that_fails_ends_the_record_and_keeps_the_others(home, monkeypatc
 
 def test_a_seed_runs_on_all_gpus_and_is_given_time_to_end(home, facts, monkeypatch):
     """As run.sh starts it; Ctrl-C reaches the run by itself, which then tidies up before we go."""
-    commands, waits = [], []
+    commands = []
+    waits = []
 
     class Process:
         def __init__(self, command, cwd, env):

@@ -32,11 +32,13 @@ def fabricate(
 ) -> Path:
     """The four files of a run on `count` documents that `texts` decides, whose bits per byte lie `gap` above 1.2 and
     have noise of their own that `own` decides; `changes` go into the result. Returns the path of the .json."""
-    shared, mine = np.random.default_rng(texts), np.random.default_rng(1000 + own)
+    shared = np.random.default_rng(texts)
+    mine = np.random.default_rng(1000 + own)
     tokens = np.maximum(shared.lognormal(6, 1, count), 2).astype(np.int64)
     size = 3 * tokens
     bpb = 1.2 + shared.normal(0, 0.1, count) + gap + mine.normal(0, 0.01, count)
-    nats, updates = bpb * size * math.log(2), tokens // 48
+    nats = bpb * size * math.log(2)
+    updates = tokens // 48
     validation = hashlib.sha256(tokens.tobytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
@@ -173,7 +175,8 @@ def test_damaged_scores_are_refused(tmp_path, arrays):
 
 
 def test_files_that_are_missing_cut_short_or_too_large_are_refused(tmp_path, monkeypatch):
-    path, scores = fabricate(tmp_path), tmp_path / "run.docs.npz"
+    path = fabricate(tmp_path)
+    scores = tmp_path / "run.docs.npz"
     whole = scores.read_bytes()
     scores.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="not the scores"):
@@ -196,7 +199,8 @@ def test_files_that_are_missing_cut_short_or_too_large_are_refused(tmp_path, mon
 
 
 def test_the_interval_covers_a_planted_difference_and_not_zero(tmp_path):
-    base, better = load_run(fabricate(tmp_path, "base")), load_run(fabricate(tmp_path, "better", gap=-0.005, own=2))
+    base = load_run(fabricate(tmp_path, "base"))
+    better = load_run(fabricate(tmp_path, "better", gap=-0.005, own=2))
     (gap,) = differences(base, [better])
     assert gap.value == pytest.approx(better.bpb - base.bpb)
     assert gap.low < -0.005 < gap.high < 0
@@ -223,8 +227,10 @@ def test_about_95_of_100_intervals_cover_the_truth(gap):
 
 def test_the_interval_is_what_the_textbook_does_one_draw_at_a_time():
     draw = np.random.default_rng(3)
-    parts, size = draw.normal(1, 1, (40, 2)), draw.integers(1, 9, 40)
-    slow, chosen = [], np.random.default_rng(7)
+    parts = draw.normal(1, 1, (40, 2))
+    size = draw.integers(1, 9, 40)
+    slow = []
+    chosen = np.random.default_rng(7)
     for _ in range(500):
         drawn = chosen.integers(0, 40, 40)
         slow.append(parts[drawn].sum(0) / size[drawn].sum())
@@ -234,7 +240,8 @@ def test_the_interval_is_what_the_textbook_does_one_draw_at_a_time():
 
 
 def test_runs_on_other_documents_or_other_bytes_are_not_compared(tmp_path):
-    base, other = load_run(fabricate(tmp_path, "a")), load_run(fabricate(tmp_path, "b", texts=1))
+    base = load_run(fabricate(tmp_path, "a"))
+    other = load_run(fabricate(tmp_path, "b", texts=1))
     with pytest.raises(DataError, match="different documents"):
         differences(base, [other])
     with pytest.raises(DataError, match="different documents"):

@@ -46,7 +46,8 @@ def tokenizer_of(folder: Path, vocab_size: int = 64) -> train_gpt.Tokenizer:
 
 def test_the_documents_are_the_held_out_ones_and_training_never_reads_them(tiny_data, tiny_run, tmp_path):
     facts = make_holdout(tiny_data, tokenizer_of(tiny_data), HELD, tmp_path / "held")
-    whole, run = training_tokens(tiny_data), tiny_run(data_path=str(tmp_path / "held"), holdout_tokens=HELD)
+    whole = training_tokens(tiny_data)
+    run = tiny_run(data_path=str(tmp_path / "held"), holdout_tokens=HELD)
     docs = train_gpt.load_validation(run.data_path, 64, tokenizer_of(tmp_path / "held"))
     starts = np.flatnonzero(whole == train_gpt.BOS)
     inside = starts[starts >= len(whole) - HELD]
@@ -60,7 +61,8 @@ def test_the_documents_are_the_held_out_ones_and_training_never_reads_them(tiny_
 
 
 def test_a_finished_folder_is_kept_and_another_hold_out_replaces_it(tiny_data, tmp_path):
-    held, tokenizer = tmp_path / "held", tokenizer_of(tiny_data)
+    held = tmp_path / "held"
+    tokenizer = tokenizer_of(tiny_data)
     make_holdout(tiny_data, tokenizer, HELD, held)
     before = (held / "manifest.json").stat()
     make_holdout(tiny_data, tokenizer, HELD, held)
@@ -79,8 +81,10 @@ def test_with_caseops_a_document_weighs_its_original_bytes(tmp_path):
     (tmp_path / "val.jsonl").write_text(json.dumps("A text FOR Validation") + "\n")
     command = ["jsonl", str(tmp_path / "texts.jsonl"), "--val", str(tmp_path / "val.jsonl"), "--vocab-size", "320"]
     assert prepare.main([*command, "--out", str(tmp_path), "--workers", "1"]) == 0
-    data, held = tmp_path / "datasets" / "jsonl", tmp_path / "held"
-    tokenizer, tokens = tokenizer_of(data, 320), train_gpt.read_shard(data / "fineweb_val_000000.bin")
+    data = tmp_path / "datasets" / "jsonl"
+    held = tmp_path / "held"
+    tokenizer = tokenizer_of(data, 320)
+    tokens = train_gpt.read_shard(data / "fineweb_val_000000.bin")
     written = train_gpt.read_shard(data / "fineweb_val_bytes_000000.bin")
     assert caseops_sidecar(np.asarray(tokens), tokenizer).tolist() == written.tolist()
     make_holdout(data, tokenizer, 2000, held)
@@ -174,7 +178,8 @@ def test_a_sweep_ranks_what_it_ran_and_runs_nothing_twice(stand_in, capsys):
         (lr, epochs, "done") for lr in ("0.1", "0.2") for epochs in ("1", "2")
     ]
     table = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("| 0")]
-    best, worst = load_run(rows[2]["run_id"]), load_run(rows[0]["run_id"])
+    best = load_run(rows[2]["run_id"])
+    worst = load_run(rows[0]["run_id"])
     assert table[0].startswith(f"| 0.2 | 1 | {best.bpb:.5f} |  |")
     assert f"| {worst.bpb - best.bpb:+.5f} [+0.0" in table[3], "the interval excludes zero"
     assert float(rows[0]["val_bpb"]) == worst.bpb and rows[0]["run_id"].startswith("sweeps/first/")
@@ -432,7 +437,8 @@ SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
     ],
 )
 def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, at, bpb, eta):
-    job, path = sweep.Job({}, {}), tmp_path / "run.events.jsonl"
+    job = sweep.Job({}, {})
+    path = tmp_path / "run.events.jsonl"
     growing = sweep.GrowingEvents(path)
     assert growing.new() == []
     line = json.dumps({"event": event, **values}) + "\n"

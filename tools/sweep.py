@@ -315,11 +315,9 @@ def note_progress(job: Job, event: Event) -> None:
     """How far a run is, by one of its events."""
     values = event.values
     match event.name:
-        case "step":
+        case "step" | "validate":
             job.at = f"step {values['step']}"
-        case "validate":
-            job.at = f"step {values['step']}"
-            job.bpb = values["val_bpb"]
+            job.bpb = values.get("val_bpb", job.bpb)
         case "before_quantisation":
             job.at = "packing"
             job.eta = None
