@@ -10,7 +10,7 @@ readonly VENV=$PWD/.venv
 usage() {
   cat <<'EOF'
   ./run.sh              train, pack and score: with GPUs and prepared data the full run on all GPUs, else a small run
-  ./run.sh check-setup  what that run would be, and whether this machine can do it
+  ./run.sh check-setup  check this machine and set-up before a run: what it would be, and whether it can be done
   ./run.sh data ...     fetch or make data: python data/prepare.py ...
   ./run.sh prove ...    audit the score of an artifact (default: the newest in logs/), one line a property; two minutes
   ./run.sh compress FILE OUT     the scorer as a lossless compressor; file names count from this folder
@@ -20,7 +20,7 @@ usage() {
   ./run.sh compare A B  what two runs differ by, document by document
   ./run.sh plot RUN...  pictures of finished runs, into logs/plots/
   ./run.sh record ...   train and score every seed, audit, and write records/...: NAME --seeds 42,0,1234 --what TEXT
-  ./run.sh check ...    every number of a record folder against its logs; with its artifact, the score again
+  ./run.sh check ...    check a record folder: every number against its logs; with its artifact, the score again
   ./run.sh bench ...    speed on this machine: steps, kernels against their twins, where the time goes
   ./run.sh test         ruff and the default tests; `test slow`: the slow ones; `test all`: both; or pytest's arguments
   ./run.sh help         this text, then every knob with the full run's default (the small run's: small_job in run.sh)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 from tools import codec, compress, decompress, sample
-from tools.common import end_in_a_line
+from tools.artifact import end_in_a_line
 from train_gpt import BOS, DataError, UserError
 
 ROOT = Path(train_gpt.__file__).parent

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 from test_plot import png_size
-from test_runs import fabricate
+from test_results import fabricate
 
 from tools import compare
-from tools.common import end_in_a_line
-from tools.runs import load_run
+from tools.artifact import end_in_a_line
+from tools.results import load_run
 
 
 def test_a_planted_difference_is_found_and_drawn(tmp_path, monkeypatch, capsys):
@@ -19,9 +19,11 @@ def test_a_planted_difference_is_found_and_drawn(tmp_path, monkeypatch, capsys):
     assert compare.main(["base", "better"]) == 0
     out = capsys.readouterr().out
     assert "the interval excludes zero: on documents like these B is better" in out
-    a, b = load_run("base"), load_run("better")
+    a = load_run("base")
+    b = load_run("better")
     assert f"B - A: {b.bpb - a.bpb:+.5f} [" in out
-    better, worse = int((b.nats < a.nats).sum()), int((b.nats > a.nats).sum())
+    better = int((b.nats < a.nats).sum())
+    worse = int((b.nats > a.nats).sum())
     assert better > worse and f"of 300 documents B predicts {better} better, {worse} worse, 0 the same" in out
     assert out.splitlines()[-1] == "logs/compare/base_better.png"
     assert png_size(tmp_path / "logs/compare/base_better.png") == (900, 420)
@@ -62,7 +64,8 @@ def test_the_split_by_length_adds_up(tmp_path):
     ],
 )
 def test_what_cannot_be_compared_ends_in_one_line_and_status_2(tmp_path, capsys, other, words):
-    a, b = fabricate(tmp_path, "a"), fabricate(tmp_path, "b", **other)
+    a = fabricate(tmp_path, "a")
+    b = fabricate(tmp_path, "b", **other)
     picture = tmp_path / "no.png"
     assert end_in_a_line(lambda: compare.main([str(a), str(b), "--out", str(picture)])) == 2
     said = capsys.readouterr()

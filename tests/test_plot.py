@@ -3,10 +3,10 @@
 import contextlib
 
 import pytest
-from test_runs import fabricate
+from test_results import fabricate
 
 from tools import plot
-from tools.runs import load_run
+from tools.results import load_run
 from train_gpt import UserError
 
 
@@ -20,7 +20,8 @@ def png_size(path) -> tuple[int, int]:
 @pytest.fixture
 def shown(monkeypatch) -> dict:
     """The axes of every picture as they were when it was done, by the name of its file."""
-    seen, original = {}, plot.picture
+    seen = {}
+    original = plot.picture
 
     @contextlib.contextmanager
     def watched(path, height, columns=1):

@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor
 
 import train_gpt
 from data import prepare
-from tools import common, prove, watch
+from tools import artifact, audit_hook, prove
 
 BUDGET = dict(iterations=1, max_wallclock_seconds=0)  # a budget in steps: kernels that repeat
 DOCUMENTS = (30, 5, 41)  # tokens after BOS; contexts are 24, chunks 8
@@ -95,9 +95,9 @@ def audit(monkeypatch, tmp_path) -> Callable[..., prove.Audit]:
 
     def begin(place: Place, knobs: dict, source: str | None = None) -> prove.Audit:
         program = load_source(tmp_path / f"{next(number)}" / "train_gpt.py", source) if source else train_gpt
-        for module in (prove, common):
+        for module in (prove, artifact):
             monkeypatch.setattr(module, "train_gpt", program)
-        opened = common.open_artifact(place.artifact, environment(place.data, knobs))
+        opened = artifact.open_artifact(place.artifact, environment(place.data, knobs))
         return prove.Audit(opened, 0, 1e9, lambda line: None)
 
     return begin
@@ -182,7 +182,7 @@ def test_a_watched_program_finds_no_code_of_the_repository_and_opens_nothing_uns
     for name in ("by path", "mapped"):
         (tmp_path / name).write_bytes(bytes(4096))
     (tmp_path / "program.py").write_text(PROGRAM)
-    source, root = Path(watch.__file__).read_text(), Path(watch.__file__).parent.parent
+    source, root = Path(audit_hook.__file__).read_text(), Path(audit_hook.__file__).parent.parent
     env = os.environ | {"PYTHONPATH": prove.elsewhere(f"{root}:{tmp_path}")}
     subprocess.run([sys.executable, "-c", source, "program.py", "report"], cwd=tmp_path, env=env, check=True)
     opened = set(json.loads((tmp_path / "report").read_text()))
@@ -262,7 +262,7 @@ def scored(places, run_script, tmp_path) -> Place:
 
 
 def test_a_run_reports_what_its_documents_score(audit, scored, monkeypatch):
-    opened = common.open_artifact(scored.artifact, {"EVAL_SECONDS": "0"})
+    opened = artifact.open_artifact(scored.artifact, {"EVAL_SECONDS": "0"})
     assert (opened.plan.run.ttt_lora_rank, opened.plan.run.data_path) == (4, str(scored.data)), "knobs are the run's"
     faults, figures = prove.reported(prove.Audit(opened, 0, 1e9, lambda line: None))
     assert faults == [] and "in 3 documents" in figures

@@ -16,10 +16,10 @@ from test_end_to_end import Folder
 
 import train_gpt
 from tools import check, claims, record
+from tools.artifact import end_in_a_line
 from tools.claims import CONTEST, NON_RECORD, Baseline, Facts
-from tools.common import end_in_a_line
 from tools.prove import PROPERTIES, Finding
-from tools.runs import load_run
+from tools.results import load_run
 from tools.welch import Sample, incomplete_beta, lower_by, upper_tail
 
 WHO = dict(AUTHOR="Ada L.", GITHUB_ID="ada")
@@ -99,10 +99,14 @@ def no_start(*_):
 
 
 def test_a_record_holds_its_runs_byte_for_byte(recorded):
-    logs, source = recorded.parents[2] / "logs", Path(train_gpt.__file__)
+    logs = recorded.parents[2] / "logs"
+    source = Path(train_gpt.__file__)
     for seed in (0, 42):
-        for ending, there in ((".txt", ".log"), (".json", ".json"), (".docs.npz", ".docs.npz")):
-            kept = recorded / f"train_seed{seed}{there}"
+        text = (logs / f"Tiny_seed{seed}.txt").read_bytes()
+        events = (logs / f"Tiny_seed{seed}.events.jsonl").read_bytes()
+        assert (recorded / f"train_seed{seed}.log").read_bytes() == text + b"events:\n" + events
+        for ending in (".json", ".docs.npz"):
+            kept = recorded / f"train_seed{seed}{ending}"
             assert kept.read_bytes() == (logs / f"Tiny_seed{seed}{ending}").read_bytes()
         assert (
             f"audited {Path('logs', f'Tiny_seed{seed}.ptz')} with TTT_LR 0.01 --seconds 120\n"
@@ -147,7 +151,8 @@ def test_readme_says_what_changed_and_every_figure_by_seed(recorded, runs):
     assert f"\n{WHAT}\n" in text and "not a record of the contest's main track" in text
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     for run in runs:
-        r, row = run.result, rows[str(run.result["seed"])]
+        r = run.result
+        row = rows[str(r["seed"])]
         for figure in (
             f"{r['prequant_bpb']:.5f}",
             f"{r['static_bpb']:.5f}",
@@ -223,9 +228,15 @@ def test_what_is_not_the_same_run_is_run_again(home, facts, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "code", lambda: b"another")
         assert found() is None and "train_gpt.py has changed" in capsys.readouterr().out
-    log = home / "logs" / "Tiny_seed0.txt"
-    log.write_text(log.read_text().rpartition("result ")[0])
-    assert found() is None and "does not end with a result" in capsys.readouterr().out
+    for ending, reason in ((".txt", "where its events give 'result "), (".events.jsonl", "do not end with a result")):
+        path = home / "logs" / f"Tiny_seed0{ending}"
+        whole = path.read_text()
+        path.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+        assert found() is None and reason in capsys.readouterr().out
+        path.unlink()
+        assert found() is None and "cannot be read" in capsys.readouterr().out
+        path.write_text(whole)
+    assert found() is not None
 
 
 def test_a_run_on_other_validation_is_refused(home, facts):
@@ -247,7 +258,8 @@ def test_a_seed_that_fails_ends_the_record_and_keeps_the_others(home, monkeypatc
 
 def test_a_seed_runs_on_all_gpus_and_is_given_time_to_end(home, facts, monkeypatch):
     """As run.sh starts it; Ctrl-C reaches the run by itself, which then tidies up before we go."""
-    commands, waits = [], []
+    commands = []
+    waits = []
 
     class Process:
         def __init__(self, command, cwd, env):

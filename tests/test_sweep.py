@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 import torch
 from test_plot import png_size
-from test_runs import fabricate
+from test_results import fabricate
 
 import train_gpt
 from data import prepare
 from tools import sweep
-from tools.common import end_in_a_line
+from tools.artifact import end_in_a_line
 from tools.holdout import caseops_sidecar, make_holdout
-from tools.runs import load_run
+from tools.results import load_run
 
 HELD = 300  # of the 1,500 training tokens of tiny_data
 
@@ -46,7 +46,8 @@ def tokenizer_of(folder: Path, vocab_size: int = 64) -> train_gpt.Tokenizer:
 
 def test_the_documents_are_the_held_out_ones_and_training_never_reads_them(tiny_data, tiny_run, tmp_path):
     facts = make_holdout(tiny_data, tokenizer_of(tiny_data), HELD, tmp_path / "held")
-    whole, run = training_tokens(tiny_data), tiny_run(data_path=str(tmp_path / "held"), holdout_tokens=HELD)
+    whole = training_tokens(tiny_data)
+    run = tiny_run(data_path=str(tmp_path / "held"), holdout_tokens=HELD)
     docs = train_gpt.load_validation(run.data_path, 64, tokenizer_of(tmp_path / "held"))
     starts = np.flatnonzero(whole == train_gpt.BOS)
     inside = starts[starts >= len(whole) - HELD]
@@ -60,7 +61,8 @@ def test_the_documents_are_the_held_out_ones_and_training_never_reads_them(tiny_
 
 
 def test_a_finished_folder_is_kept_and_another_hold_out_replaces_it(tiny_data, tmp_path):
-    held, tokenizer = tmp_path / "held", tokenizer_of(tiny_data)
+    held = tmp_path / "held"
+    tokenizer = tokenizer_of(tiny_data)
     make_holdout(tiny_data, tokenizer, HELD, held)
     before = (held / "manifest.json").stat()
     make_holdout(tiny_data, tokenizer, HELD, held)
@@ -79,8 +81,10 @@ def test_with_caseops_a_document_weighs_its_original_bytes(tmp_path):
     (tmp_path / "val.jsonl").write_text(json.dumps("A text FOR Validation") + "\n")
     command = ["jsonl", str(tmp_path / "texts.jsonl"), "--val", str(tmp_path / "val.jsonl"), "--vocab-size", "320"]
     assert prepare.main([*command, "--out", str(tmp_path), "--workers", "1"]) == 0
-    data, held = tmp_path / "datasets" / "jsonl", tmp_path / "held"
-    tokenizer, tokens = tokenizer_of(data, 320), train_gpt.read_shard(data / "fineweb_val_000000.bin")
+    data = tmp_path / "datasets" / "jsonl"
+    held = tmp_path / "held"
+    tokenizer = tokenizer_of(data, 320)
+    tokens = train_gpt.read_shard(data / "fineweb_val_000000.bin")
     written = train_gpt.read_shard(data / "fineweb_val_bytes_000000.bin")
     assert caseops_sidecar(np.asarray(tokens), tokenizer).tolist() == written.tolist()
     make_holdout(data, tokenizer, 2000, held)
@@ -111,7 +115,7 @@ lr, source = os.environ["TTT_LR"], pathlib.Path(__file__).read_bytes()
 out = pathlib.Path("logs", os.environ["RUN_ID"])
 with open("started", "a") as started:
     print(lr, os.environ.get("SEED", "-"), os.environ.get("CUDA_VISIBLE_DEVICES", "-"), file=started)
-out.with_suffix(".txt").write_bytes(source + b"\\nstep:2 loss:3.0 eta_s:5\\n")
+out.with_suffix(".txt").write_bytes(source)
 if lr == "0.5":
     sys.exit("error: planted failure")
 while lr == "0.25" and not os.path.exists("go on"):
@@ -174,7 +178,8 @@ def test_a_sweep_ranks_what_it_ran_and_runs_nothing_twice(stand_in, capsys):
         (lr, epochs, "done") for lr in ("0.1", "0.2") for epochs in ("1", "2")
     ]
     table = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("| 0")]
-    best, worst = load_run(rows[2]["run_id"]), load_run(rows[0]["run_id"])
+    best = load_run(rows[2]["run_id"])
+    worst = load_run(rows[0]["run_id"])
     assert table[0].startswith(f"| 0.2 | 1 | {best.bpb:.5f} |  |")
     assert f"| {worst.bpb - best.bpb:+.5f} [+0.0" in table[3], "the interval excludes zero"
     assert float(rows[0]["val_bpb"]) == worst.bpb and rows[0]["run_id"].startswith("sweeps/first/")
@@ -413,20 +418,37 @@ def test_a_run_of_a_source_that_was_changed_meanwhile_does_not_count(stand_in, c
     assert job.state == "failed" and "changed meanwhile" in job.at
 
 
+STEP = dict(step=50, loss=3.1, progress=0.5, loop=0, tokens_per_s=1.0, epoch=0.1, train_s=9.5, eta_s=12.5)
+ADAPTED = dict(documents_done=12, documents=64, bpb=1.3, eval_s=20.0, eta_s=30.0)
+SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
+
+
 @pytest.mark.parametrize(
-    "line, at, bpb, eta",
+    "event, values, at, bpb, eta",
     [
-        ("step:50 loss:3.1 progress:0.5 train_s:9.5 eta_s:12", "step 50", None, 12),
-        ("step:50 val_bpb:1.50000 (last iterate, without adaptation)", "step 50", 1.5, None),
-        ("before quantisation, without adaptation: val_bpb:1.40000, last iterate 1.45", "packing", 1.4, None),
-        ("adapted documents:12/64 eval_s:20 eta_s:30", "12/64 documents", None, 30),
-        ("artifact logs/a.ptz: static_bpb:1.41000 ttt_bpb:1.39000", "scored", 1.39, None),
-        ("VOCAB_SIZE=64", "", None, None),
+        ("step", STEP, "step 50", None, 12.5),
+        ("validate", dict(step=50, val_bpb=1.5), "step 50", 1.5, None),
+        ("before_quantisation", dict(prequant_bpb=1.4, last_bpb=1.45), "packing", 1.4, None),
+        ("adapted", ADAPTED, "12/64 documents", 1.3, 30.0),
+        ("score", SCORE, "scored", 1.39, None),
+        ("score", SCORE | {"val_bpb": None}, "scored", 1.41, None),
+        ("device", dict(world_size=1, device="CPU"), "", None, None),
+        ("later", dict(eta_s="soon"), "", None, None),
     ],
 )
-def test_progress_is_read_from_the_lines_of_the_log(line, at, bpb, eta):
+def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, at, bpb, eta):
     job = sweep.Job({}, {})
-    sweep.note_progress(job, line)
+    path = tmp_path / "run.events.jsonl"
+    growing = sweep.GrowingEvents(path)
+    assert growing.new() == []
+    line = json.dumps({"event": event, **values}) + "\n"
+    for part in ('{"damaged\n' + line[:9], line[9:]):
+        with open(path, "a") as file:
+            file.write(part)
+        found = growing.new()
+        for one in found:
+            sweep.note_progress(job, one)
+    assert [one.name for one in found] == [event] and growing.new() == []
     assert (job.at, job.bpb, job.eta) == (at, bpb, eta)
 
 

@@ -28,7 +28,7 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.profiler import ProfilerActivity, profile
 
 import train_gpt as g
-from tools.common import end_in_a_line
+from tools.artifact import end_in_a_line
 
 CATEGORIES = {  # by the names that kernels have in a trace; the first that fits
     "attention": r"flash|fmha|attention|varlen|^prepare_",

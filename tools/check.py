@@ -1,15 +1,19 @@
 """
-Check a record as an organiser would: every number of it against its logs, and the logs against each other.
+Check a record folder as an organiser would: every number of it against its logs, and the logs against each other.
+(./run.sh check-setup is something else: it checks this machine and set-up before a run.)
 
     ./run.sh check records/TRACK/DATE_NAME ... [--artifact SEED=FILE ...] [--no-evaluation]
 
 README.md, submission.json and requirements.txt are derived again from the runs (train_seed*.log, .json, .docs.npz) and
-compared; results are compared with the logs, with the knobs, with the audits and with the scores of the documents; the
-source with what the logs begin with; sizes and times with the limits. That runs no code of the record. Then, where the
-artifact of a seed is at hand (named, or logs/<RUN_ID>.ptz, by its SHA-256), the record's own train_gpt.py evaluates it
-once more, on DATA_PATH of the environment or else of the record, without a time limit: the score must come within 1e-4
-bpb. Where a GPU scored it and there is none, it must be named.
-Exit status: 0 all agrees, 1 something does not (it is listed), 2 for what you can mend.
+compared. Results are compared with the events at the end of the logs, with the knobs, with the audits and with the
+scores of the documents; the lines of a log with its events; the source with what the logs begin with; sizes and times
+with the limits. No code of the record runs for that.
+
+Then, where the artifact of a seed is at hand (named, or logs/<RUN_ID>.ptz, by its SHA-256), the record's own
+train_gpt.py evaluates it once more, on DATA_PATH of the environment or else of the record, without a time limit: the
+score must come within 1e-4 bpb. If a GPU scored an artifact and this machine has none, that happens only when the
+artifact is named.
+Exit status: 0 all agrees, 1 something does not (it is listed), 2 for what you can fix.
 """
 
 from __future__ import annotations
@@ -22,7 +26,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -35,15 +38,17 @@ import torch
 
 import train_gpt
 from tools import claims
+from tools.artifact import end_in_a_line
 from tools.claims import Baseline, Facts
-from tools.common import end_in_a_line
+from tools.events import Event, first_difference
 from tools.prove import PROPERTIES
-from tools.runs import Run, beside, digest, disagreements, read_documents, read_result
+from tools.results import Run, beside, disagreements, read_documents, read_result
+from tools.values import digest
 from train_gpt import LOGS, DataError, UserError, read_file, require
 
 RECORDS = Path("records")
 SAME_SCORE = 1e-4  # bpb, between two machines
-OF_THE_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "COMPILE")  # whoever checks has these elsewhere
+OF_THE_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "COMPILE")  # knobs that whoever checks sets differently
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,18 +82,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--artifact is for the evaluation of one record",
         UserError,
     )
-    options.artifact = dict(map(named_artifact, options.artifact))
+    options.artifact = dict(seed_and_path(text) for text in options.artifact)
     return options
 
 
-def named_artifact(text: str) -> tuple[int, Path]:
+def seed_and_path(text: str) -> tuple[int, Path]:
     seed, _, path = text.partition("=")
     require(seed.isdecimal() and path != "", f"--artifact {text}: expected SEED=FILE", UserError)
     return int(seed), Path(path)
 
 
 def find_records(root: Path = RECORDS) -> list[Path]:
-    """Every record under a folder; what a writer is still building, or left behind, begins with a dot and is none."""
+    """Every record under a folder. Names that begin with a dot are left out: those are records in the making."""
     return sorted(p.parent for p in root.glob("*/*/submission.json") if not p.parent.name.startswith("."))
 
 
@@ -98,17 +103,17 @@ def find_records(root: Path = RECORDS) -> list[Path]:
 
 @contextlib.contextmanager
 def untrusted(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is the fault of what is read there. Raises UserError, and nothing else."""
+    """Whatever goes wrong inside is the fault of the file that is read. Raises UserError, and nothing else."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # numbers without end, brackets without end, and whatever else no run writes
+    except Exception as error:  # endless numbers, endless brackets, and whatever else no run writes
         raise DataError(printable(f"{what} cannot be examined: {type(error).__name__}: {error}")) from error
 
 
-def told(findings: Iterable[str]) -> Iterator[str]:
-    """Findings, each one line that is safe to show; what breaks the search is one, too."""
+def guarded(findings: Iterable[str]) -> Iterator[str]:
+    """Findings, each in one line that is safe to show; if the search itself breaks, that is one more."""
     try:
         with untrusted("it"):
             yield from map(printable, findings)
@@ -117,7 +122,7 @@ def told(findings: Iterable[str]) -> Iterator[str]:
 
 
 def printable(line: str) -> str:
-    """A line as it stands, but for what would end it, move the cursor, or be no character at all."""
+    """A line with what would end it, move the cursor, or is no character at all written as an escape."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
@@ -158,10 +163,11 @@ def read_facts(stated: Any, readme: str) -> Facts:
 
 def read_runs(folder: Path) -> list[Run]:
     """The runs that lie in a record, by seed."""
-    found = {int(m[1]) for p in folder.iterdir() if (m := re.fullmatch(r"train_seed(\d{1,10})\..*", p.name))}
-    require(bool(found), "no train_seed*.json: no run is here", DataError)
-    paths = [folder / f"train_seed{seed}.json" for seed in sorted(found)]
-    return [Run(p, read_result(p), **read_documents(beside(p, ".docs.npz"))) for p in paths]
+    names = [re.fullmatch(r"train_seed(\d{1,10})\..*", path.name) for path in folder.iterdir()]
+    seeds = {int(match[1]) for match in names if match}
+    require(bool(seeds), "no train_seed*.json: no run is here", DataError)
+    paths = [folder / f"train_seed{seed}.json" for seed in sorted(seeds)]
+    return [Run(path, read_result(path), **read_documents(beside(path, ".docs.npz"))) for path in paths]
 
 
 # -----------------------------------------------------------------------------
@@ -169,9 +175,9 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def examine(folder: Path) -> list[str]:
-    """Everything in a record that does not follow from its runs, and everything that speaks against these. No code of
-    the record runs."""
-    return list(told(findings_in(folder)))
+    """Everything in a record that does not follow from its runs, and everything that speaks against the runs. No code
+    of the record runs."""
+    return list(guarded(findings_in(folder)))
 
 
 def findings_in(folder: Path) -> Iterator[str]:
@@ -190,10 +196,13 @@ def misplaced(record: Record) -> Iterator[str]:
 
 def contradictions(record: Record) -> list[str]:
     """What is wrong in a record, wherever it lies."""
-    folder, _, facts, runs = record
+    folder = record.folder
+    facts = record.facts
+    runs = record.runs
     wrong = against_runs(record)
     if wrong:  # what follows from such runs says nothing
         return wrong
+
     return [
         *claims.objections(runs, facts),
         *against_submission(record),
@@ -208,11 +217,11 @@ def contradictions(record: Record) -> list[str]:
 
 def against_runs(record: Record) -> list[str]:
     """What is wrong with single runs, whatever is claimed of them."""
-    return [f"{r.path.name}: {line}" for r in record.runs for line in told(against_files(r, record.folder))]
+    return [f"{r.path.name}: {line}" for r in record.runs for line in guarded(against_files(r, record.folder))]
 
 
 def against_files(run: Run, folder: Path) -> Iterator[str]:
-    """A run's files against each other, and against the source that the record shows."""
+    """A run's files against each other, and against the train_gpt.py of the record."""
     if run.path.name != f"train_seed{run.result['seed']}.json":
         yield f"it is of seed {run.result['seed']}"
     if run.source != read_file(folder / "train_gpt.py"):
@@ -231,10 +240,10 @@ def audit_name(run: Run) -> str:
 
 
 def against_knobs(result: Mapping[str, Any]) -> Iterator[str]:
-    """What a result says of the way of scoring, against the knobs; and the digest that tells its artifact."""
+    """What a result says about how it was scored, against the knobs; and the digest of its artifact."""
     knobs = result["knobs"]
-    alone = knobs.get("TTT_SCOPE") == "document" and result["degraded_documents"] == 0
-    independent = int(knobs.get("TTT_ENABLED") == "0" or alone)
+    each_alone = knobs.get("TTT_SCOPE") == "document" and result["degraded_documents"] == 0
+    independent = int(knobs.get("TTT_ENABLED") == "0" or each_alone)
     if result["doc_independent"] != independent:
         yield f"doc_independent is {result['doc_independent']}, its knobs and degraded_documents make it {independent}"
     for name in ("seed", "run_id"):
@@ -247,37 +256,125 @@ def against_knobs(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 # -----------------------------------------------------------------------------
-# Results against text: the log of a run, and its audit
+# A result against the events of its run, and these against the log that people read
 
-# The line "result ..." shows these, if the result has them: train_gpt.report
-SHOWN = (
-    "val_bpb",
-    "static_bpb",
-    "prequant_bpb",
-    "artifact_bytes",
-    "code_bytes",
-    "total_bytes",
-    "steps",
-    "train_tokens",
-    "train_seconds",
-    "eval_seconds",
-    "documents",
-    "tokens",
-    "bytes",
-    "doc_independent",
-    "degraded_documents",
-    "seed",
-)
-SPOKEN = {  # a whole line of progress -> the results that it gives away
-    r"devices: (\d+) x (.+)": ("world_size", "device"),
-    r"validation: (\d+) documents, (\d+) targets, (\d+) bytes": ("documents", "tokens", "bytes"),
-    r"before quantisation, .*val_bpb:([\d.]+), last iterate ([\d.]+)": ("prequant_bpb", "last_bpb"),
-    r"artifact .+: static_bpb:([\d.]+) ttt_bpb:([\d.]+)": ("static_bpb", "val_bpb"),
-    r"artifact .+: static_bpb:([\d.]+)": ("static_bpb",),
-    r"time is short: (\d+) documents that have not begun are scored without adaptation": ("degraded_documents",),
-    r"(python:\S+ .*zstandard:\S+) .*": ("versions",),
+STATED = {  # event -> its fields that the result states, too, and their names there
+    "run": {
+        "run_id": "run_id",
+        "seed": "seed",
+        "code_sha256": "code_sha256",
+        "code_bytes": "code_bytes",
+        "versions": "versions",
+        "knobs": "knobs",
+    },
+    "device": {"world_size": "world_size", "device": "device"},
+    "validation": {"documents": "documents", "tokens": "tokens", "bytes": "bytes"},
+    "predicted_size": {"code_bytes": "code_bytes"},
+    "readout": {"readout": "readout"},
+    "before_quantisation": {"prequant_bpb": "prequant_bpb", "last_bpb": "last_bpb"},
+    "pack": {"artifact_bytes": "artifact_bytes"},  # of the last attempt: those before it were too large
+    "time_short": {"degraded_documents": "degraded_documents"},
+    "adapted": {"documents": "documents"},
+    "score": {"static_bpb": "static_bpb", "val_bpb": "val_bpb"},
 }
-PACKED = {r"pack \d+: ranges x\S+, (\d+) bytes, .*": ("artifact_bytes",)}  # the last such line: the first may not fit
+
+
+def against_log(run: Run) -> Iterator[str]:
+    """What the log of a run says against its result: first the events, then the lines for people."""
+    yield from against_events(run)
+    yield from against_phases(run)
+    yield from against_training(run)
+    yield from against_lines(run)
+
+
+def against_events(run: Run) -> Iterator[str]:
+    """The result against every event that states a part of it, and events that are missing or are none."""
+    if not run.events or run.events[-1].name != "result":
+        yield "its events do not end with a result"
+    for values in run.reported("result"):
+        yield from contradicted("result", values, run.result, {name: name for name in values | run.result})
+    for event, names in STATED.items():
+        reported = run.reported(event)
+        for values in reported[-1:] if event == "pack" else reported:
+            yield from contradicted(event, values, run.result, names)
+
+    if adapts(run) and any(values["val_bpb"] is None for values in run.reported("score")):
+        yield "the event score gives no val_bpb, although the run adapts"
+    for event in expected_events(run):
+        if not run.reported(event):
+            yield f"it has no event {event}"
+    yield from unknown_numbers(run.events)
+
+
+def contradicted(
+    event: str, values: Mapping[str, Any], result: Mapping[str, Any], names: Mapping[str, str]
+) -> Iterator[str]:
+    """Fields of an event that are not what the result says under the names given."""
+    for field, name in names.items():
+        silent = event == "score" and values[field] is None  # without adaptation it has no val_bpb
+        if not silent and values.get(field) != result.get(name):
+            yield f"the event {event} says {field} {values.get(field)}, the result {result.get(name)}"
+
+
+def adapts(run: Run) -> bool:
+    return run.result["knobs"].get("TTT_ENABLED") != "0"
+
+
+def expected_events(run: Run) -> list[str]:
+    """The events of STATED that such a run reports."""
+    events = ["run", "device", "validation", "score"]
+    if run.trained:
+        events += ["training_data", "before_quantisation", "pack"]
+    per_document = run.result["knobs"].get("TTT_SCOPE") == "document"
+    if adapts(run) and per_document and run.result["degraded_documents"]:
+        events.append("time_short")
+    return events
+
+
+def unknown_numbers(events: Iterable[Event]) -> Iterator[str]:
+    """Events that no run reports may say something in words, but state no number that nothing is compared with."""
+    for event in events:
+        if not event.known and any(character.isdigit() for character in event.name + json.dumps(event.values)):
+            yield f"it has an event {event.name!r}, which no run reports, with numbers"
+
+
+def against_phases(run: Run) -> Iterator[str]:
+    result = run.result
+    phases = [(event["name"], round(event["seconds"], 3)) for event in run.reported("phase")]
+    if phases != list(result["phases"].items()):
+        yield f"the events' phases are {dict(phases)}, the result's {result['phases']}"
+
+    for clock, name in (("training", "train_seconds"), ("evaluation", "eval_seconds")):
+        counted = [phase for phase, (_, its_clock) in run.phases().items() if its_clock == clock]
+        total = sum(result["phases"].get(phase, 0.0) for phase in counted)
+        if abs(total - result.get(name, 0.0)) > 0.01:
+            yield f"{name} is {result.get(name)}, the phases of that clock take {total:.3f} s"
+
+
+def against_training(run: Run) -> Iterator[str]:
+    result = run.result
+    sizes = [event["tokens"] for event in run.reported("training_data")]
+    if "epochs" in result and [result["train_tokens"] / max(size, 1) for size in sizes] != [result["epochs"]]:
+        yield (
+            f"epochs is {result['epochs']}, train_tokens {result['train_tokens']}, and by the events there are "
+            f"{' and '.join(map(str, sizes)) or 'no'} tokens to train on"
+        )
+    history = [[event["step"], event["train_s"], event["loss"]] for event in run.reported("step")]
+    if history != result.get("history", []):
+        yield "the losses in the events are not its history"
+
+
+def against_lines(run: Run) -> Iterator[str]:
+    """The first line for people that is not the one its events give: what people read is what is checked."""
+    difference = first_difference(run.log_text, run.events)
+    if difference is not None:
+        stated, expected = difference
+        yield f"{run.log.name} says {stated[:200]!r}, where its events give {expected[:200]!r}"
+
+
+# -----------------------------------------------------------------------------
+# Results against audits, which are text
+
 AUDITED = {  # a line of an audit -> the results that it counted again
     r"ok +bytes +(\d+) of code \+ (\d+) of artifact; (\d+) of text; .*": ("code_bytes", "artifact_bytes", "bytes"),
     r"ok +single pass .*; (\d+) targets of (\d+) documents in the shards": ("tokens", "documents"),
@@ -285,109 +382,48 @@ AUDITED = {  # a line of an audit -> the results that it counted again
 }
 
 
-def spoken_of(lines: Sequence[str], spoken: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
-    """(name, text) of the results that lines give away."""
-    for pattern, names in spoken.items():
-        for line in lines:
-            if match := re.fullmatch(pattern, line):
-                yield from zip(names, match.groups(), strict=True)
-
-
-def against_log(run: Run) -> Iterator[str]:
-    """A result against every line of the log that says something of it."""
-    result, lines = run.result, run.log_lines
-    yield from against_figures(run)
-    logged = {name: seconds for name, (seconds, _) in claims.phases(run).items()}
-    if logged.keys() != result["phases"].keys() or any(abs(logged[n] - s) > 0.006 for n, s in result["phases"].items()):
-        yield f"the log's table of phases is {logged}, the result's {result['phases']}"
-    for clock, name in (("training", "train_seconds"), ("evaluation", "eval_seconds")):
-        total = sum(result["phases"].get(p, 0.0) for p, (_, c) in claims.phases(run).items() if c == clock)
-        if abs(total - result.get(name, 0.0)) > 0.01:
-            yield f"{name} is {result.get(name)}, the phases of that clock take {total:.3f} s"
-    if logged_knobs(lines) != result["knobs"]:
-        yield "the settings in the log are not its knobs"
-    data = [m for line in lines if (m := re.match(r"training data: \d+ shards, (\d{1,18}) tokens", line))]
-    if "epochs" in result and [round(result["epochs"] * int(m[1])) for m in data] != [result["train_tokens"]]:
-        yield f"epochs is {result['epochs']}, the log says {' '.join(m[0] for m in data) or 'nothing of that'}"
-    history = [(str(n), f"{loss:.4f}", f"{at:.1f}") for n, at, loss in result.get("history", [])]
-    if logged_history(lines) != history:
-        yield "the losses in the log are not its history"
-
-
-def against_figures(run: Run) -> Iterator[str]:
-    """The results that the log shows at its end and gives away before, and those on which it is silent."""
-    result, lines = run.result, run.log_lines
-    last = lines[-1] if lines else ""
-    if not last.startswith("result "):
-        yield f"the log does not end with a result, but with {last[:60]!r}"
-    shown = [pair.partition(":")[::2] for pair in last.split()[1:]]
-    packs = [line for line in lines if line.startswith("pack ")]
-    spoken = [*spoken_of(lines, SPOKEN), *spoken_of(packs[-1:], PACKED)]
-    yield from disproved("the log", result, [*shown, *spoken])
-    for name in [name for name in SHOWN if name in result and name not in dict(shown)]:
-        yield f"the log's line of the result does not show {name}"
-    for name in [name for name in told_on_the_way(run) if name not in dict(spoken)]:
-        yield f"no line of the log's progress tells {name}"
-
-
-def told_on_the_way(run: Run) -> list[str]:
-    """The results that lines of SPOKEN and PACKED give away in the log of such a run."""
-    result, adapts = run.result, run.result["knobs"].get("TTT_ENABLED") != "0"
-    names = ["world_size", "documents", "versions", "static_bpb"]
-    names += ["prequant_bpb", "artifact_bytes"] if run.trained else []
-    names += ["val_bpb"] if adapts else []
-    at_once = adapts and result["degraded_documents"] and result["knobs"].get("TTT_SCOPE") == "document"
-    return [*names, "degraded_documents"] if at_once else names
-
-
-def disproved(who: str, result: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
-    for name, text in pairs:
-        if name not in result or not says(text, result[name]):
-            yield f"{who} says {name}:{text}, the result {result.get(name)}"
-
-
 def against_audits(record: Record) -> Iterator[str]:
     for run in record.runs:
         path = record.folder / audit_name(run)
         if path.is_file():
-            yield from (f"{path.name}: {line}" for line in told(against_audit(run, path)))
+            yield from (f"{path.name}: {line}" for line in guarded(against_audit(run, path)))
 
 
 def against_audit(run: Run, path: Path) -> Iterator[str]:
     """What an audit leaves open or says against a run, and where it speaks of another artifact."""
     lines = read_text(path).splitlines()
     for name in PROPERTIES:
-        found = [m[1] for line in lines if (m := re.fullmatch(rf"(ok|FAIL|-) +{re.escape(name)}( .*)?", line))]
-        if not found or "FAIL" in found:
-            yield f"it says that {name!r} FAILs" if found else f"it has no line for {name!r}"
-    heads = [m for line in lines if (m := re.fullmatch(r"(?:.*/)?([^/]+)\.ptz: (.*)", line))]
+        matches = [re.fullmatch(rf"(ok|FAIL|-) +{re.escape(name)}( .*)?", line) for line in lines]
+        verdicts = [match[1] for match in matches if match]
+        if not verdicts:
+            yield f"it has no line for {name!r}"
+        elif "FAIL" in verdicts:
+            yield f"it says that {name!r} FAILs"
+
+    heads = list(filter(None, (re.fullmatch(r"(?:.*/)?([^/]+)\.ptz: (.*)", line) for line in lines)))
     if [m[1] for m in heads] != [run.name]:
         yield f"it is of {' and '.join(m[1] for m in heads) or 'no artifact'}, the run is {run.name}"
     for name, value in re.findall(r"\b(TTT_[A-Z_]+)=(\w+)", " ".join(m[2] for m in heads)):
         if run.result["knobs"].get(name) != value:
             yield f"it audits {name}={value}, the run had {name}={run.result['knobs'].get(name)}"
-    yield from disproved("it", run.result, spoken_of(lines, AUDITED))
+    yield from against_counts(run, lines)
+
+
+def against_counts(run: Run, lines: Sequence[str]) -> Iterator[str]:
+    """What an audit counted again, where that is not what the result says."""
+    for pattern, names in AUDITED.items():
+        for match in filter(None, (re.fullmatch(pattern, line) for line in lines)):
+            for name, counted in zip(names, match.groups(), strict=True):
+                if not says(counted, run.result[name]):
+                    yield f"it says {name}:{counted}, the result {run.result[name]}"
 
 
 def says(text: str, value: Any) -> bool:
-    """Whether a log's text gives this value, to as many decimals as it shows."""
+    """Whether a text gives this value, to as many decimals as it shows."""
     if not isinstance(value, float):
         return text == str(value)
-    return text == f"{value:.{len(text.partition('.')[2])}f}"
-
-
-def logged_knobs(lines: Sequence[str]) -> dict[str, str]:
-    try:
-        words = [shlex.split(line)[0] for line in lines if re.match("[A-Z][A-Z0-9_]*=", line)]
-    except ValueError:  # an unclosed quote
-        return {}
-    return dict(word.split("=", 1) for word in words)
-
-
-def logged_history(lines: Sequence[str]) -> list[tuple[str, str, str]]:
-    """(step, loss, seconds) of every line of training, as they are written."""
-    found = (re.match(r"step:(\d+) loss:(\S+) .*train_s:(\S+)", line) for line in lines)
-    return [(m[1], m[2], m[3]) for m in found if m]
+    decimals = len(text.partition(".")[2])
+    return text == f"{value:.{decimals}f}"
 
 
 # -----------------------------------------------------------------------------
@@ -396,7 +432,8 @@ def logged_history(lines: Sequence[str]) -> list[tuple[str, str, str]]:
 
 def against_submission(record: Record) -> Iterator[str]:
     derived = claims.submission(record.runs, record.facts)
-    stated, expected = dict(flat(record.stated)), dict(flat(derived))
+    stated = dict(flat(record.stated))
+    expected = dict(flat(derived))
     for name in [*expected, *(stated.keys() - expected.keys())]:
         if stated.get(name) != expected.get(name):
             yield f"submission.json: {name} is {stated.get(name)}, the runs give {expected.get(name)}"
@@ -405,7 +442,7 @@ def against_submission(record: Record) -> Iterator[str]:
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """("seed_results.42.steps", "1500") of every leaf, an empty table or list being one."""
+    """("seed_results.42.steps", "1500") for every leaf; an empty table or list is a leaf, too."""
     if isinstance(value, dict | list) and value:
         parts = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in parts:
@@ -417,16 +454,21 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 def differing_lines(name: str, stated: str, expected: str) -> Iterator[str]:
     lines = difflib.unified_diff(stated.split("\n"), expected.split("\n"), n=0, lineterm="")
     for line in itertools.islice(lines, 2, None):  # after the names of two files
-        if not line.startswith("@@"):
-            yield f"{name} {'says' if line[0] == '-' else 'should say'} {line[1:]!r}"
+        if line.startswith("-"):
+            yield f"{name} says {line[1:]!r}"
+        elif line.startswith("+"):
+            yield f"{name} should say {line[1:]!r}"
 
 
 def against_baseline(facts: Facts) -> list[str]:
     """The baseline against the record that it is taken from, where that is at hand."""
-    source = Path(facts.baseline.source) if facts.baseline else None
-    if source is None or not (source / "submission.json").is_file():
+    if facts.baseline is None:
         return []
-    stated, actual = asdict(facts.baseline), asdict(baseline_of(source))
+    source = Path(facts.baseline.source)
+    if not (source / "submission.json").is_file():
+        return []
+    stated = asdict(facts.baseline)
+    actual = asdict(baseline_of(source))
     return [
         f"submission.json: baseline.{name} is {stated[name]}, {source} gives {actual[name]}"
         for name in stated
@@ -438,12 +480,19 @@ def baseline_of(folder: Path) -> Baseline:
     """The scores of a record, from its runs. Raises UserError where that record disagrees with itself."""
     with untrusted(f"the baseline {folder}"):
         record = read_record(folder)
-        wrong = list(told(itertools.chain(misplaced(record), against_runs(record))))
+        wrong = list(guarded(itertools.chain(misplaced(record), against_runs(record))))
         require(not wrong, f"the baseline {folder} disagrees with itself: {'; '.join(wrong)}", DataError)
-        stated, first = claims.submission(record.runs, record.facts), record.runs[0].result
-        std, width = stated["val_bpb_std"] or 0.0, first["bytes"] / first["tokens"]
-        seeds, totals = len(record.runs), (first["documents"], first["bytes"])
-        return Baseline(folder.as_posix(), stated["val_bpb"], std, seeds, width, *totals)
+        stated = claims.submission(record.runs, record.facts)
+        first = record.runs[0].result
+        return Baseline(
+            source=folder.as_posix(),
+            val_bpb=stated["val_bpb"],
+            val_bpb_std=stated["val_bpb_std"] or 0.0,
+            seeds=len(record.runs),
+            bytes_per_token=first["bytes"] / first["tokens"],
+            documents=first["documents"],
+            bytes=first["bytes"],
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -452,13 +501,14 @@ def baseline_of(folder: Path) -> Baseline:
 
 def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
     """Score again every artifact that is at hand -> what differs."""
-    runs, wrong = read_record(folder).runs, []
+    runs = read_record(folder).runs
+    wrong = []
     unknown = named.keys() - {run.result["seed"] for run in runs}
     require(not unknown, f"--artifact: the record has no seed {sorted(unknown)}", UserError)
     for run in runs:
         seed = run.result["seed"]
         artifact = named.get(seed) or LOGS / f"{run.name}.ptz"
-        if seed not in named and (not artifact.is_file() or unlike(artifact, run)):
+        if seed not in named and (not artifact.is_file() or how_it_differs(artifact, run)):
             print(f"{folder}: seed {seed}: its artifact is not at hand ({artifact}); not evaluated again")
         elif seed not in named and made_on_gpu(run) and not torch.cuda.is_available():
             print(
@@ -466,7 +516,7 @@ def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
                 f"--artifact {seed}={artifact}"
             )
         elif run.result["degraded_documents"]:
-            print(f"{folder}: seed {seed}: what a deadline left unadapted cannot be repeated; not evaluated again")
+            print(f"{folder}: seed {seed}: what a deadline left out cannot be repeated; not evaluated again")
         else:
             wrong += [f"seed {seed}: {line}" for line in evaluate_again(folder, run, artifact)]
     return wrong
@@ -478,7 +528,7 @@ def made_on_gpu(run: Run) -> bool:
 
 def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
     """Score an artifact with the record's train_gpt.py, in a folder of its own."""
-    if difference := unlike(artifact, run):
+    if difference := how_it_differs(artifact, run):
         yield f"{artifact} is another one: {difference}"
         return
     print(f"{folder}: seed {run.result['seed']}: evaluating {artifact} again", flush=True)
@@ -489,8 +539,8 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
         again = read_result(Path(work) / "logs" / f"{run.name}.json")
     if again["validation"] != run.result["validation"]:
         yield (
-            f"{env['DATA_PATH']} holds another validation set ({in_short(again)}) than the record's "
-            f"({in_short(run.result)}): set DATA_PATH"
+            f"{env['DATA_PATH']} holds another validation set ({validation_of(again)}) than the record's "
+            f"({validation_of(run.result)}): set DATA_PATH"
         )
         return
     for name in ("val_bpb", "static_bpb"):
@@ -499,42 +549,53 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
             yield f"{name} is {again[name]:.6f} when evaluated again, {run.result[name]:.6f} in the record"
 
 
-def unlike(artifact: Path, run: Run) -> str:
-    """In what a file differs from the artifact of a run; empty: in nothing."""
-    content, size, sha256 = read_file(artifact), run.result["artifact_bytes"], run.result.get("artifact_sha256")
+def how_it_differs(artifact: Path, run: Run) -> str:
+    """How a file differs from the artifact of a run; empty if it is that artifact."""
+    content = read_file(artifact)
+    size = run.result["artifact_bytes"]
     if len(content) != size:
         return f"it holds {len(content)} bytes, the run's artifact {size}"
+
+    sha256 = run.result.get("artifact_sha256")
     found = hashlib.sha256(content).hexdigest()
-    return "" if found == sha256 else f"its SHA-256 is {found}, that of the run's artifact {sha256}"
+    if found != sha256:
+        return f"its SHA-256 is {found}, that of the run's artifact {sha256}"
+    return ""
 
 
-def in_short(result: Mapping[str, Any]) -> str:
-    """Which validation set was scored."""
+def validation_of(result: Mapping[str, Any]) -> str:
+    """Which validation set was scored, in short."""
     return f"{result['documents']} documents, {result['tokens']} targets, sha256 {result['validation'][:12]}…"
 
 
 def evaluation_environment(run: Run, artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the run, for another machine: no knob of the caller's counts, but where its data lie and on
-    what it runs."""
+    """The environment of the run, for another machine: of the caller's knobs only those count that say where its data
+    lie and on what it runs."""
     knobs = dict(run.result["knobs"])
-    knobs |= {name: env[name] for name in OF_THE_MACHINE if name in env}
-    knobs |= {name: str(Path(knobs[name]).resolve()) for name in ("DATA_PATH", "TOKENIZER_PATH") if knobs[name]}
+    for name in OF_THE_MACHINE:
+        if name in env:
+            knobs[name] = env[name]
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        if knobs[name]:
+            knobs[name] = str(Path(knobs[name]).resolve())
     knobs |= {"ARTIFACT": str(artifact.resolve()), "RESUME": "", "EVAL_SECONDS": "0"}
-    ours = {f.name.upper() for kind in train_gpt.CONFIGS for f in fields(kind)} | knobs.keys()
-    return {name: value for name, value in env.items() if name not in ours} | knobs
+
+    all_knobs = {f.name.upper() for kind in train_gpt.CONFIGS for f in fields(kind)} | knobs.keys()
+    return {name: value for name, value in env.items() if name not in all_knobs} | knobs
 
 
 def ranks(env: Mapping[str, str]) -> int:
-    """Processes of a run: one a GPU, or one."""
+    """Processes of a run: one per GPU, or one."""
     return 1 if env.get("DEVICE") == "cpu" else max(1, torch.cuda.device_count())
 
 
 def run_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
     """Start a train_gpt.py on all GPUs, as run.sh does, its output on the screen -> its exit status. When interrupted,
-    the run is given the time to end by itself."""
-    count = ranks(env)
-    spread = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"] if count > 1 else []
-    process = subprocess.Popen([sys.executable, *spread, str(script)], cwd=folder, env=dict(env))
+    wait for the run to end by itself."""
+    command = [sys.executable]
+    if ranks(env) > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks(env)}"]
+    process = subprocess.Popen([*command, str(script)], cwd=folder, env=dict(env))
     try:
         return process.wait()
     except KeyboardInterrupt:

@@ -13,11 +13,13 @@ import functools
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from tools.runs import Run, number, whole
+from tools.results import Run
+from tools.values import number, whole
 from tools.welch import Sample, lower_by
 from train_gpt import DataError, UserError, require
 
@@ -131,8 +133,9 @@ def objections(runs: Sequence[Run], facts: Facts) -> list[str]:
 
 
 def against_run(run: Run, facts: Facts) -> Iterator[str]:
-    """What a run may not do whatever the others did."""
-    result, knobs = run.result, run.result["knobs"]
+    """What speaks against one run, whatever the others did."""
+    result = run.result
+    knobs = result["knobs"]
     if not run.trained or knobs.get("ARTIFACT") or knobs.get("RESUME"):
         yield "it did not train from the start to the end (ARTIFACT and RESUME must be unset)"
         return
@@ -149,7 +152,7 @@ def against_run(run: Run, facts: Facts) -> Iterator[str]:
 
 
 def against_set(runs: Sequence[Run]) -> Iterator[str]:
-    """What must be equal in all seeds, and is not."""
+    """What differs between seeds and must not."""
     seeds = [run.result["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
         yield f"a seed comes twice: {seeds}"
@@ -234,14 +237,20 @@ class Verdict(NamedTuple):
 
 
 def judge(runs: Sequence[Run], baseline: Baseline) -> Verdict:
-    """Our scores against the baseline's, in bpb: nats a token depend on the tokenizer. A bar in nats a token becomes
-    one in bpb through the bytes of a token: bpb = nats / ln 2 / bytes."""
-    ours, theirs = scores(runs), Sample(baseline.val_bpb, baseline.val_bpb_std, baseline.seeds)
-    width = baseline.bytes_per_token or runs[0].result["bytes"] / runs[0].result["tokens"]
-    required, gain = REQUIRED_NATS / math.log(2) / width, theirs.mean - ours.mean
-    measurable = min(ours.n, theirs.n) > 1 and (ours.std > 0 or theirs.std > 0)
-    better, enough = ((lower_by(bar, ours, theirs).p if measurable else None) for bar in (0.0, required))
-    return Verdict(gain, gain * math.log(2) * width, width, required, better, enough)
+    """Our scores against the baseline's. In bpb, since nats a token depend on the tokenizer; the contest's bar in nats
+    a token becomes one in bpb through the bytes of a token: bpb = nats / ln 2 / bytes."""
+    ours = scores(runs)
+    theirs = Sample(baseline.val_bpb, baseline.val_bpb_std, baseline.seeds)
+    gain = theirs.mean - ours.mean
+    bytes_per_token = baseline.bytes_per_token or runs[0].result["bytes"] / runs[0].result["tokens"]
+    required = REQUIRED_NATS / math.log(2) / bytes_per_token
+
+    p_better = None
+    p_required = None
+    if min(ours.n, theirs.n) > 1 and (ours.std > 0 or theirs.std > 0):
+        p_better = lower_by(0.0, ours, theirs).p
+        p_required = lower_by(required, ours, theirs).p
+    return Verdict(gain, gain * math.log(2) * bytes_per_token, bytes_per_token, required, p_better, p_required)
 
 
 def scores(runs: Sequence[Run], name: str = "val_bpb") -> Sample:
@@ -254,23 +263,27 @@ def in_words(runs: Sequence[Run], baseline: Baseline) -> str:
     origin = "as given" if baseline.source == "given" else f"`{baseline.source}`"
     whose = "this record's, as the baseline's is not known" if baseline.bytes_per_token is None else "the baseline's"
     spread = f" ± {baseline.val_bpb_std:.5f}" if baseline.seeds > 1 else ""
+    direction = "away"
+    if v.gain:
+        direction = "lower" if v.gain > 0 else "higher"
     text = (
         f"The baseline, {origin}: {baseline.val_bpb:.5f}{spread} bpb ({plural(baseline.seeds, 'seed')}). "
-        f"The mean here is {abs(v.gain):.5f} bpb {'lower' if v.gain > 0 else 'higher' if v.gain < 0 else 'away'}, "
+        f"The mean here is {abs(v.gain):.5f} bpb {direction}, "
         f"{abs(v.gain_nats):.5f} nats a token of {v.bytes_per_token:.4f} bytes ({whose}).\n"
     )
     if v.p_better is None or v.p_required is None:
         missing = "Welch's test needs two seeds on both sides, and a spread"
         return f"{text}No p: {missing}. The contest's bar is **not** shown to be met."
+    verdict = "met" if v.met else "**not** met"
     return text + (
         f"Welch's one-sided t-test: better at all, p = {v.p_better:.2g}; better by {REQUIRED_NATS} nats a token "
         f"({v.required:.5f} bpb), p = {v.p_required:.2g}.\n"
-        f"The contest's bar, {REQUIRED_NATS} nats a token at p < {REQUIRED_P}, is {'' if v.met else '**not** '}met."
+        f"The contest's bar, {REQUIRED_NATS} nats a token at p < {REQUIRED_P}, is {verdict}."
     )
 
 
 def plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 # -----------------------------------------------------------------------------
@@ -331,7 +344,9 @@ def constant(node: ast.expr) -> Any:
 
 def submission(runs: Sequence[Run], facts: Facts) -> dict[str, Any]:
     """submission.json: the contest's fields, and what is needed to judge them."""
-    first, bpb, loss = runs[0].result, scores(runs), scores(runs, "val_loss")
+    first = runs[0].result
+    bpb = scores(runs)
+    loss = scores(runs, "val_loss")
     return {
         "author": facts.author,
         "github_id": facts.github_id,
@@ -383,16 +398,20 @@ def rounded(value: float) -> float | None:
 
 
 def significance(v: Verdict) -> dict[str, Any]:
-    short = [None if p is None else float(f"{p:.4g}") for p in (v.p_better, v.p_required)]
     return {
         "gain_bpb": rounded(v.gain),
         "gain_nats_per_token": rounded(v.gain_nats),
         "bytes_per_token": rounded(v.bytes_per_token),
         "required_bpb": rounded(v.required),
-        "p_better": short[0],
-        "p_required": short[1],
+        "p_better": short(v.p_better),
+        "p_required": short(v.p_required),
         "required_met": v.met,
     }
+
+
+def short(p: float | None) -> float | None:
+    """To four digits."""
+    return None if p is None else float(f"{p:.4g}")
 
 
 def hardware(run: Run) -> str:
@@ -428,15 +447,17 @@ def readme(runs: Sequence[Run], facts: Facts) -> str:
 
 
 def what_of(text: str) -> str:
-    """`Facts.what`, out of a README."""
-    before, found, after = text.partition(f"\n{WHAT}\n\n")
-    what, end, _ = after.partition(f"\n\n{SETTINGS}\n")
-    require(bool(found and end), f"README.md: no text between {WHAT!r} and {SETTINGS!r}", DataError)
+    """`Facts.what`, from a README."""
+    _, start, rest = text.partition(f"\n{WHAT}\n\n")
+    what, end, _ = rest.partition(f"\n\n{SETTINGS}\n")
+    require(bool(start and end), f"README.md: no text between {WHAT!r} and {SETTINGS!r}", DataError)
     return what
 
 
 def headline(runs: Sequence[Run], facts: Facts) -> str:
-    bpb, loss, largest = scores(runs), scores(runs, "val_loss"), max(run.result["total_bytes"] for run in runs)
+    bpb = scores(runs)
+    loss = scores(runs, "val_loss")
+    largest = max(run.result["total_bytes"] for run in runs)
     spread = f" ± {bpb.std:.5f}" if bpb.n > 1 else ""
     lines = [
         f"# {facts.name}",
@@ -462,7 +483,8 @@ def settings_section(run: Run) -> str:
 
 
 def shell_word(value: str) -> str:
-    return value if re.fullmatch(r"[\w@%+=:,./-]*", value) else "'" + value.replace("'", "'\"'\"'") + "'"
+    """As shlex.quote has it, but for an empty value, which needs no quotes behind an `=`."""
+    return shlex.quote(value) if value else ""
 
 
 def results_section(runs: Sequence[Run]) -> str:
@@ -511,10 +533,12 @@ def results_row(run: Run) -> list[str]:
 
 
 def phases_section(runs: Sequence[Run], facts: Facts) -> str:
-    """Every phase of every run, and what the two clocks and the whole run took."""
-    clocks = {name: clock for run in runs for name, (_, clock) in phases(run).items()}
-    seconds = {name: [r.result["phases"].get(name, 0.0) for r in runs] for name in clocks}
-    rows = [[name, clock, *(f"{s:.1f}" for s in seconds[name])] for name, clock in clocks.items()]
+    """Seconds of every phase of every run, of the two clocks, and from start to finish."""
+    clocks = {name: clock for run in runs for name, (_, clock) in run.phases().items()}
+    rows = []
+    for name, clock in clocks.items():
+        seconds = [run.result["phases"].get(name, 0.0) for run in runs]
+        rows.append([name, clock, *(f"{s:.1f}" for s in seconds)])
     totals = {
         f"**all of training**, limit {facts.train_seconds:g}": lambda r: r.result["train_seconds"],
         f"**all of evaluation**, limit {facts.eval_seconds:g}": lambda r: r.result["eval_seconds"],
@@ -522,12 +546,6 @@ def phases_section(runs: Sequence[Run], facts: Facts) -> str:
     }
     rows += [[name, "", *(f"{total(r):.1f}" for r in runs)] for name, total in totals.items()]
     return table(["phase", "clock", *(f"seed {r.result['seed']}, s" for r in runs)], rows)
-
-
-def phases(run: Run) -> dict[str, tuple[float, str]]:
-    """Seconds and clock ("training", "evaluation" or "-") of every phase, as the log's table has them."""
-    found = (re.fullmatch(r"phase (\S.*?) +(\d+\.\d+) s +clock: (\S+)", line) for line in run.log_lines)
-    return {match[1]: (float(match[2]), match[3]) for match in found if match}
 
 
 def validation_section(run: Run, facts: Facts) -> str:

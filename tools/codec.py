@@ -32,8 +32,8 @@ from torch import Tensor
 
 import train_gpt
 from data.prepare import TITLE, decode_caseops, encode_caseops
+from tools.artifact import knobs_of_run
 from tools.coder import Decoder, Encoder, intervals
-from tools.common import knobs_of_run
 from train_gpt import BOS, DataError, UserError, require
 
 MAX_BYTES = 1 << 26  # of a text, and of all its edits

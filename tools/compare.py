@@ -5,7 +5,7 @@ What two runs differ by, document by document.
 
 A and B: RUN_IDs, or paths of their .json. Differences are those of B to A: below zero, B is better. Intervals are
 paired 95 % bootstrap intervals: documents are drawn anew, 10,000 times. They say how much the difference depends on
-which documents these are; how far another seed would move either run, they cannot tell.
+the choice of documents, not how far another seed would move either run.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tools.common import end_in_a_line
+from tools.artifact import end_in_a_line
 from tools.plot import COLOURS, by_length, label_lengths, picture, short
-from tools.runs import (
+from tools.results import (
     Interval,
     Run,
     bits_per_byte,
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("b", metavar="B")
     parser.add_argument("--out", type=Path, metavar="PICTURE", help=f"[{LOGS}/compare/A_B.png]")
     options = parser.parse_args(arguments)
-    a, b = load_run(options.a), load_run(options.b)
+    a = load_run(options.a)
+    b = load_run(options.b)
     require_same_documents(a, b)
     groups = compare_by_length(a, b)
     print("\n".join(describe(a, b, groups)))
@@ -75,8 +76,9 @@ def compare_by_length(a: Run, b: Run) -> list[Group]:
         if not size.sum():
             continue
         gap = differences(a, [b], SEED, mask)[0] if len(size) >= FEWEST else None
-        bpb = bits_per_byte(a.nats[mask], size), bits_per_byte(b.nats[mask], size)
-        groups.append(Group(label, len(size), float(a.tokens[mask].mean()), bpb, gap, *better_worse(a, b, mask)))
+        bpb = (bits_per_byte(a.nats[mask], size), bits_per_byte(b.nats[mask], size))
+        better, worse = better_worse(a, b, mask)
+        groups.append(Group(label, len(size), float(a.tokens[mask].mean()), bpb, gap, better, worse))
     return groups
 
 
@@ -112,7 +114,8 @@ def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
 def verdict(gap: Interval) -> str:
     if gap.low <= 0 <= gap.high:
         return "the interval holds zero: these documents do not tell the runs apart"
-    return f"the interval excludes zero: on documents like these {'B' if gap.high < 0 else 'A'} is better"
+    winner = "B" if gap.high < 0 else "A"
+    return f"the interval excludes zero: on documents like these {winner} is better"
 
 
 def draw(a: Run, b: Run, groups: list[Group], path: Path) -> None:

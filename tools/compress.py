@@ -34,7 +34,7 @@ import zstandard
 
 import train_gpt
 from tools import codec
-from tools.common import end_in_a_line, find_artifact
+from tools.artifact import end_in_a_line, find_artifact
 
 MAX_SPLIT_BYTES = 255
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import train_gpt
 from tools import codec
-from tools.common import end_in_a_line, find_artifact
+from tools.artifact import end_in_a_line, find_artifact
 
 
 def main(arguments: list[str]) -> int:

@@ -68,8 +68,8 @@ def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder
 
 
 def transform_of(source: Path) -> str:
-    """What was done to the text before the tokenizer: "none" or "caseops", as the manifest says. A folder without side-
-    cars needs none to say it: the contest's formula is what counts there."""
+    """What was done to the text before the tokenizer: "none" or "caseops", as the manifest says. A folder without
+    side-cars needs no manifest to say it: there the bytes are counted by the contest's formula."""
     transform = manifest_value(source, "tokenizer", "transform")
     if transform is None and not list(source.glob("fineweb_val_bytes_*.bin")):
         return "none"
@@ -85,7 +85,8 @@ def transform_of(source: Path) -> str:
 
 def last_tokens(paths: list[Path], count: int) -> np.ndarray:
     """The last `count` tokens of consecutive shards, (count,) uint16."""
-    parts, missing = [], count
+    parts = []
+    missing = count
     for path in reversed(paths):
         shard = read_shard(path)
         parts.append(shard[max(0, len(shard) - missing) :])
@@ -110,7 +111,8 @@ def caseops_sidecar(documents: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of original text behind every token, (n,) uint16, by decoding the tokens and undoing the transform: the
     same as the side-car that data/prepare.py writes for validation."""
     encoder = load_encoder(read_file(tokenizer.path), True, str(tokenizer.path))
-    sidecar, starts = np.zeros(len(documents), np.uint16), np.flatnonzero(documents == BOS)
+    sidecar = np.zeros(len(documents), np.uint16)
+    starts = np.flatnonzero(documents == BOS)
     for begin, end in zip(starts, [*starts[1:], len(documents)], strict=True):
         tokens = documents[begin + 1 : end]
         if not len(tokens):

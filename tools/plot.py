@@ -16,7 +16,7 @@ import contextlib
 import io
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -24,8 +24,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.common import end_in_a_line
-from tools.runs import Run, bits_per_byte, length_groups, load_run
+from tools.artifact import end_in_a_line
+from tools.results import Run, bits_per_byte, length_groups, load_run
 from train_gpt import EVALUATION_CLOCK, LOGS, TRAINING_CLOCK, UserError, require, write_atomically
 
 WIDTH, DPI = 900, 100  # pixels of every picture, as wide as a README
@@ -50,10 +50,11 @@ MOST_RUNS = len(COLOURS)
 
 @contextlib.contextmanager
 def picture(path: Path, height: int, columns: int = 1) -> Iterator[list[Axes]]:
-    """The one style: axes side by side on WIDTH x `height` pixels, written as a PNG when the block ends well."""
+    """Axes side by side on WIDTH x `height` pixels, in the one style; a PNG when the block ends well."""
     with matplotlib.rc_context(STYLE):
-        figure, out = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, layout="constrained"), io.BytesIO()
+        figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, layout="constrained")
         yield figure.subplots(1, columns, squeeze=False)[0].tolist()
+        out = io.BytesIO()
         figure.savefig(out, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, [out.getvalue()])
@@ -74,15 +75,19 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Path]:
     require(
         len(runs) <= MOST_RUNS, f"{len(runs)} runs: more than {MOST_RUNS} cannot be told apart; give fewer", UserError
     )
-    paths = {name: folder / f"{name}.png" for name in ("loss", "phases", "lengths", "bytes")}
-    if any(run.trained for run in runs):
-        draw_loss([run for run in runs if run.trained], paths["loss"])
-    else:
-        del paths["loss"]
-    draw_phases(runs, paths["phases"])
-    draw_lengths(runs, paths["lengths"])
-    draw_bytes(runs, paths["bytes"])
-    return list(paths.values())
+    paths = []
+
+    def draw(draw_runs: Callable[[Sequence[Run], Path], None], chosen: Sequence[Run], name: str) -> None:
+        draw_runs(chosen, folder / name)
+        paths.append(folder / name)
+
+    trained = [run for run in runs if run.trained]
+    if trained:
+        draw(draw_loss, trained, "loss.png")
+    draw(draw_phases, runs, "phases.png")
+    draw(draw_lengths, runs, "lengths.png")
+    draw(draw_bytes, runs, "bytes.png")
+    return paths
 
 
 def short(run: Run) -> str:
@@ -96,10 +101,13 @@ def draw_loss(runs: Sequence[Run], path: Path) -> None:
         shown = 0.0
         for run, colour in zip(runs, COLOURS, strict=False):
             steps, seconds, losses = np.array(run.result["history"], float).reshape(-1, 3).T
-            tokens_a_step = run.result["train_tokens"] / max(run.result["steps"], 1)
-            tested, nats = validation_losses(run)
-            axis = (by_time, seconds, np.interp(tested, steps, seconds) if len(steps) else tested * math.nan)
-            for axes, x, at in (axis, (by_tokens, steps * tokens_a_step / 1e6, tested * tokens_a_step / 1e6)):
+            tested_steps, nats = validation_losses(run)
+            tested_seconds = np.interp(tested_steps, steps, seconds) if len(steps) else tested_steps * math.nan
+            step_tokens = run.result["train_tokens"] / max(run.result["steps"], 1) / 1e6
+            for axes, x, at in (
+                (by_time, seconds, tested_seconds),
+                (by_tokens, steps * step_tokens, tested_steps * step_tokens),
+            ):
                 axes.plot(x, losses, color=colour, alpha=0.6, label=f"{short(run)}: training")
                 axes.plot(at, nats, "o", color=colour, markersize=6, label=f"{short(run)}: validation, not adapted")
             shown = max(shown, *losses[len(losses) // 20 :], *nats)
@@ -135,7 +143,9 @@ def draw_bytes(runs: Sequence[Run], path: Path) -> None:
     bars = []
     for run in runs:
         allowed = run.result["knobs"].get("ARTIFACT_BYTES")
-        label = f"{short(run)}\n{run.result['total_bytes']:,}" + (f" of {int(allowed):,}" if allowed else "")
+        label = f"{short(run)}\n{run.result['total_bytes']:,}"
+        if allowed:
+            label += f" of {int(allowed):,}"
         bars.append((label, run.result["artifact_parts"] | {"code": run.result["code_bytes"]}))
     draw_bars(bars, path, "bytes (MB)", 1e-6)
 
@@ -143,12 +153,14 @@ def draw_bytes(runs: Sequence[Run], path: Path) -> None:
 def draw_bars(bars: list[tuple[str, dict[str, float]]], path: Path, unit: str, factor: float) -> None:
     """Stacked bars of (label, parts by name); parts of one name look the same in every bar."""
     names = list(dict.fromkeys(name for _, parts in bars for name in parts))
-    with picture(path, 170 + 25 * -(-len(names) // 4) + 48 * len(bars)) as (axes,):
+    legend_rows = math.ceil(len(names) / 4)
+    with picture(path, 170 + 25 * legend_rows + 48 * len(bars)) as (axes,):
         left = np.zeros(len(bars))
         for i, name in enumerate(names):
             width = np.array([parts.get(name, 0.0) for _, parts in bars]) * factor
-            look = dict(color=COLOURS[i % len(COLOURS)], hatch=HATCHES[i // len(COLOURS) % len(HATCHES)])
-            axes.barh(range(len(bars)), width, left=left, height=0.65, label=name, **look)
+            colour = COLOURS[i % len(COLOURS)]
+            hatch = HATCHES[i // len(COLOURS) % len(HATCHES)]
+            axes.barh(range(len(bars)), width, left=left, height=0.65, label=name, color=colour, hatch=hatch)
             left += width
         axes.set(xlabel=unit, ylim=(len(bars) - 0.5, -0.5))
         axes.set_yticks(range(len(bars)), [label for label, _ in bars])
@@ -185,7 +197,8 @@ def by_length(run: Run, nats: np.ndarray) -> tuple[list[float], list[float]]:
 def label_lengths(axes: Axes, runs: Sequence[Run]) -> None:
     """A logarithmic axis of tokens, marked at the powers of two that the documents span."""
     tokens = np.concatenate([run.tokens for run in runs])
-    first, last = (int(math.log2(max(1, length))) for length in (tokens.min(), tokens.max()))
+    first = int(math.log2(max(1, tokens.min())))
+    last = int(math.log2(max(1, tokens.max())))
     ticks = [1 << i for i in range(first, last + 2)]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=45)

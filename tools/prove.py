@@ -42,9 +42,10 @@ from torch import Tensor, nn
 
 import train_gpt
 from data import prepare
-from tools import common, watch
+from tools import audit_hook
+from tools.artifact import Opened, end_in_a_line, find_artifact, open_artifact, result_beside
 from tools.claims import MOST_BYTES
-from tools.runs import load_run
+from tools.results import load_run
 
 # -----------------------------------------------------------------------------
 # Listening: what the scorer books, traced to the pass through the output layer that gave it.
@@ -322,7 +323,7 @@ class Widest:
 class Audit:
     """An artifact, the sample of its documents, and what was heard of them."""
 
-    def __init__(self, opened: common.Opened, seed: int, seconds: float, tell: Callable[[str], None]):
+    def __init__(self, opened: Opened, seed: int, seconds: float, tell: Callable[[str], None]):
         self.opened, self.seconds, self.tell = opened, seconds, tell
         self.model, self.run, self.dist = opened.model, opened.plan.run, opened.plan.dist
         self.chance, self.tolerance = np.random.default_rng(seed), TOLERANCES[self.dist.device.type]
@@ -618,7 +619,7 @@ def lay_out(audit: Audit, folder: Path) -> dict[str, str]:
 
 def elsewhere(folders: str) -> str:
     """A PYTHONPATH without this repository, whose code is not all counted."""
-    here = Path(watch.__file__).resolve().parent.parent
+    here = Path(audit_hook.__file__).resolve().parent.parent
     found = [Path(folder).resolve() for folder in folders.split(os.pathsep) if folder]
     return os.pathsep.join(str(folder) for folder in found if folder != here)
 
@@ -629,7 +630,7 @@ def artifact_alone(audit: Audit) -> Seen:
         folder = Path(os.path.realpath(name))
         env, report = lay_out(audit, folder), folder / "opened.json"
         there = sorted(path.name for path in folder.iterdir())
-        source = Path(watch.__file__).read_text(encoding="utf-8")
+        source = Path(audit_hook.__file__).read_text(encoding="utf-8")
         script = [sys.executable, "-c", source, str(folder / "train_gpt.py"), str(report)]
         done = subprocess.run(
             script, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
@@ -648,7 +649,7 @@ def artifact_alone(audit: Audit) -> Seen:
 def expected(path: str, folder: Path, compiles: bool) -> bool:
     """Whether an evaluation may open this: its folder, or what is installed. Python asks uname for the platform's name,
     and a GPU's compilers are started, which ask `file` what Python is."""
-    if path.startswith(watch.GOES_OUTSIDE):
+    if path.startswith(audit_hook.GOES_OUTSIDE):
         event, _, arguments = path.partition(": ")
         program = Path((arguments.split("'") + [""])[1]).name
         return event in STARTS and (program == "uname" or (compiles and program in COMPILERS))
@@ -685,7 +686,7 @@ def bytes_counted(audit: Audit) -> Seen:
     most = min(plan.run.artifact_bytes, MOST_BYTES)
     if len(program) + artifact > most:
         faults.append(f"code and artifact are {len(program) + artifact} bytes, the limit is {most}")
-    result = common.read_result(Path(plan.run.artifact)) or {}
+    result = result_beside(Path(plan.run.artifact))
     sizes = {"artifact_bytes": artifact}
     if result.get("code_sha256") == hashlib.sha256(program).hexdigest():
         sizes |= {"code_bytes": len(program), "total_bytes": len(program) + artifact}
@@ -782,7 +783,7 @@ def file_sha256(path: Path | str) -> str:
     return hashlib.sha256(train_gpt.read_file(path)).hexdigest()
 
 
-def prove(opened: common.Opened, seed: int, seconds: float, tell: Callable[[str], None]) -> Iterator[Finding]:
+def prove(opened: Opened, seed: int, seconds: float, tell: Callable[[str], None]) -> Iterator[Finding]:
     """Every property in turn; `tell` hears of progress."""
     try:
         audit = Audit(opened, seed, seconds, tell)
@@ -809,8 +810,8 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def run_prove(arguments: argparse.Namespace) -> int:
-    artifact = common.find_artifact(arguments.artifact)
-    opened = common.open_artifact(artifact, {"EVAL_SECONDS": "0"})
+    artifact = find_artifact(arguments.artifact)
+    opened = open_artifact(artifact, {"EVAL_SECONDS": "0"})
     run, dist = opened.plan.run, opened.plan.dist
     train_gpt.prepare_torch(run, dist.device)
     how = f"TTT_PARAMS={run.ttt_params} TTT_SCOPE={run.ttt_scope}" if run.ttt_enabled else "TTT_ENABLED=0"
@@ -836,7 +837,7 @@ def run_prove(arguments: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> exit status: 0, 1 where a property fails, 2 for what a user can mend, 130 when interrupted."""
     parsed = command_line().parse_args(arguments)
-    return common.end_in_a_line(lambda: run_prove(parsed))
+    return end_in_a_line(lambda: run_prove(parsed))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ Train and evaluate every seed, audit the artifacts, and write a record that chec
 Knobs come from the environment, as in any run; seed S runs with SEED=S and RUN_ID=NAME_seedS, and is skipped if
 logs/ holds it finished with the same code, knobs and validation. The record is records/<track>/<date>_NAME/. It is
 refused, with the reason, if a seed breaks a limit, if the seeds are not alike, if the hardware or the validation is not
-what the track asks for, or if the audit (./run.sh prove) of an artifact fails; --audit-seconds is about how long that
-looks at each.
+what the track asks for, or if the audit (./run.sh prove) of an artifact fails. An audit takes about --audit-seconds.
 AUTHOR and GITHUB_ID name who submits; without them git's user.name and github.user do.
 """
 
@@ -28,11 +27,21 @@ import torch
 import train_gpt
 from data.prepare import whole_number
 from tools import claims
-from tools.check import RECORDS, against_log, baseline_of, contradictions, ranks, read_record, run_entry, told, unlike
+from tools.artifact import end_in_a_line
+from tools.check import (
+    RECORDS,
+    against_log,
+    baseline_of,
+    contradictions,
+    guarded,
+    how_it_differs,
+    ranks,
+    read_record,
+    run_entry,
+)
 from tools.claims import CONTEST, CONTEST_SECONDS, DEPENDENT, MOST_BYTES, NON_RECORD, OWN_TOKENIZER, Baseline, Facts
-from tools.common import end_in_a_line
 from tools.plot import MOST_RUNS, draw_all
-from tools.runs import Run, beside, load_run
+from tools.results import EVENTS_BELOW, Run, beside, load_run
 from train_gpt import LOGS, DataError, RunConfig, UserError, read_env, read_file, require, write_atomically
 
 
@@ -112,7 +121,8 @@ def seed_list(text: str) -> list[int]:
 
 def gather_facts(options: argparse.Namespace, env: Mapping[str, str]) -> Facts:
     """What the record will say and no run knows. Raises UserError, naming all that is missing."""
-    author, github_id = env.get("AUTHOR") or git("user.name"), env.get("GITHUB_ID") or git("github.user")
+    author = env.get("AUTHOR") or git("user.name")
+    github_id = env.get("GITHUB_ID") or git("github.user")
     ways = {
         "AUTHOR (or git config user.name)": author,
         "GITHUB_ID (or git config github.user)": github_id,
@@ -120,19 +130,19 @@ def gather_facts(options: argparse.Namespace, env: Mapping[str, str]) -> Facts:
     }
     missing = [way for way, value in ways.items() if not value]
     require(not missing, f"a record must say who and what; set {'; '.join(missing)}", UserError)
-    usual = options.train_seconds == options.eval_seconds == CONTEST_SECONDS
+    contest_limits = options.train_seconds == options.eval_seconds == CONTEST_SECONDS
     allowed = {DEPENDENT: options.allow_dependent, OWN_TOKENIZER: options.own_tokenizer}
     return Facts(
-        author,
-        github_id,
-        options.name,
-        time.strftime("%Y-%m-%d", time.gmtime()),
-        text_of(options.what),
-        NON_RECORD if options.non_record or not usual else CONTEST,
-        options.train_seconds,
-        options.eval_seconds,
-        tuple(sorted(name for name, given in allowed.items() if given)),
-        parse_baseline(options.baseline) if options.baseline else None,
+        author=author,
+        github_id=github_id,
+        name=options.name,
+        date=time.strftime("%Y-%m-%d", time.gmtime()),
+        what=text_of(options.what),
+        track=CONTEST if contest_limits and not options.non_record else NON_RECORD,
+        train_seconds=options.train_seconds,
+        eval_seconds=options.eval_seconds,
+        allowed=tuple(sorted(name for name, given in allowed.items() if given)),
+        baseline=parse_baseline(options.baseline) if options.baseline else None,
     )
 
 
@@ -157,9 +167,10 @@ def parse_baseline(text: str) -> Baseline:
     if Path(text).is_dir():
         return baseline_of(Path(text))
     try:
-        mean, std, seeds, *width = text.split(",")
-        require(len(width) <= 1, "", UserError)
-        return Baseline("given", float(mean), float(std), int(seeds), float(width[0]) if width else None)
+        mean, std, seeds, *bytes_per_token = text.split(",")
+        require(len(bytes_per_token) <= 1, "", UserError)
+        width = float(bytes_per_token[0]) if bytes_per_token else None
+        return Baseline("given", float(mean), float(std), int(seeds), width)
     except ValueError as error:
         hint = "expected the folder of a record, or MEAN,STD,N in bpb, such as 1.0563,0.0003,3; a fourth: bytes a token"
         raise UserError(f"--baseline {text}: {hint} {error}".strip()) from None
@@ -170,7 +181,7 @@ def parse_baseline(text: str) -> Baseline:
 
 
 class Job(NamedTuple):
-    """One seed: what to run, and its result if it has run already."""
+    """One seed: what to run, and its run if it has finished already."""
 
     env: dict[str, str]
     run: RunConfig
@@ -201,7 +212,7 @@ def find_finished(run: RunConfig, knobs: dict[str, str]) -> Run | None:
         ]
         if found.source != train_gpt.code():
             reasons.append("train_gpt.py has changed")
-        reasons += told(against_log(found))
+        reasons += guarded(against_log(found))
     if not reasons:
         print(f"{path}: finished, not run again")
         return found
@@ -210,7 +221,7 @@ def find_finished(run: RunConfig, knobs: dict[str, str]) -> Run | None:
 
 
 def check_before(jobs: Sequence[Job], facts: Facts) -> None:
-    """Refuse, before anything is paid for, what could not become a record."""
+    """Refuse what could not become a record, before anything is paid for."""
     run = jobs[0].run
     require(not run.artifact and not run.resume, "a record trains from the start: unset ARTIFACT and RESUME", UserError)
     require(
@@ -246,7 +257,7 @@ def check_before(jobs: Sequence[Job], facts: Facts) -> None:
 
 
 def device_here(env: Mapping[str, str]) -> str:
-    """The name of the device a run would take; asked of another process, as asking takes hold of a GPU."""
+    """The name of the device a run would take. Another process is asked: asking takes hold of a GPU."""
     if env.get("DEVICE") == "cpu" or not torch.cuda.device_count():
         return train_gpt.device_name(torch.device("cpu"))
     ask = "import torch; print(torch.cuda.get_device_name())"
@@ -268,14 +279,15 @@ def refuse(reasons: Sequence[str]) -> None:
 def audit(run: Run, seconds: int) -> str:
     """What `python -m tools.prove` says of a run's artifact, also on the screen. Raises UserError if it fails."""
     artifact = beside(run.path, ".ptz")
-    difference = unlike(artifact, run) if artifact.is_file() else "it is missing"
+    difference = how_it_differs(artifact, run) if artifact.is_file() else "it is missing"
     require(
         not difference,
         f"{artifact}: not the artifact of {run.name}: {difference}; remove {run.path}, and it is made again",
         UserError,
     )
     print(f"auditing {artifact}", flush=True)
-    env, lines = dict(os.environ) | run.result["knobs"], []
+    env = dict(os.environ) | run.result["knobs"]
+    lines = []
     command = [sys.executable, "-m", "tools.prove", str(artifact), "--seconds", str(seconds)]
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with process:
@@ -291,7 +303,7 @@ def audit(run: Run, seconds: int) -> str:
 
 
 def write_record(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -> Path:
-    """Build the folder beside its place, check it there, and let it appear whole or not at all -> its path."""
+    """Build the folder beside its place, check it there, and move it into place whole -> its path."""
     folder = RECORDS / facts.folder
     beside_it = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     beside_it.mkdir(parents=True)
@@ -308,7 +320,8 @@ def write_record(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -
 
 
 def content_of(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -> dict[str, bytes]:
-    """Every file of a record but its pictures: name -> bytes. Files of the runs are kept byte for byte."""
+    """Every file of a record but its pictures: {name: bytes}. Files of the runs are kept byte for byte, the events of a
+    run at the end of its log."""
     files = {
         "README.md": claims.readme(runs, facts).encode(),
         "submission.json": claims.as_json(claims.submission(runs, facts)).encode(),
@@ -317,7 +330,8 @@ def content_of(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -> 
     }
     for run in runs:
         seed = run.result["seed"]
-        files[f"train_seed{seed}.log"] = read_file(run.log)
+        events = read_file(beside(run.path, ".events.jsonl"))
+        files[f"train_seed{seed}.log"] = read_file(run.log).removesuffix(b"\n") + EVENTS_BELOW + events
         files[f"train_seed{seed}.json"] = read_file(run.path)
         files[f"train_seed{seed}.docs.npz"] = read_file(beside(run.path, ".docs.npz"))
         files[f"audit_seed{seed}.txt"] = audits[seed].encode()

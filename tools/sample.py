@@ -21,7 +21,7 @@ from torch import Tensor
 import train_gpt
 from data.prepare import ALLCAPS, CAPNEXT, ESCAPE, TITLE
 from tools import codec
-from tools.common import end_in_a_line, find_artifact
+from tools.artifact import end_in_a_line, find_artifact
 from train_gpt import BOS
 
 UNFINISHED = TITLE + ALLCAPS + CAPNEXT + ESCAPE + "\ufffd"  # a text that ends so will read otherwise when it goes on

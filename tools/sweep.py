@@ -10,7 +10,7 @@ that differ in SEED alone share a line of the result. All other knobs are those 
 it does not say is as in the artifact's run, and HOLDOUT_TOKENS always is.
 
 Leaves logs/sweeps/<name>/: results.md, results.csv, results.png, and the files of every run. Finished combinations are
-not run again (same knobs, source, data and artifact), so an interrupted sweep is gone on with by the same command.
+not run again (same knobs, source, data and artifact), so the same command goes on with an interrupted sweep.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ import numpy as np
 import torch
 
 import train_gpt
-from tools.common import end_in_a_line, knobs_of_run
+from tools.artifact import end_in_a_line, knobs_of_run
+from tools.events import Event, read_events
 from tools.holdout import make_holdout
 from tools.plot import COLOURS, picture
-from tools.runs import Interval, Run, differences, load_run
+from tools.results import Interval, Run, differences, load_run
 from train_gpt import LOGS, ConfigError, DataError, UserError, require
 
 SWEEPS = LOGS / "sweeps"
@@ -76,7 +77,7 @@ class Job:
     source: str = ""  # sha256 of the train_gpt.py that it is for
     state: str = "waiting"  # waiting | running | done | failed
     at: str = ""  # how far, in words
-    bpb: float | None = None  # the latest that the log says
+    bpb: float | None = None  # the latest that the run reported
     eta: float | None = None  # seconds, of the running phase
     run: Run | None = None  # once it is done
 
@@ -94,7 +95,8 @@ def shell_words(knobs: Mapping[str, str]) -> str:
 
 def parse_grid(words: Sequence[str]) -> list[dict[str, str]]:
     """NAME=v,w ... -> every combination, the last name varying fastest."""
-    names, choices = [], []
+    names = []
+    choices = []
     for word in words:
         name, equals, values = word.partition("=")
         require(equals == "=" and name.isidentifier(), f"{word!r}: expected NAME=value,value,...", ConfigError)
@@ -126,7 +128,8 @@ def knob_names(combinations: Iterable[Mapping[str, str]]) -> list[str]:
 
 def training_knobs() -> set[str]:
     """Knobs that change nothing when an artifact is scored."""
-    group, names = "", {"ARTIFACT_BYTES", "CHECKPOINT_SECONDS"}
+    names = {"ARTIFACT_BYTES", "CHECKPOINT_SECONDS"}
+    group = ""
     for field in (*fields(train_gpt.ModelConfig), *fields(train_gpt.RunConfig)):
         group = field.metadata["group"] or group
         if group in ONLY_TRAINING:
@@ -151,17 +154,17 @@ def given() -> dict[str, str]:
 
 
 def environment(knobs: Mapping[str, str]) -> dict[str, str]:
-    """This one with the knobs of a combination. Where run.sh made a small run of it, its defaults are those that go
-    with these knobs: what suits TTT_PARAMS=lora has no effect under full."""
+    """This environment with the knobs of a combination. Where run.sh made a small run of it, that run's defaults are
+    asked for again, for these knobs: what suits TTT_PARAMS=lora has no effect under full."""
     env = given() | knobs
     if os.environ.get("RUN_SH_DEFAULTS"):
-        told = subprocess.check_output([RUN_SH, "small-job-defaults"], env=env, text=True)
-        env |= dict(line.split("=", 1) for line in told.splitlines())
+        defaults = subprocess.check_output([RUN_SH, "small-job-defaults"], env=env, text=True)
+        env |= dict(line.split("=", 1) for line in defaults.splitlines())
     return env
 
 
 def make_jobs(combinations: list[dict[str, str]], artifact: str | None, gpus: int) -> list[Job]:
-    """A job a combination, its environment read and checked as its run will."""
+    """One job per combination, its environment read and checked as its run will do it."""
     for name in ("ARTIFACT", "RESUME"):
         require(not os.environ.get(name), f"{name} is set in the environment: {APART[name]}")
     check_names(knob_names(combinations), artifact)
@@ -180,21 +183,21 @@ def make_jobs(combinations: list[dict[str, str]], artifact: str | None, gpus: in
     return jobs
 
 
-class Scored(NamedTuple):
+class ScoredText(NamedTuple):
     """The documents of a sweep."""
 
-    words: str  # which, for people
-    validation: bool  # they are the validation set
-    facts: dict  # what tells them, the training data and the tokenizer from others
+    description: str  # for people
+    is_validation: bool
+    identity: dict  # equal only for these documents, this training data and this tokenizer
 
 
-def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scored:
-    """Point every job at the documents that it is to score, and open all as the first run will."""
+def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> ScoredText:
+    """Point every job at the documents that it is to score, and open everything as the first run will."""
     config, run = train_gpt.read_env(jobs[0].env)
     held = run.holdout_tokens
     if on == "training":
         if run.artifact:
-            config, held, digest = what_artifact_says(run.artifact)
+            config, held, digest = held_out_by(run.artifact)
         tokenizer = train_gpt.load_tokenizer(run, config.vocab_size)
         facts = make_holdout(Path(run.data_path), tokenizer, held, folder / "data")
         require(
@@ -212,46 +215,50 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
             f"DATA_PATH={run.data_path} is a sweep's own: it holds no validation; set DATA_PATH to the prepared data",
         )
     config, run = train_gpt.read_env(jobs[0].env)
-    plan = train_gpt.make_setup(config, run, train_gpt.Dist(world=world))
-    count = f"{len(plan.validation):,} documents ({plan.validation.target_bytes().sum():,} bytes)"
-    shards = [] if plan.stream is None else [[str(p.resolve()), p.stat().st_size] for p in plan.stream.paths]
-    facts = {"validation": plan.validation.sha256(), "tokenizer": plan.tokenizer.sha256, "train": shards}
+    setup = train_gpt.make_setup(config, run, train_gpt.Dist(world=world))
+    count = f"{len(setup.validation):,} documents ({setup.validation.target_bytes().sum():,} bytes)"
+    shards = [] if setup.stream is None else [[str(p.resolve()), p.stat().st_size] for p in setup.stream.paths]
+    identity = {"validation": setup.validation.sha256(), "tokenizer": setup.tokenizer.sha256, "train": shards}
     if on == "training":
-        return Scored(f"{count} of the last {held:,} training tokens, held out of training", False, facts)
-    return Scored(f"validation, {count}: not for choosing", True, facts)
+        return ScoredText(f"{count} of the last {held:,} training tokens, held out of training", False, identity)
+    return ScoredText(f"validation, {count}: not for choosing", True, identity)
 
 
-def what_artifact_says(artifact: str) -> tuple[train_gpt.ModelConfig, int, str]:
-    """Its network, how many tokens at the end of its training data it does not know, and SHA-256 of those documents."""
+def held_out_by(artifact: str) -> tuple[train_gpt.ModelConfig, int, str]:
+    """The network of an artifact, how many tokens at the end of its training data it has not learned from, and the
+    SHA-256 of those documents."""
     header, _ = train_gpt.read_header(train_gpt.read_file(artifact), artifact)
     held = header["meta"].get("holdout_tokens", 0)
-    why = f"{artifact}: held no training documents back (holdout_tokens is {held!r}): it may have learnt them; "
+    why = f"{artifact}: held no training documents back (holdout_tokens is {held!r}): it may have learned them; "
     require(type(held) is int and held > 0, why + "train again with HOLDOUT_TOKENS, or use --on validation", DataError)
     return train_gpt.stored_config(header["meta"], artifact), held, header["meta"].get("holdout")
 
 
-def name_runs(jobs: list[Job], folder: Path, facts: dict, gpus: int) -> None:
-    """Every job's run_id: its knobs with effect, the source, the data and the artifact in a hash. Finished ones have a
-    run of that name already."""
+def name_runs(jobs: list[Job], folder: Path, scored: ScoredText, gpus: int) -> None:
+    """Give every job a run_id: a hash of the knobs that have an effect, the source, the data and the artifact. A job
+    whose run is there under that name is done."""
     source = hashlib.sha256(train_gpt.code()).hexdigest()
     seen: dict[str, Job] = {}
     for job in jobs:
         model, run = train_gpt.read_env(job.env)
-        knobs, ineffective = train_gpt.settings(model, run), {*APART} - {"VOCAB_SIZE", "HOLDOUT_TOKENS"}
+        knobs = train_gpt.settings(model, run)
+        ineffective = {*APART} - {"VOCAB_SIZE", "HOLDOUT_TOKENS"}
         artifact = ""
         if run.artifact:
             ineffective |= training_knobs()
             artifact = hashlib.sha256(train_gpt.read_file(run.artifact)).hexdigest()
         knobs = {name: value for name, value in knobs.items() if name not in ineffective}
-        identity = json.dumps([knobs, source, facts, artifact, gpus], sort_keys=True)
+        identity = json.dumps([knobs, source, scored.identity, artifact, gpus], sort_keys=True)
         job.run_id = f"{folder.relative_to(LOGS)}/{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         job.env |= {"RUN_ID": job.run_id}
         job.source = source
-        twin = seen.setdefault(job.run_id, job)
-        require(twin is job, f"{twin.label} and {job.label} are the same combination")
+        first = seen.setdefault(job.run_id, job)
+        require(first is job, f"{first.label} and {job.label} are the same combination")
         with contextlib.suppress(DataError):  # not run yet, or cut off
             job.run = load_run(job.run_id)
-            job.state, job.at, job.bpb = "done", "before", job.run.bpb
+            job.state = "done"
+            job.at = "before"
+            job.bpb = job.run.bpb
 
 
 # -----------------------------------------------------------------------------
@@ -274,53 +281,72 @@ class Running(NamedTuple):
     job: Job
     process: subprocess.Popen
     slot: str | None
-    began: float
-    log: Tail
+    started_at: float
+    events: GrowingEvents
 
 
-class Tail:
-    """New whole lines of a log that grows, after the source at its beginning."""
+class GrowingEvents:
+    """The events of a run that is still running, as it reports them."""
 
     def __init__(self, path: Path):
-        self.path, self.at, self.rest = path, len(train_gpt.code()), b""
+        self.path = path
+        self.position = 0
+        self.rest = b""  # of a line that is not whole yet
 
-    def lines(self) -> list[str]:
+    def new(self) -> list[Event]:
+        """What has come since the last call. A damaged line shows nothing here; it is an error once the run is read."""
         try:
-            with open(self.path, "rb") as log:
-                log.seek(self.at)
-                new = log.read()
+            with open(self.path, "rb") as file:
+                file.seek(self.position)
+                content = file.read()
         except FileNotFoundError:
             return []
-        self.at += len(new)
-        *whole, self.rest = (self.rest + new).split(b"\n")
-        return [line.decode("utf-8", "replace") for line in whole]
+        self.position += len(content)
+        *lines, self.rest = (self.rest + content).split(b"\n")
+
+        events = []
+        for line in lines:
+            with contextlib.suppress(DataError):
+                events += read_events(line, self.path.name)
+        return events
 
 
-def note_progress(job: Job, line: str) -> None:
-    """What a line of the log says of how far the run is."""
-    figures = dict(re.findall(r"(\w+):(\d[\d./]*)", line))
-    if line.startswith("step:"):
-        job.at = f"step {figures['step']}"
-    elif line.startswith("adapted documents:"):
-        job.at = f"{figures['documents']} documents"
-    elif line.startswith(("before quantisation", "artifact ")):
-        job.at, job.eta = "packing" if line[0] == "b" else "scored", None
-    for name in ("val_bpb", "ttt_bpb", "bpb"):
-        if name in figures:
-            job.bpb = float(figures[name])
-    if "eta_s" in figures:
-        job.eta = float(figures["eta_s"])
+def note_progress(job: Job, event: Event) -> None:
+    """How far a run is, by one of its events."""
+    values = event.values
+    match event.name:
+        case "step" | "validate":
+            job.at = f"step {values['step']}"
+            job.bpb = values.get("val_bpb", job.bpb)
+        case "before_quantisation":
+            job.at = "packing"
+            job.eta = None
+            job.bpb = values["prequant_bpb"]
+        case "adapted":
+            job.at = f"{values['documents_done']}/{values['documents']} documents"
+            job.bpb = values["bpb"]
+        case "score":
+            job.at = "scored"
+            job.eta = None
+            job.bpb = values["static_bpb"] if values["val_bpb"] is None else values["val_bpb"]
+    if event.known:
+        job.eta = values.get("eta_s", job.eta)
 
 
 class Sweep:
     """Runs jobs, as many at once as there are slots, and shows how far they are."""
 
     def __init__(self, jobs: list[Job], slots: list[str | None], gpus: int, screen: Screen):
-        self.jobs, self.free, self.gpus, self.screen = jobs, list(slots), gpus, screen
-        self.width, self.running, self.took = len(slots), [], []
+        self.jobs = jobs
+        self.gpus = gpus  # of one job
+        self.screen = screen
+        self.free = list(slots)
+        self.slots = len(slots)
+        self.running: list[Running] = []
+        self.took: list[float] = []  # seconds of every job that has ended
 
     def run_all(self) -> None:
-        """Until every job is done or has failed. On KeyboardInterrupt all runs are ended first."""
+        """Return once every job is done or has failed. On KeyboardInterrupt all runs are ended first."""
         try:
             while self.running or any(job.state == "waiting" for job in self.jobs):
                 for job in self.jobs:
@@ -335,11 +361,12 @@ class Sweep:
         self.screen.show(0.0, last=True)
 
     def start(self, job: Job) -> None:
-        slot, program = self.free.pop(0), [sys.executable]
+        slot = self.free.pop(0)
+        program = [sys.executable]
         if self.gpus > 1:
             program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
         env = job.env if slot is None else job.env | {"CUDA_VISIBLE_DEVICES": slot}
-        for suffix in (".json", ".docs.npz", ".txt"):  # of an attempt that was cut off
+        for suffix in (".json", ".docs.npz", ".events.jsonl", ".txt"):  # of an attempt that was cut off
             job.file(suffix).unlink(missing_ok=True)
         with open(job.file(".err"), "wb") as errors:
             process = subprocess.Popen(
@@ -349,32 +376,35 @@ class Sweep:
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
             )
-        job.state, job.at = "running", "starting"
-        self.running.append(Running(job, process, slot, time.monotonic(), Tail(job.file(".txt"))))
+        job.state = "running"
+        job.at = "starting"
+        self.running.append(Running(job, process, slot, time.monotonic(), GrowingEvents(job.file(".events.jsonl"))))
 
     def look_after(self, one: Running) -> None:
-        """Read its log; when it has ended, see what came of it and free its place."""
+        """Read its events; when it has ended, see what came of it and free its place."""
         status = one.process.poll()
-        for line in one.log.lines():
-            note_progress(one.job, line)
+        for event in one.events.new():
+            note_progress(one.job, event)
         if status is None:
             return
         self.running.remove(one)
         self.free.append(one.slot)
-        self.took.append(time.monotonic() - one.began)
+        self.took.append(time.monotonic() - one.started_at)
         conclude(one.job, status)
 
     def seconds_left(self) -> float | None:
-        """Of the whole sweep, from how long jobs took so far; None until one is done."""
+        """Seconds until the sweep is done, from how long jobs took so far; None until one has ended."""
         if not self.took:
             return None
-        each, now = sum(self.took) / len(self.took), time.monotonic()
+        each = sum(self.took) / len(self.took)
+        now = time.monotonic()
         waiting = sum(job.state == "waiting" for job in self.jobs)
-        begun = sum(max(0.0, each - (now - one.began)) for one in self.running)
-        return (begun + waiting * each) / self.width
+        running = sum(max(0.0, each - (now - one.started_at)) for one in self.running)
+        return (running + waiting * each) / self.slots
 
     def stop(self) -> None:
-        """End what runs: after Ctrl-C the runs have heard of it themselves, else they are told, and then made to."""
+        """End what runs. After Ctrl-C the runs have had the signal, too, and get a second; then they are terminated,
+        and in the end killed."""
         processes = [one.process for one in self.running]
         for seconds, end in ((1.0, subprocess.Popen.terminate), (STOP_SECONDS, subprocess.Popen.kill)):
             deadline = time.monotonic() + seconds
@@ -391,71 +421,84 @@ class Sweep:
 
 
 def conclude(job: Job, status: int) -> None:
-    """A job whose process has ended is done if its run can be read, else it has failed, and `at` says why."""
+    """Settle a job whose process has ended: done if its run can be read, else failed, and `at` says why."""
     job.eta = None
     try:
         require(status == 0, reason_of(job.file(".err"), status), UserError)
         run = load_run(job.run_id)
         require(run.result["code_sha256"] == job.source, "train_gpt.py was changed meanwhile; start the sweep again")
-        job.run, job.state, job.at, job.bpb = run, "done", f"{run.result['eval_seconds']:.0f} s of evaluation", run.bpb
+        job.run = run
+        job.state = "done"
+        job.at = f"{run.result['eval_seconds']:.0f} s of evaluation"
+        job.bpb = run.bpb
         job.file(".err").unlink()
     except UserError as error:
-        job.state, job.at = "failed", str(error)
+        job.state = "failed"
+        job.at = str(error)
 
 
 def reason_of(path: Path, status: int) -> str:
-    """The last line of an error output that says what is wrong, or its last one at all."""
+    """The last line of an error output that begins with `error: `, else its last line at all."""
     lines = [line for line in train_gpt.read_file(path).decode("utf-8", "replace").splitlines() if line.strip()]
-    named = [line for line in lines if line.startswith("error: ")]
-    return (named or lines or [f"exit status {status}, no message"])[-1].removeprefix("error: ")
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or [f"exit status {status}, no message"])[-1]
 
 
 class Screen:
-    """The live table: redrawn on a terminal, elsewhere a line a change (progress at most every ten seconds a job)."""
+    """The live table: redrawn on a terminal; elsewhere one line per change (progress at most every ten seconds a
+    job)."""
 
     def __init__(self, jobs: list[Job]):
-        self.jobs, self.terminal = jobs, sys.stdout.isatty()
-        self.drawn, self.at = 0, 0.0
-        self.told: dict[str, tuple[str, str, float]] = {}  # run_id -> state, progress, when
+        self.jobs = jobs
+        self.terminal = sys.stdout.isatty()
+        self.lines_drawn = 0
+        self.drawn_at = 0.0
+        self.printed: dict[str, tuple[str, str, float]] = {}  # run_id -> state, progress, when
 
     def show(self, seconds_left: float | None, last: bool = False) -> None:
         if not self.terminal:
-            self.tell_changes(seconds_left)
-        elif last or time.monotonic() - self.at > 0.5:
+            self.print_changes(seconds_left)
+        elif last or time.monotonic() - self.drawn_at > 0.5:
             self.redraw(seconds_left)
 
-    def tell_changes(self, seconds_left: float | None) -> None:
+    def print_changes(self, seconds_left: float | None) -> None:
         for job in self.jobs:
-            state, at, when = self.told.get(job.run_id, ("waiting", "", 0.0))
+            state, at, when = self.printed.get(job.run_id, ("waiting", "", 0.0))
             now = time.monotonic()
             if job.state != state or (job.at != at and now - when > 10):
-                self.told[job.run_id] = job.state, job.at, now
+                self.printed[job.run_id] = job.state, job.at, now
                 print(self.line(job), flush=True)
                 if job.state in {"done", "failed"}:
                     print(self.summary(seconds_left), flush=True)
 
     def summary(self, seconds_left: float | None) -> str:
         ended = sum(job.state in {"done", "failed"} for job in self.jobs)
-        return f"{ended} of {len(self.jobs)} combinations" + (f", {seconds_left:.0f} s left" if seconds_left else "")
+        text = f"{ended} of {len(self.jobs)} combinations"
+        return f"{text}, {seconds_left:.0f} s left" if seconds_left else text
 
     def line(self, job: Job) -> str:
-        figures = [f"bpb {job.bpb:.5f}"] if job.bpb is not None else []
-        figures += [f"ETA {job.eta:.0f} s"] if job.eta is not None else []
-        return "  ".join([job.label, job.state, *figures, job.at])
+        parts = [job.label, job.state]
+        if job.bpb is not None:
+            parts.append(f"bpb {job.bpb:.5f}")
+        if job.eta is not None:
+            parts.append(f"ETA {job.eta:.0f} s")
+        return "  ".join([*parts, job.at])
 
     def redraw(self, seconds_left: float | None) -> None:
-        """The whole table; what runs or has failed comes first where not all lines fit."""
+        """Draw the whole table. Where not all lines fit, what runs or has failed comes first."""
         width, height = shutil.get_terminal_size()
-        order, room = ("running", "failed", "done", "waiting"), max(1, height - 3)
+        room = max(1, height - 3)
         shown = self.jobs
         if len(shown) > room:
+            order = ("running", "failed", "done", "waiting")
             shown = sorted(shown, key=lambda job: order.index(job.state))[:room]
         lines = [self.summary(seconds_left), *map(self.line, shown)]
         if len(shown) < len(self.jobs):
             lines.append(f"... and {len(self.jobs) - len(shown)} more")
-        up = f"\x1b[{self.drawn}A" if self.drawn else ""
+        up = f"\x1b[{self.lines_drawn}A" if self.lines_drawn else ""
         print(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[J", end="", flush=True)
-        self.drawn, self.at = len(lines), time.monotonic()
+        self.lines_drawn = len(lines)
+        self.drawn_at = time.monotonic()
 
 
 # -----------------------------------------------------------------------------
@@ -495,7 +538,7 @@ def without_seed(knobs: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in knobs.items() if name != "SEED"}
 
 
-def write_results(folder: Path, jobs: list[Job], rows: list[Row], scored: Scored, command: str) -> str:
+def write_results(folder: Path, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str) -> str:
     """results.csv, results.md and results.png -> the text of results.md."""
     text = "\n".join(results_table(folder.name, jobs, rows, scored, command)) + "\n"
     train_gpt.write_atomically(folder / "results.csv", [results_csv(jobs).encode()])
@@ -504,41 +547,42 @@ def write_results(folder: Path, jobs: list[Job], rows: list[Row], scored: Scored
     return text
 
 
+IN_CSV = (  # results
+    "val_bpb",
+    "static_bpb",
+    "val_loss",
+    "train_seconds",
+    "eval_seconds",
+    "degraded_documents",
+    "doc_independent",
+    "total_bytes",
+)
+
+
 def results_csv(jobs: list[Job]) -> str:
-    """A line a run, failed ones included."""
-    out, figures = (
-        io.StringIO(),
-        (
-            "val_bpb",
-            "static_bpb",
-            "val_loss",
-            "train_seconds",
-            "eval_seconds",
-            "degraded_documents",
-            "doc_independent",
-            "total_bytes",
-        ),
-    )
+    """One line per run, failed ones included."""
+    out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     names = knob_names(job.knobs for job in jobs)
-    table.writerow([*names, "state", *figures, "run_id"])
+    table.writerow([*names, "state", *IN_CSV, "run_id"])
     for job in jobs:
         result = job.run.result if job.run else {}
         knobs = [job.knobs.get(name, "") for name in names]
-        table.writerow([*knobs, job.state, *(result.get(name, "") for name in figures), job.run_id])
+        figures = [result.get(name, "") for name in IN_CSV]
+        table.writerow([*knobs, job.state, *figures, job.run_id])
     return out.getvalue()
 
 
-def results_table(name: str, jobs: list[Job], rows: list[Row], scored: Scored, command: str) -> list[str]:
+def results_table(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str) -> list[str]:
     """The lines of results.md."""
     knobs = knob_names(without_seed(job.knobs) for job in jobs)
-    mark = "**VALIDATION. Nothing may be chosen from this table.** " if scored.validation else ""
+    mark = "**VALIDATION. Nothing may be chosen from this table.** " if scored.is_validation else ""
     about = (
         "Differences are those to the first row, with paired 95 % bootstrap intervals over documents; "
         "± is the standard deviation over seeds."
     )
     head = [*knobs, "bpb", "difference", "without adaptation", "seeds", "evaluation, s", "notes"]
-    lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.words}. {about}", ""]
+    lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.description}. {about}", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         seeds = " ".join(str(run.result["seed"]) for run in row.runs)
@@ -552,8 +596,10 @@ def results_table(name: str, jobs: list[Job], rows: list[Row], scored: Scored, c
 
 def bpb_of(row: Row) -> str:
     """Mean, and standard deviation over seeds where there are several."""
-    several = [run.bpb for run in row.runs]
-    return f"{row.run.bpb:.5f}" + (f" ± {np.std(several, ddof=1):.5f}" if len(several) > 1 else "")
+    by_seed = [run.bpb for run in row.runs]
+    if len(by_seed) == 1:
+        return f"{row.run.bpb:.5f}"
+    return f"{row.run.bpb:.5f} ± {np.std(by_seed, ddof=1):.5f}"
 
 
 def notes(row: Row) -> str:
@@ -561,10 +607,12 @@ def notes(row: Row) -> str:
     degraded = sum(run.result["degraded_documents"] for run in row.runs)
     if degraded:
         return f"time was short: {degraded} documents without adaptation"
-    return "" if all(run.result["doc_independent"] for run in row.runs) else "depends on the order of documents"
+    if not all(run.result["doc_independent"] for run in row.runs):
+        return "depends on the order of documents"
+    return ""
 
 
-def draw(rows: list[Row], scored: Scored, path: Path, most: int = 40) -> None:
+def draw(rows: list[Row], scored: ScoredText, path: Path, most: int = 40) -> None:
     """The best combinations and how far they are from the first."""
     shown = rows[:most]
     gaps = [row.gap or Interval(0.0, 0.0, 0.0) for row in shown]
@@ -572,11 +620,12 @@ def draw(rows: list[Row], scored: Scored, path: Path, most: int = 40) -> None:
         reach = [[gap.value - gap.low for gap in gaps], [gap.high - gap.value for gap in gaps]]
         axes.errorbar([gap.value for gap in gaps], range(len(shown)), xerr=reach, fmt="o", capsize=4, color=COLOURS[0])
         names = [shell_words(row.knobs) for row in shown]
-        names = [f"row {i}" for i in range(1, len(shown) + 1)] if max(map(len, names)) > LONGEST_LABEL else names
+        if max(map(len, names)) > LONGEST_LABEL:
+            names = [f"row {i}" for i in range(1, len(shown) + 1)]
         labels = [f"{name}  {row.run.bpb:.5f}" for name, row in zip(names, shown, strict=True)]
         axes.set_yticks(range(len(shown)), labels, fontsize=10)
         axes.figure.supxlabel("bits per byte above the first row, with 95 % intervals", fontsize=12)
-        axes.set_title("VALIDATION: not for choosing" if scored.validation else "held-out training documents")
+        axes.set_title("VALIDATION: not for choosing" if scored.is_validation else "held-out training documents")
         axes.set_ylim(len(shown) - 0.5, -0.5)
 
 
@@ -614,8 +663,13 @@ def command_line() -> argparse.ArgumentParser:
 
 
 def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) -> str:
-    own = options.file.stem if options.file else "-".join(combinations[0]).lower()
-    name = options.name or own + "-eval" * bool(options.eval) + "-validation" * (options.on == "validation")
+    name = options.name
+    if not name:
+        name = options.file.stem if options.file else "-".join(combinations[0]).lower()
+        if options.eval:
+            name += "-eval"
+        if options.on == "validation":
+            name += "-validation"
     require(bool(re.fullmatch(r"\w[\w.-]*", name, re.ASCII)), f"--name {name!r}: expected letters, digits, _ . -")
     return name
 
@@ -632,8 +686,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = SWEEPS / sweep_name(options, combinations)
     with locked(folder):
         scored = choose_documents(jobs, options.on, folder, options.gpus)
-        name_runs(jobs, folder, scored.facts, options.gpus)
-        print(f"{len(jobs)} combinations, {len(slots)} at a time, scored on {scored.words}", flush=True)
+        name_runs(jobs, folder, scored, options.gpus)
+        print(f"{len(jobs)} combinations, {len(slots)} at a time, scored on {scored.description}", flush=True)
         try:
             Sweep(jobs, slots, options.gpus, Screen(jobs)).run_all()
         except KeyboardInterrupt:
@@ -646,7 +700,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require(bool(rows), f"every combination failed, the first: {jobs[0].at}", UserError)
         print("\n" + write_results(folder, jobs, rows, scored, command))
     print(f"{folder}/results.md, results.csv, results.png")
-    if rows[0].knobs and not scored.validation:  # seeds alone leave nothing to choose
+    if rows[0].knobs and not scored.is_validation:  # seeds alone leave nothing to choose
         print(f"the best:\n{shell_words(rows[0].knobs)}")
     return int(any(job.state == "failed" for job in jobs))
 

@@ -1,4 +1,4 @@
-"""Welch's one-sided t-test from means and deviations, with a t distribution of our own: scipy is not needed for it."""
+"""Welch's one-sided t-test from means and deviations. The t distribution is computed here, without scipy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-MOST_TERMS, CLOSE, TINY = 10_000, 1e-15, 1e-300
+MOST_TERMS = 10_000
+CLOSE = 1e-15  # to 1, for the factor of the last term
+TINY = 1e-300  # in place of a zero that would be divided by
 
 
 class Sample(NamedTuple):
@@ -34,7 +36,8 @@ class Welch(NamedTuple):
 def lower_by(margin: float, ours: Sample, theirs: Sample) -> Welch:
     """The one-sided test of: our true mean is lower than theirs by more than `margin`. Both need two measurements or
     more, and one of them a deviation above 0. Statistic and degrees of freedom: Welch 1947, Satterthwaite 1946."""
-    a, b = ours.std**2 / ours.n, theirs.std**2 / theirs.n
+    a = ours.std**2 / ours.n
+    b = theirs.std**2 / theirs.n
     t = (theirs.mean - ours.mean - margin) / math.sqrt(a + b)
     df = (a + b) ** 2 / (a**2 / (ours.n - 1) + b**2 / (theirs.n - 1))
     return Welch(t, df, upper_tail(t, df))
@@ -60,15 +63,17 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
 
 def fraction(a: float, b: float, x: float) -> float:
     """1 + d1 / (1 + d2 / (1 + ...)) of A&S 26.5.8, from the top down by Lentz's method (Applied Optics 15, 1976)."""
-    value, above, below = 1.0, 1.0, 0.0
+    value = 1.0
+    above = 1.0
+    below = 0.0
     for term in range(1, MOST_TERMS):
         m = term // 2
         if term % 2:
             d = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         else:
             d = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        above, below = 1 + d / above, 1 / (1 + d * below or TINY)
-        above = above or TINY
+        above = (1 + d / above) or TINY
+        below = 1 / ((1 + d * below) or TINY)
         value *= above * below
         if abs(above * below - 1) < CLOSE:
             return value

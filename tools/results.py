@@ -1,62 +1,45 @@
 """
 Finished runs, read back from the disk and checked, and what two of them differ by.
 
-A run RUN_ID is three files in logs/: RUN_ID.json (the result), RUN_ID.docs.npz (scores of every document) and
-RUN_ID.txt (the log, which begins with the source that ran). All are hostile until checked, and must agree.
+A run RUN_ID is four files in logs/: RUN_ID.json (the result), RUN_ID.docs.npz (scores of every document),
+RUN_ID.events.jsonl (what it reported, for programs) and RUN_ID.txt (the source that ran, then the same for people).
+All are hostile until checked, and must agree. In a record folder they are train_seedN.json, .docs.npz and .log, which
+holds the text, a line "events:" and the events.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
+import itertools
 import math
-import re
-import sys
 import zipfile
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tools.events import Event, named, read_events
+from tools.values import any_text, digest, missing_or_wrong, number, parse_object, table_of, text, whole
 from train_gpt import LOGS, DataError, read_file
 
 MAX_UNPACKED_BYTES = 1 << 28  # of a .docs.npz: six million documents
 TOLERANCE = 1e-9  # relative; sums in another order differ in their last bits
 RESAMPLES = 10_000
 PER_DOCUMENT = {"nats": "f", "static_nats": "f", "tokens": "i", "bytes": "i", "updates": "i"}  # and their kinds
-
-
-def whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63
-
-
-def number(value: Any) -> bool:
-    return type(value) in {int, float} and 0 <= value <= sys.float_info.max
-
-
-def text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def digest(value: Any) -> bool:
-    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
-
-
-def table_of(kind: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(map(kind, value.values()))
+RUN_AGAIN = "; a run of this version writes it; run it again"
+EVENTS_BELOW = b"\nevents:\n"  # in the log of a record, between what people read and the events
 
 
 def is_history(value: Any) -> bool:
-    """[[step, seconds, nats a token], ...], steps and seconds rising."""
+    """[[step, seconds, nats a token], ...]: steps rise, and seconds do not fall."""
     if not isinstance(value, list) or not all(isinstance(row, list) and len(row) == 3 for row in value):
         return False
-    if not all(whole(row[0]) and number(row[1]) and number(row[2]) for row in value):
+    if not all(whole(step) and number(seconds) and number(loss) for step, seconds, loss in value):
         return False
-    return all(a[0] < b[0] and a[1] <= b[1] for a, b in zip(value[:-1], value[1:], strict=True))
+    return all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(value))
 
 
 FIELDS = {
@@ -82,7 +65,7 @@ FIELDS = {
     "device": text,
     "versions": text,
     "validation": digest,
-    "knobs": table_of(lambda value: isinstance(value, str)),
+    "knobs": table_of(any_text),
 }
 TRAINING_FIELDS = {  # of a run that trained; one with ARTIFACT has none of them
     "steps": whole,
@@ -118,11 +101,14 @@ class Run:
         return "steps" in self.result
 
     @property
+    def recorded(self) -> bool:
+        """Whether it lies in a record folder."""
+        return self.path.name.startswith("train_seed") and not beside(self.path, ".txt").exists()
+
+    @property
     def log(self) -> Path:
         """logs/RUN.txt, or in a record folder train_seedN.log."""
-        text = beside(self.path, ".txt")
-        recorded = self.path.name.startswith("train_seed") and not text.exists()
-        return beside(self.path, ".log") if recorded else text
+        return beside(self.path, ".log" if self.recorded else ".txt")
 
     @property
     def bpb(self) -> float:
@@ -144,14 +130,41 @@ class Run:
         return read_file(self.log)[: self.result["code_bytes"]]
 
     @functools.cached_property
-    def log_lines(self) -> list[str]:
-        """The log after the source: settings, progress, result."""
-        return read_file(self.log)[self.result["code_bytes"] :].decode("utf-8", "replace").splitlines()
+    def log_text(self) -> str:
+        """What the log says to people after the source and an empty line: settings, progress, result."""
+        content = read_file(self.log)[self.result["code_bytes"] :].removeprefix(b"\n")
+        if self.recorded:
+            content = content.partition(EVENTS_BELOW)[0] + b"\n"
+        try:
+            return content.decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.log.name}: not text: {error}") from None
+
+    @functools.cached_property
+    def events(self) -> list[Event]:
+        """What the run reported, in order. Raises DataError where that is missing or damaged."""
+        if not self.recorded:
+            path = beside(self.path, ".events.jsonl")
+            return read_events(read_file(path, RUN_AGAIN), path.name)
+
+        _, found, content = read_file(self.log)[self.result["code_bytes"] :].partition(EVENTS_BELOW)
+        if not found:
+            raise DataError(f"{self.log.name}: no events stand at its end")
+        return read_events(content, self.log.name)
+
+    def reported(self, name: str) -> list[dict[str, Any]]:
+        """The values of every event of that name."""
+        return named(name, self.events)
 
     def validations(self) -> list[tuple[int, float]]:
         """(step, bits per byte without adaptation) of every validation during training."""
-        found = (re.match(r"step:(\d+) val_bpb:(\d+\.\d+) ", line) for line in self.log_lines)
-        return [(int(match[1]), float(match[2])) for match in found if match]
+        return [
+            (event["step"], event["val_bpb"]) for event in self.reported("validate") if event["val_bpb"] is not None
+        ]
+
+    def phases(self) -> dict[str, tuple[float, str]]:
+        """Seconds and clock ("training", "evaluation" or "-") of every phase."""
+        return {event["name"]: (event["seconds"], event["clock"]) for event in self.reported("phase")}
 
 
 def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> float:
@@ -176,20 +189,20 @@ def load_run(name: str | Path, folder: Path = LOGS) -> Run:
 
 def read_result(path: Path) -> dict[str, Any]:
     """The checked content of a .json."""
+    result = read_table(path)
+    trained = bool(TRAINING_FIELDS.keys() & result.keys())
+    if wrong := missing_or_wrong(result, FIELDS | TRAINING_FIELDS if trained else FIELDS):
+        raise DataError(f"{path}: not the result of a run of this version: {wrong}")
+    return result
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A .json that may be the result of a run: names and values, of which nothing is checked."""
     content = read_file(path)
     try:
-        result = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not the result of a run: {error}") from None
-    if not isinstance(result, dict):
-        raise DataError(f"{path}: not the result of a run: expected a table of its figures")
-    expected = FIELDS | (TRAINING_FIELDS if TRAINING_FIELDS.keys() & result.keys() else {})
-    if missing := [name for name in expected if name not in result]:
-        raise DataError(f"{path}: not the whole result of a run of this version: it lacks {', '.join(missing)}")
-    for name, valid in expected.items():
-        if not valid(result[name]):
-            raise DataError(f"{path}: {name} is {str(result[name])[:60]!r}, which no run writes")
-    return result
+        return parse_object(content)
+    except ValueError as error:
+        raise DataError(f"{path}: not the result of a run: {error}; remove it, or run again") from None
 
 
 def read_documents(path: Path) -> dict[str, Any]:
@@ -202,25 +215,31 @@ def read_documents(path: Path) -> dict[str, Any]:
         with np.load(path, allow_pickle=False) as stored:
             found = {name: stored[name] for name in (*PER_DOCUMENT, "validation")}
     except OSError as error:
-        hint = "a run of this version writes it; run it again"
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}; {hint}") from None
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}{RUN_AGAIN}") from None
     except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not the scores of a run's documents: {error}") from None
-    count = len(found["nats"]) if found["nats"].ndim else 0
-    for name, kind in PER_DOCUMENT.items():
-        values = found[name]
-        if values.dtype != {"f": np.float64, "i": np.int64}[kind] or values.shape != (count,) or not count:
-            raise DataError(f"{path}: {name} is {values.dtype} of shape {values.shape}, expected one number a document")
-        if not (np.isfinite(values) & (values >= 0)).all():
-            raise DataError(f"{path}: {name} holds numbers that are negative or not finite")
-    validation = found["validation"]
+
+    check_documents(path, found)
+    validation = found.pop("validation")
     if validation.ndim or validation.dtype.kind != "U" or not digest(str(validation)):
         raise DataError(f"{path}: validation is not a sha256")
     return found | {"validation": str(validation)}
 
 
+def check_documents(path: Path, found: dict[str, np.ndarray]) -> None:
+    """Every array has one number a document, of its kind, finite and not negative."""
+    count = len(found["nats"]) if found["nats"].ndim else 0
+    for name, kind in PER_DOCUMENT.items():
+        values = found[name]
+        dtype = {"f": np.float64, "i": np.int64}[kind]
+        if values.dtype != dtype or values.shape != (count,) or count == 0:
+            raise DataError(f"{path}: {name} is {values.dtype} of shape {values.shape}, expected one number a document")
+        if not (np.isfinite(values) & (values >= 0)).all():
+            raise DataError(f"{path}: {name} holds numbers that are negative or not finite")
+
+
 def disagreements(run: Run) -> list[str]:
-    """Every number of the result that its documents, its log or its other numbers contradict."""
+    """Every number of the result that its documents, its source or its other numbers contradict."""
     result = run.result
     recomputed = {
         "documents": len(run.nats),
@@ -279,16 +298,20 @@ def differences(base: Run, others: list[Run], seed: int = 0, chosen: np.ndarray 
 def ratio_intervals(parts: np.ndarray, size: np.ndarray, seed: int, resamples: int = RESAMPLES) -> list[Interval]:
     """sum(parts) / sum(size) of k figures over n documents, parts (n, k) and size (n,), each with the percentile
     bootstrap's 95 % interval (Efron & Tibshirani 1993, ch. 13): documents are drawn with replacement, the same draws
-    for every figure, and the ratio of sums is taken anew (a draw of no bytes at all is divided by 1)."""
-    columns, draws = np.column_stack([parts, size]).astype(np.float64), np.random.default_rng(seed)
+    for every figure, and each draw gives a ratio of sums (a draw without any bytes is divided by 1)."""
+    columns = np.column_stack([parts, size]).astype(np.float64)
+    generator = np.random.default_rng(seed)
     n, k = parts.shape
-    ratios, at_once = np.empty((resamples, k)), max(1, (1 << 22) // n)  # 32 MB of counts at a time
-    for begin in range(0, resamples, at_once):
-        rows = min(at_once, resamples - begin)
-        drawn = draws.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+    ratios = np.empty((resamples, k))
+    rows_at_once = max(1, (1 << 22) // n)  # 32 MB of counts at a time
+
+    for start in range(0, resamples, rows_at_once):
+        rows = min(rows_at_once, resamples - start)
+        drawn = generator.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n).astype(np.float64)
         sums = counts @ columns  # (rows, k + 1)
-        ratios[begin : begin + rows] = sums[:, :k] / np.maximum(sums[:, k:], 1.0)
+        ratios[start : start + rows] = sums[:, :k] / np.maximum(sums[:, k:], 1.0)
+
     low, high = np.percentile(ratios, (2.5, 97.5), axis=0)
     return [Interval(*map(float, triple)) for triple in zip(parts.sum(0) / size.sum(), low, high, strict=True)]
 

@@ -1,15 +1,16 @@
-"""What the tools share: an artifact opened as the run that scores it opens it, and how a tool ends."""
+"""An artifact, opened as the run that scores it opens it; and how every tool ends."""
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import train_gpt
+from tools.results import read_table
+from tools.values import any_text, table_of
 
-SYSTEM = ("TTT_PARAMS", "TTT_SCOPE", "TTT_OPTIMIZER")  # they decide which other TTT_ knobs mean anything
+SYSTEM = ("TTT_PARAMS", "TTT_SCOPE", "TTT_OPTIMIZER")  # knobs that decide which other TTT_ knobs mean anything
 
 
 class Opened(NamedTuple):
@@ -33,33 +34,31 @@ def open_artifact(path: Path | str, changes: Mapping[str, str] | None = None) ->
     return Opened(env, plan, model)
 
 
-def read_result(artifact: Path) -> dict | None:
-    """The result of the run that wrote an artifact, logs/RUN.json for logs/RUN.ptz; None where there is none."""
+def result_beside(artifact: Path) -> dict[str, Any]:
+    """The result of the run that wrote an artifact, logs/RUN.json for logs/RUN.ptz; empty where there is none. It may
+    be of an older version: nothing in it is checked."""
     path = artifact.with_suffix(".json")
-    if not path.exists():
-        return None
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise train_gpt.DataError(f"{path}: not JSON ({error}); remove it or run again") from None
-    train_gpt.require(isinstance(result, dict), f"{path}: not the result of a run; remove it", train_gpt.DataError)
-    return result
+    return read_table(path) if path.exists() else {}
 
 
 def knobs_of_run(artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """The knobs that the result beside an artifact names; no TTT_ ones where `env` chooses another system, for which
-    they may mean nothing."""
-    knobs = (read_result(artifact) or {}).get("knobs", {})
-    fit = isinstance(knobs, dict) and all(isinstance(value, str) for value in knobs.values())
-    train_gpt.require(fit, f"{artifact.with_suffix('.json')}: its knobs are not texts by name", train_gpt.DataError)
-    another = any(env.get(name, knobs.get(name)) != knobs.get(name) for name in SYSTEM)
-    return {name: value for name, value in knobs.items() if not (another and name.startswith("TTT_"))}
+    """The knobs that the result beside an artifact names; without the TTT_ ones where `env` chooses another way of
+    adapting, for which they may mean nothing."""
+    knobs = result_beside(artifact).get("knobs", {})
+    is_table = table_of(any_text)
+    train_gpt.require(
+        is_table(knobs), f"{artifact.with_suffix('.json')}: its knobs are not texts by name", train_gpt.DataError
+    )
+    another_system = any(env.get(name, knobs.get(name)) != knobs.get(name) for name in SYSTEM)
+    return {name: value for name, value in knobs.items() if not (another_system and name.startswith("TTT_"))}
 
 
 def find_artifact(given: str | None) -> Path:
     """The artifact that an argument names, else the environment's ARTIFACT, else the newest of logs/*.ptz."""
     named = given or os.environ.get("ARTIFACT")
-    found = [Path(named)] if named else sorted(train_gpt.LOGS.glob("*.ptz"), key=lambda path: path.stat().st_mtime)
+    if named:
+        return Path(named)
+    found = sorted(train_gpt.LOGS.glob("*.ptz"), key=lambda path: path.stat().st_mtime)
     train_gpt.require(bool(found), f"no artifact is named, and {train_gpt.LOGS}/ holds none", train_gpt.UserError)
     return found[-1]
 

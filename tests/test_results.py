@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import runs
-from tools.runs import differences, length_groups, load_run, ratio_intervals
+from tools import results
+from tools.results import differences, length_groups, load_run, ratio_intervals
 from train_gpt import DataError
 
 SOURCE = b"print('the entry')\n"
-LINES = ("TTT_LR=0.01", "step:2 val_bpb:1.90000 (last iterate, without adaptation)", "result val_bpb:1.0")
+EVENTS = ({"event": "validate", "step": 2, "val_bpb": 1.9}, {"event": "later", "val_bpb": "unknown"})
 
 
 def fabricate(
@@ -30,13 +30,15 @@ def fabricate(
     trained: bool = True,
     **changes,
 ) -> Path:
-    """The three files of a run on `count` documents that `texts` decides, whose bits per byte lie `gap` above 1.2 and
+    """The four files of a run on `count` documents that `texts` decides, whose bits per byte lie `gap` above 1.2 and
     have noise of their own that `own` decides; `changes` go into the result. Returns the path of the .json."""
-    shared, mine = np.random.default_rng(texts), np.random.default_rng(1000 + own)
+    shared = np.random.default_rng(texts)
+    mine = np.random.default_rng(1000 + own)
     tokens = np.maximum(shared.lognormal(6, 1, count), 2).astype(np.int64)
     size = 3 * tokens
     bpb = 1.2 + shared.normal(0, 0.1, count) + gap + mine.normal(0, 0.01, count)
-    nats, updates = bpb * size * math.log(2), tokens // 48
+    nats = bpb * size * math.log(2)
+    updates = tokens // 48
     validation = hashlib.sha256(tokens.tobytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(
@@ -85,7 +87,8 @@ def fabricate(
             history=[[1, 2.0, 4.0], [2, 4.0, 3.0], [4, 8.0, 2.5]],
         )
     (folder / f"{run_id}.json").write_text(json.dumps(result | changes))
-    (folder / f"{run_id}.txt").write_bytes(SOURCE + ("\n".join(LINES) + "\n").encode())
+    (folder / f"{run_id}.events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in EVENTS))
+    (folder / f"{run_id}.txt").write_bytes(SOURCE + b"\nTTT_LR=0.01\n")
     return folder / f"{run_id}.json"
 
 
@@ -104,7 +107,7 @@ def test_a_run_is_found_by_its_id_or_its_path_and_says_what_its_documents_say(tm
     assert load_run(path).result == run.result == json.loads(path.read_text())
     assert run.bpb == pytest.approx(run.nats.sum() / math.log(2) / run.bytes.sum(), rel=1e-12)
     assert run.static_bpb == pytest.approx(1.02 * run.bpb) and run.loss == pytest.approx(run.result["val_loss"])
-    assert run.validations() == [(2, 1.9)] and run.log_lines[0] == "TTT_LR=0.01"
+    assert run.validations() == [(2, 1.9)] and run.log_text == "TTT_LR=0.01\n"
 
 
 @pytest.mark.parametrize(
@@ -172,12 +175,13 @@ def test_damaged_scores_are_refused(tmp_path, arrays):
 
 
 def test_files_that_are_missing_cut_short_or_too_large_are_refused(tmp_path, monkeypatch):
-    path, scores = fabricate(tmp_path), tmp_path / "run.docs.npz"
+    path = fabricate(tmp_path)
+    scores = tmp_path / "run.docs.npz"
     whole = scores.read_bytes()
     scores.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="not the scores"):
         load_run(path)
-    monkeypatch.setattr(runs, "MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr(results, "MAX_UNPACKED_BYTES", 1 << 20)
     with zipfile.ZipFile(scores, "w", zipfile.ZIP_DEFLATED) as bomb:
         bomb.writestr("nats.npy", bytes(1 << 21))
     with pytest.raises(DataError, match="bytes unpacked"):
@@ -195,7 +199,8 @@ def test_files_that_are_missing_cut_short_or_too_large_are_refused(tmp_path, mon
 
 
 def test_the_interval_covers_a_planted_difference_and_not_zero(tmp_path):
-    base, better = load_run(fabricate(tmp_path, "base")), load_run(fabricate(tmp_path, "better", gap=-0.005, own=2))
+    base = load_run(fabricate(tmp_path, "base"))
+    better = load_run(fabricate(tmp_path, "better", gap=-0.005, own=2))
     (gap,) = differences(base, [better])
     assert gap.value == pytest.approx(better.bpb - base.bpb)
     assert gap.low < -0.005 < gap.high < 0
@@ -222,8 +227,10 @@ def test_about_95_of_100_intervals_cover_the_truth(gap):
 
 def test_the_interval_is_what_the_textbook_does_one_draw_at_a_time():
     draw = np.random.default_rng(3)
-    parts, size = draw.normal(1, 1, (40, 2)), draw.integers(1, 9, 40)
-    slow, chosen = [], np.random.default_rng(7)
+    parts = draw.normal(1, 1, (40, 2))
+    size = draw.integers(1, 9, 40)
+    slow = []
+    chosen = np.random.default_rng(7)
     for _ in range(500):
         drawn = chosen.integers(0, 40, 40)
         slow.append(parts[drawn].sum(0) / size[drawn].sum())
@@ -233,7 +240,8 @@ def test_the_interval_is_what_the_textbook_does_one_draw_at_a_time():
 
 
 def test_runs_on_other_documents_or_other_bytes_are_not_compared(tmp_path):
-    base, other = load_run(fabricate(tmp_path, "a")), load_run(fabricate(tmp_path, "b", texts=1))
+    base = load_run(fabricate(tmp_path, "a"))
+    other = load_run(fabricate(tmp_path, "b", texts=1))
     with pytest.raises(DataError, match="different documents"):
         differences(base, [other])
     with pytest.raises(DataError, match="different documents"):

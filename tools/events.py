@@ -1,0 +1,234 @@
+"""
+The events of a run: what it reports while it runs, for programs.
+
+logs/RUN.events.jsonl holds one JSON object a line that begins with the name of the event: {"event": "step", ...}.
+train_gpt.py writes it, and the lines for people in logs/RUN.txt from the same values. Here the events are read and
+checked (`read_events`), and the log is compared with the lines that they give (`first_difference`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shlex
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from tools.values import digest, missing_or_wrong, number, one_of, optional, parse_object, settings, signed, text, whole
+from train_gpt import DataError
+
+MAX_BYTES = 1 << 26  # of all events of a run: half a million steps
+
+FIELDS = {  # event -> its fields and their kinds; a value that is not finite is null
+    "run": {
+        "run_id": text,
+        "seed": whole,
+        "code_sha256": digest,
+        "code_bytes": whole,
+        "versions": text,
+        "platform": text,
+        "knobs": settings,
+    },
+    "kernels": {"triton": optional(text), "mlp": one_of("triton", "cublas")},
+    "device": {"world_size": whole, "device": text},
+    "validation": {"documents": whole, "tokens": whole, "bytes": whole},
+    "training_data": {
+        "shards": whole,
+        "tokens": whole,
+        "holdout_tokens": whole,
+        "batch_tokens": whole,
+        "grad_accum_steps": whole,
+        "micro_batch_rows": whole,
+    },
+    "predicted_size": {"artifact_bytes": number, "code_bytes": whole, "limit_bytes": whole},
+    "limits": {"train_seconds": number, "eval_seconds": number},
+    "set_up": {"seconds": number, "reserve_seconds": number},
+    "step": {
+        "step": whole,
+        "loss": optional(number),
+        "progress": number,
+        "loop": whole,
+        "tokens_per_s": number,
+        "epoch": number,
+        "train_s": number,
+        "eta_s": signed,
+    },
+    "validate": {"step": whole, "val_bpb": optional(number)},
+    "readout": {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
+    "before_quantisation": {"prequant_bpb": number, "last_bpb": number},
+    "pack": {"attempt": whole, "clip_scale": number, "artifact_bytes": whole, "entropy_bytes": number},
+    "time_short": {"degraded_documents": whole},
+    "adapted": {
+        "documents_done": whole,
+        "documents": whole,
+        "bpb": optional(number),
+        "eval_s": number,
+        "eta_s": signed,
+    },
+    "lossy": {"bytes_kept": whole, "val_bpb_kept": number},
+    "score": {"artifact": text, "static_bpb": number, "val_bpb": optional(number)},
+    "phase": {"name": text, "seconds": number, "clock": one_of("training", "evaluation", "-")},
+    "result": {},  # the whole result, which has kinds of its own: tools/results.py
+}
+
+
+class Event(NamedTuple):
+    name: str
+    values: dict[str, Any]  # of an event in FIELDS: its fields, checked; of any other: whatever it holds
+
+    @property
+    def known(self) -> bool:
+        return self.name in FIELDS
+
+
+def read_events(content: bytes, source: str) -> list[Event]:
+    """The events of a file, or of the whole lines that a growing one has so far. Those of unknown names are kept and
+    their values are not checked. Raises DataError, naming `source` and the line, where a line is no event, or an event
+    lacks a field, has one too many, or has one of another kind."""
+    if len(content) > MAX_BYTES:
+        raise DataError(f"{source}: {len(content)} bytes of events, at most {MAX_BYTES} are expected")
+
+    events = []
+    for i, line in enumerate(content.splitlines(), 1):
+        try:
+            events.append(parse_event(line))
+        except ValueError as error:  # DataError is one
+            raise DataError(f"{source}: line {i} of the events: {error}") from None
+    return events
+
+
+def parse_event(line: bytes) -> Event:
+    values = parse_object(line)
+    if next(iter(values), None) != "event" or not text(values["event"]):
+        raise ValueError("it does not begin with the name of an event")
+
+    event = Event(values.pop("event"), values)
+    fields = FIELDS.get(event.name)
+    if fields:
+        wrong = missing_or_wrong(values, fields)
+        unknown = [name for name in values if name not in fields]
+        if wrong or unknown:
+            raise ValueError(f"{event.name}: {wrong or f'it has {unknown[0]!r}, which no run writes'}")
+    return event
+
+
+def named(name: str, events: Iterable[Event]) -> list[dict[str, Any]]:
+    """The values of every event of that name."""
+    return [event.values for event in events if event.name == name]
+
+
+# -----------------------------------------------------------------------------
+# The lines for people, from the events. The templates of train_gpt.py stand here once more: a record is measured by
+# these, and not by what its own source says that its lines look like.
+
+TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, the latest first
+    "device": ("devices: {world_size} x {device}",),
+    "validation": ("validation: {documents} documents, {tokens} targets, {bytes} bytes",),
+    "training_data": (
+        "training data: {shards} shards, {tokens} tokens, {holdout_tokens} held out; "
+        "{batch_tokens} a step, {grad_accum_steps} passes of {micro_batch_rows} rows per rank",
+        "training data: {shards} shards, {tokens} tokens, {holdout_tokens} held out; "
+        "{batch_tokens} a step, in {grad_accum_steps} passes of {micro_batch_rows} rows per rank",
+    ),
+    "predicted_size": (
+        "predicted artifact: about {artifact_bytes:.0f} bytes before its ranges are fitted, "
+        "{code_bytes} bytes of code, limit {limit_bytes}",
+    ),
+    "limits": ("limits: {train_seconds:g} s of training, {eval_seconds:g} s of evaluation (0: none)",),
+    "set_up": ("set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing",),
+    "step": (
+        "step:{step} loss:{loss:.4f} progress:{progress:.3f} loop:{loop} "
+        "tokens_per_s:{tokens_per_s:.0f} epoch:{epoch:.2f} train_s:{train_s:.1f} eta_s:{eta_s:.0f}",
+    ),
+    "validate": ("step:{step} val_bpb:{val_bpb:.5f} (last iterate, without adaptation)",),
+    "readout": ("{documents} held-out documents: average {average:.5f}, last {last:.5f} nats a token",),
+    "before_quantisation": (
+        "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}",
+    ),
+    "pack": (
+        "pack {attempt}: ranges x{clip_scale:.4f}, {artifact_bytes} bytes, entropy of rounded "
+        "weights {entropy_bytes:.0f} bytes",
+    ),
+    "time_short": ("time is short: {degraded_documents} documents that have not begun are scored without adaptation",),
+    "adapted": (
+        "adapted documents:{documents_done}/{documents} bpb:{bpb:.4f} (of this rank's) "
+        "eval_s:{eval_s:.0f} eta_s:{eta_s:.0f}",
+    ),
+    "lossy": ("this tokenizer is lossy: over the {bytes_kept} bytes that survive it, val_bpb is {val_bpb_kept:.5f}",),
+    "phase": ("phase {name:26} {seconds:9.2f} s   clock: {clock}",),
+}
+SHOWN = (  # of a result, in its line, where the result has them
+    "val_bpb",
+    "static_bpb",
+    "prequant_bpb",
+    "artifact_bytes",
+    "code_bytes",
+    "total_bytes",
+    "steps",
+    "train_tokens",
+    "train_seconds",
+    "eval_seconds",
+    "documents",
+    "tokens",
+    "bytes",
+    "doc_independent",
+    "degraded_documents",
+    "seed",
+)
+
+
+def first_difference(log: str, events: Iterable[Event]) -> tuple[str, str] | None:
+    """The log of a run after its source, compared with what its events give: settings, versions, progress, result.
+    -> None where they agree; else the first line that differs, and what it should be. Either may be empty: no more."""
+    at = 0
+    for event in events:
+        wordings = wordings_of(event)
+        found = [lines for lines in wordings if log.startswith(lines, at)]
+        if wordings and not found:
+            pairs = itertools.zip_longest(log[at:].split("\n"), wordings[0].split("\n"), fillvalue="")
+            return next((pair for pair in pairs if pair[0] != pair[1]), ("", wordings[0]))
+        if found:
+            at += len(found[0])
+    return (log[at:].partition("\n")[0], "") if at < len(log) else None
+
+
+def wordings_of(event: Event) -> list[str]:
+    """The lines that an event may have in the log, each ended; none: it has no line."""
+    if event.name in SPECIAL:
+        return [SPECIAL[event.name](event.values) + "\n"]
+    shown = {name: math.nan if value is None else value for name, value in event.values.items()}
+    return [template.format(**shown) + "\n" for template in TEMPLATES.get(event.name, ())]
+
+
+def settings_and_versions(values: Mapping[str, Any]) -> str:
+    knobs = [f"{name}={shlex.quote(value) if value else ''}" for name, value in values["knobs"].items()]
+    return "\n".join([*knobs, f"{values['versions']} {values['platform']}"])
+
+
+def kernels_line(values: Mapping[str, Any]) -> str:
+    if values["triton"] is None:
+        return "no Triton: all runs in plain torch"
+    if values["mlp"] == "cublas":
+        return f"kernels: Triton {values['triton']}, but cuBLAS for the MLP: no TMA"
+    return f"kernels: Triton {values['triton']}"
+
+
+def score_line(values: Mapping[str, Any]) -> str:
+    line = f"artifact {values['artifact']}: static_bpb:{values['static_bpb']:.5f}"
+    if values["val_bpb"] is not None:
+        line += f" ttt_bpb:{values['val_bpb']:.5f}"
+    return line
+
+
+def result_line(values: Mapping[str, Any]) -> str:
+    words = ["result"]
+    for name in SHOWN:
+        value = values.get(name)
+        if isinstance(value, float):
+            words.append(f"{name}:{value:.6f}")
+        elif name in values:
+            words.append(f"{name}:{value}")
+    return " ".join(words)
+
+
+SPECIAL = {"run": settings_and_versions, "kernels": kernels_line, "score": score_line, "result": result_line}

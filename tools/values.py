@@ -1,0 +1,97 @@
+"""What a value read from a file may be. Files are hostile until checked: nothing here trusts what it is given."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Kind = Callable[[Any], bool]  # says whether a value is of a kind
+
+
+def whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def number(value: Any) -> bool:
+    """Zero or more, and finite."""
+    return type(value) in {int, float} and 0 <= value <= sys.float_info.max
+
+
+def signed(value: Any) -> bool:
+    """A finite number of either sign."""
+    return type(value) in {int, float} and abs(value) <= sys.float_info.max
+
+
+def text(value: Any) -> bool:
+    """One line, without what would move a cursor or is no character at all."""
+    return isinstance(value, str) and value != "" and value.isprintable()
+
+
+def any_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def settings(value: Any) -> bool:
+    """{NAME: text} of environment variables, each of which fits in a line."""
+    if not isinstance(value, dict) or not all(re.fullmatch("[A-Z][A-Z0-9_]*", name) for name in value):
+        return False
+    return all(entry == "" or text(entry) for entry in value.values())
+
+
+def digest(value: Any) -> bool:
+    """A SHA-256 in hexadecimal."""
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def table_of(kind: Kind) -> Kind:
+    def is_table(value: Any) -> bool:
+        return isinstance(value, dict) and all(kind(entry) for entry in value.values())
+
+    return is_table
+
+
+def one_of(*choices: str) -> Kind:
+    def is_choice(value: Any) -> bool:
+        return isinstance(value, str) and value in choices
+
+    return is_choice
+
+
+def optional(kind: Kind) -> Kind:
+    """That kind, or null."""
+
+    def is_kind_or_null(value: Any) -> bool:
+        return value is None or kind(value)
+
+    return is_kind_or_null
+
+
+def missing_or_wrong(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str:
+    """What is wrong with the values of a table whose fields are known; empty if nothing is."""
+    missing = [name for name in kinds if name not in values]
+    if missing:
+        return f"it lacks {', '.join(missing)}"
+    for name, kind in kinds.items():
+        if not kind(values[name]):
+            return f"{name} is {str(values[name])[:60]!r}, which no run writes"
+    return ""
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """A JSON object in which no name comes twice (a parser would keep the last, a reader see the first). Raises
+    ValueError; brackets without end are one, too."""
+    try:
+        value = json.loads(content, object_pairs_hook=without_repeated_names)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("expected a table of names and values")
+    return value
+
+
+def without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name comes twice in one table")
+    return found
