@@ -77,13 +77,13 @@ def make_artifact(tmp_path, monkeypatch, tiny_config, tiny_run, train_tokenizer)
 
 @pytest.fixture
 def artifact(make_artifact) -> Path:
-    codec.fix_sums(torch.get_num_threads())
+    codec.make_deterministic(torch.get_num_threads())
     yield make_artifact()
     torch.use_deterministic_algorithms(False)
 
 
-def there_and_back(path: Path, data: bytes, split: bytes = b"") -> codec.Compressed:
-    made = codec.compress(codec.open_predictor(path), data, split)
+def there_and_back(path: Path, data: bytes, separator: bytes = b"") -> codec.Compressed:
+    made = codec.compress(codec.open_predictor(path), data, separator)
     assert codec.decompress(path, codec.unpack_file(made.blob, "it")) == data
     return made
 
@@ -131,7 +131,7 @@ def test_documents_side_by_side_take_the_bits_of_each(artifact):
     texts[1] += "\0" * (-lengths[1] % 8)  # a token each
     documents = [codec.to_tokens(predictor, False, text) for text in texts]
     assert len(documents[1]) % 8 == 0
-    made = there_and_back(artifact, "\n\n".join(texts).encode(), split=b"\n\n")
+    made = there_and_back(artifact, "\n\n".join(texts).encode(), separator=b"\n\n")
     bits = sum(scored_bits(predictor, [document]) for document in documents)
     assert made.documents == 5
     assert abs(8 * made.coded - bits) <= allowance(bits)
@@ -182,7 +182,7 @@ def test_strange_text_comes_back_from_bits(artifact, name):
 
 def test_strange_documents_come_back_side_by_side(artifact, monkeypatch):
     monkeypatch.setenv("TTT_BATCH_DOCS", "16")
-    there_and_back(artifact, b"\n--\n".join(STRANGE.values()), split=b"\n--\n")
+    there_and_back(artifact, b"\n--\n".join(STRANGE.values()), separator=b"\n--\n")
 
 
 def test_what_the_tokenizer_keeps_needs_no_edit(artifact):
@@ -206,7 +206,7 @@ def test_edits_turn_one_string_into_another(got, changes):
     for place, dropped, added in changes:
         wanted = wanted[:place] + added + wanted[place + dropped :]
     edits = codec.find_edits(got, wanted)
-    assert codec.edited(got, edits) == wanted
+    assert codec.apply_edits(got, edits) == wanted
     assert codec.unpack_edits(codec.pack_edits([edits, []])) == [edits, []]
 
 
@@ -240,8 +240,8 @@ def test_no_frame_unpacks_into_more_edits_than_a_file_may_have():
     many = [codec.Edit(0, 1, b"")] * (codec.MAX_EDITS + 1)
     with pytest.raises(UserError, match="cut the text up"):
         codec.pack_edits([many, []])
-    claimed = codec.number(len(many))
-    for plain in (claimed + b"\0\1\0" * len(many) + b"\0", claimed, codec.number(1 << 62)):
+    claimed = codec.varint(len(many))
+    for plain in (claimed + b"\0\1\0" * len(many) + b"\0", claimed, codec.varint(1 << 62)):
         with pytest.raises(ValueError, match="edits are claimed"):
             codec.unpack_edits(b"\1" + codec.zstandard.compress(plain))
 

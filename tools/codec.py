@@ -1,18 +1,19 @@
 """
-Documents to bits and back: the score of an artifact, test-time training included, as a lossless compressor.
+A lossless compressor: an artifact's predictions, test-time training included, drive an arithmetic coder.
 
-A document is tokenised; every token, and the BOS that ends the document, is coded at the probability that the scorer
-gives it, and the model learns from every chunk when both sides know it. Whatever the tokenizer does not give back
-exactly is an edit of the decoded text, stored beside it, so that any bytes come back.
+A document is tokenised. Every token, and the BOS that ends the document, is coded with the probability that the scorer
+gives it; once a chunk is known to both sides, the model learns from it. Where the tokenizer does not restore the text
+exactly, edits of the decoded text are stored as well, so that any bytes come back.
 
     magic (4) | length of the header (2, little-endian) | header: JSON, deflated | edits | coded tokens
-    | BLAKE2b-64 of all before (8)
+    | BLAKE2b-64 of everything before (8)
 
-Sections: What predicts, Text, Edits, Coding, Files.
+Sections: Predictor, Text, Edits, Coding, Files, Commands.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -39,11 +40,15 @@ from train_gpt import BOS, DataError, UserError, require
 MAX_BYTES = 1 << 26  # of a text, and of all its edits
 
 # -----------------------------------------------------------------------------
-# What predicts: an artifact, the tokenizer that it names and the knobs of adaptation. Nothing else is looked at.
+# Predictor: an artifact, the tokenizer that it names and the knobs of test-time training. Nothing else is read.
 
-DATA_KNOBS = ("DATA_PATH", "TOKENIZER_PATH")  # they say where the tokenizer lies
-CODING_KNOBS = ("EVAL_SEQ_LEN", "SEED")  # they and the TTT_ knobs decide what is predicted
-HERE = {"DEVICE": "cpu", "RESUME": "", "EVAL_STRIDE": "1"}  # no stride is taken, so it shall not forbid a short context
+DATA_KNOBS = ("DATA_PATH", "TOKENIZER_PATH")  # where the tokenizer is
+CODING_KNOBS = ("EVAL_SEQ_LEN", "SEED")  # together with the TTT_ knobs they determine the predictions
+FIXED_KNOBS = {
+    "DEVICE": "cpu",
+    "RESUME": "",
+    "EVAL_STRIDE": "1",
+}  # the stride is unused, but may not exceed the context
 NO_DOCUMENTS = train_gpt.split_documents(np.zeros(0, np.uint16), np.zeros(0, np.int64))
 
 
@@ -55,12 +60,12 @@ class Predictor(NamedTuple):
 
 
 def open_predictor(path: Path, knobs: Mapping[str, str] | None = None) -> Predictor:
-    """Open an artifact on the CPU. Its knobs are those given, or else the environment's, then those of the run that
-    made it, then the defaults. No data is needed but the tokenizer. Raises UserError."""
+    """Open an artifact on the CPU. Its knobs are `knobs`, if given; else a knob comes from the environment, else from
+    the run that made the artifact, else it has its default. No data but the tokenizer is needed. Raises UserError."""
     env = knobs_of_run(path, os.environ) | dict(os.environ)
     if knobs is not None:
         env = {name: env[name] for name in DATA_KNOBS if name in env} | dict(knobs)
-    _, run = train_gpt.read_env(env | {"ARTIFACT": str(path)} | HERE)
+    _, run = train_gpt.read_env(env | {"ARTIFACT": str(path)} | FIXED_KNOBS)
     blob = train_gpt.read_file(path)
     header, _ = train_gpt.read_header(blob, str(path))
     config = train_gpt.stored_config(header["meta"], str(path))
@@ -70,35 +75,36 @@ def open_predictor(path: Path, knobs: Mapping[str, str] | None = None) -> Predic
     return Predictor(model, run, tokenizer, hashlib.sha256(blob).hexdigest())
 
 
-def knobs_to_keep(run: train_gpt.RunConfig) -> dict[str, str]:
-    """What a decoder must set: the knobs that change predictions and are not at their defaults."""
-    usual = train_gpt.settings(train_gpt.RunConfig())
-    return {
-        name: value
-        for name, value in train_gpt.settings(run).items()
-        if value != usual.get(name) and (name in CODING_KNOBS or name.startswith("TTT_"))
-    }
+def affects_coding(knob: str) -> bool:
+    return knob in CODING_KNOBS or knob.startswith("TTT_")
 
 
-def fix_sums(threads: int) -> None:
-    """From here on, sums of the same numbers are taken in the same order."""
+def knobs_to_store(run: train_gpt.RunConfig) -> dict[str, str]:
+    """What a decoder must set: the knobs that affect predictions and differ from their defaults."""
+    defaults = train_gpt.settings(train_gpt.RunConfig())
+    knobs = train_gpt.settings(run)
+    return {name: value for name, value in knobs.items() if affects_coding(name) and value != defaults.get(name)}
+
+
+def make_deterministic(threads: int) -> None:
+    """From now on, the same numbers are always summed in the same order."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def build() -> str:
-    """What the bits of a prediction depend on, beside the artifact, the knobs and the number of threads."""
+    """What the bits of a prediction depend on besides the artifact, the knobs and the number of threads."""
     entry = hashlib.sha256(train_gpt.code()).hexdigest()[:8]
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, entry {entry}"
 
 
 # -----------------------------------------------------------------------------
-# Text: the bytes of a document to tokens; what the tokens give back may differ.
+# Text: from the bytes of a document to tokens. What the tokens decode to may differ from it.
 
 
 def uses_caseops(predictor: Predictor) -> bool:
-    """Whether the tokenizer is made for transformed text: the data's manifest says so, or else its pieces."""
+    """Whether the tokenizer expects transformed text: the manifest of its data says so, or else its pieces do."""
     transform = train_gpt.manifest_value(Path(predictor.run.data_path), "tokenizer", "transform")
     processor = predictor.tokenizer.processor
     return transform == "caseops" if transform else processor.piece_to_id(TITLE) != processor.unk_id()
@@ -111,123 +117,143 @@ def to_tokens(predictor: Predictor, caseops: bool, text: str) -> list[int]:
 
 
 def to_bytes(predictor: Predictor, caseops: bool, tokens: list[int]) -> bytes:
-    """What these tokens stand for, without the BOS at the end."""
+    """The text of these tokens, the last of which is BOS."""
     text = predictor.tokenizer.processor.decode(tokens[:-1])
     return (decode_caseops(text) if caseops else text).encode()
 
 
 class Stretch(NamedTuple):
-    """A part of a document."""
+    """A part of a document: text, and the bytes behind it that are not UTF-8."""
 
     text: str
-    foreign: bytes  # what follows and is no UTF-8
+    raw: bytes
 
 
-def cut_foreign(document: bytes) -> list[Stretch]:
-    """Bytes -> text and what is none; a document with much of the latter is no text at all."""
-    parts = re.split("([\udc80-\udcff]+)", document.decode(errors="surrogateescape")) + [""]
-    stretches = [Stretch(t, f.encode(errors="surrogateescape")) for t, f in zip(parts[::2], parts[1::2], strict=True)]
-    if 10 * sum(len(stretch.foreign) for stretch in stretches) > len(document):
+def split_stretches(document: bytes) -> list[Stretch]:
+    """Cut a document where it stops and where it starts to be UTF-8. If more than a tenth of it is not UTF-8, none
+    counts as text."""
+    decoded = document.decode(errors="surrogateescape")  # a byte that is not UTF-8 becomes U+DC80 to U+DCFF
+    parts = [*re.split("([\udc80-\udcff]+)", decoded), ""]
+    stretches = [
+        Stretch(text, raw.encode(errors="surrogateescape")) for text, raw in zip(parts[::2], parts[1::2], strict=True)
+    ]
+    if 10 * sum(len(stretch.raw) for stretch in stretches) > len(document):
         return [Stretch("", document)]
     return stretches
 
 
 # -----------------------------------------------------------------------------
-# Edits: how one string of bytes becomes another.
+# Edits: how one byte string becomes another.
 
-EDIT_PASSES = 2  # what the tokenizer lost, then what is no UTF-8
-MAX_EDITS = 1 << 20  # of a file; a few bytes of a frame could claim millions, and each takes a hundred in memory
-MATCH_BYTES, LOOK_AHEAD = 8, 4096  # two strings are in step again where so many bytes agree, not further off than that
+EDIT_PASSES = 2  # one for what the tokenizer lost, one for what is not UTF-8
+MAX_EDITS = 1 << 20  # in a file; a few bytes of a zstd frame could claim millions, and each takes 100 bytes of memory
+MATCH_BYTES = 8  # two strings agree again where this many bytes are equal...
+LOOK_AHEAD = 4096  # ...within this distance
 
 
 class Edit(NamedTuple):
+    """Copy, leave out, insert."""
+
     same: int  # bytes to copy
-    dropped: int  # bytes to leave out then
+    dropped: int  # bytes to leave out next
     added: bytes
 
 
-def find_edits(got: bytes, wanted: bytes) -> list[Edit]:
-    """Short edits that turn `got` into `wanted`, found from left to right: good where differences are small, right
-    always."""
-    edits, a, b = [], 0, 0
+def find_edits(source: bytes, target: bytes) -> list[Edit]:
+    """Edits that turn `source` into `target`, found greedily from left to right: short where the differences are small,
+    correct always."""
+    edits = []
+    a = b = 0
     while True:
-        same = common_prefix(got, a, wanted, b)
-        a, b = a + same, b + same
-        if a == len(got) and b == len(wanted):
+        same = common_prefix(source, a, target, b)
+        a += same
+        b += same
+        if a == len(source) and b == len(target):
             return edits
-        next_a, next_b = in_step_again(got, a, wanted, b)
-        edits.append(Edit(same, next_a - a, wanted[b:next_b]))
+
+        next_a, next_b = next_match(source, a, target, b)
+        edits.append(Edit(same, next_a - a, target[b:next_b]))
         a, b = next_a, next_b
 
 
 def common_prefix(x: bytes, a: int, y: bytes, b: int) -> int:
-    """How many bytes agree from x[a] and y[b] on."""
-    same, size = 0, 64
-    while (part := x[a + same : a + same + size]) == y[b + same : b + same + size] and part:
-        same, size = same + len(part), size * 2
-    return same + len(os.path.commonprefix([part, y[b + same : b + same + size]]))
+    """How many bytes of x[a:] and y[b:] agree."""
+    same = 0
+    size = 64  # compared at a time, doubled while all are equal
+    while True:
+        part = x[a + same : a + same + size]
+        other = y[b + same : b + same + size]
+        if part != other or not part:
+            return same + len(os.path.commonprefix([part, other]))
+        same += len(part)
+        size *= 2
 
 
-def in_step_again(got: bytes, a: int, wanted: bytes, b: int) -> tuple[int, int]:
-    """Where MATCH_BYTES agree next after a difference at got[a], wanted[b]; a few bytes on in both, if nowhere near."""
-    best = min(a + 4 * MATCH_BYTES, len(got)), min(b + 4 * MATCH_BYTES, len(wanted))
-    if best[0] == len(got):
-        best = best[0], len(wanted)
+def next_match(source: bytes, a: int, target: bytes, b: int) -> tuple[int, int]:
+    """The nearest positions, from a and b on, where MATCH_BYTES bytes agree; a few bytes ahead in both, if none do."""
+    step = 4 * MATCH_BYTES
+    best = min(a + step, len(source)), min(b + step, len(target))
+    if best[0] == len(source):
+        best = len(source), len(target)
+
     nearest = LOOK_AHEAD
-    for dropped in range(min(4 * MATCH_BYTES, len(got) - a - MATCH_BYTES + 1)):
-        anchor = got[a + dropped : a + dropped + MATCH_BYTES]
-        added = wanted.find(anchor, b, b + LOOK_AHEAD) - b
+    for dropped in range(min(step, len(source) - a - MATCH_BYTES + 1)):
+        anchor = source[a + dropped : a + dropped + MATCH_BYTES]
+        added = target.find(anchor, b, b + LOOK_AHEAD) - b
         if added >= 0 and added + dropped < nearest:
-            best, nearest = (a + dropped, b + added), added + dropped
+            nearest = added + dropped
+            best = a + dropped, b + added
     return best
 
 
-def foreign_edits(documents: list[list[Stretch]], split: bytes) -> list[Edit]:
-    """What puts the foreign bytes back into the text of all documents."""
-    edits, same = [], -len(split)
+def raw_edits(documents: list[list[Stretch]], separator: bytes) -> list[Edit]:
+    """Edits that put the raw bytes back into the text of all documents."""
+    edits = []
+    same = -len(separator)
     for stretches in documents:
-        same += len(split)
+        same += len(separator)
         for stretch in stretches:
             same += len(stretch.text.encode())
-            if stretch.foreign:
-                edits.append(Edit(same, 0, stretch.foreign))
+            if stretch.raw:
+                edits.append(Edit(same, 0, stretch.raw))
                 same = 0
     return edits
 
 
-def edited(got: bytes, edits: list[Edit]) -> bytes:
-    out, at = [], 0
+def apply_edits(source: bytes, edits: list[Edit]) -> bytes:
+    parts = []
+    at = 0
     for edit in edits:
-        require(at + edit.same + edit.dropped <= len(got), "an edit lies beyond the text", DataError)
-        out += [got[at : at + edit.same], edit.added]
+        require(at + edit.same + edit.dropped <= len(source), "an edit lies beyond the text", DataError)
+        parts += [source[at : at + edit.same], edit.added]
         at += edit.same + edit.dropped
-    return b"".join([*out, got[at:]])
+    return b"".join([*parts, source[at:]])
 
 
 def to_documents(
-    predictor: Predictor, caseops: bool, parts: list[bytes], split: bytes
+    predictor: Predictor, caseops: bool, parts: list[bytes], separator: bytes
 ) -> tuple[list[list[int]], list[list[Edit]]]:
-    """Documents -> the tokens of each, and EDIT_PASSES passes of edits that mend what these give back."""
-    stretches = [cut_foreign(part) for part in parts]
+    """Documents -> the tokens of each, and EDIT_PASSES passes of edits that correct what these decode to."""
+    stretches = [split_stretches(part) for part in parts]
     texts = ["".join(stretch.text for stretch in document) for document in stretches]
     documents = [to_tokens(predictor, caseops, text) for text in texts]
-    decoded = split.join(to_bytes(predictor, caseops, tokens) for tokens in documents)
-    lost = find_edits(decoded, split.join(text.encode() for text in texts))
-    return documents, [lost, foreign_edits(stretches, split)]
+    decoded = separator.join(to_bytes(predictor, caseops, tokens) for tokens in documents)
+    lost = find_edits(decoded, separator.join(text.encode() for text in texts))
+    return documents, [lost, raw_edits(stretches, separator)]
 
 
 def from_documents(
-    predictor: Predictor, caseops: bool, documents: list[list[int]], split: bytes, passes: list[list[Edit]]
+    predictor: Predictor, caseops: bool, documents: list[list[int]], separator: bytes, passes: list[list[Edit]]
 ) -> bytes:
-    """The inverse: the bytes of all documents, with `split` between them."""
-    data = split.join(to_bytes(predictor, caseops, tokens) for tokens in documents)
+    """The inverse: the bytes of all documents, with the separator between them."""
+    data = separator.join(to_bytes(predictor, caseops, tokens) for tokens in documents)
     for edits in passes:
-        data = edited(data, edits)
+        data = apply_edits(data, edits)
     return data
 
 
-def number(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the last byte is below 128."""
+def varint(value: int) -> bytes:
+    """LEB128: seven bits a byte, the lowest first; the last byte is below 128."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -236,16 +262,15 @@ def number(value: int) -> bytes:
 
 
 def pack_edits(passes: list[list[Edit]]) -> bytes:
-    """Edits of one pass after another, as they are or in a zstd frame, whichever is shorter; nothing for nothing."""
+    """Passes of edits, plain or in a zstd frame, whichever is shorter; no bytes for no edits."""
     if not any(passes):
         return b""
     count = sum(map(len, passes))
     require(count <= MAX_EDITS, f"{count} edits: at most {MAX_EDITS} go into a file; cut the text up", UserError)
-    plain = b"".join(
-        number(len(edits))
-        + b"".join(number(e.same) + number(e.dropped) + number(len(e.added)) + e.added for e in edits)
-        for edits in passes
-    )
+    plain = b""
+    for edits in passes:
+        packed = [varint(e.same) + varint(e.dropped) + varint(len(e.added)) + e.added for e in edits]
+        plain += varint(len(edits)) + b"".join(packed)
     frame = zstandard.ZstdCompressor(level=19).compress(plain)
     return min(b"\0" + plain, b"\1" + frame, key=len)
 
@@ -254,98 +279,114 @@ def unpack_edits(data: bytes) -> list[list[Edit]]:
     """The inverse. Raises ValueError."""
     if not data:
         return [[]] * EDIT_PASSES
-    require(data[0] in {0, 1}, f"edits begin with {data[0]}")
-    reader = Reader(train_gpt.decompress(data[1:], 2 * MAX_BYTES) if data[0] else data[1:])
+    kind, packed = data[0], data[1:]
+    require(kind in {0, 1}, f"edits begin with {kind}")
+    if kind == 1:
+        packed = train_gpt.decompress(packed, 2 * MAX_BYTES)
+    reader = Reader(packed)
     passes = [read_pass(reader) for _ in range(EDIT_PASSES)]
-    require(reader.at == len(reader.data), "edits end early")
+    require(reader.at == len(packed), "edits end early")
     return passes
 
 
 def read_pass(reader: Reader) -> list[Edit]:
-    count = reader.number()
+    count = reader.varint()
     require(count <= MAX_EDITS, f"{count} edits are claimed, at most {MAX_EDITS} are expected")
-    return [Edit(reader.number(), reader.number(), reader.take()) for _ in range(count)]
+    return [Edit(reader.varint(), reader.varint(), reader.string()) for _ in range(count)]
 
 
 class Reader:
-    """Reads what number() wrote."""
+    """Reads varints, and byte strings preceded by their length."""
 
     def __init__(self, data: bytes):
-        self.data, self.at = data, 0
+        self.data = data
+        self.at = 0
 
-    def number(self) -> int:
+    def varint(self) -> int:
         value = shift = 0
         while True:
             require(self.at < len(self.data) and shift < 63, "a number does not end")
             byte = self.data[self.at]
-            value, shift, self.at = value | (byte & 127) << shift, shift + 7, self.at + 1
+            self.at += 1
+            value |= (byte & 127) << shift
+            shift += 7
             if byte < 128:
                 return value
 
-    def take(self) -> bytes:
-        size = self.number()
-        require(self.at + size <= len(self.data), "bytes are missing")
+    def string(self) -> bytes:
+        size = self.varint()
+        begin = self.at
+        require(begin + size <= len(self.data), "bytes are missing")
         self.at += size
-        return self.data[self.at - size : self.at]
+        return self.data[begin : self.at]
 
 
 # -----------------------------------------------------------------------------
-# Coding: documents side by side, chunk by chunk. Encoder and decoder share this walk and differ in how a chunk's tokens
-# become known: the encoder has them and predicts all at once; the decoder finds one, and predicts anew. A prediction
-# must not vary in its last bit with the tokens after it, which the decoder does not have yet: the encoder checks that.
+# Coding: documents side by side, chunk by chunk. Encoder and decoder share `code_group` and differ in how the tokens of
+# a chunk become known: the encoder has them and predicts all of them at once; the decoder finds one and predicts again.
+# A prediction must therefore not vary, not even in its last bit, with the tokens after it, which the decoder does not
+# have yet: the encoder checks that.
 
 
 class Chunk(NamedTuple):
     """The next C tokens of B documents, to be coded."""
 
-    first: int  # their place in every document
-    documents: np.ndarray  # (B,) which
-    before: np.ndarray  # (B,) the token before
-    going: np.ndarray  # (B,) bool, the document has not ended before
-    predict: Callable[[np.ndarray], Tensor]  # inputs (B, C) -> logits (B, C, V); may be asked again
+    first: int  # position of the chunk in every document
+    documents: np.ndarray  # (B,) which document each row holds
+    last_tokens: np.ndarray  # (B,) the token before the chunk
+    active: np.ndarray  # (B,) bool, the document has not ended before the chunk
+    predict: Callable[[np.ndarray], Tensor]  # inputs (B, C) -> logits (B, C, V); may be called repeatedly
 
 
-class Side(Protocol):
-    def chunk(self, chunk: Chunk) -> np.ndarray:
-        """Code a chunk -> its tokens (B, C), BOS from every document's end on."""
+class TokenCoder(Protocol):
+    def code(self, chunk: Chunk) -> np.ndarray:
+        """Code a chunk -> its tokens (B, C), with nothing but BOS from the end of a document on."""
 
 
-def walk(predictor: Predictor, documents: range, side: Side) -> None:
-    """Code these documents to their ends, adapting to each. Rows are dropped just as the scorer drops them."""
-    model, run = predictor.model, predictor.run
+def code_group(predictor: Predictor, documents: range, coder: TokenCoder) -> None:
+    """Code these documents to their ends, adapting to each. Rows are dropped exactly as the scorer drops them."""
+    model = predictor.model
+    run = predictor.run
     require(run.batched_ttt, "text is coded document by document: TTT_PARAMS=lora and TTT_SCOPE=document are needed")
     require_memory(model.config, run, len(documents))
+    size = run.ttt_chunk_tokens
     device = torch.device("cpu")
     learner = train_gpt.BatchedTTT(model, run, len(documents), device)
+    last_tokens = np.full(len(documents), BOS)  # of every row
     ended = np.zeros(len(documents), bool)
-    before = np.full(len(documents), BOS)  # the token before the chunk, of every row
+
+    def go_on(rows: np.ndarray, _first: int) -> np.ndarray:
+        return ~ended[rows]
 
     @torch.no_grad()
     def predict(inputs: np.ndarray) -> Tensor:
         states, _ = learner.hidden(torch.from_numpy(inputs))
         return model.head.logits(states, model.embed, learner.adapter.head)
 
-    for first, rows, kept in train_gpt.chunk_steps(len(documents), run.ttt_chunk_tokens, lambda rows, _: ~ended[rows]):
+    for first, rows, kept in train_gpt.chunk_steps(len(documents), size, go_on):
         if kept is not None:
             fewer = train_gpt.BatchedTTT(model, run, len(rows), device)
             fewer.copy_rows(learner, torch.from_numpy(kept))
-            learner, before = fewer, before[kept]
-        targets = side.chunk(Chunk(first, documents.start + rows, before, ~ended[rows], predict))
-        mask = counted(targets, ~ended[rows])
+            learner = fewer
+            last_tokens = last_tokens[kept]
+
+        active = ~ended[rows]
+        targets = coder.code(Chunk(first, documents.start + rows, last_tokens, active, predict))
         ended[rows] |= (targets == BOS).any(1)
         if ended.all():
-            return
-        to_learn = bool(run.ttt_enabled) and first + run.ttt_chunk_tokens >= run.ttt_min_doc_tokens
-        inputs = inputs_of(before, targets)
+            return  # nothing would be scored with what the last chunk teaches
+
+        to_learn = bool(run.ttt_enabled) and first + size >= run.ttt_min_doc_tokens
+        inputs = inputs_of(last_tokens, targets)
         chunk = learner.score(torch.from_numpy(inputs), torch.from_numpy(targets), to_learn)
         if to_learn:
-            chunk = learner.learn(chunk, torch.from_numpy(mask))
+            chunk = learner.learn(chunk, torch.from_numpy(counted(targets, active)))
         learner.advance(chunk)
-        before = targets[:, -1]
+        last_tokens = targets[:, -1]
 
 
 def require_memory(config: train_gpt.ModelConfig, run: train_gpt.RunConfig, documents: int) -> None:
-    """Corrections with their gradients and moments, and the logits of a chunk, must fit this computer."""
+    """Refuse what this computer cannot hold: LoRA with gradients and moments, and the logits of a chunk. Fp32."""
     passes = len(train_gpt.layer_plan(config, looping=True))
     widths = 2 * config.model_dim * passes * len(run.lora_targets) + config.model_dim + config.vocab_size
     need = 16 * documents * (run.ttt_lora_rank * widths + run.ttt_chunk_tokens * config.vocab_size)
@@ -358,102 +399,117 @@ def require_memory(config: train_gpt.ModelConfig, run: train_gpt.RunConfig, docu
     )
 
 
-def inputs_of(before: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    return np.column_stack([before, targets[:, :-1]])
+def inputs_of(last_tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Targets (B, C) -> inputs (B, C): each target's predecessor."""
+    return np.column_stack([last_tokens, targets[:, :-1]])
 
 
-def counted(targets: np.ndarray, going: np.ndarray) -> np.ndarray:
-    """Which of these are tokens of a document (B, C): up to and with its first BOS."""
-    ended_before = np.cumsum(targets == BOS, 1) - (targets == BOS)
-    return going[:, None] & (ended_before == 0)
+def counted(targets: np.ndarray, active: np.ndarray) -> np.ndarray:
+    """Which targets (B, C) belong to their document: those up to and including its first BOS."""
+    is_end = targets == BOS
+    ends_before = np.cumsum(is_end, 1) - is_end
+    return active[:, None] & (ends_before == 0)
 
 
-class Encoding:
-    """Puts the tokens of documents, each with its closing BOS."""
+class TokenEncoder:
+    """Encodes the tokens of documents, each with the BOS that ends it."""
 
     def __init__(self, documents: Sequence[Sequence[int]], chunk_tokens: int, progress: Callable[[int], None]):
-        self.documents, self.size, self.progress = documents, chunk_tokens, progress
-        self.coder, self.done = Encoder(), 0
+        self.documents = documents
+        self.size = chunk_tokens
+        self.progress = progress
+        self.encoder = Encoder()
+        self.done = 0  # tokens
 
-    def chunk(self, chunk: Chunk) -> np.ndarray:
+    def code(self, chunk: Chunk) -> np.ndarray:
         targets = np.full((len(chunk.documents), self.size), BOS)
         for row, i in zip(targets, chunk.documents, strict=True):
             part = self.documents[i][chunk.first : chunk.first + self.size]
             row[: len(part)] = part
-        inputs = inputs_of(chunk.before, targets)
-        logits, known = chunk.predict(inputs), counted(targets, chunk.going)
-        self.check(chunk, inputs, logits)
-        for place in range(self.size):
-            for row in np.flatnonzero(known[:, place]):
-                self.coder.put(intervals(logits[row, place]), int(targets[row, place]))
-        self.done += int(known.sum())
+
+        inputs = inputs_of(chunk.last_tokens, targets)
+        logits = chunk.predict(inputs)
+        self.check_causality(chunk, inputs, logits)
+
+        mask = counted(targets, chunk.active)
+        for place in range(self.size):  # in the order in which the decoder finds them
+            for row in np.flatnonzero(mask[:, place]):
+                self.encoder.put(intervals(logits[row, place]), int(targets[row, place]))
+        self.done += int(mask.sum())
         self.progress(self.done)
         return targets
 
-    def check(self, chunk: Chunk, inputs: np.ndarray, logits: Tensor) -> None:
-        """See a chunk as the decoder will, up to one place, another in every chunk."""
+    def check_causality(self, chunk: Chunk, inputs: np.ndarray, logits: Tensor) -> None:
+        """Predict as the decoder will, knowing the chunk only up to one place, another in every chunk, and compare."""
         place = chunk.first // self.size * 5 % self.size
-        partly = inputs.copy()
-        partly[:, place + 1 :] = BOS
-        if not torch.equal(chunk.predict(partly)[:, : place + 1], logits[:, : place + 1]):
+        partial = inputs.copy()
+        partial[:, place + 1 :] = BOS
+        if not torch.equal(chunk.predict(partial)[:, : place + 1], logits[:, : place + 1]):
             raise UserError(
                 "on this computer predictions vary with the tokens after them, in their last bits: "
                 "nothing could be decoded; try OMP_NUM_THREADS=1, or another build of torch"
             )
 
 
-class Decoding:
-    """Gets the tokens of documents."""
+class TokenDecoder:
+    """Decodes the tokens of documents."""
 
     def __init__(self, documents: int, tokens: int, chunk_tokens: int, data: bytes, progress: Callable[[int], None]):
         self.documents: list[list[int]] = [[] for _ in range(documents)]
-        self.tokens, self.size, self.progress = tokens, chunk_tokens, progress
-        self.coder, self.done = Decoder(data), 0
+        self.tokens = tokens  # of all documents
+        self.size = chunk_tokens
+        self.progress = progress
+        self.decoder = Decoder(data)
+        self.done = 0  # tokens
 
-    def chunk(self, chunk: Chunk) -> np.ndarray:
-        targets, going = np.full((len(chunk.documents), self.size), BOS), chunk.going.copy()
+    def code(self, chunk: Chunk) -> np.ndarray:
+        targets = np.full((len(chunk.documents), self.size), BOS)
+        active = chunk.active.copy()
         for place in range(self.size):
-            logits = chunk.predict(inputs_of(chunk.before, targets))
-            self.done += int(going.sum())
+            logits = chunk.predict(inputs_of(chunk.last_tokens, targets))
+            self.done += int(active.sum())
             require(self.done <= self.tokens, "more tokens come out than went in", DataError)
-            for row in np.flatnonzero(going):
-                token = self.coder.get(intervals(logits[row, place]))
+            for row in np.flatnonzero(active):
+                token = self.decoder.get(intervals(logits[row, place]))
                 self.documents[chunk.documents[row]].append(token)
-                targets[row, place], going[row] = token, token != BOS
+                targets[row, place] = token
+                active[row] = token != BOS
             self.progress(self.done)
-            if not going.any():
+            if not active.any():
                 break
         return targets
 
 
-def groups(documents: int, run: train_gpt.RunConfig) -> Iterable[range]:
-    """Which documents are coded side by side."""
-    everyone = range(documents)
-    return (everyone[i : i + run.ttt_batch_docs] for i in everyone[:: run.ttt_batch_docs])
+def code_documents(predictor: Predictor, documents: int, coder: TokenCoder) -> None:
+    """Code so many documents, TTT_BATCH_DOCS side by side."""
+    at_a_time = predictor.run.ttt_batch_docs
+    for first in range(0, documents, at_a_time):
+        code_group(predictor, range(first, min(first + at_a_time, documents)), coder)
 
 
 def encode(predictor: Predictor, documents: Sequence[Sequence[int]], progress: Callable[[int], None]) -> bytes:
-    """Tokens of documents, each with its closing BOS -> bits."""
-    side = Encoding(documents, predictor.run.ttt_chunk_tokens, progress)
-    for group in groups(len(documents), predictor.run):
-        walk(predictor, group, side)
-    return side.coder.finish()
+    """Tokens of documents, each with the BOS that ends it -> coded bytes."""
+    coder = TokenEncoder(documents, predictor.run.ttt_chunk_tokens, progress)
+    code_documents(predictor, len(documents), coder)
+    return coder.encoder.finish()
 
 
 def decode(
     predictor: Predictor, documents: int, tokens: int, data: bytes, progress: Callable[[int], None]
 ) -> list[list[int]]:
-    """The inverse; `tokens` is how many there are in all. Raises DataError."""
-    side = Decoding(documents, tokens, predictor.run.ttt_chunk_tokens, data, progress)
-    for group in groups(documents, predictor.run):
-        walk(predictor, group, side)
-    return side.documents
+    """The inverse; `tokens` is their number in all documents together. Raises DataError."""
+    coder = TokenDecoder(documents, tokens, predictor.run.ttt_chunk_tokens, data, progress)
+    code_documents(predictor, documents, coder)
+    return coder.documents
 
 
 # -----------------------------------------------------------------------------
-# Files: a header that says what is needed to read the rest.
+# Files: a header says what is needed to read the rest.
 
-MAGIC, DIGEST_BYTES, MAX_DOCUMENTS, MAX_HEADER_BYTES = b"PGT\x01", 8, 1 << 20, 1 << 16
+MAGIC = b"PGT\x01"
+DIGEST_BYTES = 8
+MAX_DOCUMENTS = 1 << 20
+MAX_HEADER_BYTES = 1 << 16
 HEADER = {
     "artifact": str,
     "build": str,
@@ -466,7 +522,7 @@ HEADER = {
     "threads": int,
     "tokens": int,
 }
-LIKELY = (  # a part of the format: headers are deflated as if they came after this text
+DEFLATE_DICTIONARY = (  # part of the format: headers are deflated as if they followed this text
     b'{"artifact":"0123456789abcdef","build":"torch 2.13.0+cu128, AVX2, AVX512, entry ","caseops":true,'
     b'"documents":1,"edits":0,"knobs":{"EVAL_SEQ_LEN":"512","TTT_BATCH_DOCS":"16","TTT_CHUNK_TOKENS":"64",'
     b'"TTT_LORA_ALPHA":"16.0","TTT_LORA_RANK":"8","TTT_LR":"0.001"},"split":"","text":"","threads":1,"tokens":'
@@ -474,12 +530,12 @@ LIKELY = (  # a part of the format: headers are deflated as if they came after t
 
 
 class Compressed(NamedTuple):
-    """A compressed file, and how many of its bytes are what."""
+    """A compressed file, and what it consists of."""
 
     blob: bytes
-    header: int  # magic, length and checksum with it
-    edits: int
-    coded: int
+    header: int  # bytes, magic, length and checksum included
+    edits: int  # bytes
+    coded: int  # bytes
     tokens: int
     documents: int
 
@@ -496,17 +552,18 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).hexdigest()
 
 
-def compress(predictor: Predictor, data: bytes, split: bytes = b"") -> Compressed:
-    """Code a text as one document, or as those that `split` stands between. Raises UserError."""
-    parts = data.split(split) if split else [data]
+def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compressed:
+    """Code a text as one document, or as those that the separator divides it into. Raises UserError."""
+    parts = data.split(separator) if separator else [data]
     require(
         len(data) <= MAX_BYTES and len(parts) <= MAX_DOCUMENTS,
         f"{len(data)} bytes, {len(parts)} documents: at most {MAX_BYTES} and {MAX_DOCUMENTS} go into a file; cut it up",
         UserError,
     )
     caseops = uses_caseops(predictor)
-    documents, passes = to_documents(predictor, caseops, parts, split)
-    edits, tokens = pack_edits(passes), sum(map(len, documents))
+    documents, passes = to_documents(predictor, caseops, parts, separator)
+    edits = pack_edits(passes)
+    tokens = sum(map(len, documents))
     coded = encode(predictor, documents, Progress("compressing", tokens))
     header = {
         "artifact": predictor.sha256[:16],
@@ -514,25 +571,26 @@ def compress(predictor: Predictor, data: bytes, split: bytes = b"") -> Compresse
         "caseops": caseops,
         "documents": len(documents),
         "edits": len(edits),
-        "knobs": knobs_to_keep(predictor.run),
-        "split": split.hex(),
+        "knobs": knobs_to_store(predictor.run),
+        "split": separator.hex(),
         "text": digest(data),
         "threads": torch.get_num_threads(),
         "tokens": tokens,
     }
     blob = pack_file(header, edits, coded)
-    return Compressed(blob, len(blob) - len(edits) - len(coded), len(edits), len(coded), tokens, len(documents))
+    header_bytes = len(blob) - len(edits) - len(coded)
+    return Compressed(blob, header_bytes, len(edits), len(coded), tokens, len(documents))
 
 
 def pack_file(header: dict[str, Any], edits: bytes, coded: bytes) -> bytes:
-    deflate = zlib.compressobj(9, wbits=-15, zdict=LIKELY)
+    deflate = zlib.compressobj(9, wbits=-15, zdict=DEFLATE_DICTIONARY)
     deflated = deflate.compress(json.dumps(header, separators=(",", ":")).encode()) + deflate.flush()
     body = MAGIC + struct.pack("<H", len(deflated)) + deflated + edits + coded
     return body + bytes.fromhex(digest(body))
 
 
 def unpack_file(blob: bytes, what: str) -> Contents:
-    """Take a compressed file apart; nothing is believed before it is checked. Raises DataError."""
+    """Take a compressed file apart; nothing in it is trusted before it is checked. Raises DataError."""
     require(blob[:4] == MAGIC, f"{what}: not a text compressed by this program, it begins with {blob[:4]!r}", DataError)
     body = blob[:-DIGEST_BYTES]
     require(
@@ -545,34 +603,36 @@ def unpack_file(blob: bytes, what: str) -> Contents:
         (size,) = struct.unpack("<H", body[4:6])
         header = json.loads(inflate(body[6 : 6 + size]))
         check_header(header)
-        edits, coded = body[6 + size :][: header["edits"]], body[6 + size + header["edits"] :]
-        return Contents(header, unpack_edits(edits), coded)
+        edits_at = 6 + size
+        coded_at = edits_at + header["edits"]
+        return Contents(header, unpack_edits(body[edits_at:coded_at]), body[coded_at:])
 
 
 def inflate(data: bytes) -> bytes:
     try:
-        return zlib.decompressobj(-15, zdict=LIKELY).decompress(data, MAX_HEADER_BYTES)
+        return zlib.decompressobj(-15, zdict=DEFLATE_DICTIONARY).decompress(data, MAX_HEADER_BYTES)
     except zlib.error as error:
-        raise DataError(f"the header is no deflated text: {error}") from None
+        raise DataError(f"the header is not deflated text: {error}") from None
 
 
 def check_header(header: Any) -> None:
+    """Refuse values that cannot be: a file with a valid checksum may still have been made by somebody else."""
     require(isinstance(header, dict) and header.keys() == HEADER.keys(), "the header has other entries")
-    require(all(type(header[name]) is kind for name, kind in HEADER.items()), "an entry is of another kind")
-    require(0 < header["documents"] <= min(header["tokens"], MAX_DOCUMENTS), "the number of documents cannot be")
-    require(header["tokens"] <= 16 * MAX_BYTES, "the number of tokens cannot be")
-    require(header["edits"] >= 0, "the size of the edits cannot be")
-    require(0 < header["threads"] <= 1024, "the number of threads cannot be")
-    split = bytes.fromhex(header["split"])
-    require((header["documents"] - 1) * len(split) <= MAX_BYTES, "what stands between documents cannot be")
+    require(all(type(header[name]) is kind for name, kind in HEADER.items()), "an entry of the header has a wrong type")
+    require(0 < header["documents"] <= min(header["tokens"], MAX_DOCUMENTS), "the number of documents is impossible")
+    require(header["tokens"] <= 16 * MAX_BYTES, "the number of tokens is impossible")
+    require(header["edits"] >= 0, "the size of the edits is impossible")
+    require(0 < header["threads"] <= 1024, "the number of threads is impossible")
+    separator = bytes.fromhex(header["split"])
+    require((header["documents"] - 1) * len(separator) <= MAX_BYTES, "the separator of documents is impossible")
     for name, value in header["knobs"].items():
-        require(isinstance(value, str) and (name in CODING_KNOBS or name.startswith("TTT_")), f"{name} is no knob here")
+        require(isinstance(value, str) and affects_coding(name), f"{name} is not a knob of the coding")
 
 
 def decompress(path: Path, contents: Contents) -> bytes:
     """The text of a file that was compressed with the artifact at `path`. Raises UserError."""
     header = contents.header
-    fix_sums(header["threads"])
+    make_deterministic(header["threads"])
     predictor = open_predictor(path, header["knobs"])
     require(
         predictor.sha256.startswith(header["artifact"]),
@@ -581,40 +641,62 @@ def decompress(path: Path, contents: Contents) -> bytes:
         DataError,
     )
     same_build = header["build"] == build()
-    builds = f"compressed under {header['build']}, which is not what runs here, {build()}"
+    why = "these predictions are not the encoder's, whose computer may be of another kind"
     if not same_build:
-        print(f"warning: {builds}; it is tried, and the text's checksum tells", file=sys.stderr, flush=True)
+        why = f"compressed under {header['build']}, which is not what runs here, {build()}"
+        print(f"warning: {why}; it is tried, and the text's checksum tells", file=sys.stderr, flush=True)
+
+    progress = Progress("decompressing", header["tokens"])
+    separator = bytes.fromhex(header["split"])
     try:
-        documents = decode(
-            predictor,
-            header["documents"],
-            header["tokens"],
-            contents.coded,
-            Progress("decompressing", header["tokens"]),
-        )
-        data = from_documents(predictor, header["caseops"], documents, bytes.fromhex(header["split"]), contents.edits)
-        require(digest(data) == header["text"], "the decoded text does not fit its checksum", DataError)
+        documents = decode(predictor, header["documents"], header["tokens"], contents.coded, progress)
+        data = from_documents(predictor, header["caseops"], documents, separator, contents.edits)
+        require(digest(data) == header["text"], "the decoded text does not match its checksum", DataError)
     except DataError as error:
-        why = "these predictions are not the encoder's, whose computer may be of another kind"
-        raise DataError(f"{error}; {why if same_build else builds}") from None
+        raise DataError(f"{error}; {why}") from None
     return data
 
 
 class Progress:
-    """How far and how long still, on stderr every ten seconds."""
+    """Reports to stderr, every ten seconds, how far the work is and how long it will still take."""
 
     def __init__(self, what: str, total: int):
-        self.what, self.total = what, total
-        self.begun = self.shown = time.monotonic()
+        self.what = what
+        self.total = total  # tokens
+        self.started = time.monotonic()
+        self.reported = self.started
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
-        if now - self.shown < 10 or done == self.total:
+        if now - self.reported < 10 or done == self.total:
             return
-        self.shown, spent = now, now - self.begun
+        self.reported = now
+        spent = now - self.started
         print(
             f"{self.what}: {done} of {self.total} tokens, {done / spent:.1f} a second, "
             f"{(self.total - done) * spent / done:.0f} s left",
             file=sys.stderr,
             flush=True,
         )
+
+
+# -----------------------------------------------------------------------------
+# Commands: what compress, decompress and sample share.
+
+
+def argument_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command that uses an artifact."""
+    parser = argparse.ArgumentParser(
+        prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--artifact", help="[ARTIFACT in the environment, else the newest logs/*.ptz]")
+    return parser
+
+
+def convert_file(source: Path, out: Path, convert: Callable[[bytes], tuple[bytes, str]]) -> None:
+    """Write to `out` what `convert` makes of `source`, and print what it says about that."""
+    data = train_gpt.read_file(source)
+    started = time.monotonic()
+    result, summary = convert(data)
+    train_gpt.write_atomically(out, [result])
+    print(f"{out}: {summary}; {time.monotonic() - started:.1f} s")

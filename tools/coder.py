@@ -1,9 +1,9 @@
 """
-Arithmetic coding: symbols and the probabilities they were given, to bytes and back.
+Arithmetic coding: symbols with their predicted probabilities, to bytes and back.
 
-A range coder with a state of 64 bits that puts out whole bytes; a carry is added to what has been put out. A symbol is
-an interval of whole numbers within [0, TOTAL); coding it costs log2(TOTAL / its width) bits, and rounding adds less
-than 2^-26 of a bit. `intervals` makes such numbers from logits, always the same from the same logits.
+A range coder (Martin 1979) with 64 bits of state that emits whole bytes; a carry is added to the bytes already emitted.
+A symbol is an interval of whole numbers within [0, TOTAL). Coding it costs log2(TOTAL / its width) bits, and rounding
+adds less than 2^-26 of a bit. `intervals` turns logits into such numbers, always the same from the same logits.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from torch import Tensor
 
 from train_gpt import DataError, UserError
 
-TOTAL_BITS = 28  # 2^16 would cost 1.8 % at 8,192 symbols; here what rounding costs is beyond notice
+TOTAL_BITS = 28  # 16 bits would cost 1.8 % with 8,192 symbols; with 28 the cost of rounding is negligible
 TOTAL = 1 << TOTAL_BITS
 STATE_BYTES = 8
-TOP, RENEW = 1 << 8 * STATE_BYTES, 1 << 8 * (STATE_BYTES - 1)  # the range lies in (RENEW, TOP] between two symbols
+TOP = 1 << 8 * STATE_BYTES
+RENORMALISE = TOP >> 8  # between two symbols the range lies in (RENORMALISE, TOP]
 
 
 def intervals(logits: Tensor) -> np.ndarray:
     """Logits of one prediction (V,) fp32 on the CPU -> bounds (V + 1,) int64, rising from 0 to TOTAL. Symbol s gets
-    bounds[s] to bounds[s + 1]: its probability in parts of TOTAL, rounded down, and 1 so that all can be coded.
-    What is left over goes to the likeliest symbol, the first of equals.
+    bounds[s] to bounds[s + 1]: its share of TOTAL, rounded down, plus 1 so that every symbol can be coded. What is left
+    over goes to the likeliest symbol, the first of equals.
 
-    One prediction at a time, in memory of its own: a vector kernel may treat the end of an array, or an array that lies
-    elsewhere, in another way, and encoder and decoder hold this prediction in different arrays."""
-    odds = torch.softmax(logits.double(), 0).numpy()
-    if not np.isfinite(odds).all():
-        raise UserError("the model's scores are no numbers any more: adaptation diverged, lower TTT_LR")
-    widths = 1 + np.floor(odds * (TOTAL - len(odds))).astype(np.int64)
-    widths[np.argmax(odds)] += TOTAL - widths.sum()
+    Takes one prediction at a time, in memory of its own: a vectorised kernel may treat the end of an array, or an array
+    of another alignment, differently, and encoder and decoder hold this prediction in different arrays."""
+    probabilities = torch.softmax(logits.double(), 0).numpy()
+    if not np.isfinite(probabilities).all():
+        raise UserError("the model's logits are not finite: adaptation has diverged; lower TTT_LR")
+    widths = 1 + np.floor(probabilities * (TOTAL - len(probabilities))).astype(np.int64)
+    widths[np.argmax(probabilities)] += TOTAL - widths.sum()
     return np.concatenate([[0], np.cumsum(widths)])
 
 
@@ -39,20 +40,22 @@ class Encoder:
     """put() every symbol, then finish()."""
 
     def __init__(self):
-        self.low, self.range, self.out = 0, TOP, bytearray()
+        self.low = 0  # the range is [low, low + range), below the bytes emitted so far
+        self.range = TOP
+        self.out = bytearray()
 
     def put(self, bounds: np.ndarray, symbol: int) -> None:
         begin, end = int(bounds[symbol]), int(bounds[symbol + 1])
-        part = self.range >> TOTAL_BITS
-        self._raise(part * begin)
-        self.range = part * (end - begin)
-        while self.range <= RENEW:
-            self.out.append(self.low // RENEW)
-            self.low = self.low % RENEW << 8
+        unit = self.range >> TOTAL_BITS
+        self._raise_low(unit * begin)
+        self.range = unit * (end - begin)
+        while self.range <= RENORMALISE:
+            self.out.append(self.low // RENORMALISE)
+            self.low = self.low % RENORMALISE << 8
             self.range <<= 8
 
-    def _raise(self, amount: int) -> None:
-        """Add to the number that is put out, the part that is out already included."""
+    def _raise_low(self, amount: int) -> None:
+        """Add to `low`, and carry into the bytes that have been emitted."""
         self.low += amount
         if self.low < TOP:
             return
@@ -64,11 +67,11 @@ class Encoder:
         self.out[at] += 1
 
     def finish(self) -> bytes:
-        """The shortest bytes that stand for these symbols; the decoder reads zeros after them."""
+        """The shortest bytes that denote these symbols, as the decoder reads zeros after them."""
         size = 0
-        while -self.low % (TOP >> 8 * size) >= self.range:
+        while -self.low % (TOP >> 8 * size) >= self.range:  # no number in the range ends in so many zeros
             size += 1
-        self._raise(-self.low % (TOP >> 8 * size))
+        self._raise_low(-self.low % (TOP >> 8 * size))
         self.out += self.low.to_bytes(STATE_BYTES, "big")[:size]
         return bytes(self.out)
 
@@ -77,22 +80,25 @@ class Decoder:
     """get() as many symbols as were put, with the same bounds."""
 
     def __init__(self, data: bytes):
-        self.data, self.read, self.range = data, STATE_BYTES, TOP
-        self.offset = int.from_bytes(data[:STATE_BYTES].ljust(STATE_BYTES, b"\0"), "big")  # of the number in the range
+        self.data = data
+        self.read = STATE_BYTES  # bytes
+        self.range = TOP
+        self.offset = int.from_bytes(data[:STATE_BYTES].ljust(STATE_BYTES, b"\0"), "big")  # of the code in the range
 
     def get(self, bounds: np.ndarray) -> int:
         """The next symbol. Raises DataError where no encoder can have put one."""
-        part = self.range >> TOTAL_BITS
-        place = self.offset // part
+        unit = self.range >> TOTAL_BITS
+        place = self.offset // unit
         if place >= TOTAL or self.read > len(self.data) + STATE_BYTES:
             raise DataError("the coded text makes no sense: this computer does not predict what the encoder's did")
+
         symbol = int(np.searchsorted(bounds, place, side="right")) - 1
         begin, end = int(bounds[symbol]), int(bounds[symbol + 1])
-        self.offset -= part * begin
-        self.range = part * (end - begin)
-        while self.range <= RENEW:
-            following = self.data[self.read] if self.read < len(self.data) else 0
-            self.offset = self.offset << 8 | following
+        self.offset -= unit * begin
+        self.range = unit * (end - begin)
+        while self.range <= RENORMALISE:
+            next_byte = self.data[self.read] if self.read < len(self.data) else 0
+            self.offset = self.offset << 8 | next_byte
             self.range <<= 8
             self.read += 1
         return symbol

@@ -4,18 +4,18 @@ Compress a text with an artifact: its score, test-time training included, turned
     python -m tools.compress FILE OUT          one document
     python -m tools.compress --table N         N held-out documents, against gzip, xz and zstd
 
-Any bytes come back exactly (python -m tools.decompress): what the tokenizer cannot give back is stored beside.
+Any bytes come back exactly (python -m tools.decompress): what the tokenizer cannot restore is stored as well.
 The knobs TTT_..., EVAL_SEQ_LEN and SEED are taken from the environment, else from the run that made the artifact, and
 stored in OUT. DATA_PATH or TOKENIZER_PATH must lead to the tokenizer.
 
 What is promised: OUT decompresses on the same computer with the same torch, artifact and train_gpt.py, whose names it
 carries. Elsewhere the last bit of a sum may differ, and with it everything after: decompression is tried, and fails
-with a message if the text's checksum is wrong. So this is a proof that bits are bits, and no archive. It runs on the
-CPU, with as many threads as OMP_NUM_THREADS says or there are cores, and the decoder then takes as many.
+with a message if the text's checksum is wrong. So this is a proof that the score is a code length, and not an archiver.
+It runs on the CPU, with as many threads as OMP_NUM_THREADS says or there are cores, and the decoder then uses as many.
 
-Speed: decompressing costs a pass over a chunk (TTT_CHUNK_TOKENS) for every token, compressing about five for every
-chunk. A CPU core took 0.14 s a token to decompress with the default network and 0.015 s with the small one, and to
-compress 0.02 s and 0.002 s. Progress is told, with the time left. Documents in one file (--split) are coded side
+Speed: decompressing costs a forward pass over a chunk (TTT_CHUNK_TOKENS) for every token, compressing about five for
+every chunk. A CPU core took 0.14 s a token to decompress with the default network and 0.015 s with the small one, and
+to compress 0.02 s and 0.002 s. Progress is reported, with the time left. Documents in one file (--split) are coded side
 by side, TTT_BATCH_DOCS at a time, which is faster; memory grows with their number. At most 64 MiB go into a file.
 """
 
@@ -25,7 +25,6 @@ import argparse
 import gzip
 import lzma
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ import train_gpt
 from tools import codec
 from tools.artifact import end_in_a_line, find_artifact
 
-MAX_SPLIT_BYTES = 255
+MAX_SEPARATOR_BYTES = 255
 
 
 def separator(text: str) -> bytes:
@@ -45,34 +44,33 @@ def separator(text: str) -> bytes:
         raw = text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
     except UnicodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}; expected text, with escapes as in Python") from None
-    if not 0 < len(raw) <= MAX_SPLIT_BYTES:
-        raise argparse.ArgumentTypeError(f"{len(raw)} bytes, expected 1 to {MAX_SPLIT_BYTES}")
+    if not 0 < len(raw) <= MAX_SEPARATOR_BYTES:
+        raise argparse.ArgumentTypeError(f"{len(raw)} bytes, expected 1 to {MAX_SEPARATOR_BYTES}")
     return raw
 
 
-def compress_file(predictor: codec.Predictor, source: Path, out: Path, split: bytes) -> None:
-    data, began = train_gpt.read_file(source), time.monotonic()
-    made = codec.compress(predictor, data, split)
-    train_gpt.write_atomically(out, [made.blob])
-    print(
-        f"{out}: {len(data)} -> {len(made.blob)} bytes, {8 * len(made.blob) / max(1, len(data)):.3f} bits per byte; "
-        f"header {made.header}, edits {made.edits}, {made.tokens} tokens of {made.documents} documents {made.coded}; "
-        f"{time.monotonic() - began:.1f} s"
+def compressed(predictor: codec.Predictor, data: bytes, between: bytes) -> tuple[bytes, str]:
+    """-> the compressed file, and what to say about it."""
+    made = codec.compress(predictor, data, between)
+    size = len(made.blob)
+    return made.blob, (
+        f"{len(data)} -> {size} bytes, {8 * size / max(1, len(data)):.3f} bits per byte; "
+        f"header {made.header}, edits {made.edits}, {made.tokens} tokens of {made.documents} documents {made.coded}"
     )
 
 
 def held_out(predictor: codec.Predictor, count: int) -> list[bytes]:
-    """Documents of validation, evenly spaced by their place in the order of length, shortest first."""
-    run, tokenizer = predictor.run, predictor.tokenizer
-    docs = train_gpt.load_validation(run.data_path, predictor.model.config.vocab_size, tokenizer)
-    order = np.argsort(docs.lengths[:-1], kind="stable")  # the last one has no BOS behind it
+    """Validation documents of evenly spaced ranks by length, shortest first."""
+    run = predictor.run
+    docs = train_gpt.load_validation(run.data_path, predictor.model.config.vocab_size, predictor.tokenizer)
+    order = np.argsort(docs.lengths[:-1], kind="stable")  # the last document has no BOS behind it
     train_gpt.require(0 < count <= len(order), f"--table {count}: there are {len(order)} documents to choose from")
     chosen = order[np.linspace(0, len(order) - 1, count + 2).astype(int)[1:-1]]
     caseops = codec.uses_caseops(predictor)
     return [codec.to_bytes(predictor, caseops, docs.span(i)[1:].tolist()) for i in chosen]
 
 
-def rivals(data: bytes) -> list[int]:
+def sizes_of_others(data: bytes) -> list[int]:
     return [
         len(gzip.compress(data, 9, mtime=0)),
         len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
@@ -81,42 +79,45 @@ def rivals(data: bytes) -> list[int]:
 
 
 def print_table(predictor: codec.Predictor, count: int) -> None:
-    """Sizes in bytes, a line a document, and all of them in one file."""
-    split, texts = b"\0", held_out(predictor, count)
+    """Sizes in bytes: a line for each document, and one for all of them in one file."""
+    texts = held_out(predictor, count)
     print("| document | bytes | gzip -9 | xz -9e | zstd -19 | artifact | of which header | bits per byte |")
     print("|" + "---|" * 8)
-    for name, text in [*((str(n), text) for n, text in enumerate(texts, 1)), ("all", split.join(texts))]:
-        made = codec.compress(predictor, text, split if name == "all" else b"")
-        sizes = [len(text), *rivals(text), len(made.blob), made.header]
-        bits = 8 * len(made.blob) / max(1, len(text))
-        print(f"| {name} | " + " | ".join(f"{size:,}" for size in sizes) + f" | {bits:.3f} |", flush=True)
+    for number, text in enumerate(texts, 1):
+        print_row(predictor, str(number), text)
+    print_row(predictor, "all", b"\0".join(texts), between=b"\0")
+
+
+def print_row(predictor: codec.Predictor, name: str, text: bytes, between: bytes = b"") -> None:
+    made = codec.compress(predictor, text, between)
+    sizes = [len(text), *sizes_of_others(text), len(made.blob), made.header]
+    bits = 8 * len(made.blob) / max(1, len(text))
+    print(f"| {name} | " + " | ".join(f"{size:,}" for size in sizes) + f" | {bits:.3f} |", flush=True)
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="compress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = codec.argument_parser("compress", __doc__)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE")
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT")
-    parser.add_argument("--artifact", help="[ARTIFACT in the environment, else the newest logs/*.ptz]")
     parser.add_argument(
         "--split",
         type=separator,
         default=b"",
         metavar="TEXT",
-        help="what stands between documents, such as '\\n\\n' or '<s>' [the file is one document: what was read "
-        "helps with what comes]",
+        help="what separates documents, such as '\\n\\n' or '<s>' [the file is one document: all of the text read so "
+        "far helps to predict what follows]",
     )
     parser.add_argument("--table", type=int, metavar="N", help="compare on N documents of the validation shards")
     args = parser.parse_args(arguments)
     if (args.out is None) == (args.table is None) or (args.file is not None and args.table is not None):
         parser.error("give FILE and OUT, or --table N")
-    codec.fix_sums(torch.get_num_threads())
+
+    codec.make_deterministic(torch.get_num_threads())
     predictor = codec.open_predictor(find_artifact(args.artifact))
     if args.table is not None:
         print_table(predictor, args.table)
     else:
-        compress_file(predictor, args.file, args.out, args.split)
+        codec.convert_file(args.file, args.out, lambda data: compressed(predictor, data, args.split))
     return 0
 
 

@@ -9,7 +9,6 @@ The text ends where the model ends its document, or after --tokens. The same see
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import sys
@@ -24,30 +23,30 @@ from tools import codec
 from tools.artifact import end_in_a_line, find_artifact
 from train_gpt import BOS
 
-UNFINISHED = TITLE + ALLCAPS + CAPNEXT + ESCAPE + "\ufffd"  # a text that ends so will read otherwise when it goes on
+UNFINISHED = TITLE + ALLCAPS + CAPNEXT + ESCAPE + "\ufffd"  # at the end of a text, the next token changes how they read
+CHUNK = 16  # tokens of the prompt that are read at a time, at most
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """A token drawn from the likeliest ones whose probabilities (V,) add up to top_p; temperature 0 takes the first."""
+    """Logits (V,) -> a token drawn from the likeliest ones, whose probabilities add up to top_p (nucleus sampling,
+    arXiv:1904.09751); at temperature 0 the likeliest."""
     if temperature == 0:
         return int(logits.argmax())
-    odds, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
-    odds[odds.cumsum(-1) - odds > top_p] = 0
-    return int(order[torch.multinomial(odds, 1, generator=generator)])
-
-
-CHUNK = 16  # tokens of the prompt at a time, at most
+    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    probabilities[probabilities.cumsum(-1) - probabilities > top_p] = 0
+    return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 @torch.no_grad()
 def continued(
     predictor: codec.Predictor, tokens: list[int], temperature: float, top_p: float, seed: int
 ) -> Iterator[int]:
-    """What follows these tokens of a document, without end. Every pass is over new tokens alone, which attend to the
-    cached keys and values of those before: as many as EVAL_SEQ_LEN holds, less a chunk."""
-    model, context = predictor.model, predictor.run.eval_seq_len
-    generator = torch.Generator().manual_seed(seed)
+    """Draw the tokens that follow these at the beginning of a document, without end. Every pass is over new tokens
+    alone, which attend to the cached keys and values of those before: as many as EVAL_SEQ_LEN holds, less a chunk."""
+    model = predictor.model
+    context = predictor.run.eval_seq_len
     chunk = min(CHUNK, context // 2)
+    generator = torch.Generator().manual_seed(seed)
     cache = train_gpt.KVCache(model.config, 1, context - chunk, torch.device("cpu"))
     new = [BOS, *tokens]
     while True:
@@ -60,8 +59,8 @@ def continued(
         new = [token]
 
 
-def read(model: train_gpt.GPT, cache: train_gpt.KVCache, inputs: torch.Tensor) -> torch.Tensor:
-    """Inputs (1, C) -> their states (1, C, D), after which they are part of the cache."""
+def read(model: train_gpt.GPT, cache: train_gpt.KVCache, inputs: Tensor) -> Tensor:
+    """Inputs (1, C) -> their states (1, C, D); their keys and values are cached."""
     cache.make_room(inputs.size(1))
     tokens = torch.cat([cache.last_token, inputs], 1)
     states, new_kvs = model.hidden(tokens, cache.context(inputs.size(1)))
@@ -71,19 +70,24 @@ def read(model: train_gpt.GPT, cache: train_gpt.KVCache, inputs: torch.Tensor) -
 
 
 def print_text(predictor: codec.Predictor, prompt: list[int], tokens: Iterator[int]) -> None:
-    """The prompt and what follows, as it comes."""
-    caseops, seen, shown = codec.uses_caseops(predictor), [*prompt, BOS], 0
+    """Print the prompt and what follows, as it comes."""
+    caseops = codec.uses_caseops(predictor)
+    seen = list(prompt)
+    shown = 0  # characters
+
+    def text_so_far() -> str:
+        return codec.to_bytes(predictor, caseops, [*seen, BOS]).decode()
+
     for token in tokens:
-        seen[-1:] = [token, BOS]
-        text = codec.to_bytes(predictor, caseops, seen).decode()
-        ready = text.rstrip(UNFINISHED)
+        seen.append(token)
+        ready = text_so_far().rstrip(UNFINISHED)
         print(ready[shown:], end="", flush=True)
         shown = max(shown, len(ready))
-    print(codec.to_bytes(predictor, caseops, seen).decode()[shown:])
+    print(text_so_far()[shown:])
 
 
 def within(low: float, high: float, kind: type = float) -> Callable[[str], float]:
-    """A checker of an argument."""
+    """A converter of arguments that refuses what is not between these bounds."""
 
     def parse(text: str) -> float:
         value = kind(text)
@@ -96,13 +100,10 @@ def within(low: float, high: float, kind: type = float) -> Callable[[str], float
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = codec.argument_parser("sample", __doc__)
     add = parser.add_argument
     add("prompt", nargs="?", default="", metavar="PROMPT")
-    add("--artifact", help="[ARTIFACT in the environment, else the newest logs/*.ptz]")
-    add("--tokens", type=within(0, 1 << 20, int), default=200, metavar="N", help="most tokens to add [%(default)s]")
+    add("--tokens", type=within(0, 1 << 20, int), default=200, metavar="N", help="tokens to add at most [%(default)s]")
     add(
         "--temperature",
         type=within(0, 100),
@@ -119,6 +120,7 @@ def main(arguments: list[str]) -> int:
     )
     add("--seed", type=within(0, 1 << 31, int), default=0, metavar="S", help="of the choices [%(default)s]")
     args = parser.parse_args(arguments)
+
     predictor = codec.open_predictor(find_artifact(args.artifact))
     text = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
     prompt = codec.to_tokens(predictor, codec.uses_caseops(predictor), text.decode(errors="replace"))[:-1]
