@@ -2261,11 +2261,12 @@ def code() -> bytes:
 
 
 # ======================================================================================================================
-# Scoring: every target once, in nats, added to its document. Windows depend on the position in a document alone.
+# Scoring: every target once, in nats, added to its document. Which tokens a target is predicted from depends on its
+# position in the document alone.
 
 
 class ScoreTable:
-    """Nats, number of scored targets and number of adaptation steps of every document."""
+    """Nats, scored targets and steps of test-time training of every document, summed over ranks at the end."""
 
     def __init__(self, docs: Documents):
         self.docs = docs
@@ -2301,9 +2302,9 @@ class Window(NamedTuple):
 
 
 def windows(document: int, begin: int, end: int, context: int, stride: int) -> Iterator[Window]:
-    """The windows that score inputs begin..end-1 of a document: the first one reaches to `context`, each further one
-    `stride` beyond the one before. Where a window starts depends on the position alone, never on the length."""
-    edge = context
+    """The windows that score inputs begin..end-1 of a document: the first window of a document ends at `context`, each
+    further one `stride` later. Where a window starts depends on the position alone, never on the document's length."""
+    edge = context  # where the window ends, if the document reaches that far
     if begin >= context:
         edge += ((begin - context) // stride + 1) * stride
     while begin < end:
@@ -2320,10 +2321,11 @@ class EvalRow(NamedTuple):
     counted: np.ndarray  # (N,) bool, the target is scored in this row
 
 
-def fill_rows(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
+def fill_rows(wanted: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     """Put windows, in order, into rows of at most `row_tokens`."""
-    rows, used = [], row_tokens
-    for window in plan:
+    rows = []
+    used = row_tokens  # of the last row; at first there is none
+    for window in wanted:
         size = window.end - window.start
         if used + size > row_tokens:
             rows.append([])
@@ -2333,26 +2335,29 @@ def fill_rows(plan: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     return rows
 
 
-def local_rows(docs: Documents, plan: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[EvalRow]:
-    """This rank's share of the rows of a plan. All have one size, but a lone row is as short as its windows allow."""
+def local_rows(docs: Documents, wanted: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[EvalRow]:
+    """Pack windows into rows -> this rank's share of them. All have MICRO_BATCH_TOKENS, but a lone row is as short as
+    its windows allow."""
     size = run.micro_batch_tokens
-    rows = fill_rows(plan, size)
+    rows = fill_rows(wanted, size)
     if len(rows) == 1:
         used = sum(window.end - window.start for window in rows[0])
         contexts = -(-used // run.eval_seq_len)  # rounded up
         size = min(size, contexts * run.eval_seq_len)
+
     for row in rows[dist.rank :: dist.world]:
         yield pack_windows(docs, row, size, run.eval_seq_len, dist.device)
 
 
 def pack_windows(docs: Documents, row: Sequence[Window], size: int, context: int, device: torch.device) -> EvalRow:
-    """A row of `size` tokens that begins with these windows. What follows is padding in segments of one context:
-    nothing attends to it, and none of it counts."""
+    """A row of `size` tokens that begins with these windows. Padding follows, in segments of one context: nothing
+    attends to it, and none of it counts."""
     text = np.full(size, BOS, np.uint16)
     targets = np.full(size, BOS, np.uint16)
     documents = np.zeros(size, np.int64)
     counted = np.zeros(size, bool)
-    starts, at = [], 0
+    starts = []
+    at = 0
     for window in row:
         span = docs.span(window.document)
         end = at + window.end - window.start
@@ -2362,6 +2367,7 @@ def pack_windows(docs: Documents, row: Sequence[Window], size: int, context: int
         counted[at + window.first - window.start : end] = True
         starts.append(at)
         at = end
+
     starts.extend(range(at, size, context))
     return EvalRow(make_micro_batch(text, targets, np.array(starts), device), documents, counted)
 
@@ -2378,16 +2384,17 @@ def score_static(
 ) -> None:
     """Score these documents without adaptation."""
     lengths = docs.lengths
-    plan = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
-    for row in local_rows(docs, plan, run, dist):
+    wanted = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
+    for row in local_rows(docs, wanted, run, dist):
         nats = model(*row.batch, looping=looping)[0].cpu().numpy()
         table.add(row.documents[row.counted], nats[row.counted])
 
 
 # ======================================================================================================================
-# Test-time training: a chunk is scored, then learned from. What adapts starts anew at every document, or never.
+# Test-time training (TTT): a chunk is scored, then learned from. What is learned is forgotten at the end of a document,
+# or, along a stream (TTT_SCOPE), never.
 #
-# A learner adapts along a text. Its user takes it from chunk to chunk, and holds the state of a chunk in hand:
+# A learner adapts along a text. Its user takes it from chunk to chunk and holds the state of the chunk:
 #     chunk = learner.score(...)            final scores, from what was learned before the chunk
 #     chunk = learner.learn(chunk, mask)    steps on those of its targets that the mask counts
 #     learner.advance(chunk)                the chunk becomes context
@@ -2714,7 +2721,8 @@ def chunk_steps(documents: int, chunk: int, goes_on: Callable[[np.ndarray, int],
 
     goes_on(rows, first) -> (B,) bool: which of these documents have a target at `first`. It is asked once a step,
     when all earlier chunks have been dealt with: a decoder learns the end of a document as it goes."""
-    rows, first = np.arange(documents), 0
+    rows = np.arange(documents)
+    first = 0
     while (going := goes_on(rows, first)).any():
         size = len(rows)
         while size > 1 and going.sum() <= size // 2:
@@ -2757,7 +2765,9 @@ def score_batched(
             index = torch.from_numpy(kept).to(dist.device)
             fewer = learner_for(len(rows))
             fewer.copy_rows(learner, index)
-            learner, tokens = fewer, tokens[index]
+            learner = fewer
+            tokens = tokens[index]
+
         end = first + size
         left = lengths[rows] - first  # (B,) targets of every document from here on
         mask = np.arange(size) < left[:, None]  # (B, C)
@@ -2826,9 +2836,8 @@ class SequentialTTT(Learner):
     @torch.no_grad()
     def score(self, rows: Sequence[EvalRow], targets: int) -> SequentialChunk:
         """Score this rank's rows of a chunk, which has so many targets on all ranks."""
-        nats, entropy = [], None
-        if uses_entropy(self.run):
-            entropy = torch.zeros(1, device=self.dist.device)
+        nats = []
+        entropy = torch.zeros(1, device=self.dist.device) if uses_entropy(self.run) else None
         for row in rows:
             states, row_nats = self.score_row(row)
             nats.append(row_nats)
@@ -2888,7 +2897,9 @@ class Piece(NamedTuple):
 
 def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[Piece]]:
     """Cut these documents, one after another, into chunks of `chunk` targets."""
-    pieces, room, lengths = [], chunk, docs.lengths
+    lengths = docs.lengths
+    pieces = []
+    room = chunk
     for i in chosen:
         begin = 0
         while begin < lengths[i]:
@@ -2898,7 +2909,8 @@ def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterato
             begin = end
             if room == 0:
                 yield pieces
-                pieces, room = [], chunk
+                pieces = []
+                room = chunk
     if pieces:
         yield pieces
 
@@ -2910,14 +2922,16 @@ def score_sequentially(
     table: ScoreTable,
     may_learn: Callable[[int], bool] = lambda targets_left: True,
 ) -> int:
-    """Score these documents one after another, learning from every chunk once it is scored, for as long as `may_learn`
-    allows it; then the rest is scored as things stand. -> number of documents that the rest is of"""
-    run, dist = learner.run, learner.dist
-    targets_left, degraded = int(docs.lengths[chosen].sum()), 0
+    """Score these documents one after another and learn from every chunk once it is scored, for as long as
+    may_learn(targets left) is true; then the rest is scored without learning more. -> number of its documents"""
+    run = learner.run
+    dist = learner.dist
+    targets_left = int(docs.lengths[chosen].sum())
+    degraded = 0
 
     def rows_of(pieces: Sequence[Piece]) -> Iterator[EvalRow]:
-        plan = (window for piece in pieces for window in windows(*piece, run.eval_seq_len, run.eval_stride))
-        return local_rows(docs, plan, run, dist)
+        wanted = (window for piece in pieces for window in windows(*piece, run.eval_seq_len, run.eval_stride))
+        return local_rows(docs, wanted, run, dist)
 
     def book(row: EvalRow, nats: np.ndarray) -> None:
         table.add(row.documents[row.counted], nats[row.counted])
@@ -2929,17 +2943,20 @@ def score_sequentially(
                 book(row, learner.score_row(row)[1])
             degraded = len(rest)
             break
+
         targets = sum(piece.end - piece.begin for piece in pieces)
         chunk = learner.score(list(rows_of(pieces)), targets)
         for row, nats in zip(chunk.rows, chunk.nats, strict=True):
             book(row, nats)
+
         targets_left -= targets
-        # Under TTT_SCOPE=document the chosen document is alone, and its end is the count of its scored tokens.
+        # Under TTT_SCOPE=document one document is chosen: the end of the piece is the number of its scored targets.
         if targets_left and pieces[0].end >= run.ttt_min_doc_tokens:
             chunk = learner.learn(chunk, [row.counted for row in chunk.rows])
             if dist.main:
                 table.updates[[piece.document for piece in pieces]] += run.ttt_epochs
         learner.advance(chunk)
+
     learner.reset()
     return degraded
 
@@ -2991,7 +3008,10 @@ def random_documents(vocab_size: int, documents: int, length: int) -> Documents:
 
 
 class Evaluation:
-    """The score of a model with test-time training: which rank scores which documents, within the time."""
+    """The score of a model with test-time training: which rank scores which documents, within the time.
+
+    The time that adaptation will take is forecast: tokens to come, times the seconds per token measured so far. What
+    would not be finished in time is scored without adaptation, which is several times faster."""
 
     def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
         self.model = model
@@ -3004,39 +3024,42 @@ class Evaluation:
         self.degraded = 0  # documents that did not adapt for lack of time
         self.learners_by_size: dict[int, BatchedTTT] = {}
         self.static_costs = static_costs(docs.lengths, run)
-        # Both speeds are measured in the warm-up.
+        # Both speeds are measured in the warm-up, and the second again during the evaluation.
         self.static_tokens_per_s = math.inf
         self.seconds_per_token = 0.0  # of a group that adapts
         model.requires_grad_(run.ttt_params == "full")
 
     def warm_up(self) -> None:
         """Measure speeds on random documents; on a GPU also compile and load every kernel."""
-        run, on_gpu = self.run, self.dist.device.type == "cuda"
+        run = self.run
+        on_gpu = self.dist.device.type == "cuda"
         alone = Dist(device=self.dist.device)
-        count, length = 2, run.eval_seq_len
+        count = 2
+        length = run.eval_seq_len
         if run.batched_ttt:
-            count, length = run.ttt_batch_docs, run.eval_seq_len + run.ttt_chunk_tokens
+            count = run.ttt_batch_docs
+            length += run.ttt_chunk_tokens
         docs = random_documents(self.model.config.vocab_size, count, length)
 
         few = range(len(docs))[: run.micro_batch_tokens // length + 1 if on_gpu else 1]
         for _ in range(2):  # the first time compiles, the second is the speed
-            began = time.perf_counter()
+            started = time.perf_counter()
             score_static(self.model, docs, few, run, alone, ScoreTable(docs))
-            spent = time.perf_counter() - began
+            spent = time.perf_counter() - started
             self.static_tokens_per_s = static_costs(docs.lengths[few], run).sum() / spent
+
         if not run.ttt_enabled or not on_gpu:
             return
         if not run.batched_ttt:
-            short = dataclasses.replace(
-                run, ttt_chunk_tokens=run.eval_seq_len
-            )  # so that there is a chunk to learn from
+            short = dataclasses.replace(run, ttt_chunk_tokens=length)  # two chunks, of which the first is learned from
             score_sequentially(SequentialTTT(self.model, short, alone), docs, range(len(docs)), ScoreTable(docs))
             return
+
         shorter = random_documents(self.model.config.vocab_size, count, min(length, 512))
-        for text in (docs, shorter):
-            began = time.perf_counter()
+        for text in (docs, shorter):  # the first time compiles and captures
+            started = time.perf_counter()
             score_batched(self.model, text, range(count), run, alone, ScoreTable(text), self.learners_by_size)
-            self.seconds_per_token = (time.perf_counter() - began) / batched_cost(text.lengths, run)
+            self.seconds_per_token = (time.perf_counter() - started) / batched_cost(text.lengths, run)
 
     def score(self) -> ScoreTable:
         """Score every target of every document -> the table of all ranks."""
@@ -3047,49 +3070,52 @@ class Evaluation:
             self._score_documents()
         else:  # a stream, whose every chunk the ranks share
             learner = SequentialTTT(self.model, self.run, self.dist)
-            cost_of_target = self.static_costs.sum() / self.docs.lengths.sum()
-            self.degraded = score_sequentially(
-                learner,
-                self.docs,
-                everything,
-                self.table,
-                may_learn=lambda targets_left: self._has_time(targets_left * cost_of_target),
-            )
+            tokens_per_target = self.static_costs.sum() / self.docs.lengths.sum()
+
+            def may_learn(targets_left: int) -> bool:
+                return self._has_time(targets_left * tokens_per_target)
+
+            self.degraded = score_sequentially(learner, self.docs, everything, self.table, may_learn)
         return self.table.all_reduced(self.dist)
 
     def _has_time(self, static_tokens_left: float, next_seconds: float = 0.0) -> bool:
         """Whether, after `next_seconds` of adaptation, there is time to score the rest without it; all ranks agree."""
-        limit = self.run.eval_seconds * 0.98
-        rest = 1.5 * static_tokens_left / self.static_tokens_per_s / self.dist.world
-        after = self.seconds() + next_seconds + rest
-        return not limit or self.dist.all_reduce_max(after) <= limit
+        if not self.run.eval_seconds:
+            return True
+        rest = 1.5 * static_tokens_left / self.static_tokens_per_s / self.dist.world  # with a margin of a half
+        end = self.seconds() + next_seconds + rest
+        return self.dist.all_reduce_max(end) <= self.run.eval_seconds * 0.98
 
     def _score_documents(self) -> None:
         """Round by round, each rank its group. When time runs short, documents that have not begun do not adapt."""
-        lengths, dist = self.docs.lengths, self.dist
+        dist = self.dist
+        lengths = self.docs.lengths
         rounds = deal_documents(lengths, dist.world, self.run.ttt_batch_docs if self.run.batched_ttt else 1)
         costs = [max(batched_cost(lengths[group], self.run) for group in groups) for groups in rounds]
         learner = None
         if not self.run.batched_ttt:
             learner = SequentialTTT(self.model, self.run, Dist(device=dist.device))
-        began, cost_so_far, reported_at = self.seconds(), 0.0, 0.0
+
+        started = self.seconds()
+        reported = 0.0
+        cost_so_far = 0.0
         for n, groups in enumerate(rounds):
             rest = [i for later in rounds[n:] for group in later for i in group]
-            seconds_per_token = self.seconds_per_token
             if cost_so_far:
-                seconds_per_token = (self.seconds() - began) / cost_so_far
-            if not self._has_time(self.static_costs[rest].sum(), seconds_per_token * costs[n]):
+                self.seconds_per_token = (self.seconds() - started) / cost_so_far
+            if not self._has_time(self.static_costs[rest].sum(), self.seconds_per_token * costs[n]):
                 self.degraded = len(rest)
                 line = "time is short: {degraded_documents} documents that have not begun are scored without adaptation"
                 self.log.event("time_short", line, degraded_documents=len(rest))
                 score_static(self.model, self.docs, rest, self.run, dist, self.table)
                 return
+
             self._score_group(groups[dist.rank], learner)
             cost_so_far += costs[n]
-            if self.seconds() - reported_at > 10:
-                reported_at = self.seconds()
-                eta = (reported_at - began) * (sum(costs) / cost_so_far - 1)
-                self._report(len(self.docs) - len(rest) + sum(map(len, groups)), reported_at, eta)
+            if self.seconds() - reported > 10:
+                reported = self.seconds()
+                eta = (reported - started) * (sum(costs) / cost_so_far - 1)
+                self._report(len(self.docs) - len(rest) + sum(map(len, groups)), reported, eta)
 
     def _score_group(self, group: Sequence[int], learner: SequentialTTT | None) -> None:
         if learner is not None:
@@ -3099,8 +3125,8 @@ class Evaluation:
             score_batched(self.model, self.docs, group, self.run, self.dist, self.table, self.learners_by_size)
 
     def _report(self, documents: int, seconds: float, eta: float) -> None:
-        here = self.table.counted > 0
-        bpb = self.table.nats.sum() / math.log(2) / self.docs.target_bytes()[here].sum()
+        begun = self.table.counted > 0
+        bpb = self.table.nats.sum() / math.log(2) / self.docs.target_bytes()[begun].sum()
         self.log.event(
             "adapted",
             "adapted documents:{documents_done}/{documents} bpb:{bpb:.4f} (of this rank's) "

@@ -1,4 +1,4 @@
-"""Every target is scored once, in its own context, and booked to its document, however the work is packed."""
+"""Every target is scored once, in its own context, and counted for its document, however the work is packed."""
 
 import math
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recorder import Recorder, random_gpt
 
 import train_gpt as g
 
@@ -34,36 +35,21 @@ def run_config(**knobs) -> g.RunConfig:
 
 @pytest.fixture(scope="module")
 def model() -> g.GPT:
-    """Every parameter away from its neutral start, so that every mechanism has an effect."""
-    random, model = torch.Generator().manual_seed(0), g.GPT(CONFIG)
-    for name, p in model.named_parameters():
-        start = p.detach() if g.param_role(name) == "scalar" else 0.0
-        p.data = start + 0.2 * torch.randn(p.shape, generator=random)
-    return model.requires_grad_(False)
+    return random_gpt(CONFIG).requires_grad_(False)
 
 
 def documents(*lengths: int, seed: int = 0) -> g.Documents:
-    """Random documents of so many tokens after BOS, one byte a token but none for BOS."""
+    """Random documents of so many tokens after BOS; a byte for every token but BOS."""
     random = np.random.default_rng(seed)
     tokens = np.concatenate([np.append(g.BOS, random.integers(2, 64, n)) for n in lengths]).astype(np.uint16)
     return g.split_documents(tokens, (tokens != g.BOS).astype(np.int64))
 
 
-class Recorder(g.ScoreTable):
-    """Keeps every target's nats, in the order of their booking."""
-
-    def __init__(self, docs):
-        super().__init__(docs)
-        self.by_document = [np.zeros(0) for _ in range(len(docs))]
-
-    def add(self, documents, nats):
-        super().add(documents, nats)
-        for i in np.unique(documents):
-            self.by_document[i] = np.append(self.by_document[i], nats[documents == i])
-
-
 def static(model, docs, chosen=None, dist=None, **knobs) -> list[np.ndarray]:
-    table, chosen = Recorder(docs), range(len(docs)) if chosen is None else chosen
+    """The nats of every document's targets; of all documents, unless some are chosen."""
+    table = Recorder(docs)
+    if chosen is None:
+        chosen = range(len(docs))
     g.score_static(model, docs, chosen, run_config(**knobs), dist or g.Dist(), table)
     return table.by_document
 
@@ -77,9 +63,9 @@ context_and_stride = st.integers(1, 40).flatmap(lambda c: st.tuples(st.just(c), 
 @given(length=places, cuts=st.lists(places), shape=context_and_stride)
 def test_every_input_is_scored_once_whatever_the_pieces(length, cuts, shape):
     edges = sorted({0, length, *(c for c in cuts if c < length)})
-    plan = [w for a, b in zip(edges, edges[1:], strict=False) for w in g.windows(7, a, b, *shape)]
-    assert [i for w in plan for i in range(w.first, w.end)] == list(range(length))
-    assert all(w.document == 7 and 0 <= w.start <= w.first < w.end <= w.start + shape[0] for w in plan)
+    wanted = [w for a, b in zip(edges, edges[1:], strict=False) for w in g.windows(7, a, b, *shape)]
+    assert [i for w in wanted for i in range(w.first, w.end)] == list(range(length))
+    assert all(w.document == 7 and 0 <= w.start <= w.first < w.end <= w.start + shape[0] for w in wanted)
 
 
 @given(length=places, longer=places, begin=places, shape=context_and_stride)
@@ -105,34 +91,36 @@ def test_no_input_loses_more_context_than_a_stride(length, shape):
 
 @given(lengths=st.lists(st.integers(1, 90), min_size=1, max_size=12), room=st.integers(CONTEXT, 150))
 def test_rows_hold_all_windows_in_order_and_waste_no_room(lengths, room):
-    plan = [w for i, n in enumerate(lengths) for w in g.windows(i, 0, n, CONTEXT, STRIDE)]
-    rows = g.fill_rows(plan, room)
+    wanted = [w for i, n in enumerate(lengths) for w in g.windows(i, 0, n, CONTEXT, STRIDE)]
+    rows = g.fill_rows(wanted, room)
     sizes = [[w.end - w.start for w in row] for row in rows]
-    assert [w for row in rows for w in row] == plan
+    assert [w for row in rows for w in row] == wanted
     assert all(sum(row) <= room for row in sizes)
     assert all(sum(row) + after[0] > room for row, after in zip(sizes, sizes[1:], strict=False))
 
 
 @given(lengths=st.lists(st.integers(0, 70), min_size=1, max_size=6), tokens=st.integers(CONTEXT, 150))
 def test_a_row_holds_its_windows_and_counts_their_targets_alone(lengths, tokens):
-    docs, run = documents(*lengths), run_config(micro_batch_tokens=tokens)
-    plan = [w for i, n in enumerate(docs.lengths) for w in g.windows(i, 0, int(n), CONTEXT, STRIDE)]
+    docs = documents(*lengths)
+    run = run_config(micro_batch_tokens=tokens)
+    wanted = [w for i, n in enumerate(docs.lengths) for w in g.windows(i, 0, int(n), CONTEXT, STRIDE)]
+    rows = g.fill_rows(wanted, tokens)
     seen = []
-    for row, (packed, owner, counted) in zip(
-        g.fill_rows(plan, tokens), g.local_rows(docs, plan, run, g.Dist()), strict=True
-    ):
-        bounds, size = [0, *packed.segments.ends.unique().tolist()], len(counted)
-        assert packed.tokens.shape == packed.targets.shape == (1, size) and bounds[0] == 0 and bounds[-1] == size
+    for row, (batch, owner, counted) in zip(rows, g.local_rows(docs, wanted, run, g.Dist()), strict=True):
+        size = len(counted)
+        bounds = [0, *batch.segments.ends.unique().tolist()]
+        assert batch.tokens.shape == batch.targets.shape == (1, size) and bounds[0] == 0 and bounds[-1] == size
         assert size <= tokens and max(np.diff(bounds)) <= CONTEXT
         for w, at in zip(row, bounds, strict=False):
-            here, text = slice(at, at + w.end - w.start), docs.span(w.document).tolist()
-            assert packed.tokens[0, here].tolist() == text[w.start : w.end]
-            assert packed.targets[0, here].tolist() == text[w.start + 1 : w.end + 1]
-            assert packed.segments.positions[here].tolist() == list(range(w.end - w.start))
+            here = slice(at, at + w.end - w.start)
+            text = docs.span(w.document).tolist()
+            assert batch.tokens[0, here].tolist() == text[w.start : w.end]
+            assert batch.targets[0, here].tolist() == text[w.start + 1 : w.end + 1]
+            assert batch.segments.positions[here].tolist() == list(range(w.end - w.start))
             assert counted[here].tolist() == [i >= w.first for i in range(w.start, w.end)]
             assert (owner[here] == w.document).all()
             seen += [(w.document, i) for i in range(w.first, w.end)]
-        assert counted.sum() == sum(w.end - w.first for w in row)  # padding counts for nobody
+        assert counted.sum() == sum(w.end - w.first for w in row), "padding does not count"
     assert seen == [(i, t) for i, n in enumerate(docs.lengths) for t in range(n)]
 
 
@@ -180,7 +168,7 @@ def test_only_the_chosen_documents_are_scored(model):
 # ---- the table --------------------------------------------------------------
 
 
-def test_a_complete_tally_is_accepted():
+def test_a_complete_table_is_accepted():
     docs = documents(3, 2)
     table = g.ScoreTable(docs)
     table.add(np.array([0, 1, 0, 0, 1, 0]), np.ones(6, np.float32))
@@ -188,13 +176,13 @@ def test_a_complete_tally_is_accepted():
 
 
 @pytest.mark.parametrize(
-    "booked",
+    "scored",
     [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 1, 1, 1], []],
     ids=["twice", "never", "one too many for one too few", "nothing"],
 )
-def test_a_target_counted_twice_or_never_is_refused(booked):
+def test_a_target_counted_twice_or_never_is_refused(scored):
     table = g.ScoreTable(documents(3, 2))
-    table.add(np.array(booked, np.int64), np.ones(len(booked), np.float32))
+    table.add(np.array(scored, np.int64), np.ones(len(scored), np.float32))
     with pytest.raises(AssertionError, match="not once each"):
         table.all_reduced(g.Dist())
 

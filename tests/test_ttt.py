@@ -1,4 +1,4 @@
-"""Test-time training: each system does what its knobs say, helps, and leaves nothing behind for the next document."""
+"""Test-time training: a system does what its knobs say, lowers the score, and leaves nothing to the next document."""
 
 import functools
 import gc
@@ -15,6 +15,7 @@ from graphs import pretend
 from hypothesis import given
 from hypothesis import strategies as st
 from masked import attend_seen, chunk_band
+from recorder import Recorder, random_gpt
 
 import train_gpt as g
 
@@ -73,11 +74,7 @@ def run_config(**knobs) -> g.RunConfig:
 
 
 def random_model() -> g.GPT:
-    """Every mechanism away from its neutral start."""
-    random, model = torch.Generator().manual_seed(0), g.GPT(CONFIG)
-    for name, p in model.named_parameters():
-        p.data = (p.detach() if g.param_role(name) == "scalar" else 0.0) + 0.2 * torch.randn(p.shape, generator=random)
-    return model
+    return random_gpt(CONFIG)
 
 
 def document(length: int, seed: int = 0, period: int = 5) -> list[int]:
@@ -93,26 +90,13 @@ def documents(*texts: list[int]) -> g.Documents:
 MIXED = documents(*(document(n, seed=n) for n in (45, 9, 34, 1, 0, 26)))
 
 
-class Recorder(g.ScoreTable):
-    """Keeps every target's nats in the order of their booking, and what `state` gives at each booking."""
-
-    def __init__(self, docs, state=lambda: None):
-        super().__init__(docs)
-        self.by_document, self.states, self.state = [np.zeros(0) for _ in range(len(docs))], [], state
-
-    def add(self, documents, nats):
-        super().add(documents, nats)
-        self.states.append(self.state())
-        for i in np.unique(documents):
-            self.by_document[i] = np.append(self.by_document[i], nats[documents == i])
-
-
 def evaluation(docs: g.Documents, dist=None, model=None, seconds=lambda: 0.0, **knobs) -> g.Evaluation:
     """An evaluation that records; what it says goes into `said`."""
     said = []
     log = g.Log(screen=said.append)
     made = g.Evaluation(model or random_model(), docs, run_config(**knobs), dist or g.Dist(), log, seconds)
-    made.table, made.said = Recorder(docs), said
+    made.table = Recorder(docs)
+    made.said = said
     return made
 
 
@@ -137,15 +121,17 @@ def static() -> Recorder:
 
 @pytest.fixture
 def steps(monkeypatch) -> list[SimpleNamespace]:
-    """Every step of adaptation: learning rates, gradients, and the tensors before and after."""
-    taken, step = [], g.TTTOptimizer.step
+    """Every step of adaptation: its learning rates, its gradients, and by how much it changed the tensors."""
+    taken = []
+    step = g.TTTOptimizer.step
 
     def watched(optimizer, tensors, grads, lr):
-        before, given = [t.detach().clone() for t in tensors], [x.clone() for x in grads]
+        before = [t.detach().clone() for t in tensors]
+        given = [x.clone() for x in grads]
         step(optimizer, tensors, grads, lr)
         change = [t.detach() - b for t, b in zip(tensors, before, strict=True)]
         lr = torch.zeros(len(given[0])) + lr
-        taken.append(SimpleNamespace(lr=lr, grads=given, before=before, change=change))
+        taken.append(SimpleNamespace(lr=lr, grads=given, change=change))
 
     monkeypatch.setattr(g.TTTOptimizer, "step", watched)
     return taken
@@ -170,12 +156,14 @@ def test_the_first_chunk_is_scored_by_the_artifact_alone(static, name):
 
 @pytest.mark.parametrize("name", [n for n in PER_DOCUMENT if n not in ("lora, adamw", "lora, sgd", "full, document")])
 def test_a_document_scores_the_same_alone_and_in_any_batch_or_order(name):
-    texts, knobs = [MIXED.span(i)[1:].tolist() for i in (0, 2)], SYSTEMS[name]
-    alone = [bits(score(documents(text, [7]), **knobs))[0] for text in ([t for t in x if t != g.BOS] for x in texts)]
-    small = dict(ttt_batch_docs=2) if "ttt_params" not in knobs else {}
+    knobs = SYSTEMS[name]
+    texts = [[t for t in MIXED.span(i).tolist() if t != g.BOS] for i in range(len(MIXED))]
+    alone = [bits(score(documents(texts[i], [7]), **knobs))[0] for i in (0, 2)]
     np.testing.assert_allclose(bits(of_mixed(name))[[0, 2]], alone, rtol=0, atol=1e-6)
-    turned = documents(*([t for t in MIXED.span(i)[1:].tolist() if t != g.BOS] for i in (3, 2, 5, 0, 1, 4)))
-    np.testing.assert_allclose(bits(score(turned, **knobs, **small))[[3, 1]], alone, rtol=0, atol=1e-6)
+
+    small = {} if "ttt_params" in knobs else dict(ttt_batch_docs=2)
+    reordered = documents(*(texts[i] for i in (3, 2, 5, 0, 1, 4)))
+    np.testing.assert_allclose(bits(score(reordered, **knobs, **small))[[3, 1]], alone, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw, beta1, decay"])
@@ -205,14 +193,15 @@ def test_a_stream_goes_on_learning_from_one_document_to_the_next(static):
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-6)
 
 
-# ---- against the plainest possible adaptation -------------------------------
+# ---- against a reference that is as plain as can be -------------------------
 
 
 class Kept:
-    """Attention over a whole document that puts the keys and values of earlier passes in place of the present ones."""
+    """Attention over a whole document with the keys and values that earlier chunks had when they were scored."""
 
     def __init__(self):
-        self.passes, self.calls = [[None, None] for _ in g.layer_plan(CONFIG, looping=True)], 0
+        self.passes = [[None, None] for _ in g.layer_plan(CONFIG, looping=True)]
+        self.calls = 0
 
     def __call__(self, q, k, v, _context):
         kept = self.passes[self.calls % len(self.passes)]
@@ -227,11 +216,13 @@ class Kept:
 
 
 def plain_lora(text: list[int], make_optimizer, epochs: int, clip: float) -> np.ndarray:
-    """One document, one adapter, torch's own optimizer: the meaning of chunked, score-first adaptation. A pass is over
-    the whole document so far, but keys and values of what came before the chunk are those of its time (`Kept`)."""
-    model, nats = random_model().requires_grad_(False), []
+    """One document, one adapter, torch's own optimizer: what chunked, score-first adaptation means. A pass is over the
+    whole document so far, with the keys and values that earlier chunks had in their time (`Kept`)."""
+    model = random_model().requires_grad_(False)
     adapter = g.Adapter(CONFIG, run_config(), 1, torch.device("cpu"))
-    optimizer, tokens = make_optimizer(adapter.tensors()), torch.tensor([[g.BOS, *text]])
+    optimizer = make_optimizer(adapter.tensors())
+    tokens = torch.tensor([[g.BOS, *text]])
+    nats = []
     for first in range(0, len(text), CHUNK):
         end = min(first + CHUNK, len(text))
         for epoch in range(epochs):
@@ -286,7 +277,9 @@ def test_a_cache_holds_what_a_chunk_may_see_whatever_the_chunks_size(monkeypatch
 
 def plain_full(text: list[int], chunk: int, epochs: int, lr: float, momentum: float) -> np.ndarray:
     """The same for the whole model, whose chunks are scored in windows."""
-    model, nats, end = random_model(), [], 0
+    model = random_model()
+    nats = []
+    end = 0
     kinds = {n: n.split(".")[-2] if n.endswith(".weight") else "" for n, _ in model.named_parameters()}
     factors = {"q": 0.5, "k": 0.5, "v": 0.5, "up": 0.5, "down": 3.0}
     optimizer = torch.optim.SGD(
@@ -326,20 +319,26 @@ def digest(tensors) -> str:
 
 
 def states(docs: g.Documents, monkeypatch, **knobs) -> tuple[list[np.ndarray], list[str]]:
-    """Scores of the first document, alone, and a digest of all that adapts as each chunk is booked."""
-    adapters, model, run, plain = [], random_model(), run_config(**knobs), g.Adapter
+    """Scores of the first document, alone, and a digest of all that adapts, taken when each chunk is counted."""
+    model = random_model()
+    run = run_config(**knobs)
+    adapters = []
+    plain = g.Adapter
 
     def remembered(*arguments):
         adapters.append(plain(*arguments))
         return adapters[-1]
 
-    monkeypatch.setattr(g, "Adapter", remembered)
-    table = Recorder(docs, lambda: digest([t[:1] for t in adapters[-1].tensors()] if adapters else model.parameters()))
-    if run.batched_ttt:
-        g.score_batched(model, docs, [0], run, g.Dist(), table)
-    else:
-        g.score_sequentially(g.SequentialTTT(model, run, g.Dist()), docs, [0], table)
-    monkeypatch.setattr(g, "Adapter", plain)
+    def what_adapts() -> str:
+        return digest([t[:1] for t in adapters[-1].tensors()] if adapters else model.parameters())
+
+    table = Recorder(docs, what_adapts)
+    with monkeypatch.context() as patched:
+        patched.setattr(g, "Adapter", remembered)
+        if run.batched_ttt:
+            g.score_batched(model, docs, [0], run, g.Dist(), table)
+        else:
+            g.score_sequentially(g.SequentialTTT(model, run, g.Dist()), docs, [0], table)
     return table.by_document[0], table.states
 
 
@@ -453,11 +452,8 @@ def changes_of_full(steps, **knobs) -> dict[str, torch.Tensor]:
     score(documents(document(2 * CHUNK)), **run)
     names = [n for n, _ in random_model().named_parameters()]
     frozen = tuple(f"blocks.{i}." for i in range(run["ttt_freeze_blocks"]))
-    return (
-        dict(zip((n for n in names if not n.startswith(frozen)), steps[0].change, strict=True))
-        if frozen
-        else dict(zip(names, steps[0].change, strict=True))
-    )
+    learning = [n for n in names if not n.startswith(frozen)]
+    return dict(zip(learning, steps[0].change, strict=True))
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
@@ -549,19 +545,47 @@ def test_a_document_that_went_astray_leaves_nothing_behind():
     assert torch.equal(learner.score(tokens, tokens, to_learn=False).nats, first.nats)
 
 
+@pytest.mark.parametrize("chunk", [3, 4, 11])
+def test_a_cache_holds_the_newest_tokens_while_it_grows_and_wraps_round(monkeypatch, chunk):
+    monkeypatch.setattr(g.KVCache, "SMALLEST", 4)
+    cache = g.KVCache(CONFIG, 2, 10, torch.device("cpu"))
+    tokens = torch.zeros(2, chunk, dtype=torch.int64)
+    sizes = []
+    for first in range(0, 7 * chunk, chunk):
+        cache.make_room(chunk)
+        sizes.append(cache.size)
+        filled = min(first, cache.size)
+        assert cache.context(chunk).mask[:, : cache.size].sum(1).tolist() == [filled] * chunk
+        for t in range(first - filled, first):
+            assert all((buffer[..., t % cache.size, :] == t).all() for buffer in cache.buffers)
+
+        shape = (2, 2, CONFIG.num_kv_heads, chunk, CONFIG.head_dim)
+        new_kv = torch.arange(first, first + chunk)[:, None].expand(shape).float()  # every number is its position
+        cache.append(tokens, [new_kv] * len(cache.buffers))
+        cache.position += chunk
+    assert sizes[-1] == 10 and set(sizes) <= {4, 8, 10} and cache.position == cache.position_on_device
+
+
 @given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=20), chunk=st.integers(1, 16))
 def test_documents_run_together_until_each_has_ended(lengths, chunk):
     """Every chunk of every document is run; rows are dropped by halves, in the order they had."""
     lengths = np.array(lengths)
-    asked, held, previous = [], [[] for _ in lengths], np.arange(len(lengths))
-    for step in g.chunk_steps(len(lengths), chunk, lambda rows, first: asked.append(first) or lengths[rows] > first):
+    previous = np.arange(len(lengths))
+    held = [[] for _ in lengths]
+    asked = []
+
+    def goes_on(rows: np.ndarray, first: int) -> np.ndarray:
+        asked.append(first)
+        return lengths[rows] > first
+
+    for step in g.chunk_steps(len(lengths), chunk, goes_on):
         if step.kept is not None:
             assert (step.rows == previous[step.kept]).all() and len(step.rows) <= len(previous) // 2
         going = lengths[step.rows] > step.first
         assert len(step.rows) == 1 or going.sum() > len(step.rows) // 2
         for i in step.rows[going]:
             held[i].append(step.first)
-        assert asked[-1] == step.first, "it is asked of a step when those before are done"
+        assert asked[-1] == step.first, "a step is asked about when those before it are done"
         previous = step.rows
     assert held == [list(range(0, n, chunk)) for n in lengths]
 
@@ -570,17 +594,18 @@ def test_documents_run_together_until_each_has_ended(lengths, chunk):
 
 
 def clock(calls: int):
-    """Time stands still for so many questions, then all is over."""
+    """A clock that stands still for so many calls; then the time is up."""
     asked = iter([0.0] * calls)
     return lambda: next(asked, 1e9)
 
 
 @pytest.mark.parametrize("name", ["lora, adamw", "full, document"])
 def test_documents_that_have_not_begun_in_time_are_scored_as_they_are(static, name):
-    knobs, seen = SYSTEMS[name] | dict(eval_seconds=10.0), set()
+    knobs = SYSTEMS[name] | dict(eval_seconds=10.0)
     if "lora" in name:
-        knobs = knobs | dict(ttt_batch_docs=1)
+        knobs |= dict(ttt_batch_docs=1)
     adapted = of_mixed(name)
+    seen = set()
     for calls in (0, 5, 9, 10_000):
         late = evaluation(MIXED, seconds=clock(calls), **knobs)
         table = late.score()  # refuses a target that is missing or twice
@@ -717,7 +742,8 @@ def replays(monkeypatch):
 @pytest.mark.usefixtures("replays")
 def test_what_a_step_reads_lies_aligned_from_the_first_chunk_on(monkeypatch):
     """Triton compiles anew for what is not, and cannot while a graph is captured; chunks of one document are slices."""
-    found, scored = [], g.BatchedTTT._score
+    found = []
+    scored = g.BatchedTTT._score
 
     @functools.wraps(scored)
     def watched(self, tokens, targets):
@@ -725,7 +751,8 @@ def test_what_a_step_reads_lies_aligned_from_the_first_chunk_on(monkeypatch):
         return scored(self, tokens, targets)
 
     monkeypatch.setattr(g.BatchedTTT, "_score", watched)
-    docs, run = documents(document(90)), run_config(**LORA)
+    docs = documents(document(90))
+    run = run_config(**LORA)
     g.score_batched(random_model().requires_grad_(False), docs, [0], run, g.Dist(), g.ScoreTable(docs))
     assert len(found) >= 4 and not any(found[:-2])  # of the last chunk nothing is learned: it runs as it is
 
@@ -733,14 +760,14 @@ def test_what_a_step_reads_lies_aligned_from_the_first_chunk_on(monkeypatch):
 def test_what_is_captured_is_freed_at_once():
     """Not when Python next looks for cycles: a graph that is freed while another is captured ends that capture."""
     docs = documents(document(30), document(20, seed=2), document(10, seed=3))
-    run, learners = run_config(**LORA), {}
+    model = random_model().requires_grad_(False)
+    run = run_config(**LORA)
+    learners = {}
     gc.disable()
     try:
-        g.score_batched(random_model().requires_grad_(False), docs, [0, 1], run, g.Dist(), g.ScoreTable(docs), learners)
+        g.score_batched(model, docs, [0, 1], run, g.Dist(), g.ScoreTable(docs), learners)
         held = [weakref.ref(learner) for learner in learners.values()]
-        g.score_batched(
-            random_model().requires_grad_(False), docs, [0, 1, 2], run, g.Dist(), g.ScoreTable(docs), learners
-        )
+        g.score_batched(model, docs, [0, 1, 2], run, g.Dist(), g.ScoreTable(docs), learners)
         assert len(held) == 2 and not any(learner() for learner in held)
     finally:
         gc.enable()
@@ -748,10 +775,8 @@ def test_what_is_captured_is_freed_at_once():
 
 @pytest.mark.gpu
 def test_adaptation_repeats_to_the_last_bit_on_a_gpu():
-    docs, run = (
-        documents(*(document(n, seed=n) for n in (900, 410, 300))),
-        run_config(**LORA, eval_seq_len=512, micro_batch_tokens=512),
-    )
+    docs = documents(*(document(n, seed=n) for n in (900, 410, 300)))
+    run = run_config(**LORA, eval_seq_len=512, micro_batch_tokens=512)
 
     def go() -> np.ndarray:
         table = g.ScoreTable(docs)
@@ -766,17 +791,18 @@ def test_adaptation_repeats_to_the_last_bit_on_a_gpu():
 def test_replayed_steps_are_those_that_were_captured(request, name):
     """Whatever changes from chunk to chunk lies in memory that a graph reads again; documents end at different times,
     and a second group reuses the graphs of the first."""
-    docs, run = documents(*(document(n, seed=n) for n in (90, 41, 88, 23))), run_config(**SYSTEMS[name])
+    docs = documents(*(document(n, seed=n) for n in (90, 41, 88, 23)))
+    run = run_config(**SYSTEMS[name])
     model = random_model().requires_grad_(False)
 
     def go() -> list[list[float]]:
-        learners, table = {}, Recorder(docs)
+        learners = {}
+        table = Recorder(docs)
         for group in ([0, 1], [2, 3]):
             g.score_batched(model, docs, group, run, g.Dist(), table, learners)
         return [nats.tolist() for nats in table.by_document]
 
     expected, replays = go(), request.getfixturevalue("replays")
     assert go() == expected
-    assert len(replays) >= 6 and not any(
-        graph.fresh for graph in replays
-    )  # of score, learn and advance; for 2 rows and for 1
+    assert len(replays) >= 6, "of score, learn and advance, for 2 rows and for 1"
+    assert not any(graph.fresh for graph in replays)
