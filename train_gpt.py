@@ -3706,57 +3706,116 @@ def part_bytes(path: Path) -> dict[str, int]:
 
 
 # ======================================================================================================================
-# Appendix: Triton kernels, where plain torch would read and write too often. A reference of each stands by the model.
+# Appendix: Triton kernels, where plain torch would read and write memory too often.
+#
+# What each kernel computes is said by its reference, which stands beside the model code that uses it.
+
+if triton:
+    jit = triton.jit
+    constant = tl.constexpr
+else:  # the kernels are still defined, but nothing calls them
+
+    def jit(kernel: Callable) -> Callable:
+        return kernel
+
+    constant = float
 
 
-# Attention works on a packed row, from projections to what goes into the output matrix. A tile of queries walks over
-# the keys from the start of its first query's segment to itself, a tile of keys over the queries up to the end of its
-# last key's segment. Flash attention, Dao et al. 2022 and 2023 (arXiv 2205.14135, 2307.08691). A row of `qkv` holds H
-# queries, K keys and K values; `qk` holds queries and keys that are normalised, turned by their position and scaled;
-# lse: logarithm to base 2 of a query's sum of exponentials, (H, N) fp32. `row`, `query`, `key`: a tile's tokens, (64,).
-
-jit, constant = (triton.jit, tl.constexpr) if triton else (lambda kernel: kernel, float)
+MASKED = constant(-1e30)  # score of a masked pair: as good as -inf, but a difference of two of them is no NaN
+LOG2_E = constant(math.log2(math.e))
 
 
-TINY, LOG2_E = constant(-1e30), constant(math.log2(math.e))  # TINY: a score that counts for nothing, yet no infinity
+# ---- Attention kernels ----
+#
+# FlashAttention-2 (Dao, arXiv 2307.08691) on a packed row of N tokens, together with what surrounds attention in the
+# model: QK norm, RoPE and gain before it, XSA and the gate after it.
+#
+# Tiling: a program owns a tile of 64 queries of one head and loops over tiles of 64 keys. Scores live in registers
+# only. For every query it keeps the maximum of the scores so far, the sum of their exponentials and the output before
+# division by that sum, and rescales sum and output whenever the maximum grows (online softmax).
+#
+# Segments: a query attends to tokens of its own segment, up to itself. So a tile of queries loops over keys from the
+# start of its first query's segment to its own last token; in the backward pass a tile of keys loops over queries from
+# its own first token to the end of its last key's segment. Most tiles on the way need no mask.
+#
+#     forward:  qk_norm_rope_kernel                qkv -> qk
+#               attention_forward_kernel           qk, values -> y, lse, out
+#     backward: attention_output_backward_kernel   d_out -> d_y, d_gate, delta, XSA's share of the gradient of values
+#               attention_query_backward_kernel    d_y, delta -> gradient of the queries in qk
+#               attention_kv_backward_kernel       d_y, delta -> gradients of the keys in qk, and of values
+#               qk_norm_rope_kernel                gradient of qk -> gradients of queries and keys in qkv, d_gain
+#
+# Backward, probabilities are computed again from `lse`, and every number is written by one program: without atomic
+# additions, results repeat to the last bit.
+#
+#     qkv     (N, (H + 2 K) h)   projections: queries, keys and values of all heads side by side
+#     qk      (N, (H + K) h)     queries and keys after norm, RoPE and gain
+#     y, out  (N, H h)           outputs of attention: as they are, and after XSA and gate
+#     lse     (H, N) fp32        log2 of the sum of the exponentials of a query's scores
+#     delta   (H, N) fp32        sum(y * d_y) of a query: what softmax's gradient subtracts
+#
+# Scores are in units of log 2, since a GPU computes powers of 2 faster than of e: the factor is part of the gain. In
+# comments, 64 stands for TILE; in names of kernel arguments, `heads` is H, `kv_heads` K, `width` h, `half` half of the
+# dimensions that RoPE rotates, and `tokens` N.
+
+TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the launch options below
+TILE = constant(TILE_TOKENS)  # for kernels, which may read constants only
+
+ONE_PASS_LAUNCH = dict(num_warps=8)  # kernels that read their input once
 
 
-TILE_TOKENS, TILE = 64, constant(64)  # the fastest of those tried on an H200, as are the launches below
+def attention_launch(width: int) -> dict[str, int]:
+    """Options of kernels that loop over tiles. Wide heads leave less shared memory for tiles fetched ahead (stages)."""
+    return dict(num_warps=4, num_stages=3 if width < 128 else 2)
+
+
+def score_scale(width: int) -> float:
+    """The factor h^-0.5 of attention scores, in units of log 2."""
+    return math.log2(math.e) * width**-0.5
 
 
 @jit
-def load_tile(ptr, row, tokens, heads: tl.constexpr, head, width: tl.constexpr):
-    """Rows of one head of a matrix (N, heads * width): a tile (64, width), zeros beyond row N."""
-    at = (row[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
-    return tl.load(ptr + at, row[:, None] < tokens, 0.0)
+def load_tile(ptr, rows, tokens, heads: tl.constexpr, head, width: tl.constexpr):
+    """Rows (64,) of one head of a matrix (N, heads * width) -> tile (64, width), zeros beyond row N."""
+    offsets = (rows[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
+    return tl.load(ptr + offsets, rows[:, None] < tokens, 0.0)
 
 
 @jit
-def store_tile(ptr, tile, row, tokens, heads: tl.constexpr, head, width: tl.constexpr):
-    at = (row[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
-    tl.store(ptr + at, tile.to(ptr.dtype.element_ty), row[:, None] < tokens)
+def store_tile(ptr, tile, rows, tokens, heads: tl.constexpr, head, width: tl.constexpr):
+    """The inverse of `load_tile`; rows beyond N are not written."""
+    offsets = (rows[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), rows[:, None] < tokens)
 
 
 @jit
-def turned(
+def apply_rope_tile(
     x,
     ptr,
-    row,
+    rows,
     tokens,
     heads: tl.constexpr,
     head,
     cos_ptr,
     sin_ptr,
-    way: tl.constexpr,
+    direction: tl.constexpr,
     width: tl.constexpr,
     half: tl.constexpr,
 ):
-    """The tile x, which lies at `ptr`, with the pairs (i, i + half) turned by their token's angles; way -1: back."""
-    row, d = row[:, None], tl.arange(0, width)[None, :]
-    turns, lower = (row < tokens) & (d < 2 * half), d < half
-    at, angle = (row * heads + head) * width + tl.where(lower, d + half, d - half), tl.where(lower, d, d - half)
-    cos, sin = tl.load(cos_ptr + row * half + angle, turns, 1.0), tl.load(sin_ptr + row * half + angle, turns, 0.0)
-    return x * cos + tl.where(lower, -way, way) * sin * tl.load(ptr + at, turns, 0.0).to(tl.float32)
+    """Rotate the pairs (i, i + half) of each row of x (64, width) by its token's angles; back if `direction` is -1.
+
+    x was loaded from `ptr`, where each column finds the other one of its pair: a tile in registers has no indices."""
+    rows = rows[:, None]  # (64, 1)
+    cols = tl.arange(0, width)[None, :]  # (1, width)
+    rotates = (rows < tokens) & (cols < 2 * half)  # (64, width)
+    is_first = cols < half
+    partner = (rows * heads + head) * width + tl.where(is_first, cols + half, cols - half)
+    angle = tl.where(is_first, cols, cols - half)
+
+    cos = tl.load(cos_ptr + rows * half + angle, rotates, 1.0)
+    sin = tl.load(sin_ptr + rows * half + angle, rotates, 0.0)
+    sign = tl.where(is_first, -direction, direction)
+    return x * cos + sign * sin * tl.load(ptr + partner, rotates, 0.0).to(tl.float32)
 
 
 @jit
@@ -3765,47 +3824,58 @@ def qk_norm_rope_kernel(
     gain_ptr,
     cos_ptr,
     sin_ptr,
-    qk_ptr,
+    qk_ptr,  # in the backward pass its gradient, an input
     d_qkv_ptr,
     d_gain_ptr,
     tokens,
-    back: tl.constexpr,
+    backward: tl.constexpr,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     width: tl.constexpr,
     half: tl.constexpr,
 ):
-    """Queries and keys: normalised, turned, times the gain of their head. Back: from the gradient of qk to qkv's."""
-    row, head = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1)
-    x = load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)
-    factor, gain = tl.rsqrt(tl.sum(x * x, 1) / width + 1e-6)[:, None], tl.load(gain_ptr + head)
-    if back:
-        d_y = load_tile(qk_ptr, row, tokens, heads + kv_heads, head, width).to(tl.float32)
-        d_n = turned(d_y, qk_ptr, row, tokens, heads + kv_heads, head, cos_ptr, sin_ptr, -1, width, half)
-        along = tl.sum(d_n * x * factor, 1)
+    """Queries and keys: RMSNorm, RoPE, the gain of the head. Backward: from the gradient of qk to those of qkv and of
+    the gain, of which every program writes its sum over 64 tokens.
+
+    Rotation keeps lengths, so that the forward pass may rotate first and read pairs from qkv."""
+    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (64,)
+    head = tl.program_id(1)
+    x = load_tile(qkv_ptr, rows, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)  # (64, width)
+    inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / width + 1e-6)[:, None]  # (64, 1)
+    gain = tl.load(gain_ptr + head)
+
+    if backward:
+        d_y = load_tile(qk_ptr, rows, tokens, heads + kv_heads, head, width).to(tl.float32)
+        d_normed = apply_rope_tile(
+            d_y, qk_ptr, rows, tokens, heads + kv_heads, head, cos_ptr, sin_ptr, -1, width, half
+        )  # without the gain
+        along = tl.sum(d_normed * x * inverse_rms, 1)  # (64,)
         tl.store(d_gain_ptr + tl.program_id(0) * (heads + kv_heads) + head, tl.sum(along, 0))
-        d_x = (d_n - x * factor * (along / width)[:, None]) * factor * gain
-        store_tile(d_qkv_ptr, d_x, row, tokens, heads + 2 * kv_heads, head, width)
+        d_x = (d_normed - x * inverse_rms * (along / width)[:, None]) * inverse_rms * gain
+        store_tile(d_qkv_ptr, d_x, rows, tokens, heads + 2 * kv_heads, head, width)
     else:
-        y = turned(x, qkv_ptr, row, tokens, heads + 2 * kv_heads, head, cos_ptr, sin_ptr, 1, width, half)
-        store_tile(qk_ptr, y * factor * gain, row, tokens, heads + kv_heads, head, width)
+        y = apply_rope_tile(x, qkv_ptr, rows, tokens, heads + 2 * kv_heads, head, cos_ptr, sin_ptr, 1, width, half)
+        store_tile(qk_ptr, y * inverse_rms * gain, rows, tokens, heads + kv_heads, head, width)
 
 
 @jit
-def scores(q, k, positions_ptr, first_query, first_key, tokens):
-    """Scores of queries and keys, (64, h) twice -> (64, 64), in units of log 2. Only where a tile may hold what is not
-    seen, which counts for nothing, is it looked for."""
-    s, last = tl.dot(q, tl.trans(k)), tl.minimum(first_query + TILE, tokens) - 1
-    if (first_key + TILE > first_query) | (first_key < last - tl.load(positions_ptr + last)):
-        query, key = first_query + tl.arange(0, TILE), first_key + tl.arange(0, TILE)
-        begin = query - tl.load(positions_ptr + query, query < tokens, 0)
-        s = tl.where((key[None, :] <= query[:, None]) & (key[None, :] >= begin[:, None]), s, TINY)
+def masked_scores(q, k, positions_ptr, first_query, first_key, tokens):
+    """Queries and keys (64, h) from `first_query` and `first_key` on -> scores (64, 64) in units of log 2.
+
+    Only a tile that crosses the diagonal, or the start of its last query's segment, has anything to mask."""
+    s = tl.dot(q, tl.trans(k))
+    last_query = tl.minimum(first_query + TILE, tokens) - 1
+    if (first_key + TILE > first_query) | (first_key < last_query - tl.load(positions_ptr + last_query)):
+        query = first_query + tl.arange(0, TILE)
+        key = first_key + tl.arange(0, TILE)
+        segment_start = query - tl.load(positions_ptr + query, query < tokens, 0)
+        s = tl.where((key[None, :] <= query[:, None]) & (key[None, :] >= segment_start[:, None]), s, MASKED)
     return s
 
 
 @jit
-def direction(v):
-    """Values (64, h) at length 1, and what they were divided by (64, 1)."""
+def normalise(v):
+    """Values (64, h) -> unit vectors (64, h), and the lengths they were divided by (64, 1)."""
     v = v.to(tl.float32)
     length = tl.sqrt(tl.maximum(tl.sum(v * v, 1), 1e-24))[:, None]
     return v / length, length
@@ -3821,38 +3891,50 @@ def attention_forward_kernel(
     out_ptr,
     lse_ptr,
     tokens,
-    exclusive: tl.constexpr,
+    xsa: tl.constexpr,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     width: tl.constexpr,
 ):
-    """What attention gives, y, and out: y without its part along the token's own value, times the gate of its head."""
-    first, head = tl.program_id(0) * TILE, tl.program_id(1)
-    row, key_head = first + tl.arange(0, TILE), heads + head // (heads // kv_heads)
-    q = load_tile(qk_ptr, row, tokens, heads + kv_heads, head, width)
-    most, total = tl.full([TILE], TINY, tl.float32), tl.zeros([TILE], tl.float32)
+    """y, lse and out of a tile of queries of one head.
+
+    As long as all keys of a query were masked, its sum and its y hold garbage; its first true score, at the latest that
+    of its own key, rescales them by exp2(MASKED - score) = 0."""
+    first_query = tl.program_id(0) * TILE
+    head = tl.program_id(1)
+    query = first_query + tl.arange(0, TILE)  # (64,)
+    key_head = heads + head // (heads // kv_heads)
+    q = load_tile(qk_ptr, query, tokens, heads + kv_heads, head, width)  # (64, h)
+
+    row_max = tl.full([TILE], MASKED, tl.float32)
+    row_sum = tl.zeros([TILE], tl.float32)
     y = tl.zeros([TILE, width], tl.float32)
-    for start in range(first - tl.load(positions_ptr + first), tl.minimum(first + TILE, tokens), TILE):
-        key = start + tl.arange(0, TILE)
+    segment_start = first_query - tl.load(positions_ptr + first_query)
+    for first_key in range(segment_start, tl.minimum(first_query + TILE, tokens), TILE):
+        key = first_key + tl.arange(0, TILE)
         k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
         v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
-        s = scores(q, k, positions_ptr, first, start, tokens)
-        higher = tl.maximum(most, tl.max(s, 1))
-        p, shrink = tl.exp2(s - higher[:, None]), tl.exp2(most - higher)
-        total, most = total * shrink + tl.sum(p, 1), higher
-        y = y * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-    y = y / total[:, None]
-    tl.store(lse_ptr + head * tokens + row, most + tl.log2(total), row < tokens)
-    store_tile(y_ptr, y, row, tokens, heads, head, width)
-    if exclusive:
-        own, _ = direction(load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, key_head + kv_heads, width))
-        y -= tl.sum(y * own, 1)[:, None] * own
-    gate = tl.load(gate_ptr + row * heads + head, row < tokens, 0.0).to(tl.float32)
-    store_tile(out_ptr, y * gate[:, None], row, tokens, heads, head, width)
+        s = masked_scores(q, k, positions_ptr, first_query, first_key, tokens)  # (64 queries, 64 keys)
+        new_max = tl.maximum(row_max, tl.max(s, 1))
+        p = tl.exp2(s - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, 1)
+        row_max = new_max
+        y = y * rescale[:, None] + tl.dot(p.to(v.dtype), v)
+    y = y / row_sum[:, None]
+    tl.store(lse_ptr + head * tokens + query, row_max + tl.log2(row_sum), query < tokens)
+    store_tile(y_ptr, y, query, tokens, heads, head, width)
+
+    if xsa:
+        v = load_tile(qkv_ptr, query, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
+        unit_value, _ = normalise(v)
+        y -= tl.sum(y * unit_value, 1)[:, None] * unit_value
+    gate = tl.load(gate_ptr + query * heads + head, query < tokens, 0.0).to(tl.float32)  # (64,)
+    store_tile(out_ptr, y * gate[:, None], query, tokens, heads, head, width)
 
 
 @jit
-def attention_output_kernel(
+def attention_output_backward_kernel(
     qkv_ptr,
     gate_ptr,
     y_ptr,
@@ -3860,77 +3942,88 @@ def attention_output_kernel(
     d_y_ptr,
     d_gate_ptr,
     d_qkv_ptr,
-    drift_ptr,
+    delta_ptr,
     tokens,
-    exclusive: tl.constexpr,
+    xsa: tl.constexpr,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Back from out to y, to the gates and to the own values; also a query's drift, sum(y * d_y)."""
-    row, kv_head = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.program_id(1)
-    group, value = heads // kv_heads, heads + kv_heads + kv_head
-    own, length = direction(load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, value, width))
-    d_own = tl.zeros([TILE, width], tl.float32)
+    """From d_out to d_y, d_gate and delta, for 64 tokens and the query heads that share a key/value head. Of d_qkv, it
+    writes the columns of values: their gradient through XSA, to which `attention_kv_backward_kernel` adds."""
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (64,)
+    kv_head = tl.program_id(1)
+    group = heads // kv_heads
+    value_head = heads + kv_heads + kv_head
+    unit_value, length = normalise(load_tile(qkv_ptr, token, tokens, heads + 2 * kv_heads, value_head, width))
+    d_unit_value = tl.zeros([TILE, width], tl.float32)
+
     for head in range(kv_head * group, (kv_head + 1) * group):
-        y = load_tile(y_ptr, row, tokens, heads, head, width).to(tl.float32)
-        d_y = load_tile(d_out_ptr, row, tokens, heads, head, width).to(tl.float32)
-        gate = tl.load(gate_ptr + row * heads + head, row < tokens, 0.0).to(tl.float32)[:, None]
-        d_gate = tl.sum(y * d_y, 1)
-        if exclusive:
-            along, d_along = tl.sum(y * own, 1), tl.sum(d_y * own, 1)
+        y = load_tile(y_ptr, token, tokens, heads, head, width).to(tl.float32)  # (64, h)
+        d_y = load_tile(d_out_ptr, token, tokens, heads, head, width).to(tl.float32)  # so far without XSA and gate
+        gate = tl.load(gate_ptr + token * heads + head, token < tokens, 0.0).to(tl.float32)[:, None]  # (64, 1)
+        d_gate = tl.sum(y * d_y, 1)  # (64,)
+        if xsa:
+            along = tl.sum(y * unit_value, 1)  # (64,)
+            d_along = tl.sum(d_y * unit_value, 1)
             d_gate -= along * d_along
-            d_own -= gate * (d_along[:, None] * y + along[:, None] * d_y)
-            d_y -= d_along[:, None] * own
-        d_y = (d_y * gate).to(d_y_ptr.dtype.element_ty).to(tl.float32)  # as the other kernels will see it
-        tl.store(d_gate_ptr + row * heads + head, d_gate.to(gate_ptr.dtype.element_ty), row < tokens)
-        tl.store(drift_ptr + head * tokens + row, tl.sum(y * d_y, 1), row < tokens)
-        store_tile(d_y_ptr, d_y, row, tokens, heads, head, width)
-    d_own = (d_own - tl.sum(d_own * own, 1)[:, None] * own) / length
-    store_tile(d_qkv_ptr, d_own, row, tokens, heads + 2 * kv_heads, value, width)
+            d_unit_value -= gate * (d_along[:, None] * y + along[:, None] * d_y)
+            d_y -= d_along[:, None] * unit_value
+        d_y = (d_y * gate).to(d_y_ptr.dtype.element_ty).to(tl.float32)  # rounded as the next kernels will read it
+
+        tl.store(d_gate_ptr + token * heads + head, d_gate.to(gate_ptr.dtype.element_ty), token < tokens)
+        tl.store(delta_ptr + head * tokens + token, tl.sum(y * d_y, 1), token < tokens)
+        store_tile(d_y_ptr, d_y, token, tokens, heads, head, width)
+
+    d_v = (d_unit_value - tl.sum(d_unit_value * unit_value, 1)[:, None] * unit_value) / length
+    store_tile(d_qkv_ptr, d_v, token, tokens, heads + 2 * kv_heads, value_head, width)
 
 
 @jit
-def attention_query_kernel(
+def attention_query_backward_kernel(
     qk_ptr,
     qkv_ptr,
     lse_ptr,
     positions_ptr,
     d_y_ptr,
-    drift_ptr,
+    delta_ptr,
     d_qk_ptr,
     tokens,
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Gradients of a tile of queries."""
-    first, head = tl.program_id(0) * TILE, tl.program_id(1)
-    row, key_head = first + tl.arange(0, TILE), heads + head // (heads // kv_heads)
-    q = load_tile(qk_ptr, row, tokens, heads + kv_heads, head, width)
-    d_y = load_tile(d_y_ptr, row, tokens, heads, head, width)
-    lse = tl.load(lse_ptr + head * tokens + row, row < tokens, 0.0)
-    drift = tl.load(drift_ptr + head * tokens + row, row < tokens, 0.0)
+    """Gradient of a tile of queries of one head."""
+    first_query = tl.program_id(0) * TILE
+    head = tl.program_id(1)
+    query = first_query + tl.arange(0, TILE)  # (64,)
+    key_head = heads + head // (heads // kv_heads)
+    q = load_tile(qk_ptr, query, tokens, heads + kv_heads, head, width)  # (64, h)
+    d_y = load_tile(d_y_ptr, query, tokens, heads, head, width)
+    lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 0.0)  # (64,)
+    delta = tl.load(delta_ptr + head * tokens + query, query < tokens, 0.0)
+
     d_q = tl.zeros([TILE, width], tl.float32)
-    for start in range(first - tl.load(positions_ptr + first), tl.minimum(first + TILE, tokens), TILE):
-        key = start + tl.arange(0, TILE)
+    segment_start = first_query - tl.load(positions_ptr + first_query)
+    for first_key in range(segment_start, tl.minimum(first_query + TILE, tokens), TILE):
+        key = first_key + tl.arange(0, TILE)
         k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
         v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
-        p = tl.exp2(scores(q, k, positions_ptr, first, start, tokens) - lse[:, None])
-        d_s = p * (tl.dot(d_y, tl.trans(v)) - drift[:, None])
+        p = tl.exp2(masked_scores(q, k, positions_ptr, first_query, first_key, tokens) - lse[:, None])  # (64, 64)
+        d_s = p * (tl.dot(d_y, tl.trans(v)) - delta[:, None])
         d_q += tl.dot(d_s.to(k.dtype), k)
-    store_tile(d_qk_ptr, d_q / LOG2_E, row, tokens, heads + kv_heads, head, width)
+    store_tile(d_qk_ptr, d_q / LOG2_E, query, tokens, heads + kv_heads, head, width)
 
 
 @jit
-def attention_key_kernel(
+def attention_kv_backward_kernel(
     qk_ptr,
     qkv_ptr,
     lse_ptr,
     positions_ptr,
     ends_ptr,
     d_y_ptr,
-    drift_ptr,
+    delta_ptr,
     d_qk_ptr,
     d_qkv_ptr,
     tokens,
@@ -3938,77 +4031,105 @@ def attention_key_kernel(
     kv_heads: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Gradients of a tile of keys and values, from all query heads that share them; values have some already."""
-    first, kv_head, group = tl.program_id(0) * TILE, tl.program_id(1), heads // kv_heads
-    row, key_head, value = first + tl.arange(0, TILE), heads + kv_head, heads + kv_heads + kv_head
-    k = load_tile(qk_ptr, row, tokens, heads + kv_heads, key_head, width)
-    v = load_tile(qkv_ptr, row, tokens, heads + 2 * kv_heads, value, width)
-    d_k, d_v = tl.zeros([TILE, width], tl.float32), tl.zeros([TILE, width], tl.float32)
-    end = tl.load(ends_ptr + tl.minimum(first + TILE, tokens) - 1)
+    """Gradients of a tile of keys and values of one key/value head, summed over the query heads that share it. Of the
+    values, d_qkv holds the gradient through XSA already."""
+    first_key = tl.program_id(0) * TILE
+    kv_head = tl.program_id(1)
+    group = heads // kv_heads
+    key = first_key + tl.arange(0, TILE)  # (64,)
+    key_head = heads + kv_head
+    value_head = heads + kv_heads + kv_head
+    k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)  # (64, h)
+    v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, value_head, width)
+
+    d_k = tl.zeros([TILE, width], tl.float32)
+    d_v = tl.zeros([TILE, width], tl.float32)
+    segment_end = tl.load(ends_ptr + tl.minimum(first_key + TILE, tokens) - 1)
     for head in range(kv_head * group, (kv_head + 1) * group):
-        for start in range(first, end, TILE):
-            query = start + tl.arange(0, TILE)
+        for first_query in range(first_key, segment_end, TILE):
+            query = first_query + tl.arange(0, TILE)
             q = load_tile(qk_ptr, query, tokens, heads + kv_heads, head, width)
             d_y = load_tile(d_y_ptr, query, tokens, heads, head, width)
-            lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 1e30)  # beyond the row: nothing is seen
-            drift = tl.load(drift_ptr + head * tokens + query, query < tokens, 0.0)
-            p = tl.exp2(scores(q, k, positions_ptr, start, first, tokens) - lse[:, None])  # (queries, keys)
+            lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 1e30)  # so that beyond row N all p are 0
+            delta = tl.load(delta_ptr + head * tokens + query, query < tokens, 0.0)
+            s = masked_scores(q, k, positions_ptr, first_query, first_key, tokens)  # (64 queries, 64 keys)
+            p = tl.exp2(s - lse[:, None])
             d_v += tl.dot(tl.trans(p.to(q.dtype)), d_y)
-            d_s = p * (tl.dot(d_y, tl.trans(v)) - drift[:, None])
+            d_s = p * (tl.dot(d_y, tl.trans(v)) - delta[:, None])
             d_k += tl.dot(tl.trans(d_s.to(q.dtype)), q)
-    d_v += load_tile(d_qkv_ptr, row, tokens, heads + 2 * kv_heads, value, width)
-    store_tile(d_qk_ptr, d_k / LOG2_E, row, tokens, heads + kv_heads, key_head, width)
-    store_tile(d_qkv_ptr, d_v, row, tokens, heads + 2 * kv_heads, value, width)
 
-
-PASS = dict(num_warps=8)  # a launch that goes over everything once
-
-
-def walk(width: int) -> dict[str, int]:
-    """A launch along segments. Wide heads leave less shared memory for tiles that are fetched ahead."""
-    return dict(num_warps=4, num_stages=3 if width < 128 else 2)
+    d_v += load_tile(d_qkv_ptr, key, tokens, heads + 2 * kv_heads, value_head, width)
+    store_tile(d_qk_ptr, d_k / LOG2_E, key, tokens, heads + kv_heads, key_head, width)
+    store_tile(d_qkv_ptr, d_v, key, tokens, heads + 2 * kv_heads, value_head, width)
 
 
 class FusedAttention(torch.autograd.Function):
-    """The kernels above; `attention_reference` is their twin."""
+    """`attention_reference` on one packed row, by the kernels above."""
 
     @staticmethod
     def forward(
         ctx, qkv: Tensor, gain: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, segments: Segments, heads: HeadLayout
     ) -> Tensor:
-        """(N, (H + 2 K) h), (H,), (N, H), cosine and sine (N, rope_dims / 2) -> (N, H h)"""
-        N, (_, H, K, h) = len(qkv), heads
+        """Projections (N, (H + 2 K) h), gains (H,), gates (N, H), cosine and sine (N, rope_dims / 2) -> (N, H h)"""
         assert qkv.numel() < 2**31, "the kernels count in 32 bits: lower MICRO_BATCH_TOKENS"
-        gain = torch.cat([gain * (math.log2(math.e) * h**-0.5), gain.new_ones(K)])  # scores come in units of log 2
-        qk, y, out = (qkv.new_empty(N, n * h) for n in (H + K, H, H))
-        lse, tiles = torch.empty(H, N, device=qkv.device), -(-N // TILE_TOKENS)
-        qk_norm_rope_kernel[(tiles, H + K)](qkv, gain, cos, sin, qk, qkv, gain, N, False, H, K, h, cos.size(1), **PASS)
-        attention_forward_kernel[(tiles, H)](qk, qkv, gate, segments.positions, y, out, lse, N, *heads, **walk(h))
+        N = len(qkv)
+        _, H, K, h = heads
+        tiles = -(-N // TILE_TOKENS)
+        gain = torch.cat([gain * score_scale(h), gain.new_ones(K)])  # (H + K,): keys have none
+        qk = qkv.new_empty(N, (H + K) * h)
+        y = qkv.new_empty(N, H * h)
+        out = qkv.new_empty(N, H * h)
+        lse = torch.empty(H, N, device=qkv.device)
+
+        unused = (qkv, gain)  # in place of the gradients of both
+        qk_norm_rope_kernel[(tiles, H + K)](
+            qkv, gain, cos, sin, qk, *unused, N, False, H, K, h, cos.size(1), **ONE_PASS_LAUNCH
+        )
+        attention_forward_kernel[(tiles, H)](
+            qk, qkv, gate, segments.positions, y, out, lse, N, *heads, **attention_launch(h)
+        )
         ctx.save_for_backward(qkv, gain, gate, cos, sin, qk, y, lse, *segments)
         ctx.heads = heads
         return out
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        """(N, H h) -> gradients of qkv, gain and gate"""
         qkv, gain, gate, cos, sin, qk, y, lse, positions, ends = ctx.saved_tensors
-        N, (_, H, K, h), tiles, d_out = len(qkv), ctx.heads, -(-len(qkv) // TILE_TOKENS), d_out.contiguous()
-        d_y, d_gate, d_qk, d_qkv, drift = map(torch.empty_like, (y, gate, qk, qkv, lse))
+        N = len(qkv)
+        _, H, K, h = ctx.heads
+        tiles = -(-N // TILE_TOKENS)
+        d_out = d_out.contiguous()
+        d_y = torch.empty_like(y)
+        d_gate = torch.empty_like(gate)
+        d_qk = torch.empty_like(qk)
+        d_qkv = torch.empty_like(qkv)
+        delta = torch.empty_like(lse)
         d_gain = torch.empty(tiles, H + K, device=qkv.device)
-        attention_output_kernel[(tiles, K)](qkv, gate, y, d_out, d_y, d_gate, d_qkv, drift, N, *ctx.heads, **PASS)
-        attention_query_kernel[(tiles, H)](qk, qkv, lse, positions, d_y, drift, d_qk, N, H, K, h, **walk(h))
-        attention_key_kernel[(tiles, K)](qk, qkv, lse, positions, ends, d_y, drift, d_qk, d_qkv, N, H, K, h, **walk(h))
-        qk_norm_rope_kernel[(tiles, H + K)](
-            qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **PASS
+
+        attention_output_backward_kernel[(tiles, K)](
+            qkv, gate, y, d_out, d_y, d_gate, d_qkv, delta, N, *ctx.heads, **ONE_PASS_LAUNCH
         )
-        return d_qkv, d_gain.sum(0)[:H] * (math.log2(math.e) * h**-0.5), d_gate, None, None, None, None
+        attention_query_backward_kernel[(tiles, H)](
+            qk, qkv, lse, positions, d_y, delta, d_qk, N, H, K, h, **attention_launch(h)
+        )
+        attention_kv_backward_kernel[(tiles, K)](
+            qk, qkv, lse, positions, ends, d_y, delta, d_qk, d_qkv, N, H, K, h, **attention_launch(h)
+        )
+        qk_norm_rope_kernel[(tiles, H + K)](
+            qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **ONE_PASS_LAUNCH
+        )
+        return d_qkv, d_gain.sum(0)[:H] * score_scale(h), d_gate, None, None, None, None
 
 
-# The loss: a program holds all logits z of a token, so that they are read once on the way there and once back.
+# ---- Loss kernel ----
+#
+# A program holds all logits of one token, so that they are read once forward and once backward.
 
 
 @jit
-def capped(z, cap: tl.constexpr):
-    """Soft-capped logits: cap * tanh(z / cap), with tanh(x) = 1 - 2 / (1 + exp(2 x)); as they are if cap is 0."""
+def softcap_logits(z, cap: tl.constexpr):
+    """cap * tanh(z / cap) in fp32, with tanh(x) = 1 - 2 / (1 + exp(2 x)); z itself if cap is 0."""
     z = z.to(tl.float32)
     return cap - 2 * cap / (1 + tl.exp2(z * (2 * LOG2_E / cap))) if cap > 0 else z
 
@@ -4016,56 +4137,68 @@ def capped(z, cap: tl.constexpr):
 @jit
 def loss_kernel(
     z_ptr,
-    target_ptr,
-    nll_ptr,
+    targets_ptr,
+    nll_ptr,  # in the backward pass its gradient, an input
     lse_ptr,
     d_z_ptr,
-    back: tl.constexpr,
+    backward: tl.constexpr,
     vocab: tl.constexpr,
     cap: tl.constexpr,
     cols: tl.constexpr,
 ):
-    """Negative log-likelihoods and logs of sums of exponentials, nats. Back: from nll's gradient to z's."""
-    token, col = tl.program_id(0).to(tl.int64), tl.arange(0, cols)
-    target, z_ptr = tl.load(target_ptr + token), z_ptr + token * vocab
-    z = capped(tl.load(z_ptr + col, col < vocab, 0.0), cap)
-    if back:
-        slope = tl.exp2((z - tl.load(lse_ptr + token)) * LOG2_E) - tl.where(col == target, 1.0, 0.0)
+    """A token's negative log-likelihood, and the log of the sum of the exponentials of its logits, nats. Backward: from
+    the gradient of the former to that of the uncapped logits z. `cols`: the vocabulary, rounded up to a power of 2."""
+    token = tl.program_id(0).to(tl.int64)  # as token * vocab may need more than 32 bits
+    col = tl.arange(0, cols)
+    target = tl.load(targets_ptr + token)
+    z_ptr += token * vocab
+    logits = softcap_logits(tl.load(z_ptr + col, col < vocab, 0.0), cap)  # (cols,)
+
+    if backward:
+        dlogits = tl.exp2((logits - tl.load(lse_ptr + token)) * LOG2_E) - tl.where(col == target, 1.0, 0.0)
         if cap > 0:
-            slope *= 1 - (z / cap) * (z / cap)
-        d_z = (slope * tl.load(nll_ptr + token)).to(d_z_ptr.dtype.element_ty)
-        tl.store(d_z_ptr + token * vocab + col, d_z, col < vocab)
+            dlogits *= 1 - (logits / cap) * (logits / cap)  # from capped to uncapped logits
+        dlogits = (dlogits * tl.load(nll_ptr + token)).to(d_z_ptr.dtype.element_ty)
+        tl.store(d_z_ptr + token * vocab + col, dlogits, col < vocab)
     else:
-        z = tl.where(col < vocab, z, TINY)
-        most = tl.max(z, 0)
-        lse = most + tl.log2(tl.sum(tl.exp2((z - most) * LOG2_E), 0)) / LOG2_E
+        logits = tl.where(col < vocab, logits, MASKED)
+        row_max = tl.max(logits, 0)
+        lse = row_max + tl.log2(tl.sum(tl.exp2((logits - row_max) * LOG2_E), 0)) / LOG2_E
         tl.store(lse_ptr + token, lse)
-        tl.store(nll_ptr + token, lse - capped(tl.load(z_ptr + target), cap))
+        tl.store(nll_ptr + token, lse - softcap_logits(tl.load(z_ptr + target), cap))
 
 
 class FusedLoss(torch.autograd.Function):
-    """The kernel above; `loss_reference` is its twin."""
+    """`loss_reference`, by the kernel above."""
 
     @staticmethod
     def forward(ctx, z: Tensor, targets: Tensor, cap: float) -> Tensor:
-        """Logits (N, V) before the cap, (N,) -> (N,) nats"""
-        nll, lse = torch.empty(2, len(z), device=z.device).unbind()
-        ctx.launch = dict(vocab=z.size(1), cap=cap, cols=1 << (z.size(1) - 1).bit_length(), num_warps=8)
-        loss_kernel[(len(z),)](z, targets, nll, lse, z, False, **ctx.launch)
+        """Uncapped logits (N, V), targets (N,) -> negative log-likelihoods (N,), nats"""
+        N, V = z.shape
+        nll, lse = torch.empty(2, N, device=z.device).unbind()
+        ctx.launch = dict(vocab=V, cap=cap, cols=1 << (V - 1).bit_length(), num_warps=8)
+        unused = z  # in place of its gradient
+        loss_kernel[(N,)](z, targets, nll, lse, unused, False, **ctx.launch)
         ctx.save_for_backward(z, targets, lse)
         return nll
 
     @staticmethod
     def backward(ctx, d_nll: Tensor) -> tuple[Tensor | None, ...]:
+        """(N,) -> gradient of z"""
         z, targets, lse = ctx.saved_tensors
         d_z = torch.empty_like(z)
         loss_kernel[(len(z),)](z, targets, d_nll.contiguous(), lse, d_z, True, **ctx.launch)
         return d_z, None, None
 
 
-# The MLP: its activation is taken while a product is still in registers: the hidden layer, MLP_MULT times as wide as x,
-# is not read and written once more each way. Tiles come and go by a Hopper's copy engine (TMA), which knows bounds.
-MLP_TILE, MLP_DEPTH = 128, 32
+# ---- MLP kernel ----
+#
+# The activation is applied while a product is still in registers: the hidden layer, MLP_MULT times as wide as x, is
+# written and read once less in each direction. Tiles move by a Hopper's tensor memory accelerator (TMA), which knows
+# the bounds of its tensors: nothing here needs a mask.
+
+MLP_TILE = 128  # rows and columns of a tile of the result
+MLP_STEP = 32  # how much of the dimension that is summed over a step takes
 
 
 @jit
@@ -4076,18 +4209,23 @@ def mlp_kernel(
     out,
     cols: tl.constexpr,
     depth: tl.constexpr,
-    back: tl.constexpr,
+    backward: tl.constexpr,
     slope: tl.constexpr,
     tile: tl.constexpr,
     step: tl.constexpr,
 ):
-    """Tiles of x w^T: h, and out, its LeakyReLU squared. Back: of d_y and down^T, out is d_h: times the slope at h."""
-    across = tl.cdiv(cols, tile)
-    row, col = tl.program_id(0) // across * tile, tl.program_id(0) % across * tile
+    """A tile of x w^T, with x (N, depth), w (cols, depth), h and out (N, cols) given as tensor descriptors.
+
+    Forward, x w^T is h, and out is LeakyReLU(h)^2. Backward, x is d_y, w is down^T and h an input: x w^T is then the
+    gradient of LeakyReLU(h)^2, and out that of h."""
+    tiles_across = tl.cdiv(cols, tile)
+    row = tl.program_id(0) // tiles_across * tile
+    col = tl.program_id(0) % tiles_across * tile
     y = tl.zeros([tile, tile], tl.float32)
     for k in range(0, depth, step):
         y = tl.dot(x.load([row, k]), w.load([col, k]).T, y)
-    if back:
+
+    if backward:
         z = h.load([row, col]).to(tl.float32)
         y *= tl.where(z > 0, 2 * z, 2 * slope * slope * z)
     else:
@@ -4096,20 +4234,28 @@ def mlp_kernel(
     out.store([row, col], y.to(out.dtype))
 
 
-def launch_mlp(x: Tensor, w: Tensor, h: Tensor, out: Tensor, back: bool, slope: float) -> None:
-    """(N, D), (W, D), (N, W), (N, W)"""
-    tiles, parts = triton.cdiv(len(x), MLP_TILE) * triton.cdiv(len(w), MLP_TILE), ((x, MLP_DEPTH), (w, MLP_DEPTH))
-    parts = [TensorDescriptor.from_tensor(t, [MLP_TILE, n]) for t, n in (*parts, (h, MLP_TILE), (out, MLP_TILE))]
-    mlp_kernel[(tiles,)](*parts, len(w), x.size(1), back, slope, MLP_TILE, MLP_DEPTH, num_warps=4, num_stages=4)
+def launch_mlp(x: Tensor, w: Tensor, h: Tensor, out: Tensor, backward: bool, slope: float) -> None:
+    """`mlp_kernel` on x (N, D), w (W, D), h (N, W), out (N, W)."""
+    N, D = x.shape
+    W = len(w)
+    tiles = triton.cdiv(N, MLP_TILE) * triton.cdiv(W, MLP_TILE)
+    descriptors = (
+        TensorDescriptor.from_tensor(x, [MLP_TILE, MLP_STEP]),
+        TensorDescriptor.from_tensor(w, [MLP_TILE, MLP_STEP]),
+        TensorDescriptor.from_tensor(h, [MLP_TILE, MLP_TILE]),
+        TensorDescriptor.from_tensor(out, [MLP_TILE, MLP_TILE]),
+    )
+    mlp_kernel[(tiles,)](*descriptors, W, D, backward, slope, MLP_TILE, MLP_STEP, num_warps=4, num_stages=4)
 
 
 class FusedMLP(torch.autograd.Function):
-    """The kernel above and the products around it; its twin is in `MLP`."""
+    """The kernel above and the products around it; the reference is in `MLP.forward`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, up: Tensor, down: Tensor, slope: float) -> Tensor:
         """(N, D), (W, D), (D, W) -> (N, D)"""
-        h, a = (x.new_empty(len(x), len(up)) for _ in range(2))
+        h = x.new_empty(len(x), len(up))  # (N, W)
+        a = x.new_empty(len(x), len(up))  # (N, W), activated
         launch_mlp(x, up, h, a, False, slope)
         ctx.save_for_backward(x, up, down, h, a)
         ctx.slope = slope
@@ -4117,73 +4263,108 @@ class FusedMLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, ...]:
-        (x, up, down, h, a), d_y = ctx.saved_tensors, d_y.contiguous()
+        """(N, D) -> gradients of x, up and down"""
+        x, up, down, h, a = ctx.saved_tensors
+        d_y = d_y.contiguous()
         d_h = torch.empty_like(h)
         launch_mlp(d_y, down.mT.contiguous(), h, d_h, True, ctx.slope)
         return d_h @ up, d_h.mT @ x, d_y.mT @ a, None
 
 
-# What a block begins with: a mix y of its input x and the embeddings x0, and its norm n. The compiler would read all of
-# it twice more on the way back, for the mix's gradient, which is sums over tokens; on the way there it does well.
-MIX_PROGRAMS, MIX_ROWS = 1056, 4  # eight programs for each of a Hopper's 132 multiprocessors, four rows at a time
+# ---- Input mix kernel ----
+#
+# Only the backward pass of `mix_reference` needs a kernel. The gradient of the mix is a sum over tokens, for which the
+# compiler would read all of its inputs twice more; its forward pass is as fast as it can be.
+
+MIX_PROGRAMS = 1056  # eight for each of a Hopper's 132 multiprocessors
+MIX_ROWS = 4  # tokens that a program takes at a time
 
 
 @jit
-def mix_kernel(
+def mix_backward_kernel(
     x_ptr,
     x0_ptr,
     mix_ptr,
     scale_ptr,
-    d_y_ptr,
-    d_n_ptr,
-    d_gating_ptr,
+    d_mixed_ptr,
+    d_normalised_ptr,
+    d_gate_input_ptr,
     d_x_ptr,
     d_x0_ptr,
     d_mix_ptr,
     tokens,
-    gating: tl.constexpr,
+    gate_width: tl.constexpr,
     width: tl.constexpr,
     rows: tl.constexpr,
     cols: tl.constexpr,
 ):
-    """From the gradients of y, n and n's first columns to those of x, x0 and the mix; of that, a sum per program."""
-    col = tl.arange(0, cols)[None, :]
-    keep, add = tl.load(mix_ptr + col, col < width, 0.0), tl.load(mix_ptr + width + col, col < width, 0.0)
-    d_keep, d_add, scale = tl.zeros([1, cols], tl.float32), tl.zeros([1, cols], tl.float32), tl.load(scale_ptr)
-    for start in range(tl.program_id(0) * rows, tokens, tl.num_programs(0) * rows):
-        row = start + tl.arange(0, rows)[:, None]
-        at, there = row * width + col, (row < tokens) & (col < width)
-        x, x0 = tl.load(x_ptr + at, there, 0.0).to(tl.float32), tl.load(x0_ptr + at, there, 0.0).to(tl.float32)
-        d_n = tl.load(d_n_ptr + at, there, 0.0).to(tl.float32)
-        d_n += tl.load(d_gating_ptr + row * gating + col, there & (col < gating), 0.0).to(tl.float32)
-        y = keep * x + add * x0
-        factor = tl.rsqrt(tl.sum(y * y, 1) / width + 1e-6)[:, None]
-        along = tl.sum(y * d_n, 1)[:, None] / width * factor * factor
-        d_y = tl.load(d_y_ptr + at, there, 0.0).to(tl.float32) + scale * factor * (d_n - y * along)
-        tl.store(d_x_ptr + at, (keep * d_y).to(d_x_ptr.dtype.element_ty), there)
-        tl.store(d_x0_ptr + at, (add * d_y).to(d_x0_ptr.dtype.element_ty), there)
-        d_keep, d_add = d_keep + tl.sum(d_y * x, 0)[None, :], d_add + tl.sum(d_y * x0, 0)[None, :]
+    """From the gradients of the three outputs of `mix_reference` to those of x, x0 and the mix; of the last, every
+    program writes its own sum (2, width). `cols`: the width, rounded up to a power of 2."""
+    col = tl.arange(0, cols)[None, :]  # (1, cols)
+    keep = tl.load(mix_ptr + col, col < width, 0.0)
+    add = tl.load(mix_ptr + width + col, col < width, 0.0)
+    d_keep = tl.zeros([1, cols], tl.float32)
+    d_add = tl.zeros([1, cols], tl.float32)
+    scale = tl.load(scale_ptr)
+
+    for first in range(tl.program_id(0) * rows, tokens, tl.num_programs(0) * rows):
+        row = first + tl.arange(0, rows)[:, None]  # (rows, 1)
+        offsets = row * width + col  # (rows, cols)
+        inside = (row < tokens) & (col < width)
+        x = tl.load(x_ptr + offsets, inside, 0.0).to(tl.float32)
+        x0 = tl.load(x0_ptr + offsets, inside, 0.0).to(tl.float32)
+        d_normalised = tl.load(d_normalised_ptr + offsets, inside, 0.0).to(tl.float32)
+        in_gate = inside & (col < gate_width)
+        d_normalised += tl.load(d_gate_input_ptr + row * gate_width + col, in_gate, 0.0).to(tl.float32)
+
+        mixed = keep * x + add * x0
+        inverse_rms = tl.rsqrt(tl.sum(mixed * mixed, 1) / width + 1e-6)[:, None]  # (rows, 1)
+        along = tl.sum(mixed * d_normalised, 1)[:, None] / width * inverse_rms * inverse_rms
+        d_mixed = tl.load(d_mixed_ptr + offsets, inside, 0.0).to(tl.float32)
+        d_mixed = d_mixed + scale * inverse_rms * (d_normalised - mixed * along)
+
+        tl.store(d_x_ptr + offsets, (keep * d_mixed).to(d_x_ptr.dtype.element_ty), inside)
+        tl.store(d_x0_ptr + offsets, (add * d_mixed).to(d_x0_ptr.dtype.element_ty), inside)
+        d_keep += tl.sum(d_mixed * x, 0)[None, :]
+        d_add += tl.sum(d_mixed * x0, 0)[None, :]
+
     d_mix_ptr += tl.program_id(0) * 2 * width + col
     tl.store(d_mix_ptr, d_keep, col < width)
     tl.store(d_mix_ptr + width, d_add, col < width)
 
 
 class FusedMix(torch.autograd.Function):
-    """`mix_reference`, with the kernel above on the way back."""
+    """`mix_reference`, with the kernel above as its backward pass."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gating: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx, x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gate_width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, D), (B, T, D), (2, D), () -> (B, T, D), (B, T, D), (B, T, gate_width)"""
         ctx.save_for_backward(x, x0, mix, scale)
-        y, n, first = mix_reference(x, x0, mix, scale, gating)
-        return y, n, first.contiguous()
+        mixed, normalised, gate_input = mix_reference(x, x0, mix, scale, gate_width)
+        return mixed, normalised, gate_input.contiguous()
 
     @staticmethod
-    def backward(ctx, d_y: Tensor, d_n: Tensor, d_gating: Tensor) -> tuple[Tensor | None, ...]:
-        (x, x0, mix, scale), gating, D = ctx.saved_tensors, d_gating.size(-1), d_n.size(-1)
-        d_x, d_x0, d_mix = torch.empty_like(x), torch.empty_like(x), x.new_empty(MIX_PROGRAMS, 2, D, dtype=mix.dtype)
-        given = [t.contiguous() for t in (x, x0, mix, scale, d_y, d_n, d_gating)]
-        mix_kernel[(MIX_PROGRAMS,)](
-            *given, d_x, d_x0, d_mix, x.numel() // D, gating, D, MIX_ROWS, 1 << (D - 1).bit_length(), num_warps=2
+    def backward(ctx, d_mixed: Tensor, d_normalised: Tensor, d_gate_input: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the outputs -> gradients of x, x0 and mix"""
+        x, x0, mix, scale = ctx.saved_tensors
+        D = x.size(-1)
+        d_x = torch.empty_like(x)
+        d_x0 = torch.empty_like(x)
+        d_mix = x.new_empty(MIX_PROGRAMS, 2, D, dtype=mix.dtype)
+        inputs = [t.contiguous() for t in (x, x0, mix, scale, d_mixed, d_normalised, d_gate_input)]
+        mix_backward_kernel[(MIX_PROGRAMS,)](
+            *inputs,
+            d_x,
+            d_x0,
+            d_mix,
+            x.numel() // D,
+            d_gate_input.size(-1),
+            D,
+            MIX_ROWS,
+            1 << (D - 1).bit_length(),
+            num_warps=2,
         )
         return d_x, d_x0, d_mix.sum(0), None, None
 
@@ -4192,32 +4373,71 @@ class FusedMix(torch.autograd.Function):
 # Appendix: CUDA graphs
 
 
+class CapturedGraph(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]  # where the graph reads its inputs
+    result: Any  # tensors that every replay overwrites
+
+    def copy_inputs(self, inputs: Sequence[Tensor]) -> None:
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+
+
 class CUDAGraphs:
-    """CUDA graphs of work(*inputs), as a GPU would wait for Python to start thousands of small kernels. Under a new key
-    it runs as it is, which warms up; then it is captured, then replayed, all on a stream of its own. What lasts must
-    change in place, nothing may be read from the GPU, and a replay overwrites the result of the last."""
+    """Calls `work(*inputs)` as CUDA graphs: without them, a GPU would wait for Python to launch thousands of small
+    kernels, one by one.
+
+    There is one graph for each key and shapes of inputs. With these,
+    - the first call runs `work` as it is, a warm-up: kernels are compiled, and lasting tensors come into being;
+    - the second call captures: it records the kernels that `work` launches, with the addresses that they read and
+      write, and then replays them once;
+    - every later call copies its inputs to the addresses of the captured ones and replays. No line of `work` runs.
+
+    What a caller must obey:
+    - Whatever outlives a call (weights, gradients, caches) changes in place. A graph knows addresses: if a name is
+      bound to a new tensor, the graph still uses the old one.
+    - `work` reads nothing back from the GPU, as `.item()` does, and nothing else that waits for it: no capture allows
+      that.
+    - Numbers and flags of Python stay those of the capture. One that changes from call to call belongs in the key.
+    - A result is used or copied before the next call with the same key and shapes, which overwrites it.
+
+    Inputs are copied, since each call brings new tensors. What `work` closes over is not: a replay reads it where it
+    lay during the capture. Weights and caches are closed over for that reason, and so is the result of another captured
+    call if `work` differentiates it: a copy would be cut off from its gradients.
+    """
 
     def __init__(self):
-        self.graphs, self.memory, self.stream = {}, torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.graphs: dict[Any, CapturedGraph | None] = {}  # by key and shapes; None: warmed up, not yet captured
+        self.memory = torch.cuda.graph_pool_handle()  # one pool for all graphs
+        self.stream = torch.cuda.Stream()  # of the warm-up too: autograd goes on using the stream that it met first
 
     def __call__(self, key: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
         key = (key, *(x.shape for x in inputs))
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            if key not in self.graphs:  # clones lie as the captured ones will: kernels compiled now are those used then
-                self.graphs[key], result = None, work(*(x.clone() for x in inputs))
+            if key not in self.graphs:
+                # On clones, which are aligned in memory as those of the capture will be: for another alignment, Triton
+                # would compile a kernel anew, and a capture does not allow that.
+                result = work(*(x.clone() for x in inputs))
+                self.graphs[key] = None
             else:
-                if self.graphs[key] is None:
-                    graph, own = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
-                    with torch.cuda.graph(graph, self.memory, self.stream, capture_error_mode="thread_local"):
-                        self.graphs[key] = graph, own, work(*own)
-                else:  # not when just captured: autograd may hold these inputs for a backward still to be captured
-                    for mine, given in zip(self.graphs[key][1], inputs, strict=True):
-                        mine.copy_(given)
-                graph, _, result = self.graphs[key]
-                graph.replay()
+                captured = self.graphs[key]
+                if captured is None:
+                    captured = self._capture(work, inputs)
+                    self.graphs[key] = captured
+                else:  # not right after the capture: autograd would refuse a later backward pass if inputs had changed
+                    captured.copy_inputs(inputs)
+                captured.graph.replay()
+                result = captured.result
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
+
+    def _capture(self, work: Callable[..., Any], inputs: Sequence[Tensor]) -> CapturedGraph:
+        graph = torch.cuda.CUDAGraph()
+        own_inputs = [x.clone() for x in inputs]
+        with torch.cuda.graph(graph, self.memory, self.stream, capture_error_mode="thread_local"):
+            result = work(*own_inputs)
+        return CapturedGraph(graph, own_inputs, result)
 
 
 # ======================================================================================================================
