@@ -1,49 +1,82 @@
-"""The benchmarks that train: the same path twice learns the same, and a race ends in time with a score of both."""
+"""The benchmarks run, and print what they measured."""
 
+import dataclasses
 import re
 
 import pytest
+import torch
 
 import train_gpt as g
 from tools import bench
 
 
-@pytest.fixture
-def one_path_twice(monkeypatch):
-    monkeypatch.setattr(bench, "two_paths", lambda run, dist: iter(["one", "two"]))
-
-
-def test_a_path_agrees_with_itself(one_path_twice, tiny_run, tiny_config, tiny_data, capsys):
-    run = tiny_run(iterations=21, holdout_tokens=600)
-    bench.agreement(run, tiny_config, g.Dist())
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("agreement")]
-    assert [re.search(r"difference:(\S+)", line)[1] for line in lines] == ["+0.00000"] * 2
-    assert [line.split()[-1] for line in lines] == ["one", "two"]
-
-
-def test_agreement_wants_steps_and_held_out_text(one_path_twice, tiny_run, tiny_config, tiny_data):
-    wanting = {"ITERATIONS": tiny_run(iterations=0, max_wallclock_seconds=1.0), "HOLDOUT_TOKENS": tiny_run()}
-    for knob, run in wanting.items():
-        with pytest.raises(g.ConfigError, match=knob):
-            bench.agreement(run, tiny_config, g.Dist())
-
-
-def test_a_race_ends_in_time_and_scores_both_read_outs(one_path_twice, tiny_run, tiny_config, tiny_data, capsys):
-    bench.race(tiny_run(iterations=0, max_wallclock_seconds=0.3, holdout_tokens=600), tiny_config, g.Dist())
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("race")]
+def test_steps_are_timed_in_both_loop_modes(tiny_run, tiny_config, capsys):
+    trainer = bench.make_trainer(tiny_config, tiny_run(), g.Dist())
+    for looping in (False, True):
+        bench.steps(trainer, looping, count=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["loop:0", "loop:1"]
     for line in lines:
-        found = {key: float(value) for key, value in re.findall(r"(\w+):([\d.]+)", line)}
-        assert found["seconds"] >= 0.3 and found["steps"] >= 1
-        assert 0 < found["last"] < 2 * 4.2 and 0 < found["average"] < 2 * 4.2  # log(64) = 4.16
-    assert len(lines) == 2
+        measured = {key: float(value) for key, value in re.findall(r"(\w+):([\d.]+)", line)}
+        assert measured["step_ms"] > 0 and measured["tokens_per_s"] > 0 and measured["compiled_after_warm_up"] == 0
 
 
-def test_torchs_kernels_know_where_segments_begin(tiny_run, tiny_data):
-    run, dist = tiny_run(), g.Dist()
-    with bench.torch_kernels(run.train_seq_len):
-        segments = g.random_batch(run, 64, dist)[0].segments
-        assert not g.use_kernels(segments.positions)
-    begins = (segments.positions == 0).nonzero()[:, 0].tolist()
-    assert segments.bounds[: len(begins)].tolist() == begins
-    assert set(segments.bounds[len(begins) :].tolist()) == {len(segments.positions)}
-    assert not hasattr(g.random_batch(run, 64, dist)[0].segments, "bounds")
+def test_no_matrix_is_zero_when_a_step_is_timed(tiny_run, tiny_config):
+    model = bench.make_model(tiny_config, tiny_run(), g.Dist())
+    matrices = [p for name, p in model.named_parameters() if g.param_role(name) == "matrix"]
+    assert matrices and all(p.any() for p in matrices)
+
+
+def test_adaptation_is_timed_for_a_full_batch_and_for_two_documents(tiny_run, tiny_config, capsys):
+    bench.adaptation(tiny_config, tiny_run(), g.Dist())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:3] for line in lines] == [
+        ["adaptation", "documents:4", "chunk:8"],
+        ["adaptation", "documents:2", "chunk:8"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "kernel, kind",
+    [
+        ("attention_kv_backward_kernel", "attention"),
+        ("qk_norm_rope_kernel", "attention"),
+        ("loss_kernel", "loss"),
+        ("mlp_kernel", "GEMM with activation"),
+        ("mix_backward_kernel", "mix and norm, backward"),
+        ("nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNN", "GEMM"),
+        ("triton_red_fused__fused_rms_norm_mul_0", "elementwise, compiled"),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", "communication"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4>", "elementwise, eager"),
+        ("something else", "other"),
+    ],
+)
+def test_a_kernel_is_counted_under_its_kind(kernel, kind):
+    assert bench.category(kernel) == kind
+
+
+def kernels_compared(config: g.ModelConfig, run: g.RunConfig, device: str, capsys) -> list[str]:
+    """The names on the lines of `bench.kernels`."""
+    config = dataclasses.replace(config, num_heads=2, num_kv_heads=1)  # heads of 16, the least that kernels multiply
+    bench.kernels(config, run, g.Dist(device=device))
+    return [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter is off; the test below runs instead")
+def test_every_kernel_is_compared_with_its_reference(tiny_run, tiny_config, monkeypatch, capsys):
+    pytest.importorskip("triton")
+
+    def call_once(f) -> float:
+        f()
+        return 1.0
+
+    monkeypatch.setattr(bench, "milliseconds", call_once)
+    monkeypatch.setattr(torch, "compile", lambda f: f)
+    monkeypatch.setattr(g, "MIX_PROGRAMS", 3)
+    assert kernels_compared(tiny_config, tiny_run(), "cpu", capsys) == ["mlp", "mix", "loss", "attention"]
+
+
+@pytest.mark.gpu
+def test_every_kernel_is_compared_with_its_reference_on_a_gpu(tiny_run, tiny_config, capsys):
+    assert kernels_compared(tiny_config, tiny_run(), "cuda", capsys) == ["mlp", "mix", "loss", "attention"]
