@@ -10,7 +10,7 @@ readonly VENV=$PWD/.venv
 usage() {
   cat <<'EOF'
   ./run.sh              train, pack and score: with GPUs and prepared data the full run on all GPUs, else a small run
-  ./run.sh check-setup  check this machine and set-up before a run: what it would be, and whether it can be done
+  ./run.sh check-setup  before a run: what `./run.sh` would do with these settings, and whether this machine can do it
   ./run.sh data ...     fetch or make data: python data/prepare.py ...
   ./run.sh prove ...    audit the score of an artifact (default: the newest in logs/), one line a property; two minutes
   ./run.sh compress FILE OUT     the scorer as a lossless compressor; file names count from this folder
@@ -20,16 +20,17 @@ usage() {
   ./run.sh compare A B  what two runs differ by, document by document
   ./run.sh plot RUN...  pictures of finished runs, into logs/plots/
   ./run.sh record ...   train and score every seed, audit, and write records/...: NAME --seeds 42,0,1234 --what TEXT
-  ./run.sh check ...    check a record folder: every number against its logs; with its artifact, the score again
-  ./run.sh bench ...    speed on this machine: steps, kernels against their twins, where the time goes
+  ./run.sh check ...    after `record`: every number of a record folder against its logs; with its artifact, the score
+  ./run.sh bench ...    speed on this machine: steps, kernels against their references, where the time goes
   ./run.sh test         ruff and the default tests; `test slow`: the slow ones; `test all`: both; or pytest's arguments
   ./run.sh help         this text, then every knob with the full run's default (the small run's: small_job in run.sh)
 
-A knob is an environment variable: TTT_LR=3e-4 ./run.sh. Three more are read here:
+A knob is an environment variable: TTT_LR=3e-4 ./run.sh. Four more are read here:
   DATA_PATH        folder of prepared data; where there are GPUs, it makes the run the full one
   PYTHON           interpreter, at least 3.11 (default: python3). If it imports torch >= 2.11, that torch is used;
                    else requirements.txt is installed into .venv
   TORCH_INDEX_URL  package index to install torch from, such as https://download.pytorch.org/whl/cpu
+  OMP_WAIT_POLICY  passive unless you set it: a CPU thread that waits leaves its core to others
 
 EOF
 }
@@ -38,7 +39,6 @@ commands() { usage | sed -n 's|^  ./run.sh \([a-z-][a-z-]*\) .*|\1|p' | xargs; }
 
 # The small run: two CPU cores, five minutes, 2 GB. Its budget is in steps, so that it repeats exactly.
 small_job() {
-  default OMP_WAIT_POLICY=passive # cores may be shared: threads that spin are slow there
   [[ -n ${ARTIFACT:-} ]] || default RUN_ID=small # a score leaves the run's own files alone
   default DATA_PATH=$SMALL_DATA ITERATIONS=64 MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=10
   default VOCAB_SIZE=2048 NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 PARALLEL_START_LAYER=4
@@ -233,9 +233,17 @@ run_tests() {
   exit "$status"
 }
 
+# A thread that waits for others must not spin: where a core is shared, it takes the time that the one it waits for
+# needs. Jobs on GPUs get this, too: their CPU threads have next to nothing to wait for, and with several GPUs torchrun
+# gives each process a single one.
+wait_without_spinning() {
+  [[ -n ${OMP_WAIT_POLICY:-} ]] || export OMP_WAIT_POLICY=passive
+}
+
 main() {
   local command=${1:-}
   (($# == 0)) || shift
+  wait_without_spinning
   case $command in
     "") start_job ;;
     check-setup) start_job --check-setup ;;

@@ -18,7 +18,7 @@ import pytest
 import train_gpt
 
 ROOT = Path(__file__).resolve().parent.parent
-MACHINE = {"PYTHON", "DATA_PATH", "TORCH_INDEX_URL", "PYTHONPATH"} | {
+MACHINE = {"PYTHON", "DATA_PATH", "TORCH_INDEX_URL", "PYTHONPATH", "OMP_WAIT_POLICY"} | {
     field.name.upper() for config in (train_gpt.ModelConfig, train_gpt.RunConfig) for field in fields(config)
 }
 
@@ -62,6 +62,8 @@ exec "$STUB_PYTHON" -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.arg
 """
 TOOLS = ("prove", "compress", "decompress", "sample", "sweep", "compare", "plot", "record", "check", "bench")
 COMMANDS = ("check-setup", "data", *TOOLS, "test", "help")
+STARTED_BY = {name: "train_gpt.py" for name in ("", "check-setup", "help")}
+STARTED_BY |= {name: name for name in TOOLS} | {"data": "prepare.py", "test": "pytest"}
 STUBS = {
     "stubs/torch/__init__.py": TORCH,
     "stubs/torch/distributed/__init__.py": "",
@@ -185,6 +187,15 @@ def test_a_sweep_is_told_which_knobs_are_not_the_user_s(ready):
         told = dict(line.split("=", 1) for line in ready.run("small-job-defaults", **given).stdout.splitlines())
         assert told.items() <= env.items() and not told.keys() & given.keys()
         assert {name for name in env if name.startswith("TTT_")} == {n for n in told | given if n.startswith("TTT_")}
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_threads_that_wait_do_not_spin_unless_the_user_says_so(ready, name):
+    """Whatever is started; a core that others need, too, would else be taken by threads that only wait."""
+    for given, expected in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        ready.run(*name.split(), **given)
+        started = ready.started(STARTED_BY[name])
+        assert [call["env"]["OMP_WAIT_POLICY"] for call in started] == [expected]
 
 
 def test_the_entry_s_exit_status_is_passed_on(ready):
