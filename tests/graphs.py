@@ -1,4 +1,4 @@
-"""CUDA graphs for a CPU."""
+"""CUDA graphs that work on a CPU."""
 
 import contextlib
 from types import SimpleNamespace
@@ -8,31 +8,37 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Graph(TorchDispatchMode):
-    """What runs while it is captured runs again, in the same memory, when it is replayed. Here capturing computes, too,
-    so the replay that follows it at once does nothing."""
+class FakeGraph(TorchDispatchMode):
+    """Records the operations that run while it is captured; a replay runs them again and writes to the same memory.
+
+    Unlike on a GPU, operations compute while they are captured. So the first replay, which follows at once, does
+    nothing."""
 
     def __init__(self):
         super().__init__()
-        self.operations, self.fresh = [], True
+        self.operations = []
+        self.fresh = True  # captured, not replayed yet
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        self.operations.append((function, args, kwargs or {}, out))
+        kwargs = kwargs or {}
+        out = function(*args, **kwargs)
+        self.operations.append((function, args, kwargs, out))
         return out
 
     def replay(self):
-        with torch._C._AutoDispatchBelowAutograd():  # which a GPU's replay does not know of either
-            for function, args, kwargs, out in () if self.fresh else self.operations:
+        if self.fresh:
+            self.fresh = False
+            return
+        with torch._C._AutoDispatchBelowAutograd():  # a replay on a GPU knows nothing of autograd either
+            for function, args, kwargs, out in self.operations:
                 for old, new in zip(tree_leaves(out), tree_leaves(function(*args, **kwargs)), strict=True):
                     if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
-        self.fresh = False
 
 
-def pretend(monkeypatch) -> list[Graph]:
-    """Let train_gpt.CUDAGraphs work on this CPU -> the graphs that it captures."""
-    captured: list[Graph] = []
+def fake_cuda_graphs(monkeypatch) -> list[FakeGraph]:
+    """Let train_gpt.CUDAGraphs work on this CPU -> the list that captured graphs are added to."""
+    captured: list[FakeGraph] = []
 
     @contextlib.contextmanager
     def capture(graph, pool, stream, capture_error_mode):
@@ -41,13 +47,10 @@ def pretend(monkeypatch) -> list[Graph]:
             yield
 
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in dict(
-        CUDAGraph=Graph,
-        graph=capture,
-        graph_pool_handle=lambda: None,
-        Stream=lambda: stream,
-        current_stream=lambda: stream,
-        stream=lambda _: contextlib.nullcontext(),
-    ).items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     return captured

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
 from conftest import TINY_MODEL, read_events
-from graphs import pretend
-from masked import attend_seen, attend_segments
+from graphs import fake_cuda_graphs
+from masked import attend_segments
 
 import train_gpt as g
 
@@ -200,7 +200,7 @@ def test_replayed_passes_learn_what_others_do(settings, monkeypatch):
     plain, replayed = new_trainer(run), new_trainer(run)
     warm_up(plain)
     expected = go(plain)[0]
-    captured = pretend(monkeypatch)
+    captured = fake_cuda_graphs(monkeypatch)
     replayed.cuda_graphs = g.CUDAGraphs()
     warm_up(replayed)
     assert len(captured) == 2 and go(replayed)[0] == expected and len(captured) == 2
@@ -225,7 +225,7 @@ def test_replayed_passes_learn_what_others_do_on_a_gpu(settings):
 def test_passes_are_captured_before_the_clock_and_after_both_loop_modes_have_run(settings, monkeypatch):
     """What a first pass takes beside the memory of graphs would otherwise be the most there is."""
     monkeypatch.setattr(g, "attend", attend_segments)
-    captured, ran_before = pretend(monkeypatch), []
+    captured, ran_before = fake_cuda_graphs(monkeypatch), []
     trainer, capture = new_trainer(settings(micro_batch_tokens=256)), torch.cuda.graph
     trainer.cuda_graphs = g.CUDAGraphs()
 
@@ -239,7 +239,7 @@ def test_passes_are_captured_before_the_clock_and_after_both_loop_modes_have_run
 
 
 def test_inputs_of_another_shape_are_captured_apart(monkeypatch):
-    captured = pretend(monkeypatch)
+    captured = fake_cuda_graphs(monkeypatch)
     replay = g.CUDAGraphs()
     for shape in [(3, 4), (3, 4), (3, 1), (3, 4), (3, 1), (3, 4)]:
         x = torch.randn(shape)
@@ -250,7 +250,7 @@ def test_inputs_of_another_shape_are_captured_apart(monkeypatch):
 @pytest.mark.parametrize("triton", [True, False])
 def test_without_triton_passes_are_not_replayed(settings, monkeypatch, triton):
     """Attention of packed rows in plain torch asks the GPU where segments begin, which no capture allows."""
-    pretend(monkeypatch)
+    fake_cuda_graphs(monkeypatch)
     monkeypatch.setattr(g, "triton", g.triton if triton else None)
     model, run = g.GPT(TINY_MODEL), settings()
     assert (g.Trainer(model, run, g.Dist(device="cuda"), {}).cuda_graphs is not None) == triton
@@ -259,7 +259,7 @@ def test_without_triton_passes_are_not_replayed(settings, monkeypatch, triton):
 def test_a_captured_pass_is_freed_at_once(settings, monkeypatch):
     """Not when Python next looks for cycles: a graph that is freed while another is captured ends that capture."""
     monkeypatch.setattr(g, "attend", attend_segments)
-    captured, trainer = pretend(monkeypatch), new_trainer(settings())
+    captured, trainer = fake_cuda_graphs(monkeypatch), new_trainer(settings())
     trainer.cuda_graphs = g.CUDAGraphs()
     warm_up(trainer)
     held = [weakref.ref(graph) for graph in captured]
@@ -426,19 +426,13 @@ def test_a_loss_worse_than_guessing_twice_over_is_divergence():
 # ---- compilation ------------------------------------------------------------
 
 
-def attend_by_mask(q, k, v, place):
-    """Attention in segments as one graph, like a GPU's kernels: the plain one has a call for every segment."""
-    at = torch.arange(q.size(1))
-    return attend_seen(q, k, v, (at <= at[:, None]) & (at >= (at - place.positions)[:, None]))
-
-
 @pytest.fixture
 def graphs(monkeypatch):
     """graphs(): how many were compiled so far; the compiler is one that only traces."""
     torch._dynamo.reset()
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: plain(module, backend="aot_eager"))
-    monkeypatch.setattr(g, "attend", attend_by_mask)
+    monkeypatch.setattr(g, "attend", attend_segments)
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from graphs import pretend
+from graphs import fake_cuda_graphs
 from hypothesis import given
 from hypothesis import strategies as st
-from masked import attend_seen, chunk_band
+from masked import attend_masked, chunk_mask
 from recorder import Recorder, random_gpt
 
 import train_gpt as g
@@ -212,7 +212,7 @@ class Kept:
             kept[i] = torch.cat([old, new[:, old.size(1) :]], 1)
         k, v = kept
         kept[:] = k.detach(), v.detach()
-        return attend_seen(q, k, v, chunk_band(q.size(1), CHUNK, CONTEXT))
+        return attend_masked(q, k, v, chunk_mask(q.size(1), CHUNK, CONTEXT))
 
 
 def plain_lora(text: list[int], make_optimizer, epochs: int, clip: float) -> np.ndarray:
@@ -267,8 +267,8 @@ def test_a_cache_holds_what_a_chunk_may_see_whatever_the_chunks_size(monkeypatch
     context from the end of the chunk; a chunk may be larger than what is kept of those before it, or leave no room."""
     text = document(100, period=7)
     found = score(documents(text), ttt_lr=0.0, ttt_chunk_tokens=chunk).by_document[0]
-    band = chunk_band(len(text), chunk, CONTEXT)
-    monkeypatch.setattr(g, "attend", lambda q, k, v, _context: attend_seen(q, k, v, band))
+    mask = chunk_mask(len(text), chunk, CONTEXT)
+    monkeypatch.setattr(g, "attend", lambda q, k, v, _context: attend_masked(q, k, v, mask))
     tokens = torch.tensor([[g.BOS, *text]])
     with torch.no_grad():
         expected = random_model()(tokens[:, :-1], tokens[:, 1:])[0].numpy()
@@ -736,7 +736,7 @@ def replays(monkeypatch):
         self.graphs = g.CUDAGraphs()
 
     monkeypatch.setattr(g.BatchedTTT, "__init__", begin)
-    return pretend(monkeypatch)
+    return fake_cuda_graphs(monkeypatch)
 
 
 @pytest.mark.usefixtures("replays")
