@@ -3837,7 +3837,7 @@ def qk_norm_rope_kernel(
     """Queries and keys: RMSNorm, RoPE, the gain of the head. Backward: from the gradient of qk to those of qkv and of
     the gain, of which every program writes its sum over 64 tokens.
 
-    Rotation keeps lengths, so that the forward pass may rotate first and read pairs from qkv."""
+    Rotation keeps lengths, so the forward pass rotates before it normalises, and reads pairs from qkv."""
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (64,)
     head = tl.program_id(1)
     x = load_tile(qkv_ptr, rows, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)  # (64, width)
@@ -3846,9 +3846,8 @@ def qk_norm_rope_kernel(
 
     if backward:
         d_y = load_tile(qk_ptr, rows, tokens, heads + kv_heads, head, width).to(tl.float32)
-        d_normed = apply_rope_tile(
-            d_y, qk_ptr, rows, tokens, heads + kv_heads, head, cos_ptr, sin_ptr, -1, width, half
-        )  # without the gain
+        # Of the normalised head, but for the gain, which is multiplied in below.
+        d_normed = apply_rope_tile(d_y, qk_ptr, rows, tokens, heads + kv_heads, head, cos_ptr, sin_ptr, -1, width, half)
         along = tl.sum(d_normed * x * inverse_rms, 1)  # (64,)
         tl.store(d_gain_ptr + tl.program_id(0) * (heads + kv_heads) + head, tl.sum(along, 0))
         d_x = (d_normed - x * inverse_rms * (along / width)[:, None]) * inverse_rms * gain
@@ -3874,7 +3873,7 @@ def masked_scores(q, k, positions_ptr, first_query, first_key, tokens):
 
 
 @jit
-def normalise(v):
+def unit_vectors(v):
     """Values (64, h) -> unit vectors (64, h), and the lengths they were divided by (64, 1)."""
     v = v.to(tl.float32)
     length = tl.sqrt(tl.maximum(tl.sum(v * v, 1), 1e-24))[:, None]
@@ -3927,7 +3926,7 @@ def attention_forward_kernel(
 
     if xsa:
         v = load_tile(qkv_ptr, query, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
-        unit_value, _ = normalise(v)
+        unit_value, _ = unit_vectors(v)
         y -= tl.sum(y * unit_value, 1)[:, None] * unit_value
     gate = tl.load(gate_ptr + query * heads + head, query < tokens, 0.0).to(tl.float32)  # (64,)
     store_tile(out_ptr, y * gate[:, None], query, tokens, heads, head, width)
@@ -3955,7 +3954,8 @@ def attention_output_backward_kernel(
     kv_head = tl.program_id(1)
     group = heads // kv_heads
     value_head = heads + kv_heads + kv_head
-    unit_value, length = normalise(load_tile(qkv_ptr, token, tokens, heads + 2 * kv_heads, value_head, width))
+    v = load_tile(qkv_ptr, token, tokens, heads + 2 * kv_heads, value_head, width)  # (64, h)
+    unit_value, length = unit_vectors(v)
     d_unit_value = tl.zeros([TILE, width], tl.float32)
 
     for head in range(kv_head * group, (kv_head + 1) * group):
@@ -4391,13 +4391,13 @@ class CUDAGraphs:
     - the first call runs `work` as it is, a warm-up: kernels are compiled, and lasting tensors come into being;
     - the second call captures: it records the kernels that `work` launches, with the addresses that they read and
       write, and then replays them once;
-    - every later call copies its inputs to the addresses of the captured ones and replays. No line of `work` runs.
+    - every later call copies its inputs to the addresses of the captured ones and replays. No line of `work` runs: it
+      has to be the same work as that of the capture.
 
     What a caller must obey:
     - Whatever outlives a call (weights, gradients, caches) changes in place. A graph knows addresses: if a name is
       bound to a new tensor, the graph still uses the old one.
-    - `work` reads nothing back from the GPU, as `.item()` does, and nothing else that waits for it: no capture allows
-      that.
+    - `work` never waits for the GPU, as `.item()` does to read a number back: no capture allows that.
     - Numbers and flags of Python stay those of the capture. One that changes from call to call belongs in the key.
     - A result is used or copied before the next call with the same key and shapes, which overwrites it.
 
