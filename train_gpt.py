@@ -1550,17 +1550,19 @@ class MuonAdam:
 
     def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Sum the gradients over ranks -> (this rank's share of every stack, all of Adam's, norm of the whole)."""
-        shares, norms = [], []
+        shares = []
         for n, ps in zip(self.share, self.stacks, strict=True):
             g = torch.stack([p.grad for p in ps])  # (matrices, r, c)
             padding = n * self.dist.world - len(ps)
             if padding:
                 g = F.pad(g, (0, 0, 0, 0, 0, padding))
             shares.append(self.dist.reduce_scatter(g))
+
         flat = self.dist.all_reduce(torch.cat([p.grad.flatten() for p in self.adam_params]))
         sizes = [p.numel() for p in self.adam_params]
         adam_grads = [g.view_as(p) for g, p in zip(flat.split(sizes), self.adam_params, strict=True)]
 
+        norms = []
         for g, ps in zip(shares, self.stacks, strict=True):
             # Matrix by matrix, so that the order of the sum does not depend on the number of ranks.
             each = torch.stack(torch._foreach_norm(list(g.unbind())))
@@ -1569,8 +1571,9 @@ class MuonAdam:
 
     @torch.no_grad()
     def step(self, lr_scale: float, mu: float) -> Tensor:
-        """One update from the gradients in p.grad, which it clears -> norm of the summed gradient. `lr_scale`: factor
-        on all learning rates; `mu`: Muon's momentum."""
+        """One update from the gradients in p.grad, which are then set to zero -> norm of the summed gradient.
+
+        `lr_scale` is a factor on all learning rates, `mu` is Muon's momentum."""
         run = self.run
         self.steps_done += 1
         shares, adam_grads, grad_norm = self.reduce()
@@ -1591,17 +1594,19 @@ class MuonAdam:
         return grad_norm
 
     def state(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs, whole on every rank."""
-        stacks = enumerate(zip(self.momentum, self.stacks, strict=True))
-        momentum = {f"momentum.{i}": self.dist.all_gather(m)[: len(ps)] for i, (m, ps) in stacks}
-        return momentum | self.moments()
+        """What a checkpoint needs, whole on every rank, so that it fits any number of ranks."""
+        state = {}
+        for i, (momentum, ps) in enumerate(zip(self.momentum, self.stacks, strict=True)):
+            state[f"momentum.{i}"] = self.dist.all_gather(momentum)[: len(ps)]
+        return state | self.moments()
 
     def moments(self) -> dict[str, Tensor]:
+        """Adam's moments by their names in a checkpoint; every rank holds all of them."""
         exp_avg = {f"exp_avg.{i}": t for i, t in enumerate(self.exp_avg)}
         return exp_avg | {f"exp_avg_sq.{i}": t for i, t in enumerate(self.exp_avg_sq)}
 
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
-        """Continue from what `state` gave after so many steps, on any number of ranks."""
+        """Continue from what `state` returned after `steps_done` steps, on any number of ranks."""
         self.steps_done = steps_done
         for i, (n, momentum) in enumerate(zip(self.share, self.momentum, strict=True)):
             mine = state[f"momentum.{i}"][self.dist.rank * n : (self.dist.rank + 1) * n]
@@ -2002,17 +2007,20 @@ def calibrate(model: GPT, batches: Iterable[Sequence[MicroBatch]], dist: Dist) -
         x = inputs.flatten(0, -2).float()
         sums[module].addmm_(x.mT, x)
 
-    hooks = [
-        model.get_submodule(module).register_forward_pre_hook(lambda _, args, module=module: add(module, args[0]))
-        for module in sums
-        if module != "embed"
-    ]
+    def hook_on(module: str) -> torch.utils.hooks.RemovableHandle:
+        def hook(_: nn.Module, args: tuple) -> None:
+            add(module, args[0])
+
+        return model.get_submodule(module).register_forward_pre_hook(hook)
+
+    hooks = [hook_on(module) for module in sums if module != "embed"]
     with torch.compiler.set_stance("force_eager"):  # hooks do not fire in compiled code
-        for tokens, _, segments in (part for batch in batches for part in batch):
-            states, _ = model.hidden(tokens, segments)
-            add("embed", states)  # the embedding is quantised for its role as the output matrix
-    for hook in hooks:
-        hook.remove()
+        for batch in batches:
+            for part in batch:
+                states, _ = model.hidden(part.tokens, part.segments)
+                add("embed", states)  # the embedding is quantised for its role as the output matrix
+    for handle in hooks:
+        handle.remove()
 
     sums = {module: dist.all_reduce(total) for module, total in sums.items()}
     silent = [name for name in matrices if not sums[modules[name]].any()]
@@ -2066,8 +2074,8 @@ class RowQuantiser:
     for +-clip standard deviations of the row.
 
     A matrix NAME (out, in) is stored as NAME, its integers (in, out) int8, and NAME.scale, the steps (out,) fp16.
-    Integers are transposed, so that those of a column, which are alike, lie together for zstd. All that is known of
-    this layout is known here: another quantiser is another class with these methods."""
+    Integers are transposed, so that those of a column, which are alike, lie together for zstd. Nothing else knows this
+    layout: another quantiser is another class with these methods, which `Quantiser` then names."""
 
     def __init__(self, run: RunConfig, clip_scale: float = 1.0):
         self.run = run
@@ -2143,7 +2151,10 @@ class RowQuantiser:
         return shape.numel() * bits / 8 + self.fixed_bytes(shape)
 
 
-def entropy_bytes(weights: Mapping[str, Tensor], quantiser: RowQuantiser) -> float:
+Quantiser = RowQuantiser  # the one in use: all that follows asks it, and names no other
+
+
+def entropy_bytes(weights: Mapping[str, Tensor], quantiser: Quantiser) -> float:
     """Bytes of all these matrices, at the entropy of their integers."""
     return sum(quantiser.entropy_bytes(name, w) for name, w in weights.items())
 
@@ -2152,11 +2163,11 @@ def fit_clip_scale(weights: Mapping[str, Tensor], run: RunConfig, budget: float)
     """The smallest common factor on all ranges whose entropy fits the budget (bytes); no range goes below the floor."""
     low = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas)
     high = 64.0
-    if entropy_bytes(weights, RowQuantiser(run, low)) <= budget:
+    if entropy_bytes(weights, Quantiser(run, low)) <= budget:
         return low
     for _ in range(14):
         middle = math.sqrt(low * high)
-        if entropy_bytes(weights, RowQuantiser(run, middle)) <= budget:
+        if entropy_bytes(weights, Quantiser(run, middle)) <= budget:
             high = middle
         else:
             low = middle
@@ -2164,7 +2175,7 @@ def fit_clip_scale(weights: Mapping[str, Tensor], run: RunConfig, budget: float)
 
 
 @torch.no_grad()
-def quantise(model: GPT, hessians: Mapping[str, Tensor], quantiser: RowQuantiser, dist: Dist) -> dict[str, Tensor]:
+def quantise(model: GPT, hessians: Mapping[str, Tensor], quantiser: Quantiser, dist: Dist) -> dict[str, Tensor]:
     """What an artifact stores: every matrix as the quantiser encodes it, every scalar parameter as fp16. Ranks share
     the work by matrix, largest first; what a rank does not encode it has as zeros, and the sum over ranks is exact."""
     stored: dict[str, Tensor] = {}
@@ -2175,10 +2186,9 @@ def quantise(model: GPT, hessians: Mapping[str, Tensor], quantiser: RowQuantiser
         elif i % dist.world == dist.rank:
             stored |= quantiser.encode(name, p, hessians[name])
         else:
-            layout = quantiser.layout(name, p.shape)
-            stored |= {
-                part: torch.zeros(shape, dtype=dtype, device=p.device) for part, (dtype, shape) in layout.items()
-            }
+            for part, (dtype, shape) in quantiser.layout(name, p.shape).items():
+                stored[part] = torch.zeros(shape, dtype=dtype, device=p.device)
+
     for name, p in by_size:
         if param_role(name) != "scalar":
             for part in quantiser.layout(name, p.shape):
@@ -2192,7 +2202,11 @@ def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -
         shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
     expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
     for name, shape in shapes.items():
-        expected |= {name: (torch.float16, shape)} if param_role(name) == "scalar" else RowQuantiser.layout(name, shape)
+        if param_role(name) == "scalar":
+            expected[name] = torch.float16, shape
+        else:
+            expected |= Quantiser.layout(name, shape)
+
     found = {name: (t.dtype, t.shape) for name, t in stored.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
@@ -2204,7 +2218,7 @@ def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
     """The model, filled with what `quantise` stored. Raises DataError, which names the file `what`."""
     check_stored(model.config, stored, what)
     for name, p in model.named_parameters():
-        p.copy_(stored[name] if param_role(name) == "scalar" else RowQuantiser.decode(name, stored))
+        p.copy_(stored[name] if param_role(name) == "scalar" else Quantiser.decode(name, stored))
         require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
     return model
 
@@ -2231,7 +2245,7 @@ def make_artifact(
     for attempt in (1, 2):
         with watch.phase("quantise"):
             clip_scale = fit_clip_scale(weights, run, budget)
-            quantiser = RowQuantiser(run, clip_scale)
+            quantiser = Quantiser(run, clip_scale)
             stored = quantise(model, hessians, quantiser, dist)
             estimate = entropy_bytes(weights, quantiser)
         with watch.phase("pack"):
@@ -3264,7 +3278,7 @@ def make_setup(model: ModelConfig, run: RunConfig, dist: Dist) -> Setup:
 
 def predicted_bytes(model: GPT, run: RunConfig) -> float:
     """Size of the artifact if all weights are Gaussian, before ranges are fitted."""
-    quantiser = RowQuantiser(run)
+    quantiser = Quantiser(run)
     return sum(
         2 * p.numel() if param_role(name) == "scalar" else quantiser.gaussian_bytes(name, p.shape)
         for name, p in model.named_parameters()
@@ -3293,7 +3307,7 @@ def check_setup(setup: Setup) -> None:
         with torch.device("meta"):
             sketch = GPT(setup.model)
         fixed = sum(
-            2 * p.numel() if param_role(name) == "scalar" else RowQuantiser.fixed_bytes(p.shape)
+            2 * p.numel() if param_role(name) == "scalar" else Quantiser.fixed_bytes(p.shape)
             for name, p in sketch.named_parameters()
         )
         require(
@@ -3397,11 +3411,13 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
 
     An artifact may be older than a field of ModelConfig: the field then says what its absence means (see `knob`)."""
     require(meta.get("kind") == "artifact", f"{what}: of kind {meta.get('kind')!r}, expected an artifact", DataError)
-    values, kinds = meta.get("model"), get_type_hints(ModelConfig)
+    values = meta.get("model")
+    kinds = get_type_hints(ModelConfig)
     try:
-        require(isinstance(values, dict), f"it is {str(values)[:60]!r}, no table")
-        unknown = sorted(values.keys() - kinds.keys())
-        require(unknown == [], f"{', '.join(unknown)[:60]} is no knob here: a newer version wrote it; use that one")
+        require(isinstance(values, dict), f"it is {str(values)[:60]!r}, expected a table")
+        unknown = ", ".join(sorted(values.keys() - kinds.keys()))
+        require(not unknown, f"{unknown[:60]}: unknown here, written by a newer version; use that version to read it")
+
         checked = {}
         for f in fields(ModelConfig):
             value = values.get(f.name, f.metadata["absent"])
@@ -3413,18 +3429,19 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
         raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
 
 
-def load_artifact(path: Path, plan: Setup) -> GPT:
-    """The model that a file holds, built from that file alone."""
+def load_artifact(path: Path, setup: Setup) -> GPT:
+    """The model that a file holds, built from that file alone. Raises DataError."""
     meta, stored = unpack(read_file(path), str(path))
-    config, tokenizer = stored_config(meta, str(path)), str(meta.get("tokenizer"))
+    config = stored_config(meta, str(path))
+    tokenizer = str(meta.get("tokenizer"))
     require(
-        tokenizer == plan.tokenizer.sha256,
+        tokenizer == setup.tokenizer.sha256,
         f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
-        f"{plan.tokenizer.path} ({plan.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
+        f"{setup.tokenizer.path} ({setup.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
         DataError,
     )
-    check_stored(config, stored, str(path))
-    return restore(GPT(config).to(plan.dist.device), stored, str(path))
+    check_stored(config, stored, str(path))  # before a forged configuration can take memory for a network
+    return restore(GPT(config).to(setup.dist.device), stored, str(path))
 
 
 def score_all_static(model: GPT, setup: Setup, looping: bool = True, docs: Documents | None = None) -> ScoreTable:
@@ -3459,6 +3476,7 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents) -> flo
     initial_state = trainer.copy_state()
 
     warm_up(trainer, batch)
+    calibrate(trainer.model, [batch[:1]], setup.dist)  # refuses a matrix without input before training is paid for
     reserve = 0.0
     if run.max_wallclock_seconds:
         reserve = dry_run(trainer, batch, setup, held_out)
@@ -3480,7 +3498,6 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
     run = setup.run
     dist = setup.dist
     model = trainer.model
-    calibrate(model, [batch[:1]], dist)  # so that nothing is new to the GPU when it is timed below
 
     watch = Stopwatch(dist)
     with watch.phase("calibrate"):
@@ -3700,7 +3717,7 @@ def part_bytes(path: Path) -> dict[str, int]:
     header, _ = read_header(data, str(path))
     parts: dict[str, int] = {}
     for name, _, _, size in header["tensors"]:
-        kind = RowQuantiser.kind_of(name)
+        kind = Quantiser.kind_of(name)
         parts[kind] = parts.get(kind, 0) + size
     return parts | {"header": len(data) - sum(parts.values())}
 

@@ -102,8 +102,10 @@ def newton_schulz(x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
 def test_muon_update_is_its_formula(shape):
-    rng, mu = np.random.default_rng(0), 0.8
-    momentum, kept = np.zeros(shape), torch.zeros(1, *shape)
+    rng = np.random.default_rng(0)
+    mu = 0.8
+    momentum = np.zeros(shape)
+    kept = torch.zeros(1, *shape)
     for _ in range(3):
         gradient = rng.standard_normal(shape)
         momentum = mu * momentum + gradient
@@ -118,32 +120,34 @@ def test_muon_update_is_its_formula(shape):
 # ---- AdamW and the whole step -----------------------------------------------
 
 
-def test_dense_parameters_follow_torchs_adamw():
+def test_adam_params_follow_torchs_adamw():
     run = g.RunConfig(grad_clip_norm=0.0, beta1=0.8, beta2=0.95, embed_wd=0.3, scalar_wd=0.1)
-    model, twin = a_model(), a_model()
-    dense = [(n, p) for n, p in twin.named_parameters() if g.param_role(n) != "matrix"]
+    model = a_model()
+    reference_model = a_model()
+    adam_params = [(n, p) for n, p in reference_model.named_parameters() if g.param_role(n) != "matrix"]
     groups = [
         dict(
             params=[p],
             lr=run.embed_lr if n == "embed" else run.scalar_lr,
             weight_decay=run.embed_wd if n == "embed" else run.scalar_wd,
         )
-        for n, p in dense
+        for n, p in adam_params
     ]
     reference = torch.optim.AdamW(groups, betas=(run.beta1, run.beta2), eps=run.adam_eps)
     optimizer = g.MuonAdam(model, run, g.Dist())
     for step in range(4):
         set_gradients(model, step)
-        set_gradients(twin, step)
+        set_gradients(reference_model, step)
         optimizer.step(lr_scale=1.0, mu=0.9)
         reference.step()
     ours = dict(model.named_parameters())
-    for name, p in dense:
+    for name, p in adam_params:
         torch.testing.assert_close(ours[name], p, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_matrices_follow_muon():
-    run, model = g.RunConfig(grad_clip_norm=0.0), a_model()
+    run = g.RunConfig(grad_clip_norm=0.0)
+    model = a_model()
     optimizer = g.MuonAdam(model, run, g.Dist())
     want = {n: p.detach().double().numpy() for n, p in model.named_parameters() if g.param_role(n) == "matrix"}
     momentum = {n: torch.zeros(1, *p.shape) for n, p in want.items()}
@@ -163,8 +167,10 @@ def test_matrices_follow_muon():
 
 def test_decay_is_decoupled_from_the_gradient():
     """Without a gradient a weight shrinks by lr * decay, and nothing else happens; without a rate nothing does."""
-    run, model = g.RunConfig(muon_wd=0.5, embed_wd=0.25, scalar_wd=0.125), a_model()
-    optimizer, before = g.MuonAdam(model, run, g.Dist()), {n: p.detach().clone() for n, p in model.named_parameters()}
+    run = g.RunConfig(muon_wd=0.5, embed_wd=0.25, scalar_wd=0.125)
+    model = a_model()
+    optimizer = g.MuonAdam(model, run, g.Dist())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for scale in (0.0, 0.4):
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
@@ -204,7 +210,8 @@ def test_what_a_pass_does_not_use_needs_no_gradient(changes):
     config |= dict(parallel_start_layer=2, num_loops=1, loop_start=1, loop_end=1)
     model = g.GPT(g.ModelConfig(**config | changes))
     g.init_weights(model, seed=0)
-    optimizer, text = g.MuonAdam(model, g.RunConfig(), g.Dist()), torch.randint(2, 64, (1, 17))
+    optimizer = g.MuonAdam(model, g.RunConfig(), g.Dist())
+    text = torch.randint(2, 64, (1, 17))
     for looping in (False, True):
         model(text[:, :-1], text[:, 1:], looping=looping).mean().backward()
         assert 0 < optimizer.step(1.0, 0.9) < math.inf
@@ -217,7 +224,8 @@ def test_the_norm_is_that_of_the_whole_gradient_and_clipping_scales_all_of_it():
     """Clipped gradients give what gradients scaled by hand give."""
     whole = math.sqrt(sum(p.numel() for p in a_model().parameters()))  # nearly, of normal deviates
     limit = 0.01 * whole
-    clipped, by_hand = a_model(), a_model()
+    clipped = a_model()
+    by_hand = a_model()
     one = g.MuonAdam(clipped, g.RunConfig(grad_clip_norm=limit, adam_eps=1e-2), g.Dist())
     two = g.MuonAdam(by_hand, g.RunConfig(grad_clip_norm=0.0, adam_eps=1e-2), g.Dist())
     for step in range(2):
@@ -234,7 +242,8 @@ def test_the_norm_is_that_of_the_whole_gradient_and_clipping_scales_all_of_it():
 
 
 def test_a_small_gradient_is_not_clipped():
-    clipped, free = a_model(), a_model()
+    clipped = a_model()
+    free = a_model()
     for model, clip in ((clipped, 1e6), (free, 0.0)):
         optimizer = g.MuonAdam(model, g.RunConfig(grad_clip_norm=clip), g.Dist())
         set_gradients(model, 0)
@@ -330,7 +339,8 @@ def test_applying_the_average_restores_exactly():
     for p in model.parameters():
         p.data += torch.randn(p.shape)
     average.update(0.03)
-    before, values = [p.detach().clone() for p in model.parameters()], [v.clone() for v in average.values]
+    before = [p.detach().clone() for p in model.parameters()]
+    values = [v.clone() for v in average.values]
     with pytest.raises(RuntimeError, match="inside"), average.applied():
         assert all(torch.equal(p, v) for p, v in zip(model.parameters(), values, strict=True))
         assert any(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
