@@ -17,7 +17,7 @@ usage() {
   ./run.sh decompress OUT FILE   and back, exactly
   ./run.sh sample ...   what an artifact would write after a prompt
   ./run.sh sweep ...    rank combinations of knobs on held-out training text: TTT_LR=5e-5,1e-4 [--eval ARTIFACT]
-  ./run.sh compare A B  what two runs differ by, document by document
+  ./run.sh compare A B  where two runs differ, document by document
   ./run.sh plot RUN...  pictures of finished runs, into logs/plots/
   ./run.sh record ...   train and score every seed, audit, and write records/...: NAME --seeds 42,0,1234 --what TEXT
   ./run.sh check ...    after `record`: every number of a record folder against its logs; with its artifact, the score
@@ -117,8 +117,9 @@ has_torch() {
   "$base" -c 'import sys, torch; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 11])' &>/dev/null
 }
 
-missing() { # interpreter, files: prints the lines whose package it lacks; a package is imported by its own name, xdist
-  # by the last part of it
+# Interpreter, requirements files: prints the lines whose package the interpreter lacks. A package is imported by its own
+# name, pytest-xdist by the last part of it.
+missing() {
   "$1" - "${@:2}" <<'EOF'
 import fileinput, importlib.util, re
 for line in fileinput.input():
@@ -213,7 +214,8 @@ run_tool() { # its name and arguments
   exec "$python" -m "tools.$1" "${@:2}"
 }
 
-run_tool_on_jobs() { # with the knobs and data that a run would have, but an artifact brings those of its own run
+# With the knobs and data that a run would have; with --eval, the artifact brings those of its own run.
+run_tool_on_jobs() {
   setup requirements.txt requirements-dev.txt
   [[ " $* " == *" --eval"[\ =]* ]] || choose_job
   export RUN_SH_DEFAULTS=${defaults[*]} # which knobs are not the user's
