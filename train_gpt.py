@@ -2417,7 +2417,7 @@ def score_static(
 
 
 class Adapter:
-    """LoRA of B documents, for every layer pass and for the head. The seed alone decides where they start."""
+    """LoRA of B documents, for every layer pass and for the head. The initial values depend on the seed alone."""
 
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
         generator = torch.Generator().manual_seed(run.seed)
@@ -2521,7 +2521,7 @@ class Learner:
     optimizer: TTTOptimizer
 
     def take_steps(self, chunk: Any, mask: Any) -> Any:
-        """TTT_EPOCHS steps on a scored chunk -> the chunk as its last forward pass left it."""
+        """Take TTT_EPOCHS steps on a scored chunk -> the chunk of the last forward pass."""
         entropy = self.mean_entropy(chunk, mask) if uses_entropy(self.run) else None
         for epoch in range(self.run.ttt_epochs):
             if epoch > 0:
@@ -2531,15 +2531,15 @@ class Learner:
         return chunk
 
     def mean_entropy(self, chunk: Any, mask: Any) -> Tensor:
-        """Of each document's counted predictions (B,), nats."""
+        """The mean entropy of each document's counted predictions, (B,) nats."""
         raise NotImplementedError
 
     def forward_again(self, chunk: Any) -> Any:
-        """The chunk after another forward pass, with what has been learned since the last."""
+        """Run another forward pass over the chunk, with what has been learned since the last."""
         raise NotImplementedError
 
     def gradients(self, chunk: Any, mask: Any) -> list[Tensor]:
-        """Of each document's mean loss over its counted targets, (B, ...) each."""
+        """The gradients of each document's mean loss over its counted targets, (B, ...) each."""
         raise NotImplementedError
 
 
@@ -2549,15 +2549,15 @@ class Learner:
 class KVCache:
     """Keys and values of the last L tokens of B documents, for every layer pass. Token t lies in slot t % L.
 
-    All documents are at the same position. L grows by doubling up to `most`; buffers are kept by size and reused, as
-    captured CUDA graphs hold their addresses."""
+    All documents are at the same position. L grows by doubling, up to `capacity`; the buffers of every size are kept
+    and reused, as captured CUDA graphs hold their addresses."""
 
     SMALLEST = 256  # tokens
 
-    def __init__(self, c: ModelConfig, documents: int, most: int, device: torch.device):
+    def __init__(self, c: ModelConfig, documents: int, capacity: int, device: torch.device):
         self.config = c
         self.documents = documents
-        self.most = most
+        self.capacity = capacity
         self.device = device
         self.buffers_by_size: dict[int, list[Tensor]] = {}
         self.last_token = torch.full((documents, 1), BOS, device=device)  # the one before a chunk, to smear
@@ -2565,7 +2565,7 @@ class KVCache:
         self.reset()
 
     def reset(self) -> None:
-        """To the start of new documents."""
+        """Go to the start of new documents."""
         self.last_token.fill_(BOS)
         self.position_on_device.zero_()
         for buffers in self.buffers_by_size.values():
@@ -2577,9 +2577,9 @@ class KVCache:
 
     def make_room(self, tokens: int) -> None:
         """Grow to hold `tokens` more, or as many as a chunk may attend to."""
-        size = self.size or min(self.most, self.SMALLEST)
-        while size < min(self.most, self.position + tokens):
-            size = min(self.most, 2 * size)
+        size = self.size or min(self.capacity, self.SMALLEST)
+        while size < min(self.capacity, self.position + tokens):
+            size = min(self.capacity, 2 * size)
         if self.buffers and size == self.size:
             return
         if size not in self.buffers_by_size:
@@ -2587,7 +2587,7 @@ class KVCache:
             passes = len(layer_plan(self.config, looping=True))
             self.buffers_by_size[size] = [torch.zeros(shape, device=self.device) for _ in range(passes)]
         larger = self.buffers_by_size[size]
-        if self.buffers:  # no slot wraps round before the size is `most`, so that token t stays in slot t
+        if self.buffers:  # no slot wraps round before the size is `capacity`, so that token t stays in slot t
             for new, old in zip(larger, self.buffers, strict=True):
                 new[..., : self.size, :].copy_(old)
         self.buffers = larger
@@ -2616,7 +2616,7 @@ class KVCache:
         self.position_on_device += count
 
     def copy_rows(self, other: KVCache, rows: Tensor) -> None:
-        """Become these documents of another cache, where they are."""
+        """Take over these documents of another cache, at their position."""
         self.position = other.position
         self.make_room(0)
         other.make_room(0)
@@ -2634,6 +2634,11 @@ class BatchedChunk(NamedTuple):
     states: Tensor  # (B, C, D) before the head
     nats: Tensor  # (B, C); gradients flow through it to the adapter, if the chunk is to be learned from
     new_kvs: list[Tensor]  # keys and values that the chunk adds to the cache
+
+    @property
+    def to_learn(self) -> bool:
+        """Whether the chunk was scored to be learned from."""
+        return self.nats.requires_grad
 
 
 class BatchedTTT(Learner):
@@ -2659,7 +2664,6 @@ class BatchedTTT(Learner):
         self.adapter.reset()
         self.optimizer.reset()
         self.cache.reset()
-        self.replaying = False  # the chunk in hand is to be learned from, on a GPU
 
     def hidden(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Inputs of the next chunk (B, C) -> states (B, C, D), new keys and values. Changes nothing: other tokens may
@@ -2672,19 +2676,18 @@ class BatchedTTT(Learner):
         """Score the next chunk, inputs and targets (B, C) each, from what was learned before it. `to_learn`: whether
         `learn` will be called on it."""
         self.cache.make_room(tokens.size(1))
-        self.replaying = to_learn and self.graphs is not None
         with torch.set_grad_enabled(to_learn):
-            return self._on_device("score", self._score, tokens, targets)
+            return self._on_device("score", to_learn, self._score, tokens, targets)
 
     def learn(self, chunk: BatchedChunk, mask: Tensor) -> BatchedChunk:
         """Steps on a chunk; the mask (B, C) says which of its targets count."""
         # The chunk is bound here and not passed as an input: a captured step must read the tensors of the captured
         # score, as inputs are copied, which would cut them off from their gradients.
-        return self._on_device("learn", lambda mask: self.take_steps(chunk, mask), mask)
+        return self._on_device("learn", True, lambda mask: self.take_steps(chunk, mask), mask)
 
     def advance(self, chunk: BatchedChunk) -> None:
         """Make the chunk part of the context."""
-        self._on_device("advance", lambda: self.cache.append(chunk.tokens, chunk.new_kvs))
+        self._on_device("advance", chunk.to_learn, lambda: self.cache.append(chunk.tokens, chunk.new_kvs))
         self.cache.position += chunk.tokens.size(1)
 
     def _score(self, tokens: Tensor, targets: Tensor) -> BatchedChunk:
@@ -2704,14 +2707,15 @@ class BatchedTTT(Learner):
         entropy = self.model.head.entropy(chunk.states, self.model.embed, self.adapter.head)
         return (entropy * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-    def _on_device(self, name: str, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        if not self.replaying:
+    def _on_device(self, name: str, to_learn: bool, work: Callable[..., Any], *inputs: Tensor) -> Any:
+        """Do a part of a step: on a GPU, if the chunk is to be learned from, as a CUDA graph."""
+        if self.graphs is None or not to_learn:
             return work(*inputs)
         return self.graphs((name, self.cache.size), work, *inputs)
 
     @torch.no_grad()
     def copy_rows(self, other: BatchedTTT, rows: Tensor) -> None:
-        """Become these documents of another learner, where they are."""
+        """Take over these documents of another learner, in their present state."""
         self.reset()
         self.cache.copy_rows(other.cache, rows)
         mine = [*self.tensors, *self.optimizer.exp_avg, *self.optimizer.exp_avg_sq]
@@ -2761,7 +2765,7 @@ def score_batched(
     """Score documents that adapt side by side. Learners are kept in `learners_by_size` for the next group."""
     learners_by_size = {} if learners_by_size is None else learners_by_size
     if len(group) not in learners_by_size:
-        learners_by_size.clear()  # each holds gigabytes; those of the halves of another size will not be needed
+        learners_by_size.clear()  # each holds gigabytes; those for a group of another size are not needed again
 
     def learner_for(rows: int) -> BatchedTTT:
         if rows not in learners_by_size:

@@ -93,14 +93,15 @@ def scored_bits(predictor: codec.Predictor, documents: list[list[int]], **change
     stream = np.array([BOS, *(token for document in documents for token in document)], np.uint16)
     starts = np.flatnonzero(stream == BOS)  # the last one begins nothing
     docs = train_gpt.Documents(stream, np.ones(len(stream), np.int64), starts)
-    table, run = train_gpt.ScoreTable(docs), dataclasses.replace(predictor.run, **changes)
+    table = train_gpt.ScoreTable(docs)
+    run = dataclasses.replace(predictor.run, **changes)
     train_gpt.score_batched(predictor.model, docs, range(len(docs)), run, train_gpt.Dist(), table)
     assert table.counted.tolist() == [len(document) for document in documents]
     return table.nats.sum() / math.log(2)
 
 
 # -----------------------------------------------------------------------------
-# Bits are bits
+# The code is as long as the score says
 
 
 def allowance(bits: float) -> float:
@@ -110,9 +111,10 @@ def allowance(bits: float) -> float:
 
 
 def test_a_document_takes_the_bits_that_the_scorer_reports_and_comes_back(artifact):
-    """The four rules in one line: a score that looked ahead, was not normalised, learnt first or left a token out could
+    """The four rules at once: a score that looked ahead, was not normalised, learned first or left a token out could
     not be decoded at this length."""
-    predictor, text = codec.open_predictor(artifact), some_text(40)
+    predictor = codec.open_predictor(artifact)
+    text = some_text(40)
     made = there_and_back(artifact, text)
     tokens = codec.to_tokens(predictor, False, text.decode())
     bits = scored_bits(predictor, [tokens])
@@ -120,7 +122,7 @@ def test_a_document_takes_the_bits_that_the_scorer_reports_and_comes_back(artifa
     assert made.edits == 0
     assert abs(8 * made.coded - bits) <= allowance(bits)
     without = scored_bits(predictor, [tokens], ttt_lr=0.0)
-    assert abs(without - bits) > allowance(bits)  # what was learnt counts: neither side can have left it out
+    assert abs(without - bits) > allowance(bits)  # what was learned counts: neither side can have left it out
 
 
 def test_documents_side_by_side_take_the_bits_of_each(artifact):
@@ -337,7 +339,9 @@ def test_only_documents_that_adapt_by_themselves_can_be_coded(artifact, monkeypa
 
 def test_the_commands(make_artifact, tmp_path, monkeypatch, capsys):
     """Compressed in one process and decompressed in another, under other knobs, then refused for another artifact."""
-    first, other, text = make_artifact(), make_artifact("other", seed=1), some_text(9) + b"\xff"
+    first = make_artifact()
+    other = make_artifact("other", seed=1)
+    text = some_text(9) + b"\xff"
     source, out, back = (tmp_path / name for name in ("source", "out", "back"))
     source.write_bytes(text)
     assert end_in_a_line(lambda: compress.main([str(source), str(out), "--artifact", str(first)])) == 0

@@ -133,7 +133,8 @@ LENGTHS = (45, 1, 0, 33, 64, 31, 32, 8)
 def test_static_scores_equal_a_direct_forward_of_every_window(model, stride):
     docs = documents(*LENGTHS)
     for i, nats in enumerate(static(model, docs, eval_stride=stride)):
-        text, expected = torch.from_numpy(docs.span(i).astype(np.int64)), []
+        text = torch.from_numpy(docs.span(i).astype(np.int64))
+        expected = []
         for t in range(len(text) - 1):  # token t + 1 from the tokens start..t
             edge = CONTEXT + max(0, math.ceil((t + 1 - CONTEXT) / stride)) * stride
             start = edge - CONTEXT

@@ -288,7 +288,8 @@ def plain_full(text: list[int], chunk: int, epochs: int, lr: float, momentum: fl
     )
     tokens = torch.tensor([[g.BOS, *text]])
     while end < len(text):
-        first, end = end, min(end + chunk, len(text))
+        first = end
+        end = min(end + chunk, len(text))
         for epoch in range(epochs):
             windows = g.windows(0, first, end, CONTEXT, 8)
             loss = torch.cat(
@@ -360,7 +361,8 @@ def test_a_chunk_is_scored_with_what_a_replay_that_stops_before_it_has_learned(n
 @pytest.mark.parametrize("name", ["lora, adamw", "full, document"])
 def test_earlier_scores_are_the_same_to_the_last_bit(name, cut, monkeypatch):
     """Whether other tokens follow, or the document ends earlier or later."""
-    text, knobs = document(44, period=7), SYSTEMS[name]
+    text = document(44, period=7)
+    knobs = SYSTEMS[name]
     whole, _ = states(documents(text), monkeypatch, **knobs)
     other = [(t - 1) % 46 + 2 for t in text[cut:]]
     for texts in ([text[:cut] + other], [text[:cut]], [text[:cut], other], [text[:cut] + other * 3]):
@@ -387,7 +389,8 @@ def test_entropy_scales_the_rate_in_proportion_outside_the_window():
 
 @pytest.mark.parametrize("system", [LORA, FULL], ids=["lora", "full"])
 def test_the_rate_of_a_chunk_follows_the_entropy_of_its_own_document(steps, system):
-    model, entropies = random_model().requires_grad_(False), []
+    model = random_model().requires_grad_(False)
+    entropies = []
     for i in (0, 2, 5):  # longest first, as they are adapted
         text = torch.from_numpy(MIXED.span(i).astype(np.int64))[None, :CHUNK]
         log_p = model.head.logits(model.hidden(text)[0], model.embed, None).log_softmax(-1)
@@ -458,7 +461,8 @@ def changes_of_full(steps, **knobs) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
 def test_frozen_blocks_keep_their_weights_and_all_else_learns(blocks, monkeypatch):
-    model, before = random_model(), dict(random_model().named_parameters())
+    model = random_model()
+    before = dict(random_model().named_parameters())
     monkeypatch.setattr(g.SequentialTTT, "reset", lambda self: None)
     score(documents(document(3 * CHUNK)), model=model, **FULL | dict(ttt_freeze_blocks=blocks))
     kept = {n for n, p in model.named_parameters() if p.equal(before[n])}
@@ -478,7 +482,8 @@ def test_multipliers_scale_the_rates_of_their_matrices(steps):
 def test_any_choice_of_targets_adapts_and_helps(static, targets):
     run = run_config(ttt_lora_targets=targets)
     adapter = g.Adapter(CONFIG, run, 2, torch.device("cpu"))
-    passes, chosen = len(g.layer_plan(CONFIG, looping=True)), targets.split(",")
+    passes = len(g.layer_plan(CONFIG, looping=True))
+    chosen = targets.split(",")
     assert len(adapter.tensors()) == 2 * sum(1 if t == "head" else passes for t in chosen)
     assert {t for t in g.LayerLoRA._fields if getattr(adapter.passes[0], t) is not None} == set(chosen) - {"head"}
     table = score(MIXED, **LORA | dict(ttt_lora_targets=targets, ttt_epochs=2))
@@ -503,7 +508,8 @@ def test_an_adapter_starts_from_the_seed_alone():
 
 
 def test_a_new_adapter_changes_nothing_to_the_last_bit():
-    model, tokens = random_model().requires_grad_(False), torch.tensor([[g.BOS, *document(20)]] * 3)
+    model = random_model().requires_grad_(False)
+    tokens = torch.tensor([[g.BOS, *document(20)]] * 3)
     adapter = g.Adapter(CONFIG, run_config(), 3, torch.device("cpu"))
     plain, adapted = (model(tokens[:, :-1], tokens[:, 1:], None, a) for a in (None, adapter))
     assert torch.equal(plain, adapted)
@@ -631,7 +637,8 @@ def test_a_stream_keeps_time_for_the_rest_and_scores_it_at_once(static, monkeypa
     """Chunk by chunk the rest would be read a context a chunk: many times the work of scoring without adaptation."""
     made = evaluation(MIXED, eval_seconds=1.0, **SYSTEMS[name])
     made.static_tokens_per_s = 100.0  # tokens a second: more than the time that there is
-    passes, hidden = [], g.GPT.hidden
+    passes = []
+    hidden = g.GPT.hidden
     monkeypatch.setattr(g.GPT, "hidden", lambda *given, **named: passes.append(given) or hidden(*given, **named))
     np.testing.assert_allclose(made.score().nats, static.nats, rtol=1e-5)
     assert made.degraded == len(MIXED)
@@ -802,7 +809,8 @@ def test_replayed_steps_are_those_that_were_captured(request, name):
             g.score_batched(model, docs, group, run, g.Dist(), table, learners)
         return [nats.tolist() for nats in table.by_document]
 
-    expected, replays = go(), request.getfixturevalue("replays")
+    expected = go()
+    replays = request.getfixturevalue("replays")
     assert go() == expected
     assert len(replays) >= 6, "of score, learn and advance, for 2 rows and for 1"
     assert not any(graph.fresh for graph in replays)
