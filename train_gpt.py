@@ -42,6 +42,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -115,6 +116,9 @@ def knob(
     return field(default=default if full is None else None, metadata=meta)
 
 
+MAX_PASSES = 1024  # of blocks in one forward pass: a forged artifact could ask for passes without end
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What an artifact carries to rebuild its network. A width, count or scale of 0 turns a part off."""
@@ -157,6 +161,12 @@ class ModelConfig:
             f"LOOP_START={self.loop_start}..LOOP_END={self.loop_end} must lie within the {self.num_layers} blocks, "
             "unless NUM_LOOPS=0",
         )
+        passes = self.num_layers + self.num_loops * (self.loop_end - self.loop_start + 1)
+        require(
+            self.num_loops == 0 or passes <= MAX_PASSES,
+            f"NUM_LAYERS={self.num_layers} and NUM_LOOPS={self.num_loops} make {passes} passes through blocks, "
+            f"at most {MAX_PASSES} are allowed",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -173,6 +183,9 @@ FULL = {"ttt_params": "full"}
 DOCUMENT = {"ttt_scope": "document"}
 SGD = {"ttt_optimizer": "sgd"}
 ADAMW = {"ttt_optimizer": "adamw"}
+
+
+MAX_RUN_ID_BYTES = 200  # most file systems allow 255, and a run appends to it
 
 
 @dataclass(frozen=True)
@@ -260,9 +273,21 @@ class RunConfig:
     ttt_lr_mult_in: float = knob(0.5, "factor on the rate of q, k, v and MLP input matrices", low=0, only=FULL)
 
     def __post_init__(self):
+        self._check_run_id()
         self._fill_in_defaults()
         self._check_training()
         self._check_ttt()
+
+    def _check_run_id(self) -> None:
+        """It names files in logs/, or in a subfolder of it."""
+        parts = self.run_id.split("/")
+        visible = self.run_id.isprintable() and all(part != "" and part[0] != "." for part in parts)
+        longest = max(len(part.encode(errors="replace")) for part in parts)
+        require(
+            self.run_id == "" or (visible and longest <= MAX_RUN_ID_BYTES and len(parts) <= 8),
+            f"RUN_ID={self.run_id[:80]!r}: it names files in logs/; expected printable characters, no . at the start, "
+            f"at most {MAX_RUN_ID_BYTES} bytes, and / only to name a subfolder",
+        )
 
     def _fill_in_defaults(self) -> None:
         """Some defaults depend on what adapts."""
@@ -865,9 +890,13 @@ class Dist:
         """Join the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or stand alone."""
         use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         require(not use_gpu or torch.cuda.is_available(), "DEVICE=cuda, but torch sees no GPU: use DEVICE=cpu or auto")
-        rank = int(env.get("RANK", 0))
-        world = int(env.get("WORLD_SIZE", 1))
-        local_rank = int(env.get("LOCAL_RANK", 0))
+        world = torchrun_number(env, "WORLD_SIZE", default=1, low=1, high=MAX_RANKS)
+        rank = torchrun_number(env, "RANK", default=0, low=0, high=world - 1)
+        local_rank = torchrun_number(env, "LOCAL_RANK", default=0, low=0, high=rank)
+        torchrun_number(env, "MASTER_PORT", default=1, low=1, high=65535)
+        require(
+            world == 1 or env.get("MASTER_ADDR", "") != "", f"MASTER_ADDR is empty, but WORLD_SIZE={world}: {TORCHRUN}"
+        )
 
         if use_gpu:
             gpus = torch.cuda.device_count()
@@ -928,6 +957,18 @@ class Dist:
     def close(self) -> None:
         if self.world > 1:
             torch_dist.destroy_process_group()
+
+
+TORCHRUN = "torchrun sets this; start with torchrun, or without it and with these variables unset"
+MAX_RANKS = 4096
+
+
+def torchrun_number(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
+    """A variable that torchrun sets. Raises ConfigError if it is no whole number of the range."""
+    text = env.get(name, str(default))
+    ok = re.fullmatch(r"\d{1,9}", text, re.ASCII) is not None and low <= int(text) <= high
+    require(ok, f"{name}={text[:80]!r}: expected a whole number from {low} to {high}: {TORCHRUN}")
+    return int(text)
 
 
 class Log:
@@ -1629,6 +1670,7 @@ CONTAINER_MAGIC = b"PGOLF\x00\x01\n"
 DIGEST_BYTES = 16
 MAX_HEADER_BYTES = 1 << 24
 MAX_UNPACKED_BYTES = 1 << 31
+MAX_DIMENSIONS = 4
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 
@@ -1711,6 +1753,7 @@ def decompress(frame: bytes, most: int) -> bytes:
 def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room: int) -> Tensor:
     """Stored bytes -> a tensor of a STORED_TYPES name and a shape, of at most `room` bytes."""
     dtype = STORED_TYPES[kind]
+    require(len(shape) <= MAX_DIMENSIONS, f"a shape of {len(shape)} dimensions")
     require(all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in shape), f"shape {shape}")
     expected = math.prod(shape) * dtype.itemsize
     require(expected <= room, f"shape {shape} is too large")
@@ -1913,13 +1956,34 @@ def warm_up(trainer: Trainer, batch: Sequence[MicroBatch]) -> None:
             trainer.train_step(micro_batches, 0.0, looping)
 
 
-def check_loss(loss: float, step: int, vocab_size: int) -> None:
-    require(
-        loss < 2 * math.log(vocab_size),
-        f"training diverged: the loss of step {step} is {loss:.3f} nats, more "
-        "than twice that of guessing; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM",
-        UserError,
-    )
+PATIENCE = 100  # steps: a high rate may throw the loss up at first, and training recovers
+
+
+class DivergenceCheck:
+    """Ends a training whose loss is not finite, or stays above that of twice guessing for many steps."""
+
+    def __init__(self, vocab_size: int):
+        self.limit = 2 * math.log(vocab_size)  # nats a token
+        self.steps_above = 0
+
+    def __call__(self, loss: float, step: int) -> None:
+        """See the loss of a step. Raises UserError."""
+        self.steps_above = self.steps_above + 1 if not loss < self.limit else 0
+        require(
+            math.isfinite(loss) and self.steps_above < PATIENCE,
+            self.message(f"the loss of step {step}", loss),
+            UserError,
+        )
+
+    def at_the_end(self, loss: float, what: str) -> None:
+        """See a loss that training may not end with. Raises UserError."""
+        require(loss < self.limit, self.message(what, loss), UserError)
+
+    def message(self, what: str, loss: float) -> str:
+        return (
+            f"training diverged: {what} is {loss:.3f} nats a token, where twice that of guessing is {self.limit:.3f}; "
+            "lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM"
+        )
 
 
 def train(
@@ -1936,6 +2000,7 @@ def train(
     run = trainer.run
     history = []
     loss = torch.zeros(())
+    check_loss = DivergenceCheck(stream.vocab_size)
     logged_at = trainer.seconds_before
     saved_at = trainer.seconds_before
 
@@ -1955,25 +2020,28 @@ def train(
         loss = trainer.train_step(stream.batch(trainer.step), trainer.progress, trainer.looping(trainer.progress))
         trainer.step += 1
         # The previous loss is read only now, when this step is queued: the GPU never waits for Python.
-        check_loss(previous_loss.item(), trainer.step - 1, stream.vocab_size)
+        check_loss(previous_loss.item(), trainer.step - 1)
 
         if trainer.step % run.train_log_every == 0:
             value = loss.item()
             now = seconds_now()
             history.append((trainer.step, now, value))
-            log_step(log, trainer, stream, value, now, now - logged_at)
+            log_step(log, trainer, stream, value, now, now - logged_at, progress_at(run, trainer.step, now, reserve))
             logged_at = now
         if run.val_loss_every and trainer.step % run.val_loss_every == 0:
             with watch.phase("validate"):
                 line = "step:{step} val_bpb:{val_bpb:.5f} (last iterate, without adaptation)"
                 log.event("validate", line, step=trainer.step, val_bpb=validate())
 
-    check_loss(loss.item(), trainer.step, stream.vocab_size)
+    check_loss.at_the_end(loss.item(), f"the loss of step {trainer.step}")
     return history
 
 
-def log_step(log: Log, trainer: Trainer, stream: TrainingStream, loss: float, now: float, since_last: float) -> None:
-    """Report progress at `now` seconds of training, `since_last` seconds after the report before."""
+def log_step(
+    log: Log, trainer: Trainer, stream: TrainingStream, loss: float, now: float, since_last: float, spent: float
+) -> None:
+    """Report progress at `now` seconds of training, `since_last` seconds after the report before; this step included,
+    the fraction `spent` of the budget is spent."""
     run = trainer.run
     log.event(
         "step",
@@ -1986,7 +2054,7 @@ def log_step(log: Log, trainer: Trainer, stream: TrainingStream, loss: float, no
         tokens_per_s=run.train_log_every * run.train_batch_tokens / max(since_last, 1e-9),
         epoch=trainer.step * run.train_batch_tokens / stream.total,
         train_s=now,
-        eta_s=now / max(trainer.progress, 1e-9) - now,
+        eta_s=max(0.0, now / max(spent, 1e-9) - now),
     )
 
 
@@ -2196,18 +2264,25 @@ def quantise(model: GPT, hessians: Mapping[str, Tensor], quantiser: Quantiser, d
     return dict(sorted(stored.items()))
 
 
-def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -> None:
-    """Names, types and shapes must be those that `quantise` stores of this network. Raises DataError."""
+Layout = dict[str, tuple[torch.dtype, torch.Size]]  # {name of a stored tensor: (type, shape)}
+
+
+def expected_layout(config: ModelConfig) -> Layout:
+    """What `quantise` stores of this network."""
     with torch.device("meta"):  # takes no memory
         shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
-    expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    expected: Layout = {}
     for name, shape in shapes.items():
         if param_role(name) == "scalar":
             expected[name] = torch.float16, shape
         else:
             expected |= Quantiser.layout(name, shape)
+    return expected
 
-    found = {name: (t.dtype, t.shape) for name, t in stored.items()}
+
+def check_layout(config: ModelConfig, found: Layout, what: str) -> None:
+    """Names, types and shapes must be those that `quantise` stores of this network. Raises DataError."""
+    expected = expected_layout(config)
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise DataError(f"{what}: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
@@ -2216,7 +2291,7 @@ def check_stored(config: ModelConfig, stored: Mapping[str, Tensor], what: str) -
 @torch.no_grad()
 def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
     """The model, filled with what `quantise` stored. Raises DataError, which names the file `what`."""
-    check_stored(model.config, stored, what)
+    check_layout(model.config, {name: (t.dtype, t.shape) for name, t in stored.items()}, what)
     for name, p in model.named_parameters():
         p.copy_(stored[name] if param_role(name) == "scalar" else Quantiser.decode(name, stored))
         require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
@@ -2304,6 +2379,19 @@ class ScoreTable:
     @property
     def bits_per_byte(self) -> float:
         return float(self.nats.sum() / math.log(2) / self.docs.target_bytes().sum())
+
+    @property
+    def nats_per_token(self) -> float:
+        return float(self.nats.sum() / self.counted.sum())
+
+    def require_finite(self, advice: str) -> None:
+        """Raises UserError, with this advice, if a document's score is not a finite number."""
+        wrong = np.flatnonzero(~np.isfinite(self.nats))
+        require(
+            len(wrong) == 0,
+            f"{len(wrong)} of {len(self.nats)} documents have no finite score, the first is {wrong[:1]}: {advice}",
+            UserError,
+        )
 
 
 class Window(NamedTuple):
@@ -3176,6 +3264,9 @@ OUR_FAMILIES = (*sorted(f"{word}_" for word in FIRST_WORDS.difference(COMMON_WOR
 BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # names that build tools set, though they look like ours misspelt
 
 
+MAX_KNOB = 1e9  # of any number that is no count
+
+
 def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     """One environment string -> one checked value."""
     problem = f"{name}={text!r}: {meta['doc']}; expected "
@@ -3189,6 +3280,7 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     except ValueError:
         raise ConfigError(problem + {int: "a whole number", float: "a number"}[kind]) from None
     require(kind is not float or math.isfinite(value), problem + "a finite number")
+    require(kind is not float or abs(value) <= MAX_KNOB, problem + f"at most {MAX_KNOB:g}: fp32 must hold its products")
     require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
     require(meta["high"] is None or value <= meta["high"], problem + f"at most {meta['high']}")
     return value
@@ -3292,7 +3384,7 @@ def predicted_bytes(model: GPT, run: RunConfig) -> float:
 def check_setup(setup: Setup) -> None:
     """Refuse what cannot be run: too little disk, an unsuitable GPU, a limit of bytes that no model could meet."""
     run = setup.run
-    free = shutil.disk_usage(".").free
+    free = shutil.disk_usage(LOGS if LOGS.exists() else ".").free  # logs/ may be a link to another disk
     need = 3 * run.artifact_bytes
     if run.checkpoint_seconds:
         need += 600 << 20
@@ -3434,18 +3526,35 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
 
 
 def load_artifact(path: Path, setup: Setup) -> GPT:
-    """The model that a file holds, built from that file alone. Raises DataError."""
-    meta, stored = unpack(read_file(path), str(path))
-    config = stored_config(meta, str(path))
-    tokenizer = str(meta.get("tokenizer"))
+    """The model that a file holds, built from that file alone. Raises DataError.
+
+    The table of tensors is compared with the configuration before anything is unpacked: a small file can claim tensors
+    of gigabytes, and a short header a network of any size."""
+    what = str(path)
+    data = read_file(path)
+    header, _ = read_header(data, what)
+    config = stored_config(header["meta"], what)
+    tokenizer = str(header["meta"].get("tokenizer"))
     require(
         tokenizer == setup.tokenizer.sha256,
         f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
         f"{setup.tokenizer.path} ({setup.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
         DataError,
     )
-    check_stored(config, stored, str(path))  # before a forged configuration can take memory for a network
-    return restore(GPT(config).to(setup.dist.device), stored, str(path))
+    check_layout(config, table_layout(header, what), what)
+    _, stored = unpack(data, what)
+    return restore(GPT(config).to(setup.dist.device), stored, what)
+
+
+def table_layout(header: Mapping[str, Any], what: str) -> Layout:
+    """Names, types and shapes that a container's header claims. Raises DataError."""
+    with untrusted(what):
+        found: Layout = {}
+        for name, kind, shape, _ in header["tensors"]:
+            require(isinstance(name, str) and name not in found, f"tensor {str(name)[:60]!r} comes twice")
+            require(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"{name[:60]}: not a shape")
+            found[name] = STORED_TYPES[kind], torch.Size(shape)
+        return found
 
 
 def score_all_static(model: GPT, setup: Setup, looping: bool = True, docs: Documents | None = None) -> ScoreTable:
@@ -3566,7 +3675,9 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict
         weights_used = choose_weights(trainer, setup, held_out, log)
     with trainer.average.applied() if weights_used == "average" else contextlib.nullcontext():
         with watch.phase("validate"):
-            prequant_bpb = score_all_static(trainer.model, setup).bits_per_byte
+            table = score_all_static(trainer.model, setup)
+            prequant_bpb = table.bits_per_byte
+        DivergenceCheck(setup.model.vocab_size).at_the_end(table.nats_per_token, "the score of the trained weights")
         line = "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}"
         log.event("before_quantisation", line, prequant_bpb=prequant_bpb, last_bpb=last_bpb)
         pack_weights(trainer, setup, log, watch, path)
@@ -3613,13 +3724,17 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) 
     with watch.phase("score without adaptation"):
         static = score_all_static(model, setup) if run.ttt_enabled else table
 
+    static.require_finite(f"the network of {path} gives none, whatever adapts; train again, with lower rates")
+    table.require_finite(
+        "test-time training diverged; lower TTT_LR, TTT_LORA_ALPHA or TTT_EPOCHS, or set TTT_GRAD_CLIP"
+    )
     if setup.dist.main:
         write_documents(LOGS / f"{run_id}.docs.npz", table, static)
     log_scores(setup, log, path, table, static)
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
     return {
         "val_bpb": table.bits_per_byte,
-        "val_loss": float(table.nats.sum() / table.counted.sum()),
+        "val_loss": table.nats_per_token,
         "static_bpb": static.bits_per_byte,
         "documents": len(docs),
         "tokens": int(table.counted.sum()),
@@ -3702,7 +3817,7 @@ def report(result: Mapping[str, Any], watch: Stopwatch, log: Log, path: Path) ->
         elif key in result:
             line += f" {key}:{{{key}}}"
     log.event("result", line, **result)
-    write_atomically(path, [json.dumps(result, indent=1).encode()])
+    write_atomically(path, [json.dumps(result, indent=1, allow_nan=False).encode()])
 
 
 def prepare_torch(run: RunConfig, device: torch.device) -> None:

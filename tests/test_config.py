@@ -374,3 +374,45 @@ def test_an_unknown_argument_is_refused(capsys):
     assert train_gpt.main(["--lr=3"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and "--lr=3" in err and "--help" in err and len(err.splitlines()) == 1
+
+
+# ---- names of files, numbers without sense, ranks ---------------------------
+
+
+@pytest.mark.parametrize(
+    "run_id",
+    ["../x", "/tmp/x", "a//b", "a/../b", ".hidden", "a/.b", "x" * 201, "é" * 101, "a\nb", "\x1b[2J", "a/" * 9 + "b"],
+)
+def test_a_run_id_that_names_no_file_in_logs_is_refused(run_id):
+    with pytest.raises(train_gpt.ConfigError, match="RUN_ID=.*names files in logs/"):
+        train_gpt.read_env({"RUN_ID": run_id})
+
+
+@pytest.mark.parametrize(
+    "run_id", ["", "a", "2026-11-29_x.y", "sweeps/night/0123abc", "x" * 200, "lr=1e-3, seed=2", "é"]
+)
+def test_other_run_ids_are_not(run_id):
+    assert train_gpt.read_env({"RUN_ID": run_id})[1].run_id == run_id
+
+
+@pytest.mark.parametrize("name", ["QK_GAIN_INIT", "ATTN_GATE_SCALE", "TTT_LORA_ALPHA", "MATRIX_LR", "ROPE_BASE"])
+def test_a_number_that_fp32_cannot_hold_is_refused(name):
+    with pytest.raises(train_gpt.ConfigError, match=f"{name}='1e300'.*at most"):
+        train_gpt.read_env({name: "1e300"})
+
+
+def test_a_network_of_too_many_passes_is_refused():
+    with pytest.raises(train_gpt.ConfigError, match="NUM_LAYERS=1024 and NUM_LOOPS=64 make .* passes"):
+        train_gpt.ModelConfig(num_layers=1024, num_loops=64, loop_start=0, loop_end=1023)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["", "x", "-1", "1.5", "99999", "9" * 400, "²"])
+def test_a_variable_of_torchruns_that_makes_no_sense_is_refused(name, value):
+    with pytest.raises(train_gpt.ConfigError, match=f"{name}=.*torchrun"):
+        train_gpt.Dist.from_env("cpu", {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost"} | {name: value})
+
+
+def test_ranks_without_an_address_are_refused():
+    with pytest.raises(train_gpt.ConfigError, match="MASTER_ADDR is empty.*torchrun"):
+        train_gpt.Dist.from_env("cpu", {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": ""})

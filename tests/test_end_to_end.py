@@ -363,6 +363,22 @@ def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_score_that_is_not_finite_is_an_error_and_no_result(first):
+    """`TTT_LR=1e3` reported val_bpb:nan with status 0, and JSON that is none."""
+    env = dict(ARTIFACT=first.folder.artifact(), RUN_ID="astray", TTT_LR=1e8, TTT_OPTIMIZER="sgd", TTT_LORA_ALPHA=1e8)
+    done = first.folder.run(**env)
+    assert done.returncode == 2 and "have no finite score" in done.stderr and "lower TTT_LR" in done.stderr
+    logs = first.folder.path / "logs"
+    assert not (logs / "astray.json").exists() and not (logs / "astray.docs.npz").exists()
+
+
+def test_rates_that_destroy_the_network_end_in_that_message(first):
+    """Not in a Cholesky that fails, after training is paid for."""
+    done = first.folder.run(RUN_ID="destroyed", MATRIX_LR=1e3)
+    assert done.returncode == 2 and "training diverged" in done.stderr and "lower MATRIX_LR" in done.stderr
+    assert not (first.folder.path / "logs" / "destroyed.json").exists()
+
+
 def test_torchrun_refuses_a_batch_that_two_ranks_cannot_share(tmp_path):
     done = Folder(tmp_path).run(command=TWO_RANKS, TRAIN_BATCH_TOKENS=192)
     assert done.returncode != 0

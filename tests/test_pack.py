@@ -138,6 +138,7 @@ def without(key: str) -> bytes:
 UNSIZED = dict(write_content_size=False)
 F4 = bytes(4)
 FORGED = {
+    "a shape of 400,000 dimensions": forged([["a", "i1", [1] * 400_000, 1]], b"x"),
     "no header": seal(b""),
     "the header is no frame": seal(b"{}"),
     "the header is not JSON": seal(frame(b"{")),
@@ -570,3 +571,11 @@ def test_bad_input_is_refused_with_what_was_found(whole_folder, tiny_env, tmp_pa
         torch.use_deterministic_algorithms(deterministic)
     assert_clear(status, *capsys.readouterr(), mentioned)
     assert not list(tmp_path.rglob("*.partial")) and not list((tmp_path / "logs").glob("*.json"))
+
+
+def test_tensors_are_compared_with_the_network_before_they_are_unpacked(setup, meta, stored, tmp_path, monkeypatch):
+    """An artifact of 84 kB could claim gigabytes."""
+    path = write_artifact(tmp_path, meta, stored | {"extra": torch.zeros(1).half()})
+    monkeypatch.setattr(train_gpt, "read_tensor", lambda *_: pytest.fail("a tensor was unpacked"))
+    with pytest.raises(DataError, match="extra is .*expected None"):
+        train_gpt.load_artifact(path, setup)

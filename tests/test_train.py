@@ -417,10 +417,38 @@ def test_a_diverged_run_stops_with_a_clear_message(settings, poison, last):
         go(trainer)
 
 
-def test_a_loss_worse_than_guessing_twice_over_is_divergence():
-    g.check_loss(1.9 * math.log(64), 5, 64)
-    with pytest.raises(g.UserError, match="the loss of step 5 is 8.734 nats"):
-        g.check_loss(2.1 * math.log(64), 5, 64)
+def test_a_loss_above_twice_guessing_is_divergence_if_it_stays_there():
+    """A high rate may throw the loss up at first, and training recovers."""
+    check, high, low = g.DivergenceCheck(64), 2.1 * math.log(64), 1.9 * math.log(64)
+    for step in range(1, g.PATIENCE):
+        check(high, step)
+    check(low, g.PATIENCE)
+    for step in range(g.PATIENCE + 1, 2 * g.PATIENCE):
+        check(high, step)
+    with pytest.raises(g.UserError, match=f"the loss of step {2 * g.PATIENCE} is 8.734 nats"):
+        check(high, 2 * g.PATIENCE)
+
+
+@pytest.mark.parametrize("loss", [2.1 * math.log(64), math.nan, math.inf])
+def test_training_may_not_end_with_such_a_loss(loss):
+    check = g.DivergenceCheck(64)
+    check.at_the_end(1.9 * math.log(64), "the loss")
+    with pytest.raises(g.UserError, match="training diverged: the loss is .* lower MATRIX_LR"):
+        check.at_the_end(loss, "the loss")
+
+
+def test_the_time_left_is_known_from_the_first_step_on(settings):
+    """Progress was that of the step before: none, and the time left a hundred years."""
+    events = []
+    trainer = new_trainer(settings(iterations=4, train_log_every=1))
+    log = g.Log()
+    log.event = lambda event, template="", /, **values: events.append(values)
+    stream = g.TrainingStream(trainer.run, trainer.model.config.vocab_size, trainer.dist)
+    watch = g.Stopwatch(trainer.dist)
+    with watch.phase("train"):
+        g.train(trainer, stream, log, watch, 0.0, lambda: 1.0, trainer.run.data_path)
+    for values in events:
+        assert values["eta_s"] == pytest.approx(values["train_s"] * (4 - values["step"]) / values["step"], rel=1e-6)
 
 
 # ---- compilation ------------------------------------------------------------
