@@ -1275,7 +1275,8 @@ def split_documents(tokens: np.ndarray, token_bytes: np.ndarray) -> Documents:
 def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Documents:
     """All validation shards as one stream. They are checked whole: a bad one would cost a whole run.
 
-    Raises DataError for a damaged shard or side-car, a missing side-car, and a validation set without text.
+    Raises DataError for a damaged shard or side-car, a missing side-car, files that are not the manifest's, and a
+    validation set without text.
     """
     shards = {path: read_shard(path) for path in find_shards(folder, "val")}
     for path, shard in shards.items():
@@ -1287,9 +1288,17 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
         )
         check_vocabulary(path, shard, vocab_size)
 
+    check_digests(Path(folder), tokenizer)
     tokens = np.concatenate(list(shards.values()))
     token_bytes = read_sidecars(folder, shards)
     if token_bytes is None:
+        # Markers are no text, but the formula would count three bytes for each: the score would be too low.
+        require(
+            transform_of(Path(folder), tokenizer) is None,
+            f"DATA_PATH={folder}: its text was changed by CaseOps, so that only side-cars (fineweb_val_bytes_*.bin) "
+            "can count its bytes, and there is none: copy them with manifest.json, or prepare the data again",
+            DataError,
+        )
         token_bytes = contest_bytes(tokens, tokenizer.pieces)
 
     docs = split_documents(tokens, token_bytes.astype(np.int64))
@@ -1320,6 +1329,48 @@ def read_sidecars(folder: str, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
             DataError,
         )
     return np.concatenate(counts)
+
+
+def check_digests(folder: Path, tokenizer: Tokenizer) -> None:
+    """The tokenizer, the validation shards and their side-cars must be those that the manifest describes: one flipped
+    bit in a side-car, or another tokenizer of the same size, would change the score and say nothing."""
+    expected = manifest_value(folder, "tokenizer", "sha256")
+    require(
+        expected in (None, tokenizer.sha256),
+        f"{tokenizer.path}: its SHA-256 is {tokenizer.sha256[:12]}…, but the shards of {folder} were made with "
+        f"{str(expected)[:12]}…: name that tokenizer with TOKENIZER_PATH, or prepare the data again",
+        DataError,
+    )
+    for name, digest in listed_digests(folder).items():
+        found = hashlib.sha256(read_file(folder / name, "; prepare the data again")).hexdigest()
+        require(
+            found == digest,
+            f"{folder / name}: its SHA-256 is {found[:12]}…, the manifest says {digest[:12]}…: "
+            "damaged, or of other data; prepare the data again",
+            DataError,
+        )
+
+
+def listed_digests(folder: Path) -> dict[str, str]:
+    """{name: SHA-256} of the validation shards and side-cars that a folder's manifest lists."""
+    digests: dict[str, str] = {}
+    for kind in ("shards", "sidecars"):
+        listed = manifest_value(folder, "splits", "val", kind)
+        for entry in listed if isinstance(listed, list) else []:
+            match entry:
+                case {"file": str(name), "sha256": str(digest)} if Path(name).name == name:
+                    digests[name] = digest
+    return digests
+
+
+MARKERS = frozenset("\ue001\ue002\ue003\ue004")  # with which CaseOps spells capitals
+
+
+def transform_of(folder: Path, tokenizer: Tokenizer) -> Literal["caseops"] | None:
+    """How text was changed before it was tokenised: as the manifest says, else as the tokenizer's pieces show."""
+    stated = manifest_value(folder, "tokenizer", "transform")
+    marked = any(MARKERS.intersection(tokenizer.processor.id_to_piece(i)) for i in range(len(tokenizer.pieces.sizes)))
+    return "caseops" if stated == "caseops" or marked else None
 
 
 # ---- Micro-batches ----

@@ -1,8 +1,10 @@
 """Shards, tokenizers and side-cars that are not what they should be are refused; good ones are read as written."""
 
+import hashlib
 import json
 import random
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -468,3 +470,58 @@ def test_the_manifests_entries_are_read(tiny_data):
     assert train_gpt.manifest_value(tiny_data, "splits", "val", "smaller_bytes") == 12
     assert train_gpt.manifest_value(tiny_data, "splits", "train", "smaller_bytes") is None
     assert train_gpt.manifest_value(tiny_data / "none", "splits") is None
+
+
+# ---- the files that the manifest describes ----------------------------------
+
+
+def sealed(folder: Path) -> Path:
+    """A folder whose manifest names the SHA-256 of its tokenizer, its validation shard and a side-car."""
+    tokens = train_gpt.read_shard(folder / "fineweb_val_000000.bin")
+    header = (folder / "fineweb_val_000000.bin").read_bytes()[:1024]
+    (folder / "fineweb_val_bytes_000000.bin").write_bytes(header + np.ones(len(tokens), "<u2").tobytes())
+
+    def entry(name: str) -> dict:
+        return {"file": name, "sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+
+    tokenizer = entry("tokenizer.model")
+    val = {"shards": [entry("fineweb_val_000000.bin")], "sidecars": [entry("fineweb_val_bytes_000000.bin")]}
+    manifest = {"tokenizer": {"path": tokenizer["file"], "sha256": tokenizer["sha256"]}, "splits": {"val": val}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("name", ["fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin"])
+def test_a_flipped_bit_is_refused(tiny_data, tiny_run, name):
+    path = sealed(tiny_data) / name
+    load(tiny_run())
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}: its SHA-256 is .*the manifest says"):
+        load(tiny_run())
+
+
+def test_another_tokenizer_of_the_same_size_is_refused(tiny_data, tiny_run, train_tokenizer):
+    sealed(tiny_data)
+    other = tiny_data / "other.model"
+    other.write_bytes(train_tokenizer(split_digits=True))
+    assert other.read_bytes() != (tiny_data / "tokenizer.model").read_bytes()
+    with pytest.raises(DataError, match="the shards of .* were made with .*TOKENIZER_PATH"):
+        load(tiny_run(tokenizer_path=str(other)))
+
+
+def test_markers_without_a_side_car_are_refused(tiny_data, tiny_run, train_tokenizer):
+    """They would be counted as text: 1.9318 was reported for 2.0483."""
+    (tiny_data / "tokenizer.model").write_bytes(train_tokenizer(user_defined_symbols="\ue001"))
+    assert not list(tiny_data.glob("*_bytes_*"))
+    with pytest.raises(DataError, match="CaseOps.*there is none"):
+        load(tiny_run())
+
+
+@pytest.mark.parametrize("entry", [1, {}, {"file": 3}, {"file": "../x", "sha256": "0"}, {"file": "x"}, [], None])
+def test_an_entry_that_names_no_file_of_the_folder_is_passed_over(tiny_data, tiny_run, entry):
+    manifest = json.loads((sealed(tiny_data) / "manifest.json").read_text())
+    manifest["splits"]["val"]["shards"].append(entry)
+    (tiny_data / "manifest.json").write_text(json.dumps(manifest))
+    assert len(train_gpt.listed_digests(tiny_data)) == 2 and len(load(tiny_run()))
