@@ -59,7 +59,7 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as torch_dist
-import torch.distributed.nn  # noqa: F401  in time: later, its defaults would hold a group, whose threads abort the exit
+import torch.distributed.nn  # noqa: F401  early: imported later, its defaults hold the process group, whose threads crash the exit
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
@@ -133,7 +133,9 @@ class ModelConfig:
     rope_dims: int = knob(16, "dimensions of a head that RoPE rotates, 0 = none", low=0)
     rope_base: float = knob(10000.0, "base of RoPE's wavelengths", low=1)
     qk_gain_init: float = knob(5.0, "initial value of the learned gain of each query head", low=0)
-    xsa_last_n: int = knob(11, "last blocks with XSA (attention output without its part along the own value)", low=0)
+    xsa_last_n: int = knob(
+        11, "last blocks with XSA (attention output without its component along the own value)", low=0
+    )
     attn_gate_width: int = knob(12, "inputs of the gate on each head's output, 0 = no gate", low=0)
     attn_gate_scale: float = knob(0.5, "factor on the gate's input", low=0)
     smear_width: int = knob(12, "inputs of the gate that adds the previous token's embedding, 0 = none", low=0)
@@ -178,6 +180,7 @@ class ModelConfig:
 
 
 # For `only`: what a knob of test-time training needs in order to have an effect.
+# `LORA | DOCUMENT` joins two tables: both conditions must hold.
 LORA = {"ttt_params": "lora"}
 FULL = {"ttt_params": "full"}
 DOCUMENT = {"ttt_scope": "document"}
@@ -587,7 +590,7 @@ class Attention(nn.Module):
         if gate is None:
             gate = qkv.new_ones(1, qkv.size(1), self.heads.query)
         cos, sin = rope
-        rows = qkv.flatten(0, 1)  # by flatten, not by an index: the gradient of a view costs nothing
+        rows = qkv.flatten(0, 1)  # not qkv[0]: the backward pass of a view is free, that of an index is a copy
         y = FusedAttention.apply(rows, self.q_gain, gate.flatten(0, 1), cos[:, 0], sin[:, 0], segments, self.heads)
         return y[None]
 
@@ -816,7 +819,7 @@ class GPT(nn.Module):
             lora = NO_LORA if adapter is None else adapter.passes[i]
             layer_context = CachedLayer(context.mask, context.buffers[i]) if cached else context
             if block.parallel and m is None:
-                m = a
+                m = a  # as it is before a skip joins: skips go to the first stream alone
             if layer.pops_skip is not None:
                 a = self.skip(a, skips.pop(), self.skip_weight[layer.pops_skip], self.skip_gate[layer.pops_skip])
             if block.parallel:
@@ -857,7 +860,7 @@ def init_weights(model: GPT, seed: int) -> None:
     for name, p in model.named_parameters():
         if param_role(name) == "embedding":
             p.data.copy_(torch.empty(p.shape).normal_(0, 0.005, generator=generator))
-        elif name.endswith(("o.weight", "down.weight")):
+        elif name.endswith((".o.weight", ".down.weight")):
             p.data.zero_()
         elif param_role(name) == "matrix":
             p.data.copy_(nn.init.orthogonal_(torch.empty(p.shape), generator=generator))
@@ -2193,8 +2196,8 @@ class RowQuantiser:
     for +-clip standard deviations of the row.
 
     A matrix NAME (out, in) is stored as NAME, its integers (in, out) int8, and NAME.scale, the steps (out,) fp16.
-    Integers are transposed, so that those of a column, which are alike, lie together for zstd. Nothing else knows this
-    layout: another quantiser is another class with these methods, which `Quantiser` then names."""
+    Integers are transposed, so that those of a column, which are similarly distributed, lie together for zstd. Nothing
+    else knows this layout: another quantiser is another class with these methods, which `Quantiser` then names."""
 
     def __init__(self, run: RunConfig, clip_scale: float = 1.0):
         self.run = run
@@ -2388,7 +2391,7 @@ def make_artifact(
         )
         if size <= limit:
             return blob
-        budget = (limit - (size - estimate)) * 0.998 - 500  # what exceeds the entropy is likely to stay
+        budget = (limit - (size - estimate)) * 0.998 - 500  # the overhead will be about the same next time
     raise UserError(
         f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
         f"ARTIFACT_BYTES={run.artifact_bytes}: lower *_BITS or use a smaller model"
@@ -2653,7 +2656,8 @@ def uses_entropy(run: RunConfig) -> bool:
 
 
 class Learner:
-    """What all learners share: one learning step. A subclass scores a chunk and says what its gradients are."""
+    """What all learners share: one learning step. A subclass has the three calls `score`, `learn` and `advance`, with
+    a type of chunk of its own, and says here what a chunk's gradients are."""
 
     run: RunConfig
     tensors: list[Tensor]  # all that adapts, (B, ...) each
@@ -2783,8 +2787,8 @@ class BatchedChunk(NamedTuple):
 class BatchedTTT(Learner):
     """B documents, each with a LoRA of its own. No row reaches another.
 
-    Earlier chunks are attended to as the keys and values that they had when they were scored, so that a step costs a
-    chunk and not a window. On a GPU a step that learns is replayed as CUDA graphs, captured for each size of the cache.
+    Earlier chunks are attended to by the keys and values of their last forward pass, so that a step costs a chunk and
+    not a window. On a GPU a step that learns is replayed as CUDA graphs, captured for each size of the cache.
     """
 
     def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
@@ -2816,17 +2820,17 @@ class BatchedTTT(Learner):
         `learn` will be called on it."""
         self.cache.make_room(tokens.size(1))
         with torch.set_grad_enabled(to_learn):
-            return self._on_device("score", to_learn, self._score, tokens, targets)
+            return self._replay_or_run("score", to_learn, self._score, tokens, targets)
 
     def learn(self, chunk: BatchedChunk, mask: Tensor) -> BatchedChunk:
         """Steps on a chunk; the mask (B, C) says which of its targets count."""
         # The chunk is bound here and not passed as an input: a captured step must read the tensors of the captured
         # score, as inputs are copied, which would cut them off from their gradients.
-        return self._on_device("learn", True, lambda mask: self.take_steps(chunk, mask), mask)
+        return self._replay_or_run("learn", True, lambda mask: self.take_steps(chunk, mask), mask)
 
     def advance(self, chunk: BatchedChunk) -> None:
         """Make the chunk part of the context."""
-        self._on_device("advance", chunk.to_learn, lambda: self.cache.append(chunk.tokens, chunk.new_kvs))
+        self._replay_or_run("advance", chunk.to_learn, lambda: self.cache.append(chunk.tokens, chunk.new_kvs))
         self.cache.position += chunk.tokens.size(1)
 
     def _score(self, tokens: Tensor, targets: Tensor) -> BatchedChunk:
@@ -2846,7 +2850,7 @@ class BatchedTTT(Learner):
         entropy = self.model.head.entropy(chunk.states, self.model.embed, self.adapter.head)
         return (entropy * mask).sum(1) / mask.sum(1).clamp(min=1)
 
-    def _on_device(self, name: str, to_learn: bool, work: Callable[..., Any], *inputs: Tensor) -> Any:
+    def _replay_or_run(self, name: str, to_learn: bool, work: Callable[..., Any], *inputs: Tensor) -> Any:
         """Do a part of a step: on a GPU, if the chunk is to be learned from, as a CUDA graph."""
         if self.graphs is None or not to_learn:
             return work(*inputs)
@@ -2869,7 +2873,7 @@ class ChunkStep(NamedTuple):
 
     first: int  # position of the chunk in every document
     rows: np.ndarray  # (B,) which document each row holds; some may have ended
-    kept: np.ndarray | None  # (B,) where rows were dropped: which rows of the step before stay
+    kept: np.ndarray | None  # None unless rows were dropped; else the index (B,) of each row in the step before
 
 
 def chunk_steps(documents: int, chunk: int, goes_on: Callable[[np.ndarray, int], np.ndarray]) -> Iterator[ChunkStep]:
@@ -3044,7 +3048,7 @@ def lr_multiplier(name: str, run: RunConfig) -> float:
     return run.ttt_lr_mult_in if kind in ("q", "k", "v", "up") else 1.0
 
 
-class Piece(NamedTuple):
+class TargetSpan(NamedTuple):
     """Targets begin..end-1 of a document."""
 
     document: int
@@ -3052,24 +3056,24 @@ class Piece(NamedTuple):
     end: int
 
 
-def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[Piece]]:
+def stream_chunks(docs: Documents, chosen: Sequence[int], chunk: int) -> Iterator[list[TargetSpan]]:
     """Cut these documents, one after another, into chunks of `chunk` targets."""
     lengths = docs.lengths
-    pieces = []
+    spans = []
     room = chunk
     for i in chosen:
         begin = 0
         while begin < lengths[i]:
             end = min(int(lengths[i]), begin + room)
-            pieces.append(Piece(i, begin, end))
+            spans.append(TargetSpan(i, begin, end))
             room -= end - begin
             begin = end
             if room == 0:
-                yield pieces
-                pieces = []
+                yield spans
+                spans = []
                 room = chunk
-    if pieces:
-        yield pieces
+    if spans:
+        yield spans
 
 
 def score_sequentially(
@@ -3086,44 +3090,44 @@ def score_sequentially(
     targets_left = int(docs.lengths[chosen].sum())
     degraded = 0
 
-    def rows_of(pieces: Sequence[Piece]) -> Iterator[EvalRow]:
-        wanted = (window for piece in pieces for window in windows(*piece, run.eval_seq_len, run.eval_stride))
+    def rows_of(spans: Sequence[TargetSpan]) -> Iterator[EvalRow]:
+        wanted = (window for span in spans for window in windows(*span, run.eval_seq_len, run.eval_stride))
         return local_rows(docs, wanted, run, dist)
 
     def book(row: EvalRow, nats: np.ndarray) -> None:
         table.add(row.documents[row.counted], nats[row.counted])
 
-    for pieces in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
+    for spans in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
         if not may_learn(targets_left):
-            rest = pieces_from(docs, chosen, pieces[0])
+            rest = spans_from(docs, chosen, spans[0])
             for row in rows_of(rest):
                 book(row, learner.score_row(row)[1])
             degraded = len(rest)
             break
 
-        targets = sum(piece.end - piece.begin for piece in pieces)
-        chunk = learner.score(list(rows_of(pieces)), targets)
+        targets = sum(span.end - span.begin for span in spans)
+        chunk = learner.score(list(rows_of(spans)), targets)
         for row, nats in zip(chunk.rows, chunk.nats, strict=True):
             book(row, nats)
 
         targets_left -= targets
-        # Under TTT_SCOPE=document one document is chosen: the end of the piece is the number of its scored targets.
-        if targets_left and pieces[0].end >= run.ttt_min_doc_tokens:
+        # Under TTT_SCOPE=document there is one document, so that spans[0].end is how many of its targets are scored.
+        if targets_left and spans[0].end >= run.ttt_min_doc_tokens:
             chunk = learner.learn(chunk, [row.counted for row in chunk.rows])
             if dist.main:
-                table.updates[[piece.document for piece in pieces]] += run.ttt_epochs
+                table.updates[[span.document for span in spans]] += run.ttt_epochs
         learner.advance(chunk)
 
     learner.reset()
     return degraded
 
 
-def pieces_from(docs: Documents, chosen: Sequence[int], first: Piece) -> list[Piece]:
-    """What is left of the chosen documents from the beginning of a piece on."""
+def spans_from(docs: Documents, chosen: Sequence[int], first: TargetSpan) -> list[TargetSpan]:
+    """What is left of the chosen documents from the beginning of a span on."""
     later = list(chosen)[list(chosen).index(first.document) + 1 :]
     lengths = docs.lengths
-    rest = [Piece(first.document, first.begin, int(lengths[first.document]))]
-    return rest + [Piece(i, 0, int(lengths[i])) for i in later]
+    rest = [TargetSpan(first.document, first.begin, int(lengths[first.document]))]
+    return rest + [TargetSpan(i, 0, int(lengths[i])) for i in later]
 
 
 # ---- All documents, within the time ----
@@ -3147,7 +3151,7 @@ def static_costs(lengths: np.ndarray, run: RunConfig) -> np.ndarray:
     return np.array([cost(int(length)) for length in lengths], np.float64)
 
 
-LAUNCH_TOKENS = 1400  # a chunk costs as many seconds on a GPU as so many tokens, however few rows it has
+LAUNCH_TOKENS = 1400  # the fixed cost of a chunk on a GPU, however few rows it has, expressed in tokens
 
 
 def batched_cost(lengths: np.ndarray, run: RunConfig) -> float:
@@ -3158,7 +3162,7 @@ def batched_cost(lengths: np.ndarray, run: RunConfig) -> float:
 
 
 def random_documents(vocab_size: int, documents: int, length: int) -> Documents:
-    """Documents of `length` targets, the last of which has one less; without a byte of text."""
+    """Documents of `length` targets, the last of which has one less: random tokens, which stand for no text."""
     text = np.random.default_rng(0).integers(2, vocab_size, documents * length, np.uint16)
     text[::length] = BOS
     return split_documents(text, np.ones(len(text), np.int64))
@@ -3254,7 +3258,7 @@ class Evaluation:
             learner = SequentialTTT(self.model, self.run, Dist(device=dist.device))
 
         started = self.seconds()
-        reported = 0.0
+        reported = started
         cost_so_far = 0.0
         for n, groups in enumerate(rounds):
             rest = [i for later in rounds[n:] for group in later for i in group]
