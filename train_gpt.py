@@ -2164,9 +2164,31 @@ def input_module(name: str) -> str:
     return module.rpartition(".")[0] if module.endswith((".q", ".k", ".v")) else module
 
 
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The upper Cholesky factor of (H + damping * mean diagonal)^-1, (c, c), and the damping that it took: ten times as
+    much at a time while H is not positive definite in fp32, as few calibration tokens leave it.
+
+    Raises UserError if even the mean diagonal itself is too little, as it is where H is not finite."""
+    while damping <= 1.0:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * hessian.diagonal().mean())
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper, damping
+        damping *= 10
+    raise UserError(
+        "the Hessian of a matrix is not positive definite: its calibration inputs are not finite, or too few"
+    )
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128
+) -> tuple[Tensor, float]:
     """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
-    (r, c) does: columns are rounded one after another, and the error of each is spread over those that follow.
+    (r, c) does, and the damping that it took. Columns are rounded one after another, and the error of each is spread
+    over those that follow.
 
     GPTQ, Frantar et al. 2022 (arXiv 2210.17323), in the order of the falling diagonal of the Hessian (c, c)."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -2175,8 +2197,7 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: flo
     dead = h.diagonal() == 0  # an input that is always zero: its weights have no effect
     w[:, dead] = 0
     h.diagonal()[dead] = 1
-    h.diagonal().add_(damping * h.diagonal().mean())
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    upper, damping = inverse_factor(h, damping)
 
     q = torch.empty_like(w)
     for start in range(0, w.size(1), block):
@@ -2188,7 +2209,7 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: flo
             w[:, j:end].addr_(error, upper[j, j:end], alpha=-1)
             errors[:, j - start] = error
         w[:, end:] -= errors @ upper[start:end, end:]
-    return q[:, order.argsort()].to(torch.int8)
+    return q[:, order.argsort()].to(torch.int8), damping
 
 
 class RowQuantiser:
@@ -2201,6 +2222,7 @@ class RowQuantiser:
 
     def __init__(self, run: RunConfig, clip_scale: float = 1.0):
         self.run = run
+        self.largest_damping = run.gptq_damping  # that a matrix took
         self.clip_scale = clip_scale  # common factor on the ranges of all matrices, by which the fit meets the bytes
 
     # ---- the grid ----
@@ -2233,7 +2255,8 @@ class RowQuantiser:
     def encode(self, name: str, weight: Tensor, hessian: Tensor) -> dict[str, Tensor]:
         """A matrix (out, in) and the Hessian of its inputs (in, in) -> its stored tensors."""
         steps = self.steps(name, weight)
-        q = gptq(weight, hessian, steps.float(), self.qmax(name), self.run.gptq_damping)
+        q, damping = gptq(weight, hessian, steps.float(), self.qmax(name), self.run.gptq_damping)
+        self.largest_damping = max(self.largest_damping, damping)
         return {name: q.mT.contiguous(), f"{name}.scale": steps}
 
     @staticmethod
@@ -2377,6 +2400,12 @@ def make_artifact(
             quantiser = Quantiser(run, clip_scale)
             stored = quantise(model, hessians, quantiser, dist)
             estimate = entropy_bytes(weights, quantiser)
+            damping = dist.all_reduce_max(quantiser.largest_damping)
+        if damping > run.gptq_damping:
+            line = (
+                "damping: a Hessian is not positive definite with GPTQ_DAMPING, which was raised to {damping:g} for it"
+            )
+            log.event("damping", line, damping=damping)
         with watch.phase("pack"):
             blob = pack(meta, stored, level=22) if dist.main else b""
             size = int(dist.broadcast(len(blob))[0])
@@ -4664,10 +4693,24 @@ def run_experiment(check_only: bool) -> None:
     result |= describe_artifact(artifact)
     result |= {"versions": versions(), "artifact_parts": part_bytes(artifact)}
     result |= {"world_size": dist.world, "device": device_name(dist.device)}
+    report_overruns(run, result, log)
     result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
     if dist.main:
         report(result, watch, log, LOGS / f"{run_id}.json")
     dist.close()
+
+
+def report_overruns(run: RunConfig, result: Mapping[str, Any], log: Log) -> None:
+    """Say by how much a limit of time was passed."""
+    clocks = (
+        ("training", "train_seconds", run.max_wallclock_seconds),
+        ("evaluation", "eval_seconds", run.eval_seconds),
+    )
+    for clock, key, limit in clocks:
+        over = result.get(key, 0.0) - limit
+        if limit and over > 0:
+            line = "over the limit: {clock} took {over_seconds:.3f} s more than its {limit_seconds:g} s"
+            log.event("over_limit", line, clock=clock, over_seconds=over, limit_seconds=limit)
 
 
 def choose_run_id(run: RunConfig, dist: Dist) -> str:

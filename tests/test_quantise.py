@@ -1,5 +1,7 @@
 """From weights to integers and back: GPTQ against a plain reference, ranges that fit, calibration on all text."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -55,6 +57,11 @@ def matrices(model: g.GPT) -> dict[str, torch.Tensor]:
 # ---- GPTQ -------------------------------------------------------------------
 
 
+def gptq(*arguments) -> torch.Tensor:
+    """The integers alone."""
+    return g.gptq(*arguments)[0]
+
+
 def correlated(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """A weight, the Hessian of inputs of which each resembles the others, and the scale of every row."""
     rng = np.random.default_rng(seed)
@@ -92,7 +99,7 @@ def harm(weight, hessian, q, scale) -> float:
 @pytest.mark.parametrize("rows, columns, block", [(12, 40, 128), (12, 40, 8), (6, 150, 128), (5, 33, 32), (3, 7, 1)])
 def test_gptq_matches_the_reference(rows, columns, block):
     weight, hessian, scale = correlated(rows, columns)
-    got = g.gptq(weight, hessian, scale, 7, DAMPING, block)
+    got = gptq(weight, hessian, scale, 7, DAMPING, block)
     want = gptq_reference(weight, hessian, scale, 7, DAMPING)
     assert got.dtype == torch.int8 and got.abs().max() <= 7
     assert (got.numpy() == want).mean() > 0.99  # fp32 may tip a value that lies between two integers
@@ -104,7 +111,7 @@ def test_gptq_beats_rounding_and_an_order_by_chance():
     for seed in range(5):
         weight, hessian, scale = correlated(16, 48, seed)
         rounded = (weight / scale[:, None]).round().clamp(-7, 7)
-        ours = harm(weight, hessian, g.gptq(weight, hessian, scale, 7, DAMPING), scale)
+        ours = harm(weight, hessian, gptq(weight, hessian, scale, 7, DAMPING), scale)
         unordered = harm(weight, hessian, gptq_reference(weight, hessian, scale, 7, DAMPING, ordered=False), scale)
         assert ours < 0.8 * harm(weight, hessian, rounded, scale)
         gains.append(unordered / ours)
@@ -114,14 +121,14 @@ def test_gptq_beats_rounding_and_an_order_by_chance():
 def test_gptq_orders_columns_by_their_weight_alone():
     weight, hessian, scale = correlated(8, 30)
     shuffle = torch.randperm(30)
-    direct = g.gptq(weight, hessian, scale, 7, DAMPING)
-    assert torch.equal(g.gptq(weight[:, shuffle], hessian[shuffle][:, shuffle], scale, 7, DAMPING), direct[:, shuffle])
+    direct = gptq(weight, hessian, scale, 7, DAMPING)
+    assert torch.equal(gptq(weight[:, shuffle], hessian[shuffle][:, shuffle], scale, 7, DAMPING), direct[:, shuffle])
 
 
 def test_gptq_rounds_where_inputs_are_independent():
     weight, _, scale = correlated(8, 30)
     rounded = (weight / scale[:, None]).round().clamp(-7, 7)
-    assert torch.equal(g.gptq(weight, torch.eye(30), scale, 7, DAMPING).float(), rounded)
+    assert torch.equal(gptq(weight, torch.eye(30), scale, 7, DAMPING).float(), rounded)
 
 
 def test_gptq_of_inputs_that_are_always_zero():
@@ -129,16 +136,29 @@ def test_gptq_of_inputs_that_are_always_zero():
     dead = torch.tensor([0, 7, 29])
     hessian[dead] = 0
     hessian[:, dead] = 0
-    got = g.gptq(weight, hessian, scale, 7, DAMPING)
+    got = gptq(weight, hessian, scale, 7, DAMPING)
     assert not got[:, dead].any() and got.any()
     assert (got.numpy() == gptq_reference(weight, hessian, scale, 7, DAMPING)).mean() > 0.99
-    assert not g.gptq(weight, torch.zeros(30, 30), scale, 7, DAMPING).any()
+    assert not gptq(weight, torch.zeros(30, 30), scale, 7, DAMPING).any()
+
+
+def test_damping_rises_until_the_hessian_is_positive_definite():
+    """A Cholesky that fails ended runs whose training was paid for."""
+    weight, _, scale = correlated(8, 30)
+    hessian = torch.eye(30)
+    hessian[0, 1] = hessian[1, 0] = 1.05  # as rounding may leave it: an eigenvalue is -0.05
+    q, damping = g.gptq(weight, hessian, scale, 7, 1e-6)
+    assert damping == pytest.approx(0.1) and q.any()
+    _, damping = g.gptq(weight, torch.eye(30), scale, 7, DAMPING)
+    assert damping == DAMPING
+    with pytest.raises(g.UserError, match="not positive definite"):
+        g.gptq(weight, torch.full((30, 30), math.nan), scale, 7, DAMPING)
 
 
 def test_gptq_leaves_its_arguments_alone():
     arguments = correlated(8, 30)
     before = [t.clone() for t in arguments]
-    g.gptq(*arguments, 7, DAMPING)
+    gptq(*arguments, 7, DAMPING)
     assert all(torch.equal(a, b) for a, b in zip(arguments, before, strict=True))
 
 
@@ -369,7 +389,9 @@ class Functional(g.MLP):
 def test_a_matrix_that_saw_no_input_is_refused_by_name():
     """GPTQ would store it as zeros, and say nothing."""
     model = a_model()
+    weights = model.blocks[2].mlp.state_dict()
     model.blocks[2].mlp = Functional(CONFIG)
+    model.blocks[2].mlp.load_state_dict(weights)
     with pytest.raises(g.UserError, match=r"no input of blocks\.2\.mlp\.up\.weight:"):
         hessians_of(model)
 

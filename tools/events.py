@@ -56,6 +56,7 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
     "validate": {"step": whole, "val_bpb": optional(number)},
     "readout": {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
     "before_quantisation": {"prequant_bpb": number, "last_bpb": number},
+    "damping": {"damping": number},
     "pack": {"attempt": whole, "clip_scale": number, "artifact_bytes": whole, "entropy_bytes": number},
     "time_short": {"degraded_documents": whole},
     "adapted": {
@@ -67,6 +68,7 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
     },
     "lossy": {"bytes_kept": whole, "val_bpb_kept": number},
     "score": {"artifact": text, "static_bpb": number, "val_bpb": optional(number)},
+    "over_limit": {"clock": one_of("training", "evaluation"), "over_seconds": number, "limit_seconds": number},
     "phase": {"name": text, "seconds": number, "clock": one_of("training", "evaluation", "-")},
     "result": {},  # the whole result, which has kinds of its own: tools/results.py
 }
@@ -122,6 +124,10 @@ def named(name: str, events: Iterable[Event]) -> list[dict[str, Any]]:
 # these, and not by what its own source says that its lines look like.
 
 TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, the latest first
+    "damping": (
+        "damping: a Hessian is not positive definite with GPTQ_DAMPING, which was raised to {damping:g} for it",
+    ),
+    "over_limit": ("over the limit: {clock} took {over_seconds:.3f} s more than its {limit_seconds:g} s",),
     "device": ("devices: {world_size} x {device}",),
     "validation": ("validation: {documents} documents, {tokens} targets, {bytes} bytes",),
     "training_data": (
