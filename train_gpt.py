@@ -943,6 +943,22 @@ class Dist:
             torch_dist.broadcast(numbers, src=0)
         return numbers.tolist()
 
+    def broadcast_bytes(self, data: bytes) -> bytes:
+        """Rank 0's bytes, on every rank."""
+        if self.world == 1:
+            return data
+        (size,) = self.broadcast(len(data))
+        buffer = torch.zeros(int(size), dtype=torch.uint8)
+        if self.main:
+            buffer = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+        torch_dist.broadcast(buffer, src=0)
+        return buffer.numpy().tobytes()
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        """The bytes of every rank, on every rank; they must be equally many."""
+        everyone = self.all_gather(torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
+        return [part.numpy().tobytes() for part in everyone.chunk(self.world)]
+
     def all_reduce_max(self, value: float) -> float:
         """The largest of the ranks' numbers, on every rank."""
         number = torch.tensor(value, dtype=torch.float64)
@@ -1069,6 +1085,11 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}; free some disk or write elsewhere") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_on_main(path: str | Path, dist: Dist) -> bytes:
+    """The content of rank 0's file, on every rank: another machine may lack it, or have an older one of that name."""
+    return dist.broadcast_bytes(read_file(path) if dist.main else b"")
 
 
 def read_file(path: str | Path, advice: str = "") -> bytes:
@@ -1969,7 +1990,7 @@ class Trainer:
         self.dist.barrier()
 
     def load_checkpoint(self, path: str) -> None:
-        meta, state = unpack(read_file(path), path)
+        meta, state = unpack(read_on_main(path, self.dist), path)
         for key, ours in self.identity().items():
             require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
 
@@ -3448,12 +3469,47 @@ class Setup(NamedTuple):
 def make_setup(model: ModelConfig, run: RunConfig, dist: Dist) -> Setup:
     """Open and check all that the run will read."""
     if run.artifact:  # the artifact's own configuration counts, whatever the environment says about the model
-        header, _ = read_header(read_file(run.artifact), run.artifact)
+        header, _ = read_header(read_on_main(run.artifact, dist), run.artifact)
         model = stored_config(header["meta"], run.artifact)
     tokenizer = load_tokenizer(run, model.vocab_size)
     validation = load_validation(run.data_path, model.vocab_size, tokenizer)
     stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
     return Setup(model, run, dist, tokenizer, validation, stream)
+
+
+OF_A_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "ARTIFACT", "RESUME")  # knobs that name files or folders
+
+
+def check_ranks_agree(setup: Setup) -> None:
+    """All ranks must run the same code with the same knobs on the same data: one that differs would change the score
+    and say nothing. Raises ConfigError, which names the rank, its host and what differs."""
+    knobs = {name: value for name, value in settings(setup.model, setup.run).items() if name not in OF_A_MACHINE}
+    compared = {
+        "code": code(),
+        "knobs": repr(knobs).encode(),
+        "tokenizer": setup.tokenizer.sha256.encode(),
+        "validation set": setup.validation.sha256().encode(),
+        "training shards": repr(describe_shards(setup.stream)).encode(),
+    }
+    host = platform.node().encode()[:64].ljust(64)
+    digests = b"".join(hashlib.sha256(content).digest() for content in compared.values())
+    everyone = setup.dist.gather_bytes(host + digests)
+    for rank, theirs in enumerate(everyone):
+        for i, what in enumerate(compared):
+            begin = 64 + 32 * i
+            require(
+                theirs[begin : begin + 32] == everyone[0][begin : begin + 32],
+                f"rank {rank} on {theirs[:64].decode(errors='replace').strip()} has other {what} than rank 0 on "
+                f"{everyone[0][:64].decode(errors='replace').strip()}: start all machines with the same {what}",
+            )
+
+
+def describe_shards(stream: TrainingStream | None) -> list[tuple[str, int, list[int]]]:
+    """Name, size and some tokens of every training shard."""
+    if stream is None:
+        return []
+    shards = zip(stream.paths, stream.shards, strict=True)
+    return [(path.name, len(shard), shard[:: max(1, len(shard) // 64)].tolist()) for path, shard in shards]
 
 
 def predicted_bytes(model: GPT, run: RunConfig) -> float:
@@ -3615,7 +3671,7 @@ def load_artifact(path: Path, setup: Setup) -> GPT:
     The table of tensors is compared with the configuration before anything is unpacked: a small file can claim tensors
     of gigabytes, and a short header a network of any size."""
     what = str(path)
-    data = read_file(path)
+    data = read_on_main(path, setup.dist)
     header, _ = read_header(data, what)
     config = stored_config(header["meta"], what)
     tokenizer = str(header["meta"].get("tokenizer"))
@@ -4674,6 +4730,7 @@ def run_experiment(check_only: bool) -> None:
 
     with watch.phase("load"):
         setup = make_setup(model_config, run, dist)
+        check_ranks_agree(setup)
         check_setup(setup)  # before the log is opened: a refused run leaves the files of its name alone
     log = open_log(run_id, dist, write_files=not check_only)
     describe_run(setup, run_id, log)
@@ -4690,12 +4747,12 @@ def run_experiment(check_only: bool) -> None:
         artifact = LOGS / f"{run_id}.ptz"
         result |= train_and_pack(setup, log, watch, artifact)
     result |= evaluate(setup, log, watch, artifact, run_id)
-    result |= describe_artifact(artifact)
-    result |= {"versions": versions(), "artifact_parts": part_bytes(artifact)}
-    result |= {"world_size": dist.world, "device": device_name(dist.device)}
-    report_overruns(run, result, log)
-    result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
-    if dist.main:
+    if dist.main:  # other machines have no artifact
+        result |= describe_artifact(artifact)
+        result |= {"versions": versions(), "artifact_parts": part_bytes(artifact)}
+        result |= {"world_size": dist.world, "device": device_name(dist.device)}
+        report_overruns(run, result, log)
+        result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
         report(result, watch, log, LOGS / f"{run_id}.json")
     dist.close()
 

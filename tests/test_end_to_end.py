@@ -4,8 +4,10 @@ import contextlib
 import io
 import json
 import os
+import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -299,6 +301,55 @@ def test_two_ranks_learn_and_score_what_one_does(first):
     same = first.folder.result(RUN_ID="two_eval", command=TWO_RANKS, ARTIFACT="logs/first.ptz")
     assert same["val_bpb"] == pytest.approx(first.result["val_bpb"], abs=1e-6)
     assert same["adaptation_steps"] == first.result["adaptation_steps"]
+
+
+def two_machines(folders: list[Folder], **knobs) -> list[subprocess.CompletedProcess]:
+    """A run of two ranks, each in a folder of its own, as on two machines."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for rank, folder in enumerate(folders):
+        own = {name: value[rank] if isinstance(value, list) else value for name, value in knobs.items()}
+        env = folder.environment(**own)
+        env |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        ranks.append(subprocess.Popen(ALONE, cwd=folder.path, env=env, stdout=-1, stderr=-1, text=True))
+    ended = [rank.communicate(timeout=240) for rank in ranks]
+    return [
+        subprocess.CompletedProcess(rank.args, rank.returncode, *texts)
+        for rank, texts in zip(ranks, ended, strict=True)
+    ]
+
+
+@pytest.mark.slow
+def test_two_machines_score_what_one_does_though_only_the_first_has_the_artifact(first, tmp_path):
+    """The second scored with an older artifact of that name: 4.107 for 4.277, status 0."""
+    other = Folder(tmp_path)
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "first.ptz").write_bytes(b"an older one")
+    ended = two_machines([first.folder, other], RUN_ID="machines", ARTIFACT="logs/first.ptz")
+    assert [rank.returncode for rank in ended] == [0, 0], ended[0].stderr[-1000:] + ended[1].stderr[-1000:]
+    result = json.loads((first.folder.path / "logs" / "machines.json").read_text())
+    assert result["world_size"] == 2 and result["val_bpb"] == pytest.approx(first.result["val_bpb"], abs=1e-6)
+    assert not (tmp_path / "logs" / "machines.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["knobs", "validation set", "training shards"])
+def test_a_machine_that_differs_is_refused_before_anything_is_paid_for(first, tmp_path, what):
+    other, knobs = Folder(tmp_path), {}
+    if what == "knobs":
+        knobs = {"TTT_LR": ["0.01", "0.02"]}
+    else:
+        name = {"validation set": "fineweb_val_000000.bin", "training shards": "fineweb_train_000001.bin"}[what]
+        path = tmp_path / "my data" / name
+        content = bytearray(path.read_bytes())
+        content[1024 + 2 * 64 :: 2 * 64] = bytes(3 for _ in content[1024 + 2 * 64 :: 2 * 64])
+        path.write_bytes(content)
+    for rank in two_machines([first.folder, other], RUN_ID="differs", **knobs):
+        assert rank.returncode == 2, rank.stderr[-1000:]
+        assert f"rank 1 on {platform.node()} has other {what} than rank 0" in rank.stderr
+    assert not (first.folder.path / "logs" / "differs.txt").exists()
 
 
 LAST_WORDS = """
