@@ -17,6 +17,7 @@ from tools import check, events
 from tools.artifact import end_in_a_line
 from tools.events import SHOWN, Event, wordings_of
 from tools.results import read_table
+from tools.values import printable
 
 
 @pytest.fixture(scope="module")
@@ -650,7 +651,7 @@ def test_whatever_breaks_is_one_line(copy, monkeypatch, where, error, capsys):
 
 def test_a_finding_stays_one_line(copy, capsys):
     """A record does not write the line that praises it."""
-    assert check.printable("a\nb\x1b[2J\ud800 é") == "a\\nb\\x1b[2J\\ud800 é"
+    assert printable("a\nb\x1b[2J\ud800 é") == "a\\nb\\x1b[2J\\ud800 é"
     change_result(copy, device=f"CPU\n{copy}: all agrees")
     assert check.main([str(copy), "--no-evaluation"]) == 1
     assert f"{copy}: all agrees" not in capsys.readouterr().out.splitlines()
@@ -725,7 +726,7 @@ def fake_evaluation(score: float, validation: str | None = None) -> Callable:
 
 @pytest.mark.parametrize(("score", "status"), [(0.00009, 0), (0.00011, 1), (-0.00011, 1)])
 def test_another_score_is_a_disagreement(recorded, copy, monkeypatch, score, status):
-    monkeypatch.setattr(check, "run_entry", fake_evaluation(score))
+    monkeypatch.setattr(check, "run_foreign_entry", fake_evaluation(score))
     shutil.copytree(recorded.parents[2] / "logs", copy.parents[2] / "logs")  # found there by their names
     assert check.main([str(copy)]) == status
 
@@ -734,7 +735,7 @@ def test_another_score_is_a_disagreement(recorded, copy, monkeypatch, score, sta
 def test_what_a_gpu_scored_is_not_evaluated_unasked_on_a_cpu(
     recorded, copy, monkeypatch, capsys, gpu_here, named, evaluated
 ):
-    monkeypatch.setattr(check, "run_entry", fake_evaluation(0.0))
+    monkeypatch.setattr(check, "run_foreign_entry", fake_evaluation(0.0))
     monkeypatch.setattr(check, "made_on_gpu", lambda run: True)
     monkeypatch.setattr(check.torch.cuda, "is_available", lambda: gpu_here)
     logs = shutil.copytree(recorded.parents[2] / "logs", copy.parents[2] / "logs")
@@ -746,7 +747,7 @@ def test_what_a_gpu_scored_is_not_evaluated_unasked_on_a_cpu(
 
 def test_another_artifact_is_a_disagreement(recorded, copy, monkeypatch, capsys):
     """Be it of another size or other bytes: it is not evaluated."""
-    monkeypatch.setattr(check, "run_entry", test_record.no_start)
+    monkeypatch.setattr(check, "run_foreign_entry", test_record.no_start)
     logs = recorded.parents[2] / "logs"
     other = copy.parents[2] / "other.ptz"
     content = (logs / "Tiny_seed0.ptz").read_bytes()
@@ -759,7 +760,7 @@ def test_another_artifact_is_a_disagreement(recorded, copy, monkeypatch, capsys)
 
 
 def test_an_artifact_of_that_name_and_size_is_not_taken_for_it(recorded, copy, monkeypatch, capsys):
-    monkeypatch.setattr(check, "run_entry", test_record.no_start)
+    monkeypatch.setattr(check, "run_foreign_entry", test_record.no_start)
     (copy.parents[2] / "logs").mkdir()
     for seed in (0, 42):
         content = (recorded.parents[2] / "logs" / f"Tiny_seed{seed}.ptz").read_bytes()
@@ -788,7 +789,7 @@ def test_an_evaluation_that_breaks_us_ends_in_a_line(recorded, copy, monkeypatch
     def broken(*_):
         raise ValueError("embedded null byte")
 
-    monkeypatch.setattr(check, "run_entry", broken)
+    monkeypatch.setattr(check, "run_foreign_entry", broken)
     given = [str(copy), "--artifact", f"0={recorded.parents[2] / 'logs' / 'Tiny_seed0.ptz'}"]
     assert end_in_a_line(lambda: check.main(given)) == 2
     assert "embedded null byte" in capsys.readouterr().err
@@ -798,6 +799,6 @@ def test_what_a_deadline_left_out_is_not_repeated(recorded, copy, monkeypatch, c
     record = check.read_record(copy)
     record.runs[0].result["degraded_documents"] = 1
     monkeypatch.setattr(check, "read_record", lambda _: record)
-    monkeypatch.setattr(check, "run_entry", test_record.no_start)
+    monkeypatch.setattr(check, "run_foreign_entry", test_record.no_start)
     assert check.evaluate_all(copy, {0: recorded.parents[2] / "logs" / "Tiny_seed0.ptz"}) == []
     assert "cannot be repeated" in capsys.readouterr().out

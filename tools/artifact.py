@@ -1,5 +1,7 @@
 """An artifact, opened as the run that scores it opens it; and how every tool ends."""
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -8,7 +10,7 @@ from typing import Any, NamedTuple
 
 import train_gpt
 from tools.results import read_table
-from tools.values import any_text, table_of
+from tools.values import any_text, printable, table_of
 
 SYSTEM = ("TTT_PARAMS", "TTT_SCOPE", "TTT_OPTIMIZER")  # knobs that decide which other TTT_ knobs mean anything
 
@@ -49,8 +51,25 @@ def knobs_of_run(artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
     train_gpt.require(
         is_table(knobs), f"{artifact.with_suffix('.json')}: its knobs are not texts by name", train_gpt.DataError
     )
+    knobs = checked_knobs(knobs, str(artifact.with_suffix(".json")))
     another_system = any(env.get(name, knobs.get(name)) != knobs.get(name) for name in SYSTEM)
     return {name: value for name, value in knobs.items() if not (another_system and name.startswith("TTT_"))}
+
+
+def checked_knobs(stored: Mapping[str, str], what: str) -> dict[str, str]:
+    """The knobs among the names that a file stores, each with a value that it can have. Other names are left out: in
+    the environment of a process they could make it run a program (PYTHONWARNINGS, LD_PRELOAD). Raises DataError, which
+    names the file `what`."""
+    knobs = {name: value for name, value in stored.items() if name in train_gpt.KNOBS}
+    try:
+        train_gpt.refuse_unknown(stored, train_gpt.KNOBS)
+        for name, value in knobs.items():
+            field, kind = train_gpt.KNOBS[name]
+            train_gpt.parse_knob(name, value, kind, field.metadata)
+            train_gpt.require(value.isprintable(), f"{name}={value!r}: expected one line of text")
+    except train_gpt.ConfigError as error:
+        raise train_gpt.DataError(f"{what}: {error}") from None
+    return knobs
 
 
 def find_artifact(given: str | None) -> Path:
@@ -63,13 +82,33 @@ def find_artifact(given: str | None) -> Path:
     return found[-1]
 
 
+MOST_OF_AN_ERROR = 4_000  # characters
+CUT_OFF = 141  # exit status where nobody reads the output any more, as of a program that SIGPIPE ends
+
+
 def end_in_a_line(work: Callable[[], int]) -> int:
-    """-> exit status: that of `work`; 2 and a line for what a user can mend, 130 when interrupted."""
+    """-> exit status: that of `work`; 2 and a line for what a user can mend, 130 when interrupted, 141 when whoever
+    reads the output has gone."""
+    escape_what_cannot_be_encoded()
     try:
-        return work()
+        try:
+            return work()
+        finally:
+            sys.stdout.flush()  # here, since a failure at the interpreter's exit is shown as a traceback
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CUT_OFF
     except (train_gpt.UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return train_gpt.INTERRUPTED
+
+
+def escape_what_cannot_be_encoded() -> None:
+    """A terminal that is not UTF-8 shows an escape for a character that it does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

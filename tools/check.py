@@ -26,28 +26,40 @@ import itertools
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-import train_gpt
 from tools import claims
-from tools.artifact import end_in_a_line
+from tools.artifact import checked_knobs, end_in_a_line
 from tools.claims import Baseline, Facts
 from tools.events import Event, first_difference
+from tools.processes import ends_with_its_parent
 from tools.prove import PROPERTIES
-from tools.results import Run, beside, disagreements, read_documents, read_result
-from tools.values import digest
+from tools.results import MAX_LOG_BYTES, Run, beside, disagreements, read_documents, read_result
+from tools.values import digest, printable, refuse_constant
 from train_gpt import LOGS, DataError, UserError, read_file, require
 
 RECORDS = Path("records")
 SAME_SCORE = 1e-4  # bpb, between two machines
+MOST_FILES = 1_000  # of a record
+MOST_BYTES = {".py": 1 << 24, ".log": MAX_LOG_BYTES, ".npz": 1 << 28, ".json": 1 << 24, ".png": 1 << 24}  # of a file
+MOST_BYTES_OF_TEXT = 1 << 20  # of any other file: README.md, requirements.txt, audits
+MOST_LINES_COMPARED = 5_000  # of a text; what takes longest grows with their square
+LONGEST_LINE = 1 << 16  # bytes of output taken for one line
+MOST_FINDINGS = 200  # shown of a record
+HANDED_ON = re.compile(  # variables of the caller that a record's own code gets: what a machine needs, and no secret
+    "PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR|VIRTUAL_ENV|LD_LIBRARY_PATH|(OMP|MKL)_NUM_THREADS|"
+    "OMP_WAIT_POLICY|CUDA_VISIBLE_DEVICES|CUDA_HOME|CUDA_PATH|CC|CXX|TRITON_INTERPRET|TRITON_CACHE_DIR|"
+    "TORCHINDUCTOR_CACHE_DIR|NCCL_[A-Z0-9_]+"
+)
 OF_THE_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "COMPILE")  # knobs that whoever checks sets differently
 
 
@@ -59,12 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not found and not options.no_evaluation:
             with untrusted(str(folder)):
                 found = evaluate_all(folder, options.artifact)
-        for line in found:
-            print(f"{folder}: {line}")
+        for line in found[:MOST_FINDINGS]:
+            say(folder, line)
+        if len(found) > MOST_FINDINGS:
+            say(folder, f"and {len(found) - MOST_FINDINGS} more")
         if not found:
-            print(f"{folder}: all agrees")
+            say(folder, "all agrees")
         wrong += bool(found)
     return 1 if wrong else 0
+
+
+def say(folder: Path, line: str) -> None:
+    """One line of the report; neither the names of a record nor what stands in it may speak for us."""
+    print(printable(f"{folder}: {line}"), flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -121,11 +140,6 @@ def guarded(findings: Iterable[str]) -> Iterator[str]:
         yield printable(str(error))
 
 
-def printable(line: str) -> str:
-    """A line with what would end it, move the cursor, or is no character at all written as an escape."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
-
-
 class Record(NamedTuple):
     folder: Path
     stated: dict[str, Any]  # submission.json as it stands
@@ -135,11 +149,30 @@ class Record(NamedTuple):
 
 def read_record(folder: Path) -> Record:
     """Open all parts of a record. Raises UserError where one is missing or cannot be what it should be."""
+    require_plain_files(folder)
     try:
-        stated = json.loads(read_file(folder / "submission.json"))
+        stated = json.loads(read_file(folder / "submission.json"), parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise DataError(f"submission.json is not JSON: {error}") from None
     return Record(folder, stated, read_facts(stated, read_text(folder / "README.md")), read_runs(folder))
+
+
+def require_plain_files(folder: Path) -> None:
+    """Refuse a record that holds anything but folders and regular files, or more of them than a record has: a link
+    would show what lies elsewhere, a pipe would never answer, and a device never end. Raises DataError."""
+    entries = itertools.islice(folder.rglob("*"), MOST_FILES + 1)  # rglob does not follow links
+    for count, path in enumerate(entries, 1):
+        require(count <= MOST_FILES, f"it holds more than {MOST_FILES} files", DataError)
+        status = path.lstat()
+        name = path.relative_to(folder)
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        require(
+            stat.S_ISREG(status.st_mode), f"{name}: not a regular file; a record holds no links or devices", DataError
+        )
+        most = MOST_BYTES.get(path.suffix, MOST_BYTES_OF_TEXT)
+        artifact = path.suffix == ".ptz"  # not read, and reported by its name
+        require(artifact or status.st_size <= most, f"{name}: {status.st_size} bytes, at most {most}", DataError)
 
 
 def read_text(path: Path) -> str:
@@ -452,6 +485,9 @@ def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def differing_lines(name: str, stated: str, expected: str) -> Iterator[str]:
+    if stated.count("\n") > MOST_LINES_COMPARED:
+        yield f"{name} has {stated.count(chr(10))} lines"
+        return
     lines = difflib.unified_diff(stated.split("\n"), expected.split("\n"), n=0, lineterm="")
     for line in itertools.islice(lines, 2, None):  # after the names of two files
         if line.startswith("-"):
@@ -509,14 +545,15 @@ def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
         seed = run.result["seed"]
         artifact = named.get(seed) or LOGS / f"{run.name}.ptz"
         if seed not in named and (not artifact.is_file() or how_it_differs(artifact, run)):
-            print(f"{folder}: seed {seed}: its artifact is not at hand ({artifact}); not evaluated again")
+            say(folder, f"seed {seed}: its artifact is not at hand ({artifact}); not evaluated again")
         elif seed not in named and made_on_gpu(run) and not torch.cuda.is_available():
-            print(
-                f"{folder}: seed {seed}: a GPU scored {artifact}, a CPU would take hours: not evaluated without "
-                f"--artifact {seed}={artifact}"
+            say(
+                folder,
+                f"seed {seed}: a GPU scored {artifact}, a CPU would take hours: not evaluated without "
+                f"--artifact {seed}={artifact}",
             )
         elif run.result["degraded_documents"]:
-            print(f"{folder}: seed {seed}: what a deadline left out cannot be repeated; not evaluated again")
+            say(folder, f"seed {seed}: what a deadline left out cannot be repeated; not evaluated again")
         else:
             wrong += [f"seed {seed}: {line}" for line in evaluate_again(folder, run, artifact)]
     return wrong
@@ -531,10 +568,12 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
     if difference := how_it_differs(artifact, run):
         yield f"{artifact} is another one: {difference}"
         return
-    print(f"{folder}: seed {run.result['seed']}: evaluating {artifact} again", flush=True)
+    seed = run.result["seed"]
+    script = (folder / "train_gpt.py").resolve()
+    say(folder, f"seed {seed}: evaluating {artifact} again with {script}, which is code of the record's author")
     env = evaluation_environment(run, artifact, os.environ)
     with tempfile.TemporaryDirectory() as work:
-        status = run_entry((folder / "train_gpt.py").resolve(), env, Path(work))
+        status = run_foreign_entry(script, env, Path(work))
         require(status == 0, f"the evaluation of {artifact} ended with status {status}: see above", UserError)
         again = read_result(Path(work) / "logs" / f"{run.name}.json")
     if again["validation"] != run.result["validation"]:
@@ -544,7 +583,7 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
         )
         return
     for name in ("val_bpb", "static_bpb"):
-        print(f"{folder}: seed {run.result['seed']}: {name} {again[name]:.6f}, in the record {run.result[name]:.6f}")
+        say(folder, f"seed {seed}: {name} {again[name]:.6f}, in the record {run.result[name]:.6f}")
         if abs(again[name] - run.result[name]) > SAME_SCORE:
             yield f"{name} is {again[name]:.6f} when evaluated again, {run.result[name]:.6f} in the record"
 
@@ -569,19 +608,21 @@ def validation_of(result: Mapping[str, Any]) -> str:
 
 
 def evaluation_environment(run: Run, artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the run, for another machine: of the caller's knobs only those count that say where its data
-    lie and on what it runs."""
-    knobs = dict(run.result["knobs"])
+    """The environment of the run, for another machine: the knobs of the result, of the caller's those alone that say
+    where its data lie and on what it runs, and of its other variables HANDED_ON. Raises DataError where the result has
+    a knob that is none here: the score would be another one without it."""
+    knobs = checked_knobs(run.result["knobs"], run.path.name)
+    unknown = sorted(run.result["knobs"].keys() - knobs.keys())
+    require(not unknown, f"{run.path.name}: {', '.join(unknown)}: no knob of this version; not evaluated", DataError)
     for name in OF_THE_MACHINE:
         if name in env:
             knobs[name] = env[name]
     for name in ("DATA_PATH", "TOKENIZER_PATH"):
-        if knobs[name]:
+        if knobs.get(name):
             knobs[name] = str(Path(knobs[name]).resolve())
     knobs |= {"ARTIFACT": str(artifact.resolve()), "RESUME": "", "EVAL_SECONDS": "0"}
 
-    all_knobs = {f.name.upper() for kind in train_gpt.CONFIGS for f in fields(kind)} | knobs.keys()
-    return {name: value for name, value in env.items() if name not in all_knobs} | knobs
+    return {name: value for name, value in env.items() if HANDED_ON.fullmatch(name)} | knobs
 
 
 def ranks(env: Mapping[str, str]) -> int:
@@ -592,15 +633,40 @@ def ranks(env: Mapping[str, str]) -> int:
 def run_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
     """Start a train_gpt.py on all GPUs, as run.sh does, its output on the screen -> its exit status. When interrupted,
     wait for the run to end by itself."""
-    command = [sys.executable]
-    if ranks(env) > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks(env)}"]
-    process = subprocess.Popen([*command, str(script)], cwd=folder, env=dict(env))
+    process = subprocess.Popen(command_of(script, env), cwd=folder, env=dict(env))
     try:
         return process.wait()
     except KeyboardInterrupt:
         process.wait()
         raise
+
+
+def command_of(script: Path, env: Mapping[str, str]) -> list[str]:
+    command = [sys.executable]
+    if ranks(env) > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks(env)}"]
+    return [*command, str(script)]
+
+
+def run_foreign_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
+    """The same with a train_gpt.py that is not ours: its output is marked as such, and cannot steer the terminal."""
+    process = subprocess.Popen(
+        command_of(script, env),
+        cwd=folder,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=ends_with_its_parent(),
+    )
+    with process:
+        try:
+            while line := process.stdout.readline(LONGEST_LINE):
+                print(f"  | {printable(line.decode(errors='replace').rstrip())}", flush=True)
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+    return process.returncode
 
 
 if __name__ == "__main__":

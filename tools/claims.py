@@ -139,6 +139,9 @@ def against_run(run: Run, facts: Facts) -> Iterator[str]:
     if not run.trained or knobs.get("ARTIFACT") or knobs.get("RESUME"):
         yield "it did not train from the start to the end (ARTIFACT and RESUME must be unset)"
         return
+    for name in ("val_bpb", "val_loss", "static_bpb", "prequant_bpb"):
+        if not number(result[name]):
+            yield f"{name} is {result[name]}, which is no score"
     if result["total_bytes"] > MOST_BYTES:
         yield f"code and weights take {result['total_bytes']:,} bytes, at most {MOST_BYTES:,} are allowed"
     for clock, limit in (("train_seconds", facts.train_seconds), ("eval_seconds", facts.eval_seconds)):
@@ -374,7 +377,7 @@ def submission(runs: Sequence[Run], facts: Facts) -> dict[str, Any]:
 
 
 def as_json(stated: dict[str, Any]) -> str:
-    return json.dumps(stated, indent=1, ensure_ascii=False) + "\n"
+    return json.dumps(stated, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def seed_result(run: Run) -> dict[str, Any]:
@@ -394,7 +397,7 @@ def step_ms(run: Run) -> float:
 
 def rounded(value: float) -> float | None:
     """To 8 decimals; None for what is not known, as the deviation of one seed."""
-    return None if math.isnan(value) else round(value, 8)
+    return round(value, 8) if math.isfinite(value) else None
 
 
 def significance(v: Verdict) -> dict[str, Any]:
@@ -411,7 +414,7 @@ def significance(v: Verdict) -> dict[str, Any]:
 
 def short(p: float | None) -> float | None:
     """To four digits."""
-    return None if p is None else float(f"{p:.4g}")
+    return None if p is None or not math.isfinite(p) else float(f"{p:.4g}")
 
 
 def hardware(run: Run) -> str:

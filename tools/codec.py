@@ -33,8 +33,9 @@ from torch import Tensor
 
 import train_gpt
 from data.prepare import TITLE, decode_caseops, encode_caseops
-from tools.artifact import knobs_of_run
+from tools.artifact import checked_knobs, knobs_of_run
 from tools.coder import Decoder, Encoder, intervals
+from tools.values import printable
 from train_gpt import BOS, DataError, UserError, require
 
 MAX_BYTES = 1 << 26  # of a text, and of all its edits
@@ -510,6 +511,13 @@ MAGIC = b"PGT\x01"
 DIGEST_BYTES = 8
 MAX_DOCUMENTS = 1 << 20
 MAX_HEADER_BYTES = 1 << 16
+MAX_KNOBS = {  # of a compressed file: they multiply the work that a few bytes ask for
+    "TTT_EPOCHS": 16,
+    "TTT_LORA_RANK": 1024,
+    "TTT_BATCH_DOCS": 4096,
+    "TTT_CHUNK_TOKENS": 4096,
+    "EVAL_SEQ_LEN": 1 << 17,
+}
 HEADER = {
     "artifact": str,
     "build": str,
@@ -560,6 +568,7 @@ def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compr
         f"{len(data)} bytes, {len(parts)} documents: at most {MAX_BYTES} and {MAX_DOCUMENTS} go into a file; cut it up",
         UserError,
     )
+    check_work(knobs_to_store(predictor.run))
     caseops = uses_caseops(predictor)
     documents, passes = to_documents(predictor, caseops, parts, separator)
     edits = pack_edits(passes)
@@ -584,7 +593,7 @@ def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compr
 
 def pack_file(header: dict[str, Any], edits: bytes, coded: bytes) -> bytes:
     deflate = zlib.compressobj(9, wbits=-15, zdict=DEFLATE_DICTIONARY)
-    deflated = deflate.compress(json.dumps(header, separators=(",", ":")).encode()) + deflate.flush()
+    deflated = deflate.compress(json.dumps(header, separators=(",", ":"), allow_nan=False).encode()) + deflate.flush()
     body = MAGIC + struct.pack("<H", len(deflated)) + deflated + edits + coded
     return body + bytes.fromhex(digest(body))
 
@@ -627,6 +636,16 @@ def check_header(header: Any) -> None:
     require((header["documents"] - 1) * len(separator) <= MAX_BYTES, "the separator of documents is impossible")
     for name, value in header["knobs"].items():
         require(isinstance(value, str) and affects_coding(name), f"{name} is not a knob of the coding")
+    check_work(header["knobs"])
+
+
+def check_work(knobs: Mapping[str, str]) -> None:
+    """Refuse knobs that are none, or that ask for more work than MAX_KNOBS. Raises UserError."""
+    known = checked_knobs(knobs, "its header")
+    require(known.keys() == knobs.keys(), f"unknown knobs: {', '.join(sorted(knobs.keys() - known.keys()))}")
+    for name, most in MAX_KNOBS.items():
+        value = int(knobs.get(name, "0"))
+        require(value <= most, f"{name}={value}: a compressed text may use at most {most}")
 
 
 def decompress(path: Path, contents: Contents) -> bytes:
@@ -644,7 +663,7 @@ def decompress(path: Path, contents: Contents) -> bytes:
     why = "these predictions are not the encoder's, whose computer may be of another kind"
     if not same_build:
         why = f"compressed under {header['build']}, which is not what runs here, {build()}"
-        print(f"warning: {why}; it is tried, and the text's checksum tells", file=sys.stderr, flush=True)
+        print(f"warning: {printable(why)}; it is tried, and the text's checksum tells", file=sys.stderr, flush=True)
 
     progress = Progress("decompressing", header["tokens"])
     separator = bytes.fromhex(header["split"])
@@ -699,4 +718,4 @@ def convert_file(source: Path, out: Path, convert: Callable[[bytes], tuple[bytes
     started = time.monotonic()
     result, summary = convert(data)
     train_gpt.write_atomically(out, [result])
-    print(f"{out}: {summary}; {time.monotonic() - started:.1f} s")
+    print(printable(f"{out}: {summary}; {time.monotonic() - started:.1f} s"))

@@ -63,7 +63,7 @@ def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder
         (partial / "tokenizer.model").write_bytes(read_file(tokenizer.path))
         named = {"path": "tokenizer.model", "sha256": tokenizer.sha256, "transform": transform}
         manifest = {"tokenizer": named, "holdout": facts}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1, allow_nan=False), encoding="utf-8")
     return facts
 
 

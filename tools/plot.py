@@ -43,6 +43,7 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 2,
     "hatch.color": "white",
+    "text.parse_math": False,  # a run's name may hold dollar signs
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
 }
 MOST_RUNS = len(COLOURS)
@@ -144,7 +145,7 @@ def draw_bytes(runs: Sequence[Run], path: Path) -> None:
     for run in runs:
         allowed = run.result["knobs"].get("ARTIFACT_BYTES")
         label = f"{short(run)}\n{run.result['total_bytes']:,}"
-        if allowed:
+        if allowed and allowed.isdecimal():
             label += f" of {int(allowed):,}"
         bars.append((label, run.result["artifact_parts"] | {"code": run.result["code_bytes"]}))
     draw_bars(bars, path, "bytes (MB)", 1e-6)

@@ -46,6 +46,7 @@ from tools import audit_hook
 from tools.artifact import Opened, end_in_a_line, find_artifact, open_artifact, result_beside
 from tools.claims import MOST_BYTES
 from tools.results import load_run
+from tools.values import printable
 
 # -----------------------------------------------------------------------------
 # Listening: what the scorer books, traced to the pass through the output layer that gave it.
@@ -423,7 +424,7 @@ class Finding(NamedTuple):
     figures: str
 
     def __str__(self) -> str:
-        return f"{ {True: 'ok', False: 'FAIL', None: '-'}[self.ok]:5} {self.name:20} {self.figures}"
+        return printable(f"{ {True: 'ok', False: 'FAIL', None: '-'}[self.ok]:5} {self.name:20} {self.figures}")
 
 
 Seen = tuple[Sequence[str] | None, str]  # faults, or None where the property does not apply; and what was seen
@@ -815,7 +816,7 @@ def run_prove(arguments: argparse.Namespace) -> int:
     run, dist = opened.plan.run, opened.plan.dist
     train_gpt.prepare_torch(run, dist.device)
     how = f"TTT_PARAMS={run.ttt_params} TTT_SCOPE={run.ttt_scope}" if run.ttt_enabled else "TTT_ENABLED=0"
-    print(f"{artifact}: {how}, {train_gpt.device_name(dist.device)}", flush=True)
+    print(printable(f"{artifact}: {how}, {train_gpt.device_name(dist.device)}"), flush=True)
     findings, tell = [], functools.partial(print, file=sys.stderr, flush=True)
     for finding in prove(opened, arguments.seed, arguments.seconds, tell):
         print(finding, flush=True)
@@ -830,14 +831,15 @@ def run_prove(arguments: argparse.Namespace) -> int:
         "device": train_gpt.device_name(dist.device),
         "properties": [finding._asdict() for finding in findings],
     }
-    train_gpt.write_atomically(artifact.with_suffix(".prove.json"), [json.dumps(facts, indent=1).encode()])
+    train_gpt.write_atomically(
+        artifact.with_suffix(".prove.json"), [json.dumps(facts, indent=1, allow_nan=False).encode()]
+    )
     return 0 if ok else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> exit status: 0, 1 where a property fails, 2 for what a user can mend, 130 when interrupted."""
-    parsed = command_line().parse_args(arguments)
-    return end_in_a_line(lambda: run_prove(parsed))
+    return end_in_a_line(lambda: run_prove(command_line().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import torch
 import train_gpt
 from data.prepare import whole_number
 from tools import claims
-from tools.artifact import end_in_a_line
+from tools.artifact import checked_knobs, end_in_a_line
 from tools.check import (
     RECORDS,
     against_log,
@@ -42,6 +42,7 @@ from tools.check import (
 from tools.claims import CONTEST, CONTEST_SECONDS, DEPENDENT, MOST_BYTES, NON_RECORD, OWN_TOKENIZER, Baseline, Facts
 from tools.plot import MOST_RUNS, draw_all
 from tools.results import EVENTS_BELOW, Run, beside, load_run
+from tools.values import printable
 from train_gpt import LOGS, DataError, RunConfig, UserError, read_env, read_file, require, write_atomically
 
 
@@ -216,7 +217,7 @@ def find_finished(run: RunConfig, knobs: dict[str, str]) -> Run | None:
     if not reasons:
         print(f"{path}: finished, not run again")
         return found
-    print(f"{path}: will be run again: {'; '.join(reasons)}")
+    print(printable(f"{path}: will be run again: {'; '.join(reasons)}"))
     return None
 
 
@@ -286,13 +287,13 @@ def audit(run: Run, seconds: int) -> str:
         UserError,
     )
     print(f"auditing {artifact}", flush=True)
-    env = dict(os.environ) | run.result["knobs"]
+    env = dict(os.environ) | checked_knobs(run.result["knobs"], str(run.path))
     lines = []
     command = [sys.executable, "-m", "tools.prove", str(artifact), "--seconds", str(seconds)]
     process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with process:
         for line in process.stdout or ():
-            print(line, end="", flush=True)
+            print(printable(line.rstrip("\n")), flush=True)
             lines.append(line)
     require(process.returncode == 0, f"no record: the audit of {artifact} failed: see above", UserError)
     return "".join(lines)

@@ -11,25 +11,33 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import itertools
 import math
+import os
+import stat
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tools.events import MAX_BYTES as MAX_EVENT_BYTES
 from tools.events import Event, named, read_events
 from tools.values import any_text, digest, missing_or_wrong, number, parse_object, table_of, text, whole
-from train_gpt import LOGS, DataError, read_file
+from train_gpt import LOGS, DataError
 
 MAX_UNPACKED_BYTES = 1 << 28  # of a .docs.npz: six million documents
+MAX_LOG_BYTES = 1 << 27  # of a log: source, lines for people and, in a record, events
+MAX_RESULT_BYTES = 1 << 24  # of a .json: the losses of 300,000 steps
+MAX_ENTRIES = 64  # of a .docs.npz, which has six
+MAX_OF_A_DOCUMENT = {"f": 1e15, "i": 1 << 40}  # so that sums over all documents stay exact, and finite
 TOLERANCE = 1e-9  # relative; sums in another order differ in their last bits
 RESAMPLES = 10_000
 PER_DOCUMENT = {"nats": "f", "static_nats": "f", "tokens": "i", "bytes": "i", "updates": "i"}  # and their kinds
 RUN_AGAIN = "; a run of this version writes it; run it again"
+FILES_OF_A_RUN = (".ptz", ".docs.npz", ".events.jsonl", ".txt")  # beside its .json
 EVENTS_BELOW = b"\nevents:\n"  # in the log of a record, between what people read and the events
 
 
@@ -127,12 +135,12 @@ class Run:
     @property
     def source(self) -> bytes:
         """The train_gpt.py that ran, as the log begins with it."""
-        return read_file(self.log)[: self.result["code_bytes"]]
+        return read_part(self.log, MAX_LOG_BYTES)[: self.result["code_bytes"]]
 
     @functools.cached_property
     def log_text(self) -> str:
         """What the log says to people after the source and an empty line: settings, progress, result."""
-        content = read_file(self.log)[self.result["code_bytes"] :].removeprefix(b"\n")
+        content = read_part(self.log, MAX_LOG_BYTES)[self.result["code_bytes"] :].removeprefix(b"\n")
         if self.recorded:
             content = content.partition(EVENTS_BELOW)[0] + b"\n"
         try:
@@ -145,9 +153,9 @@ class Run:
         """What the run reported, in order. Raises DataError where that is missing or damaged."""
         if not self.recorded:
             path = beside(self.path, ".events.jsonl")
-            return read_events(read_file(path, RUN_AGAIN), path.name)
+            return read_events(read_part(path, MAX_EVENT_BYTES), path.name)
 
-        _, found, content = read_file(self.log)[self.result["code_bytes"] :].partition(EVENTS_BELOW)
+        _, found, content = read_part(self.log, MAX_LOG_BYTES)[self.result["code_bytes"] :].partition(EVENTS_BELOW)
         if not found:
             raise DataError(f"{self.log.name}: no events stand at its end")
         return read_events(content, self.log.name)
@@ -177,14 +185,28 @@ def beside(path: Path, suffix: str) -> Path:
 
 
 def load_run(name: str | Path, folder: Path = LOGS) -> Run:
-    """A run by its RUN_ID (in `folder`) or the path of its .json. Raises DataError where a file is missing or damaged,
-    a field is missing or of another kind, or the files contradict each other; the message lists every contradiction."""
-    path = Path(name) if str(name).endswith(".json") else folder / f"{name}.json"
+    """A run by its RUN_ID (in `folder`), or the path of its .json or of another of its files. Raises DataError where a
+    file is missing or damaged, a field is missing or of another kind, or the files contradict each other; the message
+    lists every contradiction."""
+    path = result_path(str(name), folder)
     result = read_result(path)
     run = Run(path, result, **read_documents(beside(path, ".docs.npz")))
     if wrong := disagreements(run):
         raise DataError(f"{path}: its files contradict each other: {'; '.join(wrong)}")
     return run
+
+
+def result_path(name: str, folder: Path) -> Path:
+    """Where the .json of a run lies that is named by its RUN_ID or by one of its files."""
+    if name.endswith(".json"):
+        return Path(name)
+    named = folder / f"{name}.json"
+    if not named.exists():
+        stem = next((name.removesuffix(ending) for ending in FILES_OF_A_RUN if name.endswith(ending)), name)
+        beside_it = Path(f"{stem}.json")
+        if stem != name or beside_it.exists():
+            return beside_it
+    return named
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -198,32 +220,69 @@ def read_result(path: Path) -> dict[str, Any]:
 
 def read_table(path: Path) -> dict[str, Any]:
     """A .json that may be the result of a run: names and values, of which nothing is checked."""
-    content = read_file(path)
+    content = read_part(path, MAX_RESULT_BYTES)
     try:
         return parse_object(content)
     except ValueError as error:
         raise DataError(f"{path}: not the result of a run: {error}; remove it, or run again") from None
 
 
+def read_part(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes. A pipe or a device, which might never end, is not opened.
+    Raises DataError."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to must not hold us up
+        with open(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise DataError(f"{path}: not a regular file")
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: cannot be read: {error.args[-1]}{RUN_AGAIN}") from None
+    if len(content) > most:
+        raise DataError(f"{path}: more than {most} bytes, which no run writes")
+    return content
+
+
 def read_documents(path: Path) -> dict[str, Any]:
     """The checked arrays of a .docs.npz, and `validation`."""
+    content = read_part(path, MAX_UNPACKED_BYTES)
     try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        if size > MAX_UNPACKED_BYTES:
-            raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_UNPACKED_BYTES} are expected")
-        with np.load(path, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in (*PER_DOCUMENT, "validation")}
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}{RUN_AGAIN}") from None
-    except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path}: not the scores of a run's documents: {error}") from None
+        found = read_arrays(content, path)
+    except DataError:
+        raise
+    except Exception as error:  # zip, deflate and the header of an array each break in ways of their own
+        raise DataError(f"{path}: not the scores of a run's documents: {type(error).__name__}: {error}") from None
 
     check_documents(path, found)
     validation = found.pop("validation")
     if validation.ndim or validation.dtype.kind != "U" or not digest(str(validation)):
         raise DataError(f"{path}: validation is not a sha256")
     return found | {"validation": str(validation)}
+
+
+def read_arrays(content: bytes, path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .docs.npz by name. Sizes are checked before anything is unpacked."""
+    if content.count(zipfile.stringCentralDir) > MAX_ENTRIES:
+        raise DataError(f"{path}: more than {MAX_ENTRIES} entries, a run writes {len(PER_DOCUMENT) + 1}")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+        if size > MAX_UNPACKED_BYTES:
+            raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_UNPACKED_BYTES} are expected")
+        return {name: read_array(archive.read(f"{name}.npy")) for name in (*PER_DOCUMENT, "validation")}
+
+
+def read_array(content: bytes) -> np.ndarray:
+    """A .npy, whose header must account for all of its bytes: a shape may claim more than the memory holds."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    data = content[file.tell() :]
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data):
+        raise ValueError(f"{len(data)} bytes for {dtype} of shape {shape}")
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def check_documents(path: Path, found: dict[str, np.ndarray]) -> None:
@@ -236,6 +295,8 @@ def check_documents(path: Path, found: dict[str, np.ndarray]) -> None:
             raise DataError(f"{path}: {name} is {values.dtype} of shape {values.shape}, expected one number a document")
         if not (np.isfinite(values) & (values >= 0)).all():
             raise DataError(f"{path}: {name} holds numbers that are negative or not finite")
+        if values.max() > MAX_OF_A_DOCUMENT[kind]:
+            raise DataError(f"{path}: {name} holds {values.max():g}, which no document has")
 
 
 def disagreements(run: Run) -> list[str]:

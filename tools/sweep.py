@@ -45,7 +45,9 @@ from tools.artifact import end_in_a_line, knobs_of_run
 from tools.events import Event, read_events
 from tools.holdout import make_holdout
 from tools.plot import COLOURS, picture
+from tools.processes import ends_with_its_parent
 from tools.results import Interval, Run, differences, load_run
+from tools.values import printable
 from train_gpt import LOGS, ConfigError, DataError, UserError, require
 
 SWEEPS = LOGS / "sweeps"
@@ -248,7 +250,7 @@ def name_runs(jobs: list[Job], folder: Path, scored: ScoredText, gpus: int) -> N
             ineffective |= training_knobs()
             artifact = hashlib.sha256(train_gpt.read_file(run.artifact)).hexdigest()
         knobs = {name: value for name, value in knobs.items() if name not in ineffective}
-        identity = json.dumps([knobs, source, scored.identity, artifact, gpus], sort_keys=True)
+        identity = json.dumps([knobs, source, scored.identity, artifact, gpus], sort_keys=True, allow_nan=False)
         job.run_id = f"{folder.relative_to(LOGS)}/{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
         job.env |= {"RUN_ID": job.run_id}
         job.source = source
@@ -283,6 +285,7 @@ class Running(NamedTuple):
     slot: str | None
     started_at: float
     events: GrowingEvents
+    name_lock: int  # descriptor, see `lock_name`
 
 
 class GrowingEvents:
@@ -362,6 +365,7 @@ class Sweep:
 
     def start(self, job: Job) -> None:
         slot = self.free.pop(0)
+        name_lock = lock_name(job)
         program = [sys.executable]
         if self.gpus > 1:
             program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
@@ -375,10 +379,13 @@ class Sweep:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
+                pass_fds=(name_lock,),
+                preexec_fn=ends_with_its_parent(),
             )
         job.state = "running"
         job.at = "starting"
-        self.running.append(Running(job, process, slot, time.monotonic(), GrowingEvents(job.file(".events.jsonl"))))
+        events = GrowingEvents(job.file(".events.jsonl"))
+        self.running.append(Running(job, process, slot, time.monotonic(), events, name_lock))
 
     def look_after(self, one: Running) -> None:
         """Read its events; when it has ended, see what came of it and free its place."""
@@ -389,6 +396,7 @@ class Sweep:
             return
         self.running.remove(one)
         self.free.append(one.slot)
+        free_name(one)
         self.took.append(time.monotonic() - one.started_at)
         conclude(one.job, status)
 
@@ -415,9 +423,31 @@ class Sweep:
                     end(process)
         for one in self.running:
             one.process.wait()
+            free_name(one)
             one.job.file(".err").unlink(missing_ok=True)
             for partial in one.job.file("").parent.glob(".*.partial"):
                 partial.unlink()
+
+
+def lock_name(job: Job) -> int:
+    """Take the name of a job's run -> a descriptor, which the run inherits: should this process be killed and the run
+    go on, its name stays taken until it ends. Raises UserError where that is so after STOP_SECONDS."""
+    handle = os.open(job.file(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + STOP_SECONDS
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return handle
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise UserError(f"{job.run_id}: a run of an earlier sweep still goes on; end it first") from None
+            time.sleep(0.1)
+
+
+def free_name(one: Running) -> None:
+    one.job.file(".lock").unlink(missing_ok=True)
+    os.close(one.name_lock)
 
 
 def conclude(job: Job, status: int) -> None:
@@ -482,7 +512,7 @@ class Screen:
             parts.append(f"bpb {job.bpb:.5f}")
         if job.eta is not None:
             parts.append(f"ETA {job.eta:.0f} s")
-        return "  ".join([*parts, job.at])
+        return "  ".join(map(printable, [*parts, job.at]))
 
     def redraw(self, seconds_left: float | None) -> None:
         """Draw the whole table. Where not all lines fit, what runs or has failed comes first."""
@@ -590,7 +620,7 @@ def results_table(name: str, jobs: list[Job], rows: list[Row], scored: ScoredTex
         cells = [row.knobs.get(name, "") for name in knobs]
         cells += [bpb_of(row), str(row.gap or ""), f"{row.run.static_bpb:.5f}", seeds, f"{seconds:.1f}", notes(row)]
         lines.append(f"| {' | '.join(cells)} |")
-    failed = [f"- `{job.label}`: {job.at}" for job in jobs if job.state == "failed"]
+    failed = [f"- `{job.label}`: {printable(job.at)}" for job in jobs if job.state == "failed"]
     return [*lines, "", "Failed:", "", *failed] if failed else lines
 
 

@@ -2,11 +2,22 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+MOST_SHOWN = 600  # characters of a line that is not ours
+LARGEST = 1e18  # no score, time or size that a run measures comes near
+
 Kind = Callable[[Any], bool]  # says whether a value is of a kind
+
+
+def printable(text: str, most: int = MOST_SHOWN, kept: str = "") -> str:
+    """Text that is not ours, safe to show in one line: what would end the line, move the cursor, or is no character at
+    all becomes an escape, except for characters in `kept`, and the middle of a long text is left out."""
+    if len(text) > most:
+        half = most // 2
+        text = f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 def whole(value: Any) -> bool:
@@ -14,13 +25,13 @@ def whole(value: Any) -> bool:
 
 
 def number(value: Any) -> bool:
-    """Zero or more, and finite."""
-    return type(value) in {int, float} and 0 <= value <= sys.float_info.max
+    """Zero or more, and so small that sums of it stay finite."""
+    return type(value) in {int, float} and 0 <= value <= LARGEST
 
 
 def signed(value: Any) -> bool:
     """A finite number of either sign."""
-    return type(value) in {int, float} and abs(value) <= sys.float_info.max
+    return type(value) in {int, float} and abs(value) <= LARGEST
 
 
 def text(value: Any) -> bool:
@@ -79,15 +90,19 @@ def missing_or_wrong(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> st
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """A JSON object in which no name comes twice (a parser would keep the last, a reader see the first). Raises
-    ValueError; brackets without end are one, too."""
+    """A JSON object in which no name comes twice (a parser would keep the last, a reader see the first), and
+    no NaN or Infinity. Raises ValueError, also for brackets without end."""
     try:
-        value = json.loads(content, object_pairs_hook=without_repeated_names)
+        value = json.loads(content, object_pairs_hook=without_repeated_names, parse_constant=refuse_constant)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("expected a table of names and values")
     return value
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 def without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,27 @@
+"""Processes that end with the one that started them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+
+
+def ends_with_its_parent() -> Callable[[], None] | None:
+    """For `preexec_fn` of subprocess.Popen: the process gets SIGTERM once this one is gone, however that was ended.
+    None where the system is not Linux; there, what must not run twice needs a lock, too."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None, use_errno=True)  # loaded here: little may be done between fork and exec
+    parent = os.getpid()
+
+    def ask() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was gone before it could be asked
+            os._exit(1)
+
+    return ask
