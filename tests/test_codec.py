@@ -263,6 +263,13 @@ def test_no_frame_unpacks_into_more_edits_than_a_file_may_have():
         {"knobs": {"ARTIFACT": "x"}},
         {"knobs": {"TTT_LR": 1}},
         {"knobs": []},
+        {"knobs": {"TTT_EPOCHS": "4096"}},
+        {"knobs": {"TTT_EPOCHS": "17"}},
+        {"knobs": {"TTT_LORA_RANK": "1000000000"}},
+        {"knobs": {"TTT_BATCH_DOCS": "100000"}},
+        {"knobs": {"EVAL_SEQ_LEN": "10000000"}},
+        {"knobs": {"TTT_LR": "fast"}},
+        {"knobs": {"TTT_X": "1"}},
         {"split": "xy"},
         {"caseops": 1},
         {"more": 1},
@@ -272,6 +279,33 @@ def test_a_header_that_cannot_be_is_refused_though_its_checksum_fits(compressed,
     contents = codec.unpack_file(compressed, "it")
     with pytest.raises(DataError):
         codec.unpack_file(codec.pack_file(contents.header | change, b"", contents.coded), "it")
+
+
+def test_what_no_file_may_ask_for_is_not_written(artifact, monkeypatch):
+    monkeypatch.setenv("TTT_EPOCHS", "17")
+    with pytest.raises(UserError, match="TTT_EPOCHS=17: a compressed text may use at most 16"):
+        codec.compress(codec.open_predictor(artifact), b"text")
+
+
+def test_changed_headers_are_refused_or_bounded(compressed):
+    """The checksum of the file is repaired every time."""
+    header, _, coded = codec.unpack_file(compressed, "it")
+    plain = json.dumps(header).encode()
+    chance = random.Random(0)
+    for _ in range(1_000):
+        changed = bytearray(plain)
+        for _ in range(chance.choice((1, 2, 5))):
+            changed[chance.randrange(len(plain))] = chance.choice(b'0123456789-e.{}[]",:aN')
+        deflate = codec.zlib.compressobj(9, wbits=-15, zdict=codec.DEFLATE_DICTIONARY)
+        deflated = deflate.compress(bytes(changed)) + deflate.flush()
+        body = codec.MAGIC + len(deflated).to_bytes(2, "little") + deflated + coded
+        try:
+            found = codec.unpack_file(body + bytes.fromhex(codec.digest(body)), "it").header
+        except DataError:
+            continue
+        for name, most in codec.MAX_KNOBS.items():
+            assert int(found["knobs"].get(name, 0)) <= most
+        assert 0 < found["documents"] <= found["tokens"]
 
 
 def test_contents_that_cannot_be_are_refused(artifact, compressed):

@@ -77,3 +77,25 @@ def test_a_run_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert end_in_a_line(lambda: compare.main(["absent", "absent"])) == 2
     assert "logs/absent.json: cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_is_named_by_any_of_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fabricate(tmp_path / "logs", "x.y")
+    (tmp_path / "logs" / "x.y.ptz").touch()
+    for name in ("logs/x.y.ptz", "logs/x.y.json", "logs/x.y", "logs/x.y.docs.npz", "x.y"):
+        assert compare.main([name, "x.y", "--out", "same.png"]) == 0
+    assert end_in_a_line(lambda: compare.main(["logs/z.ptz", "x.y"])) == 2
+    assert "error: logs/z.json: cannot be read" in capsys.readouterr().err
+
+
+def test_documents_that_the_table_leaves_out_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = fabricate(tmp_path / "logs", "a")
+    run = load_run(path)
+    few = sum(g.documents for g in compare.compare_by_length(run, run) if g.gap is None)
+    assert compare.main(["a", "a"]) == 0
+    assert f"without an interval: {few} documents" in capsys.readouterr().out
+    groups = compare.compare_by_length(run, run)[1:]
+    missing = len(run.nats) - sum(g.documents for g in groups)
+    assert f"not in the table: {missing} documents" in compare.left_out(len(run.nats), groups)[0]

@@ -229,6 +229,50 @@ def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, cap
     assert all(path.stat() == before for path, before in files.items())
 
 
+def test_a_run_ends_with_the_sweep_that_was_killed(stand_in, monkeypatch, capsys):
+    stand_in.makes("0.25")
+    command = (
+        f"import train_gpt; train_gpt.__file__ = 'entry.py'; from tools import sweep; sweep.main({['TTT_LR=0.25']})"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(sweep.__file__).parents[1])}
+    killed = subprocess.Popen([sys.executable, "-c", command], env=env, stdout=subprocess.DEVNULL)
+    try:
+        (path,) = wait_for(lambda: list((stand_in.folder / "logs/sweeps/ttt_lr").glob("*.txt")))
+    finally:
+        killed.kill()
+        killed.wait()
+    monkeypatch.setattr(sweep, "STOP_SECONDS", 5.0)
+    job = sweep.Job(
+        {}, {}, run_id=str(path.relative_to("logs" if not path.is_absolute() else Path("logs").resolve()))[:-4]
+    )
+    os.close(sweep.lock_name(job))  # no run holds its name any more
+    (stand_in.folder / "go on").touch()
+    assert sweep.main(["TTT_LR=0.25"]) == 0 and len(stand_in.started()) == 2
+
+
+def test_where_a_run_outlives_its_sweep_its_name_stays_taken(stand_in, monkeypatch):
+    """As it may where a system cannot be asked to end it."""
+    (stand_in.folder / "logs").mkdir()
+    job = sweep.Job({}, {}, run_id="x")
+    handle = sweep.lock_name(job)
+    with subprocess.Popen(["sleep", "60"], pass_fds=(handle,)) as process:
+        os.close(handle)
+        monkeypatch.setattr(sweep, "STOP_SECONDS", 0.2)
+        with pytest.raises(train_gpt.UserError, match="x: a run of an earlier sweep still goes on"):
+            sweep.lock_name(job)
+        process.kill()
+    os.close(sweep.lock_name(job))
+
+
+def wait_for(find, seconds: float = 30.0):
+    """What `find` finds, once that is something."""
+    deadline = time.monotonic() + seconds
+    while not (found := find()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
 def test_another_source_another_artifact_and_other_knobs_are_other_combinations(stand_in, tiny_config, monkeypatch):
     stand_in.makes("0.1")
     artifact = stand_in.artifact(tiny_config, holdout_tokens=HELD)

@@ -3,9 +3,9 @@ What two runs differ by, document by document.
 
     ./run.sh compare A B [--out PICTURE]
 
-A and B: RUN_IDs, or paths of their .json. Differences are those of B to A: below zero, B is better. Intervals are
-paired 95 % bootstrap intervals: documents are drawn anew, 10,000 times. They say how much the difference depends on
-the choice of documents, not how far another seed would move either run.
+A and B: RUN_IDs, or paths of their .json or their artifacts. Differences are those of B to A: below zero, B is better.
+Intervals are paired 95 % bootstrap intervals: documents are drawn anew, 10,000 times. They say how much the difference
+depends on the choice of documents, not how far another seed would move either run.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tools.results import (
     ratio_intervals,
     require_same_documents,
 )
+from tools.values import printable
 from train_gpt import LOGS
 
 FEWEST = 10  # documents of a group; a bootstrap of fewer would pretend to know
@@ -61,10 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     b = load_run(options.b)
     require_same_documents(a, b)
     groups = compare_by_length(a, b)
-    print("\n".join(describe(a, b, groups)))
+    print("\n".join(map(printable, describe(a, b, groups))))
     path = options.out or LOGS / "compare" / f"{a.name}_{b.name}.png".replace("/", "-")
     draw(a, b, groups, path)
-    print(path)
+    print(printable(str(path)))
     return 0
 
 
@@ -108,6 +109,18 @@ def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
         lines.append(
             f"| {g.label} | {g.documents} | {g.bpb[0]:.5f} | {g.bpb[1]:.5f} | {gap} | {g.better} | {g.worse} |"
         )
+    return lines + left_out(len(a.nats), groups)
+
+
+def left_out(documents: int, groups: list[Group]) -> list[str]:
+    """How many documents the table says nothing of, or gives no interval."""
+    without_text = documents - sum(g.documents for g in groups)
+    without_interval = sum(g.documents for g in groups if g.gap is None)
+    lines = []
+    if without_text:
+        lines.append(f"not in the table: {without_text} documents of lengths at which none holds any text")
+    if without_interval:
+        lines.append(f"without an interval: {without_interval} documents of lengths that fewer than {FEWEST} have")
     return lines
 
 

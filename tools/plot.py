@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from tools.artifact import end_in_a_line
 from tools.results import Run, bits_per_byte, length_groups, load_run
+from tools.values import printable
 from train_gpt import EVALUATION_CLOCK, LOGS, TRAINING_CLOCK, UserError, require, write_atomically
 
 WIDTH, DPI = 900, 100  # pixels of every picture, as wide as a README
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=LOGS / "plots", metavar="FOLDER", help="[%(default)s]")
     options = parser.parse_args(arguments)
     for path in draw_all([load_run(name) for name in options.runs], options.out):
-        print(path)
+        print(printable(str(path)))
     return 0
 
 

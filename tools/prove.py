@@ -347,7 +347,12 @@ class Audit:
         closely, in pairs twice as often."""
         order = np.argsort(sizes, kind="stable")
         order = order[sizes[order] > 2]
-        train_gpt.require(len(order) > 0, "no validation document has two tokens", train_gpt.DataError)
+        train_gpt.require(
+            len(order) > 0,
+            f"{self.run.data_path}: the longest of its {len(sizes)} validation documents has {max(sizes, default=0)} "
+            "tokens with its BOS, and nothing can be proved of fewer than three; prepare a longer validation text",
+            train_gpt.DataError,
+        )
         shortest, median = int(order[0]), int(order[len(order) // 2])
         pair, rates = joined([self.text(shortest), self.text(median)]), {}
         for closely in (False, False, True, True):  # the first pass is slow

@@ -21,6 +21,7 @@ import train_gpt
 from data.prepare import ALLCAPS, CAPNEXT, ESCAPE, TITLE
 from tools import codec
 from tools.artifact import end_in_a_line, find_artifact
+from tools.values import printable
 from train_gpt import BOS
 
 UNFINISHED = TITLE + ALLCAPS + CAPNEXT + ESCAPE + "\ufffd"  # at the end of a text, the next token changes how they read
@@ -81,9 +82,16 @@ def print_text(predictor: codec.Predictor, prompt: list[int], tokens: Iterator[i
     for token in tokens:
         seen.append(token)
         ready = text_so_far().rstrip(UNFINISHED)
-        print(ready[shown:], end="", flush=True)
+        show(ready[shown:])
         shown = max(shown, len(ready))
-    print(text_so_far()[shown:])
+    show(text_so_far()[shown:] + "\n")
+
+
+def show(text: str) -> None:
+    """Print a part of a text; on a terminal, what would steer it is shown as an escape."""
+    if sys.stdout.isatty():
+        text = printable(text, most=len(text), kept="\n\t")
+    print(text, end="", flush=True)
 
 
 def within(low: float, high: float, kind: type = float) -> Callable[[str], float]:

@@ -1,6 +1,7 @@
 """What a value read from a file may be. Files are hostile until checked: nothing here trusts what it is given."""
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -93,7 +94,7 @@ def parse_object(content: bytes) -> dict[str, Any]:
     """A JSON object in which no name comes twice (a parser would keep the last, a reader see the first), and
     no NaN or Infinity. Raises ValueError, also for brackets without end."""
     try:
-        value = json.loads(content, object_pairs_hook=without_repeated_names, parse_constant=refuse_constant)
+        value = json.loads(content, object_pairs_hook=strict_table)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
@@ -105,8 +106,18 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no number")
 
 
-def without_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def strict_table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a name comes twice in one table")
+    for name, value in pairs:
+        if not is_finite(value):
+            raise ValueError(f"{name} is {str(value)[:60]}, which is no number of JSON")
     return found
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is not NaN or an infinity, and no list holds one; tables are looked into as they are read."""
+    if isinstance(value, list):
+        return all(is_finite(entry) for entry in value)
+    return not isinstance(value, float) or math.isfinite(value)
