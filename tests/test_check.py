@@ -18,6 +18,7 @@ from tools.artifact import end_in_a_line
 from tools.events import SHOWN, Event, wordings_of
 from tools.results import read_table
 from tools.values import printable
+from train_gpt import read_shard
 
 
 @pytest.fixture(scope="module")
@@ -774,7 +775,7 @@ def test_another_validation_set_is_a_disagreement(recorded, copy, monkeypatch, c
     made = recorded.parents[2]
     shutil.copytree(made / "my data", copy.parents[2] / "other")
     shard = copy.parents[2] / "other" / "fineweb_val_000000.bin"
-    tokens = check.train_gpt.read_shard(shard).copy()
+    tokens = read_shard(shard).copy()
     tokens[1:3] = tokens[2], tokens[1]
     shard.write_bytes(shard.read_bytes()[:1024] + tokens.tobytes())
     monkeypatch.setenv("DATA_PATH", "other")

@@ -281,3 +281,27 @@ def test_an_archive_of_many_entries_is_not_opened(tmp_path):
             archive.writestr(str(i), b"")
     with pytest.raises(DataError, match="entries"):
         read_documents(tmp_path / "x.npz")
+
+
+# ---- processes --------------------------------------------------------------
+
+
+def test_an_entry_ends_with_the_process_that_started_it(tmp_path):
+    """However that ends; before, a training went on, and wrote under the name that the next one takes."""
+    (tmp_path / "entry.py").write_text("import os, time; open('pid', 'w').write(f'{os.getpid()} '); time.sleep(60)")
+    start = (
+        f"from pathlib import Path; from tools.check import run_entry; run_entry(Path({str(tmp_path / 'entry.py')!r})"
+    )
+    root = Path(check.__file__).parents[1]
+    command = [sys.executable, "-c", start + f", {{'DEVICE': 'cpu'}}, Path({str(tmp_path)!r}))"]
+    with subprocess.Popen(command, cwd=root) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith(" "):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.kill()
+    child = Path("/proc") / (tmp_path / "pid").read_text().strip()
+    deadline = time.monotonic() + 10
+    while child.exists() and " Z " not in (child / "stat").read_text():
+        assert time.monotonic() < deadline, "it still runs"
+        time.sleep(0.05)

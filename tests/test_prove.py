@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,6 +119,39 @@ def test_the_program_keeps_every_rule(audit, places, system):
     assert looked.chosen and {len(text.tokens) - 1 for text in looked.texts} == set(DOCUMENTS)
     for name in prove.PROPERTIES.keys() - {"artifact alone"}:
         assert faults_of(looked, name) == [], name
+
+
+@pytest.fixture
+def long_document(places, tmp_path) -> Callable[[int], Place]:
+    """long_document(tokens): the artifact of `plain` on a validation of one document."""
+
+    def make(tokens: int) -> Place:
+        folder = tmp_path / f"of {tokens}"
+        shutil.copytree(places["plain"].data, folder)
+        text = np.append(train_gpt.BOS, np.random.default_rng(0).integers(3, 64, tokens - 1)).astype(np.uint16)
+        prepare.write_shard(folder / "fineweb_val_000000.bin", [text])
+        return Place(folder / "small.ptz", folder)
+
+    return make
+
+
+def test_of_a_document_that_the_time_does_not_hold_the_beginning_is_looked_at(long_document):
+    place = long_document(2_000)
+    opened = artifact.open_artifact(place.artifact, environment(place.data, SYSTEMS["static"]))
+    looked = prove.Audit(opened, 0, 0.001, lambda line: None)
+    assert [len(text.tokens) for text in looked.texts] == [looked.limit] == [prove.FEWEST_TOKENS]
+    for name in prove.PROPERTIES.keys() - {"artifact alone"}:
+        assert faults_of(looked, name) == [], name
+    assert 0.4 < looked.spent / looked.planned < 2.5, "the time left is told from these"
+    whole = prove.Audit(opened, 0, 1e9, lambda line: None)
+    assert [len(text.tokens) for text in whole.texts] == [2_000] and whole.is_whole(0)
+
+
+def test_a_validation_that_proves_nothing_is_named(long_document):
+    place = long_document(2)
+    opened = artifact.open_artifact(place.artifact, environment(place.data, SYSTEMS["static"]))
+    with pytest.raises(train_gpt.DataError, match="the longest of its 1 validation documents has 2 tokens"):
+        prove.Audit(opened, 0, 1.0, lambda line: None)
 
 
 @pytest.mark.parametrize("place", ["bytes", "caseops"])

@@ -262,7 +262,7 @@ def test_a_seed_runs_on_all_gpus_and_is_given_time_to_end(home, facts, monkeypat
     waits = []
 
     class Process:
-        def __init__(self, command, cwd, env):
+        def __init__(self, command, cwd, env, preexec_fn):
             commands.append(command)
             assert (env["SEED"], env["RUN_ID"], env["TTT_LR"]) == ("7", "Tiny_seed7", "0.01")
 

@@ -633,7 +633,7 @@ def ranks(env: Mapping[str, str]) -> int:
 def run_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
     """Start a train_gpt.py on all GPUs, as run.sh does, its output on the screen -> its exit status. When interrupted,
     wait for the run to end by itself."""
-    process = subprocess.Popen(command_of(script, env), cwd=folder, env=dict(env))
+    process = subprocess.Popen(command_of(script, env), cwd=folder, env=dict(env), preexec_fn=ends_with_its_parent())
     try:
         return process.wait()
     except KeyboardInterrupt:

@@ -45,6 +45,7 @@ from data import prepare
 from tools import audit_hook
 from tools.artifact import Opened, end_in_a_line, find_artifact, open_artifact, result_beside
 from tools.claims import MOST_BYTES
+from tools.processes import ends_with_its_parent
 from tools.results import load_run
 from tools.values import printable
 
@@ -321,6 +322,12 @@ class Widest:
         return f"max {self.nats:.1e} nats a target, {self.bpb:.1e} bpb a document"
 
 
+# How often the properties score a document of the sample, closely or not, as counted in audits of few documents.
+SCORINGS = {False: 32, True: 6}
+LONGEST_PROBE = 256  # tokens of a document that are scored to measure the speed
+FEWEST_TOKENS = 256  # of a longer document that are looked at, however slow that is
+
+
 class Audit:
     """An artifact, the sample of its documents, and what was heard of them."""
 
@@ -332,19 +339,26 @@ class Audit:
         self.chunk = self.run.ttt_chunk_tokens if self.run.ttt_enabled else self.run.eval_stride
         self.strange, self.misplaced = [], []  # of all that was heard
         self.began, self.told, self.spent, self.planned = time.monotonic(), 0.0, 0.0, math.inf
+        self.busy = 0.0  # seconds that went into `spent`
+        self.limit = LONGEST_PROBE  # tokens of a document that are looked at
         self.closeness = 1.0  # how many times as long a document takes when an ear hears it
         self.starts = document_starts(opened.plan.validation.tokens)
         self.chosen = self.choose(np.diff(self.starts))
         self.texts = [self.text(i) for i in self.chosen]
 
     def text(self, i: int) -> Text:
-        """A validation document, without the BOS that closes it."""
-        docs, span = self.opened.plan.validation, slice(self.starts[i], self.starts[i + 1])
+        """A validation document without the BOS that closes it, as far as the time lets it be looked at."""
+        docs, end = self.opened.plan.validation, min(self.starts[i + 1], self.starts[i] + self.limit)
+        span = slice(self.starts[i], end)
         return Text(np.array(docs.tokens[span], np.uint16), np.array(docs.bytes[span], np.int64))
 
+    def is_whole(self, i: int) -> bool:
+        """Whether all of a document is looked at."""
+        return self.starts[i + 1] - self.starts[i] <= self.limit
+
     def choose(self, sizes: np.ndarray) -> list[int]:
-        """Tokens of every document -> the sample, in the order of the shard; each is scored 20 times, and 5 times
-        closely, in pairs twice as often."""
+        """Tokens of every document -> the sample, in the order of the shard, and `limit`. Each is scored some SCORINGS
+        times, in pairs twice as often."""
         order = np.argsort(sizes, kind="stable")
         order = order[sizes[order] > 2]
         train_gpt.require(
@@ -354,19 +368,28 @@ class Audit:
             train_gpt.DataError,
         )
         shortest, median = int(order[0]), int(order[len(order) // 2])
-        pair, rates = joined([self.text(shortest), self.text(median)]), {}
+        rates = self.measure(self.text(shortest), self.text(median))
+        self.closeness = rates[True] / rates[False]
+        times = (2 if self.stream else 1) * (SCORINGS[False] + SCORINGS[True] * self.closeness)
+        self.limit = int(sizes.max())
+        while times * rates[False] * self.cost(self.limit) > 0.4 * self.seconds and self.limit > FEWEST_TOKENS:
+            self.limit = max(FEWEST_TOKENS, self.limit * 4 // 5)
+        needed = np.array([times * rates[False] * self.cost(sizes[i]) for i in order])
+        fits, cheap = order[sizes[order] <= self.limit], order[needed <= 0.08 * self.seconds]
+        longest = int(fits[-1]) if len(fits) else shortest
+        chosen = {shortest, median, longest, *(self.chance.choice(cheap, 3).tolist() if len(cheap) else ())}
+        self.spent, self.busy = 0.0, 0.0
+        self.planned = sum(times * self.cost(min(self.limit, sizes[i])) for i in chosen)
+        return sorted(chosen)
+
+    def measure(self, *texts: Text) -> dict[bool, float]:
+        """Seconds per token pass, heard closely or not."""
+        pair, rates = joined(texts), {}
         for closely in (False, False, True, True):  # the first pass is slow
             began = time.monotonic()
             self.score(pair, closely)
-            rates[closely] = (time.monotonic() - began) / self.cost(sizes[median])
-        self.closeness = rates[True] / rates[False]
-        times = (2 if self.stream else 1) * (20 + 5 * self.closeness)
-        needed = np.array([times * rates[False] * self.cost(sizes[i]) for i in order])
-        fits, cheap = order[needed <= 0.6 * self.seconds], order[needed <= 0.08 * self.seconds]
-        longest = int(fits[-1]) if len(fits) else shortest
-        chosen = {shortest, median, longest, *(self.chance.choice(cheap, 3).tolist() if len(cheap) else ())}
-        self.spent, self.planned = 0.0, sum(times * self.cost(sizes[i]) for i in chosen)
-        return sorted(chosen)
+            rates[closely] = (time.monotonic() - began) / sum(self.cost(len(text.tokens)) for text in texts)
+        return rates
 
     def cost(self, tokens: int) -> float:
         """Of scoring a document once, in token passes."""
@@ -375,7 +398,9 @@ class Audit:
     def score(self, text: Text, closely: bool = False, dist: train_gpt.Dist | None = None, **changes: int) -> Heard:
         """Score a stream, with these knobs changed."""
         run = dataclasses.replace(self.run, **changes)
+        began = time.monotonic()
         heard = hear(self.model, run, dist or self.dist, text.tokens, closely)
+        self.busy += time.monotonic() - began
         self.strange += heard.strange
         self.misplaced += heard.misplaced
         cost = sum(map(self.cost, np.diff(document_starts(text.tokens)))) / (dist or self.dist).world
@@ -383,7 +408,8 @@ class Audit:
         elapsed = time.monotonic() - self.began
         if elapsed - self.told > 10 and self.planned < math.inf:  # not while documents are being chosen
             self.told = elapsed
-            self.tell(f"prove: {elapsed:.0f} s, about {elapsed * max(0.0, self.planned / self.spent - 1):.0f} s left")
+            left = self.busy * max(0.0, self.planned / self.spent - 1)
+            self.tell(f"prove: {elapsed:.0f} s, about {left:.0f} s left")
         return heard
 
     @functools.cached_property
@@ -481,7 +507,8 @@ def causality(audit: Audit) -> Seen:
     changed = np.concatenate([pair.tokens[: same + 1], audit.other(next_one.tokens[1:])])
     nats, expected = (audit.score(Text(tokens, pair.bytes)).nats[:same] for tokens in (changed, pair.tokens))
     widest.compare("the next document is another", nats, expected, pair.bytes[1 : same + 1])
-    return widest.faults, f"{widest}; {widest.seen} other futures of {len(audit.texts)} documents"
+    cut = "" if all(map(audit.is_whole, audit.chosen)) else f", at most {audit.limit} tokens of each in the time"
+    return widest.faults, f"{widest}; {widest.seen} other futures of {len(audit.texts)} documents{cut}"
 
 
 def score_before_update(audit: Audit) -> Seen:
@@ -639,7 +666,14 @@ def artifact_alone(audit: Audit) -> Seen:
         source = Path(audit_hook.__file__).read_text(encoding="utf-8")
         script = [sys.executable, "-c", source, str(folder / "train_gpt.py"), str(report)]
         done = subprocess.run(
-            script, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+            script,
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            preexec_fn=ends_with_its_parent(),
         )
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -698,7 +732,8 @@ def bytes_counted(audit: Audit) -> Seen:
         sizes |= {"code_bytes": len(program), "total_bytes": len(program) + artifact}
     faults += [f"{name} is {result[name]}, the file has {n}" for name, n in sizes.items() if result.get(name, n) != n]
     counted, recount = plan.validation.target_bytes(), recounter(audit)
-    decoded = [recount(text.tokens.tolist()) for text in audit.texts]
+    spans = [plan.validation.tokens[audit.starts[i] : audit.starts[i + 1]] for i in audit.chosen]
+    decoded = [recount(span.tolist()) for span in spans]
     for i, size in zip(audit.chosen, decoded, strict=True):
         if size is not None and size != counted[i]:
             faults.append(f"document {i}: {counted[i]} bytes are counted, its tokens decode to {size}")
@@ -764,6 +799,8 @@ def reported(audit: Audit) -> Seen:
     widest = Widest(audit.tolerance)
     whole = len(audit.chosen) - (audit.chosen[-1] < len(audit.starts) - 2)  # the last of the sample lacks its BOS
     for i, text, nats in zip(audit.chosen[:whole], audit.texts, audit.together.sums, strict=False):
+        if not audit.is_whole(i):
+            continue
         size = int(text.bytes.sum())
         widest.compare_sums(f"document {i}, as reported", nats - run.nats[i], len(text.tokens), size)
     return (

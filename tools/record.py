@@ -41,6 +41,7 @@ from tools.check import (
 )
 from tools.claims import CONTEST, CONTEST_SECONDS, DEPENDENT, MOST_BYTES, NON_RECORD, OWN_TOKENIZER, Baseline, Facts
 from tools.plot import MOST_RUNS, draw_all
+from tools.processes import ends_with_its_parent
 from tools.results import EVENTS_BELOW, Run, beside, load_run
 from tools.values import printable
 from train_gpt import LOGS, DataError, RunConfig, UserError, read_env, read_file, require, write_atomically
@@ -290,7 +291,15 @@ def audit(run: Run, seconds: int) -> str:
     env = dict(os.environ) | checked_knobs(run.result["knobs"], str(run.path))
     lines = []
     command = [sys.executable, "-m", "tools.prove", str(artifact), "--seconds", str(seconds)]
-    process = subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command,
+        env=env,
+        text=True,
+        errors="replace",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=ends_with_its_parent(),
+    )
     with process:
         for line in process.stdout or ():
             print(printable(line.rstrip("\n")), flush=True)
