@@ -16,7 +16,7 @@ from test_check import copy, recorded  # noqa: F401  fixtures
 from test_results import fabricate
 
 import train_gpt
-from tools import check, compare, results
+from tools import check, compare, plot, results
 from tools.artifact import CUT_OFF, checked_knobs, end_in_a_line, knobs_of_run
 from tools.results import load_run, read_documents, read_result
 from tools.values import MOST_SHOWN, printable
@@ -281,6 +281,24 @@ def test_an_archive_of_many_entries_is_not_opened(tmp_path):
             archive.writestr(str(i), b"")
     with pytest.raises(DataError, match="entries"):
         read_documents(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(run_id="$\\frac{$"),
+        dict(phases={"$x_$": 1.0, "\ud800": 2.0}),
+        dict(phases={str(i): 1.0 for i in range(5_000)}),
+        dict(artifact_parts={"x" * 10_000: 10_100}),
+        dict(knobs={"ARTIFACT_BYTES": "many"}),
+        dict(history=[[1, 1.0, 1e308]]),
+        dict(last_bpb=1e308),
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_a_picture_is_drawn_of_hostile_results_or_refused(tmp_path, changes):
+    path = fabricate(tmp_path, **changes)
+    assert end_in_a_line(lambda: plot.main([str(path), "--out", str(tmp_path / "plots")])) in {0, 2}
 
 
 # ---- processes --------------------------------------------------------------

@@ -13,6 +13,8 @@ Then, where the artifact of a seed is at hand (named, or logs/<RUN_ID>.ptz, by i
 train_gpt.py evaluates it once more, on DATA_PATH of the environment or else of the record, without a time limit: the
 score must come within 1e-4 bpb. If a GPU scored an artifact and this machine has none, that happens only when the
 artifact is named.
+That is code of the record's author, run as you: it is announced, gets the record's knobs and none of your variables but
+those that a machine needs (PATH, CUDA_VISIBLE_DEVICES, ...), and --no-evaluation does without it.
 Exit status: 0 all agrees, 1 something does not (it is listed), 2 for what you can fix.
 """
 

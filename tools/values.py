@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MOST_SHOWN = 600  # characters of a line that is not ours
+MOST_NAMES = 1_000  # in a table
+LONGEST_NAME = 200
 LARGEST = 1e18  # no score, time or size that a run measures comes near
 
 Kind = Callable[[Any], bool]  # says whether a value is of a kind
@@ -57,8 +59,12 @@ def digest(value: Any) -> bool:
 
 
 def table_of(kind: Kind) -> Kind:
+    """{name: entry of that kind}, of names that fit into a line of a report and a label of a picture."""
+
     def is_table(value: Any) -> bool:
-        return isinstance(value, dict) and all(kind(entry) for entry in value.values())
+        if not isinstance(value, dict) or len(value) > MOST_NAMES:
+            return False
+        return all(text(name) and len(name) <= LONGEST_NAME and kind(entry) for name, entry in value.items())
 
     return is_table
 
