@@ -1318,7 +1318,7 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
     if token_bytes is None:
         # Markers are no text, but the formula would count three bytes for each: the score would be too low.
         require(
-            transform_of(Path(folder), tokenizer) is None,
+            transform_of(Path(folder), tokenizer) == "none",
             f"DATA_PATH={folder}: its text was changed by CaseOps, so that only side-cars (fineweb_val_bytes_*.bin) "
             "can count its bytes, and there is none: copy them with manifest.json, or prepare the data again",
             DataError,
@@ -1390,11 +1390,19 @@ def listed_digests(folder: Path) -> dict[str, str]:
 MARKERS = frozenset("\ue001\ue002\ue003\ue004")  # with which CaseOps spells capitals
 
 
-def transform_of(folder: Path, tokenizer: Tokenizer) -> Literal["caseops"] | None:
-    """How text was changed before it was tokenised: as the manifest says, else as the tokenizer's pieces show."""
+def transform_of(folder: Path, tokenizer: Tokenizer) -> Literal["caseops", "none"]:
+    """How the text of a folder was changed before it was tokenised: by CaseOps if the manifest says so, or if the
+    tokenizer has pieces with its markers. Raises DataError if the manifest names another transform, or denies one that
+    the pieces show."""
     stated = manifest_value(folder, "tokenizer", "transform")
     marked = any(MARKERS.intersection(tokenizer.processor.id_to_piece(i)) for i in range(len(tokenizer.pieces.sizes)))
-    return "caseops" if stated == "caseops" or marked else None
+    require(
+        stated in (None, "caseops") or (stated == "none" and not marked),
+        f"{folder / 'manifest.json'}: says that text was transformed by {str(stated)[:60]!r}, but "
+        f"{'the tokenizer has pieces of CaseOps' if marked else 'no such transform is known'}; prepare the data again",
+        DataError,
+    )
+    return "caseops" if stated == "caseops" or marked else "none"
 
 
 # ---- Micro-batches ----

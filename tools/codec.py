@@ -32,7 +32,7 @@ import zstandard
 from torch import Tensor
 
 import train_gpt
-from data.prepare import TITLE, decode_caseops, encode_caseops
+from data.prepare import decode_caseops, encode_caseops
 from tools.artifact import checked_knobs, knobs_of_run
 from tools.coder import Decoder, Encoder, intervals
 from tools.values import printable
@@ -105,10 +105,8 @@ def build() -> str:
 
 
 def uses_caseops(predictor: Predictor) -> bool:
-    """Whether the tokenizer expects transformed text: the manifest of its data says so, or else its pieces do."""
-    transform = train_gpt.manifest_value(Path(predictor.run.data_path), "tokenizer", "transform")
-    processor = predictor.tokenizer.processor
-    return transform == "caseops" if transform else processor.piece_to_id(TITLE) != processor.unk_id()
+    """Whether the tokenizer expects transformed text."""
+    return train_gpt.transform_of(Path(predictor.run.data_path), predictor.tokenizer) == "caseops"
 
 
 def to_tokens(predictor: Predictor, caseops: bool, text: str) -> list[int]:

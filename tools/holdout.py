@@ -24,6 +24,7 @@ from train_gpt import (
     read_file,
     read_shard,
     require,
+    transform_of,
 )
 
 NAMES = ("fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin")
@@ -40,7 +41,7 @@ def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder
         ConfigError,
     )
     paths = find_shards(str(source), "train")
-    transform = transform_of(source)
+    transform = known_transform(source, tokenizer)
     documents = whole_documents(last_tokens(paths, holdout_tokens), holdout_tokens)
     facts = {
         "holdout_tokens": holdout_tokens,
@@ -67,20 +68,18 @@ def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder
     return facts
 
 
-def transform_of(source: Path) -> str:
-    """What was done to the text before the tokenizer: "none" or "caseops", as the manifest says. A folder without
-    side-cars needs no manifest to say it: there the bytes are counted by the contest's formula."""
-    transform = manifest_value(source, "tokenizer", "transform")
-    if transform is None and not list(source.glob("fineweb_val_bytes_*.bin")):
-        return "none"
+def known_transform(source: Path, tokenizer: Tokenizer) -> str:
+    """`transform_of`, but a folder with side-cars must say it: they may count the bytes of text that was transformed in
+    a way of which nothing is known here."""
+    transform = transform_of(source, tokenizer)
+    told = manifest_value(source, "tokenizer", "transform") is not None or transform == "caseops"
     require(
-        transform in ("none", "caseops"),
-        f"{source}: no manifest.json of data/prepare.py says how its text was "
-        f"transformed (found {transform!r}), so the bytes of a training document cannot be told; prepare the data "
-        "again, or choose with --on validation",
+        told or not (source / NAMES[1]).exists(),
+        f"{source}: it has side-cars, but no manifest.json of data/prepare.py says how its text was transformed, so "
+        "the bytes of a training document cannot be told; prepare the data again, or choose with --on validation",
         DataError,
     )
-    return str(transform)
+    return transform
 
 
 def last_tokens(paths: list[Path], count: int) -> np.ndarray:

@@ -750,7 +750,7 @@ def recounter(audit: Audit) -> Callable[[list[int]], int | None]:
     plan = audit.opened.plan
     if not has_sidecar(audit):
         return lambda tokens: contest_size(plan.tokenizer.processor, tokens)
-    caseops = train_gpt.manifest_value(Path(plan.run.data_path), "tokenizer", "transform") == "caseops"
+    caseops = train_gpt.transform_of(Path(plan.run.data_path), plan.tokenizer) == "caseops"
     encoder = prepare.load_encoder(plan.tokenizer.path.read_bytes(), caseops, str(plan.tokenizer.path))
     original = prepare.decode_caseops if caseops else str
     return lambda tokens: len(original(encoder.processor.decode(tokens)).encode()) if encoder.exact else None
