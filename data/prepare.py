@@ -431,8 +431,12 @@ def parse_line(line: bytes, where: str) -> str:
     return text
 
 
+LONGEST_WINDOW = 1 << 31  # bytes: what `zstd --ultra -22 --long=31` needs; by default no more than 128 MB are allowed
+
+
 def open_zstandard(raw: BinaryIO) -> io.BufferedReader:
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))
+    decompressor = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW)
+    return io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True))
 
 
 DECOMPRESSORS = {".gz": gzip.open, ".bz2": bz2.open, ".zst": open_zstandard}  # by suffix; other files are plain text

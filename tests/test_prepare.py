@@ -288,6 +288,18 @@ def pack(kind: str, content: bytes) -> bytes:
     return b"".join(map(packers[kind], halves)) if kind in packers else content
 
 
+@pytest.mark.parametrize("window_log", [27, 28, 30, 31])
+def test_a_long_window_is_read(tmp_path, window_log):
+    """As `zstd --ultra -22 --long=31` writes it, which was called damaged."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log, compression_level=1)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(compressor.compress(b'"one"\n"two"\n') + compressor.flush())
+    assert zstandard.get_frame_parameters(path.read_bytes()).window_size == 1 << window_log
+    with open(path, "rb") as raw:
+        assert prepare.open_zstandard(raw).read() == b'"one"\n"two"\n'
+
+
 @pytest.mark.parametrize("suffix, caseops", [(".jsonl", True), (".gz", False), (".bz2", True), (".zst", True)])
 def test_text_comes_back_from_shards(tmp_path, suffix, caseops):
     validation = NASTY + TEXTS[:60]
