@@ -484,14 +484,14 @@ def test_ctrl_c_ends_everything_soon_and_leaves_no_half_written_file(tmp_path, c
 @pytest.mark.slow
 def test_a_run_that_is_cut_off_goes_on_from_its_checkpoint_as_if_nothing_had_been(tmp_path):
     folder = Folder(tmp_path)
-    with started(folder, ALONE, ITERATIONS=120, CHECKPOINT_SECONDS=0.001, RUN_ID="cut") as process:
+    with started(folder, ALONE, ITERATIONS=60, CHECKPOINT_SECONDS=0.001, RUN_ID="cut") as process:
         wait_for(process, "step:20 ")
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=30)
     assert not folder.artifact("cut").exists()
-    resumed = folder.result(ITERATIONS=120, RESUME="logs/cut.ckpt", RUN_ID="resumed")
-    whole = folder.result(ITERATIONS=120, RUN_ID="whole")
-    assert 20 <= resumed["history"][0][0] < 120, "it began where it was cut off"
+    resumed = folder.result(ITERATIONS=60, RESUME="logs/cut.ckpt", RUN_ID="resumed")
+    whole = folder.result(ITERATIONS=60, RUN_ID="whole")
+    assert 20 <= resumed["history"][0][0] < 60, "it began where it was cut off"
     assert resumed["history"][-1][2] == whole["history"][-1][2]
     assert folder.artifact("resumed").read_bytes() == folder.artifact("whole").read_bytes()
-    assert resumed["val_bpb"] == whole["val_bpb"] and resumed["steps"] == whole["steps"] == 120
+    assert resumed["val_bpb"] == whole["val_bpb"] and resumed["steps"] == whole["steps"] == 60
