@@ -20,7 +20,8 @@ OFF += ("logit_softcap", "ln_scale_power", "mlp_leaky_slope", "attn_gate_scale")
 
 def lively(**changes) -> g.GPT:
     """A model of which no part is neutral, as the start of training would leave many."""
-    model, generator = g.GPT(g.ModelConfig(**TINY | changes)), torch.Generator().manual_seed(1)
+    model = g.GPT(g.ModelConfig(**TINY | changes))
+    generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         matrix = g.param_role(name) == "matrix"
@@ -64,7 +65,8 @@ def test_the_network_learns_the_same_through_kernels_and_through_their_reference
         num_layers=2, loop_start=0, loop_end=0, xsa_last_n=1, parallel_start_layer=1
     )  # the interpreter is slow
     model = lively(num_heads=2, num_kv_heads=1, **small, **off).requires_grad_()
-    tokens, starts = some_tokens(1, 90), [0, 3, 70]
+    tokens = some_tokens(1, 90)
+    starts = [0, 3, 70]
     tokens[0, starts] = g.BOS
     segments = packed(tokens, starts)
 
@@ -86,7 +88,8 @@ def test_the_network_learns_the_same_through_kernels_and_through_their_reference
 @pytest.mark.parametrize("cut", [1, 7, 8, 9, 20, 31])
 @pytest.mark.parametrize("looping", [True, False])
 def test_a_row_does_not_see_what_comes_later(cut, looping):
-    model, tokens = lively(), some_tokens(3, 32)
+    model = lively()
+    tokens = some_tokens(3, 32)
     changed = torch.cat([tokens[:, :cut], some_tokens(3, 32, seed=1)[:, cut:]], 1)
     before, after = (states(model, t, looping=looping) for t in (tokens, changed))
     assert torch.equal(before[:, :cut], after[:, :cut])
@@ -95,7 +98,9 @@ def test_a_row_does_not_see_what_comes_later(cut, looping):
 
 @pytest.mark.parametrize("cut", [1, 12, 13, 14, 20, 28, 29, 30, 47])
 def test_a_packed_row_does_not_see_what_comes_later(cut):
-    model, tokens, starts = lively(), some_tokens(1, 48), [0, 13, 29]
+    model = lively()
+    tokens = some_tokens(1, 48)
+    starts = [0, 13, 29]
     tokens[0, starts] = g.BOS
     changed = tokens.clone()
     changed[0, cut:] = some_tokens(1, 48, seed=1)[0, cut:]
@@ -105,7 +110,10 @@ def test_a_packed_row_does_not_see_what_comes_later(cut):
 
 
 def test_a_document_in_a_packed_row_is_as_it_is_alone():
-    model, tokens, starts, ends = lively(), some_tokens(1, 48), [0, 13, 29], [13, 29, 48]
+    model = lively()
+    tokens = some_tokens(1, 48)
+    starts = [0, 13, 29]
+    ends = [13, 29, 48]
     tokens[0, starts] = g.BOS
     together = states(model, tokens, packed(tokens, starts))
     for begin, end in zip(starts, ends, strict=True):
@@ -120,7 +128,8 @@ def test_a_document_in_a_packed_row_is_as_it_is_alone():
 @pytest.mark.parametrize("before_cut", [15, 31])
 def test_a_segment_cut_at_the_context_length_does_not_see_before(before_cut):
     """A segment may begin in the middle of a document: what stands before it may be another document's."""
-    model, tokens = lively(), some_tokens(1, 48)
+    model = lively()
+    tokens = some_tokens(1, 48)
     starts = g.segment_starts(tokens[0].numpy(), 48, 16).tolist()
     assert starts == [0, 16, 32]
     changed = tokens.clone()
@@ -131,7 +140,8 @@ def test_a_segment_cut_at_the_context_length_does_not_see_before(before_cut):
 
 
 def test_bos_never_smears_the_document_before():
-    model, tokens = lively(), some_tokens(2, 20)
+    model = lively()
+    tokens = some_tokens(2, 20)
     tokens[:, 9] = g.BOS
     changed = tokens.clone()
     changed[:, :9] = some_tokens(2, 20, seed=1)[:, :9]
@@ -145,7 +155,8 @@ def test_bos_never_smears_the_document_before():
 
 
 def test_the_targets_of_the_last_tokens_are_a_slice_of_all():
-    model, text = lively(), some_tokens(2, 33)
+    model = lively()
+    text = some_tokens(2, 33)
     whole = model(text[:, :-1], text[:, 1:])
     assert whole.shape == (2, 32)
     for n in (1, 9, 32):
@@ -171,7 +182,8 @@ def attention_reference(q, k, v, first):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("starts", [None, [0, 5, 6, 17]])
 def test_attention_is_a_masked_softmax(kv_heads, starts):
-    T, rows = 24, 3 if starts is None else 1
+    T = 24
+    rows = 3 if starts is None else 1
     q, k, v = (torch.randn(rows, T, heads, 8) for heads in (4, kv_heads, kv_heads))
     got = g.attend(q, k, v, None if starts is None else packed(some_tokens(1, T), starts))
     first = [max(s for s in starts or [0] if s <= t) for t in range(T)]
@@ -181,7 +193,10 @@ def test_attention_is_a_masked_softmax(kv_heads, starts):
 
 
 def test_rotation_is_a_complex_product():
-    x, positions, dims, base = torch.randn(2, 7, 3, 10), torch.tensor([0, 1, 2, 0, 1, 5, 1000]), 6, 100.0
+    x = torch.randn(2, 7, 3, 10)
+    positions = torch.tensor([0, 1, 2, 0, 1, 5, 1000])
+    dims = 6
+    base = 100.0
     got = g.apply_rope(x, *g.rope_angles(positions, dims, base)).double().numpy()
     z = x[..., :3].double().numpy() + 1j * x[..., 3:6].double().numpy()
     angle = positions.numpy()[:, None, None] * base ** (-np.arange(3) / 3)
@@ -213,16 +228,22 @@ def sigmoid(x):
 def block_reference(block, c, index, a, m, x0):
     """One layer pass in numpy, float64, by the formulas: streams (T, D) -> (a, m); m is None in a plain block."""
     p = SimpleNamespace(**{n.replace(".", "_"): t.double().numpy() for n, t in block.named_parameters()})
-    T, H, K, h = len(a), c.num_heads, c.num_kv_heads, c.head_dim
+    T = len(a)
+    H = c.num_heads
+    K = c.num_kv_heads
+    h = c.head_dim
     x = p.input_mix[0] * a + p.input_mix[1] * x0
     n = rms(x) / (index + 1) ** c.ln_scale_power
     q, k, v = (n @ w.T for w in (p.attention_q_weight, p.attention_k_weight, p.attention_v_weight))
-    q, k, v = rms(q.reshape(T, H, h)), rms(k.reshape(T, K, h)), v.reshape(T, K, h)
+    q = rms(q.reshape(T, H, h))
+    k = rms(k.reshape(T, K, h))
+    v = v.reshape(T, K, h)
     half = c.rope_dims // 2
     turn = np.exp(1j * np.arange(T)[:, None, None] * c.rope_base ** (-np.arange(half) / half))
     for z in (q, k):
         pair = (z[..., :half] + 1j * z[..., half : 2 * half]) * turn
-        z[..., :half], z[..., half : 2 * half] = pair.real, pair.imag
+        z[..., :half] = pair.real
+        z[..., half : 2 * half] = pair.imag
     y = attention_reference(q * p.attention_q_gain[:, None], k, v, [0] * T)
     if index >= c.num_layers - c.xsa_last_n:
         own = np.repeat(v, H // K, 1)
@@ -237,14 +258,17 @@ def block_reference(block, c, index, a, m, x0):
     if m is None:
         x = x + attn
         return x + mlp(x), None
-    mlp_out, keep, mix = mlp(m), p.lane_keep, p.lane_mix
+    mlp_out = mlp(m)
+    keep = p.lane_keep
+    mix = p.lane_mix
     return keep[0] * a + mix[0, 0] * attn + mix[0, 1] * mlp_out, keep[1] * m + mix[1, 0] * attn + mix[1, 1] * mlp_out
 
 
 @pytest.mark.parametrize("index", [1, 2, 4])  # plain; with XSA; with XSA and parallel streams
 def test_a_block_is_its_formula(index):
     model = lively()
-    block, c = model.blocks[index], model.config
+    block = model.blocks[index]
+    c = model.config
     a, m, x0 = torch.randn(3, 1, 20, 32)
     rope = g.rope_angles(torch.arange(20), c.rope_dims, c.rope_base)
     streams = (a, m) if block.parallel else (a,)
@@ -260,27 +284,34 @@ def test_a_block_is_its_formula(index):
 
 
 def test_the_input_is_its_formula():
-    model, tokens = lively(), some_tokens(1, 12)
+    model = lively()
+    tokens = some_tokens(1, 12)
     tokens[0, [0, 5]] = g.BOS
-    e, w = model.embed[tokens[0]].double().numpy(), model.input.smear.double().numpy()
+    e = model.embed[tokens[0]].double().numpy()
+    w = model.input.smear.double().numpy()
     gate = model.input.smear_gain.item() * sigmoid(e[:, :6] @ w) * (tokens[0].numpy() != g.BOS)
     want = rms(e + gate[:, None] * np.concatenate([e[:1] * 0, e[:-1]]))
     np.testing.assert_allclose(embedded(model, tokens)[0].numpy(), want, atol=1e-5)
 
 
 def test_the_head_is_its_formula():
-    model, x, targets = lively(), 8 * torch.randn(1, 9, 32), some_tokens(1, 9)
+    model = lively()
+    x = 8 * torch.randn(1, 9, 32)
+    targets = some_tokens(1, 9)
     z = 30 * np.tanh(x[0].double().numpy() @ model.embed.double().numpy().T / 30)
     log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    nll, entropy = model.head(x, targets, model.embed), model.head.entropy(x, model.embed)
+    nll = model.head(x, targets, model.embed)
+    entropy = model.head.entropy(x, model.embed)
     np.testing.assert_allclose(nll[0].numpy(), -log_p[np.arange(9), targets[0].numpy()], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(entropy[0].numpy(), -(np.exp(log_p) * log_p).sum(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_trunk_is_wired_as_planned():
     """The seven layer passes of this configuration, written out."""
-    model, tokens = lively(), some_tokens(2, 16)
-    blocks, rope = model.blocks, g.rope_angles(torch.arange(16), 4, 10000.0)
+    model = lively()
+    tokens = some_tokens(2, 16)
+    blocks = model.blocks
+    rope = g.rope_angles(torch.arange(16), 4, 10000.0)
     x0 = embedded(model, tokens)
 
     def taken_back(x, saved, row):
@@ -320,7 +351,8 @@ def test_the_plan_of_the_default_network():
 def test_every_plan_gives_back_what_it_saves(layers, skips, loops):
     config = g.ModelConfig(num_layers=layers, unet_skips=skips, num_loops=loops, loop_start=0, loop_end=layers // 2)
     for looping in (True, False):
-        plan, saved = g.layer_plan(config, looping), []
+        plan = g.layer_plan(config, looping)
+        saved = []
         assert len(plan) == layers + looping * loops * (layers // 2 + 1)
         for i, layer in enumerate(plan):
             if layer.pops_skip is not None:
@@ -337,7 +369,8 @@ def test_every_plan_gives_back_what_it_saves(layers, skips, loops):
 
 @pytest.mark.parametrize("knob", OFF)
 def test_every_mechanism_has_an_effect_and_0_turns_it_off(knob):
-    on, off = lively(), lively(**{knob: 0})
+    on = lively()
+    off = lively(**{knob: 0})
     for name, p in off.named_parameters():  # the same weights in both, as far as both have them
         theirs = dict(on.named_parameters()).get(name)
         if theirs is not None:
@@ -366,7 +399,8 @@ def test_the_default_network_has_its_35_945_623_parameters():
 
 @pytest.mark.parametrize("off", [None, *OFF])
 def test_every_parameter_learns(off):
-    model, text = lively(**{off: 0} if off else {}), some_tokens(2, 33)
+    model = lively(**{off: 0} if off else {})
+    text = some_tokens(2, 33)
     model.requires_grad_(True)
     model(text[:, :-1], text[:, 1:]).mean().backward()
     silent = [n for n, p in model.named_parameters() if p.numel() and (p.grad is None or not p.grad.any())]
@@ -417,7 +451,8 @@ def some_lora(rows: int, config: g.ModelConfig, rank: int = 3) -> g.LayerLoRA:
 @pytest.mark.parametrize("index", [2, 4])
 def test_blocks_compile_without_a_graph_break(index):
     model = lively()
-    block, rope = model.blocks[index], g.rope_angles(torch.arange(10), 4, 10000.0)
+    block = model.blocks[index]
+    rope = g.rope_angles(torch.arange(10), 4, 10000.0)
     streams = torch.randn(3 if block.parallel else 2, 2, 10, 32).unbind()
     torch._dynamo.reset()
     compiled = torch.compile(block, backend="eager", fullgraph=True)
@@ -443,13 +478,15 @@ def new_adapter(model: g.GPT, rows: int) -> g.Adapter:
 
 
 def test_a_new_adapter_changes_nothing():
-    model, text = lively(), some_tokens(3, 25)
+    model = lively()
+    text = some_tokens(3, 25)
     plain = model(text[:, :-1], text[:, 1:])
     assert torch.equal(plain, model(text[:, :-1], text[:, 1:], adapter=new_adapter(model, 3)))
 
 
 def test_every_correction_is_used():
-    model, text = lively(), some_tokens(3, 25)
+    model = lively()
+    text = some_tokens(3, 25)
     adapter = new_adapter(model, 3)
     ups = {f"pass {i} {t}": getattr(layer, t).up for i, layer in enumerate(adapter.passes) for t in g.LayerLoRA._fields}
     ups |= {"head": adapter.head.up}
@@ -462,7 +499,8 @@ def test_every_correction_is_used():
 @pytest.mark.parametrize("target", ["q", "k", "v", "o"])
 def test_a_correction_is_a_change_of_the_weight(index, target):
     model = lively()
-    block, rope = model.blocks[index], g.rope_angles(torch.arange(10), 4, 10000.0)
+    block = model.blocks[index]
+    rope = g.rope_angles(torch.arange(10), 4, 10000.0)
     streams = torch.randn(3 if block.parallel else 2, 2, 10, 32).unbind()
     lora = getattr(some_lora(2, model.config), target)
     corrected = torch.stack(block(*streams, rope, None, g.LayerLoRA(**{target: lora}))[:-1]).view(-1, 2, 10, 32)
@@ -475,7 +513,9 @@ def test_a_correction_is_a_change_of_the_weight(index, target):
 
 
 def test_corrections_of_mlp_and_head_stand_beside_them():
-    model, x, targets = lively(), torch.randn(2, 10, 32), some_tokens(2, 10)
+    model = lively()
+    x = torch.randn(2, 10, 32)
+    targets = some_tokens(2, 10)
     lora = some_lora(2, model.config).mlp
     beside = torch.einsum("bro,bir,bti->bto", lora.up, lora.down, x) * 0.7
     mlp = model.blocks[0].mlp
@@ -485,5 +525,6 @@ def test_corrections_of_mlp_and_head_stand_beside_them():
     head_lora = g.LoRA(lora.down, torch.randn(2, 3, 64) / 6, 0.7)
     for row in range(2):
         merged = model.embed + 0.7 * (head_lora.down[row] @ head_lora.up[row]).mT
-        got, want = model.head(x, targets, model.embed, head_lora)[row], model.head(x, targets, merged)[row]
+        got = model.head(x, targets, model.embed, head_lora)[row]
+        want = model.head(x, targets, merged)[row]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -297,7 +297,7 @@ def scored(places, run_script, tmp_path) -> Place:
 
 def test_a_run_reports_what_its_documents_score(audit, scored, monkeypatch):
     opened = artifact.open_artifact(scored.artifact, {"EVAL_SECONDS": "0"})
-    assert (opened.plan.run.ttt_lora_rank, opened.plan.run.data_path) == (4, str(scored.data)), "knobs are the run's"
+    assert (opened.setup.run.ttt_lora_rank, opened.setup.run.data_path) == (4, str(scored.data)), "knobs are the run's"
     faults, figures = prove.reported(prove.Audit(opened, 0, 1e9, lambda line: None))
     assert faults == [] and "in 3 documents" in figures
     other = audit(scored, SYSTEMS["adamw"] | dict(ttt_lr=0.02))

@@ -23,7 +23,8 @@ import train_gpt as g
 def settings(tmp_path, tiny_run, write_shard):
     """settings(**overrides): a run of eight steps of 256 tokens, four rows of 64 each, on two shards of documents in
     which every token but the first follows from the one before it."""
-    rng, documents = np.random.default_rng(0), []
+    rng = np.random.default_rng(0)
+    documents = []
     for _ in range(150):
         token = int(rng.integers(2, 64))
         documents.append([g.BOS])
@@ -99,7 +100,8 @@ def test_the_loop_is_switched_on_by_schedule(settings, tmp_path):
 
 
 def test_each_step_uses_the_schedules_at_its_place_in_the_budget(settings, monkeypatch):
-    run, seen = settings(), []
+    run = settings()
+    seen = []
     trainer = new_trainer(run)
     plain = trainer.optimizer.step
     monkeypatch.setattr(trainer.optimizer, "step", lambda lr, mu: (seen.append((lr, mu)), plain(lr, mu)))
@@ -168,7 +170,8 @@ def test_warming_up_trains_and_loading_the_state_leaves_no_trace_of_it(settings)
 def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, monkeypatch):
     """Weights as they are at first, with matrices of zeros, would pack in less time than trained ones."""
     run = settings(max_wallclock_seconds=100.0, holdout_tokens=300)
-    trainer, seen = new_trainer(run), []
+    trainer = new_trainer(run)
+    seen = []
     before = trainer.copy_state()
     plain = g.make_artifact
     monkeypatch.setattr(g, "make_artifact", lambda *given: (seen.append(trainer.copy_state()), plain(*given))[1])
@@ -185,7 +188,8 @@ def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, mo
 
 
 def test_training_is_the_same_with_and_without_warm_up(settings):
-    cold, warm = new_trainer(settings()), new_trainer(settings(warmup_steps=3))
+    cold = new_trainer(settings())
+    warm = new_trainer(settings(warmup_steps=3))
     warm_up(warm)
     assert go(cold)[0] == go(warm)[0] and differing(cold.copy_state(), warm.copy_state()) == []
 
@@ -197,7 +201,8 @@ def test_replayed_passes_learn_what_others_do(settings, monkeypatch):
     """Of text with segments of its own in every batch, in both loop modes, and from warm-up into training."""
     monkeypatch.setattr(g, "attend", attend_segments)
     run = settings(iterations=12, enable_looping_at=0.5)
-    plain, replayed = new_trainer(run), new_trainer(run)
+    plain = new_trainer(run)
+    replayed = new_trainer(run)
     warm_up(plain)
     expected = go(plain)[0]
     captured = fake_cuda_graphs(monkeypatch)
@@ -225,8 +230,10 @@ def test_replayed_passes_learn_what_others_do_on_a_gpu(settings):
 def test_passes_are_captured_before_the_clock_and_after_both_loop_modes_have_run(settings, monkeypatch):
     """What a first pass takes beside the memory of graphs would otherwise be the most there is."""
     monkeypatch.setattr(g, "attend", attend_segments)
-    captured, ran_before = fake_cuda_graphs(monkeypatch), []
-    trainer, capture = new_trainer(settings(micro_batch_tokens=256)), torch.cuda.graph
+    captured = fake_cuda_graphs(monkeypatch)
+    ran_before = []
+    trainer = new_trainer(settings(micro_batch_tokens=256))
+    capture = torch.cuda.graph
     trainer.cuda_graphs = g.CUDAGraphs()
 
     def graph(*given, **options):
@@ -252,14 +259,16 @@ def test_without_triton_passes_are_not_replayed(settings, monkeypatch, triton):
     """Attention of packed rows in plain torch asks the GPU where segments begin, which no capture allows."""
     fake_cuda_graphs(monkeypatch)
     monkeypatch.setattr(g, "triton", g.triton if triton else None)
-    model, run = g.GPT(TINY_MODEL), settings()
+    model = g.GPT(TINY_MODEL)
+    run = settings()
     assert (g.Trainer(model, run, g.Dist(device="cuda"), {}).cuda_graphs is not None) == triton
 
 
 def test_a_captured_pass_is_freed_at_once(settings, monkeypatch):
     """Not when Python next looks for cycles: a graph that is freed while another is captured ends that capture."""
     monkeypatch.setattr(g, "attend", attend_segments)
-    captured, trainer = fake_cuda_graphs(monkeypatch), new_trainer(settings())
+    captured = fake_cuda_graphs(monkeypatch)
+    trainer = new_trainer(settings())
     trainer.cuda_graphs = g.CUDAGraphs()
     warm_up(trainer)
     held = [weakref.ref(graph) for graph in captured]
@@ -294,7 +303,8 @@ def interrupted(settings, path: Path) -> None:
 def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):
     path = tmp_path / "run.ckpt"
     interrupted(settings, path)
-    whole, resumed = new_trainer(settings()), new_trainer(settings())
+    whole = new_trainer(settings())
+    resumed = new_trainer(settings())
     warm_up(resumed)
     resumed.load_checkpoint(str(path))
     assert resumed.step == 4 and resumed.progress == 0.5 and resumed.seconds_before > 0
@@ -327,7 +337,8 @@ def test_a_resumed_run_with_a_larger_budget_keeps_its_average(settings, tmp_path
 
 @pytest.mark.parametrize("what", ["model", "tokenizer", "train_batch_tokens", "train_row_tokens"])
 def test_a_checkpoint_of_another_run_is_refused(settings, tmp_path, what):
-    path, run = tmp_path / "run.ckpt", settings()
+    path = tmp_path / "run.ckpt"
+    run = settings()
     new_trainer(run).save_checkpoint(path, seconds=1.0)
     new_trainer(run).load_checkpoint(str(path))
     if what == "model":
@@ -344,7 +355,8 @@ def test_a_checkpoint_of_another_run_is_refused(settings, tmp_path, what):
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "artifact", "shard", "absent"])
 def test_a_damaged_checkpoint_is_refused(settings, tmp_path, damage):
-    path, trainer = tmp_path / "run.ckpt", new_trainer(settings())
+    path = tmp_path / "run.ckpt"
+    trainer = new_trainer(settings())
     trainer.save_checkpoint(path, seconds=1.0)
     data = bytearray(path.read_bytes())
     if damage == "cut":
@@ -388,7 +400,8 @@ def test_without_time_beyond_the_reserve_training_stops_at_once():
 
 
 def test_training_ends_in_time(settings):
-    began, trainer = time.perf_counter(), new_trainer(settings(iterations=0, max_wallclock_seconds=3.0))
+    began = time.perf_counter()
+    trainer = new_trainer(settings(iterations=0, max_wallclock_seconds=3.0))
     losses, watch = go(trainer, reserve=2.0)
     assert 1.0 <= watch.total("train") < 3.0 and time.perf_counter() - began < 4.0
     assert len(losses) == trainer.step > 3 and trainer.progress >= 1.0
@@ -419,7 +432,9 @@ def test_a_diverged_run_stops_with_a_clear_message(settings, poison, last):
 
 def test_a_loss_above_twice_guessing_is_divergence_if_it_stays_there():
     """A high rate may throw the loss up at first, and training recovers."""
-    check, high, low = g.DivergenceCheck(64), 2.1 * math.log(64), 1.9 * math.log(64)
+    check = g.DivergenceCheck(64)
+    high = 2.1 * math.log(64)
+    low = 1.9 * math.log(64)
     for step in range(1, g.PATIENCE):
         check(high, step)
     check(low, g.PATIENCE)

@@ -19,7 +19,7 @@ class Opened(NamedTuple):
     """An artifact, ready to score."""
 
     env: dict[str, str]  # the environment under which `python train_gpt.py` scores it just so
-    plan: train_gpt.Setup  # knobs, device, tokenizer and validation
+    setup: train_gpt.Setup  # knobs, device, tokenizer and validation
     model: train_gpt.GPT
 
 
@@ -31,9 +31,9 @@ def open_artifact(path: Path | str, changes: Mapping[str, str] | None = None) ->
     env["ARTIFACT"] = str(path)
     config, run = train_gpt.read_env(env)
     dist = train_gpt.Dist.from_env(run.device)
-    plan = train_gpt.make_setup(config, run, dist)
-    model = train_gpt.load_artifact(path, plan)
-    return Opened(env, plan, model)
+    setup = train_gpt.make_setup(config, run, dist)
+    model = train_gpt.load_artifact(path, setup)
+    return Opened(env, setup, model)
 
 
 def result_beside(artifact: Path) -> dict[str, Any]:

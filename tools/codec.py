@@ -71,8 +71,8 @@ def open_predictor(path: Path, knobs: Mapping[str, str] | None = None) -> Predic
     header, _ = train_gpt.read_header(blob, str(path))
     config = train_gpt.stored_config(header["meta"], str(path))
     tokenizer = train_gpt.load_tokenizer(run, config.vocab_size)
-    plan = train_gpt.Setup(config, run, train_gpt.Dist(), tokenizer, NO_DOCUMENTS, None)
-    model = train_gpt.load_artifact(path, plan).requires_grad_(False)
+    setup = train_gpt.Setup(config, run, train_gpt.Dist(), tokenizer, NO_DOCUMENTS, None)
+    model = train_gpt.load_artifact(path, setup).requires_grad_(False)
     return Predictor(model, run, tokenizer, hashlib.sha256(blob).hexdigest())
 
 

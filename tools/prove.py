@@ -54,7 +54,7 @@ from tools.values import printable
 
 
 class State(NamedTuple):
-    """What had been learnt, in short."""
+    """What had been learned, in short."""
 
     digest: str  # of every bit
     sketch: np.ndarray  # (tensors, 2) float64: norms, and products with a fixed direction
@@ -65,7 +65,7 @@ class Call(NamedTuple):
 
     nats: list[float]
     targets: list[int]
-    state: State  # what had been learnt by then
+    state: State  # what had been learned by then
     sums: list[float]  # of the probabilities of the whole vocabulary, at sampled places
     strays: list[float]  # there: the target's nats less those that it has among the whole vocabulary's
 
@@ -84,7 +84,8 @@ def odd_factors(size: int, device: torch.device) -> Tensor:
 
 def state_of(tensors: Iterable[Tensor]) -> State:
     """Computed where the tensors (any shape, fp32) are: to copy them at every chunk would take most of the time."""
-    sums, sketch = [], []
+    sums = []
+    sketch = []
     for t in tensors:
         flat = t.detach().flatten()
         sums.append((flat.view(torch.int32) * odd_factors(len(flat), flat.device)).sum())
@@ -93,13 +94,17 @@ def state_of(tensors: Iterable[Tensor]) -> State:
 
 
 class Ear(nn.Module):
-    """Stands before the output layer and notes what passes, what had been learnt by then, and, in some calls, what
+    """Stands before the output layer and notes what passes, what had been learned by then, and, in some calls, what
     every entry of the vocabulary would have scored."""
 
-    def __init__(self, head: nn.Module, vocab: int, learnt: Callable[[], list[Tensor]], seed: int):
+    def __init__(self, head: nn.Module, vocab: int, learned: Callable[[], list[Tensor]], seed: int):
         super().__init__()
-        self.head, self.vocab, self.learnt = head, vocab, learnt
-        self.chance, self.passes, self.calls = np.random.default_rng(seed), 0, []
+        self.head = head
+        self.vocab = vocab
+        self.learned = learned
+        self.chance = np.random.default_rng(seed)
+        self.passes = 0
+        self.calls = []
 
     def __getattr__(self, name: str):
         """The rest of the layer is as it was."""
@@ -109,11 +114,14 @@ class Ear(nn.Module):
             return getattr(super().__getattr__("head"), name)
 
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, delta=None) -> Tensor:
-        nats, looks, state = self.head(x, targets, embedding, delta), [], state_of(self.learnt())
+        nats = self.head(x, targets, embedding, delta)
+        looks = []
+        state = state_of(self.learned())
         if self.passes & (self.passes - 1) == 0:  # the first and every power of two: more often at the start
             looks = [self.look(x, targets, nats, embedding, delta) for _ in range(2)]
         self.passes += 1
-        sums, strays = [total for total, _ in looks], [stray for _, stray in looks]
+        sums = [total for total, _ in looks]
+        strays = [stray for _, stray in looks]
         self.calls.append(Call(nats.detach().flatten().tolist(), targets.flatten().tolist(), state, sums, strays))
         return nats
 
@@ -137,7 +145,7 @@ class Heard(NamedTuple):
     sums: np.ndarray  # (documents,) float64, nats
     counts: np.ndarray  # (documents,) int64, bookings
     nats: np.ndarray  # (n - 1,) float64, NaN where nothing was booked
-    states: list[State | None]  # (n - 1,) what had been learnt when the target was scored, if there was an ear
+    states: list[State | None]  # (n - 1,) what had been learned when the target was scored, if there was an ear
     calls: list[Call]  # those that the bookings came from, in order, if there was an ear
     strange: list[str]  # bookings that the output layer did not give
     misplaced: list[str]  # bookings of targets that are not there, or not in order
@@ -147,10 +155,15 @@ class Ledger:
     """Finds the targets that a booking is of, and the call that it came from."""
 
     def __init__(self, tokens: np.ndarray, ear: Ear | None, whole: bool):
-        starts, targets = np.flatnonzero(tokens == train_gpt.BOS), len(tokens) - 1
-        self.next, self.end = starts.tolist(), [*starts[1:].tolist(), targets]  # of every document's targets
-        self.tokens, self.ear, self.whole = tokens.tolist(), ear, whole
-        sums, counts = np.zeros(len(starts)), np.zeros(len(starts), np.int64)
+        starts = np.flatnonzero(tokens == train_gpt.BOS)
+        targets = len(tokens) - 1
+        self.next = starts.tolist()
+        self.end = [*starts[1:].tolist(), targets]  # of every document's targets
+        self.tokens = tokens.tolist()
+        self.ear = ear
+        self.whole = whole
+        sums = np.zeros(len(starts))
+        counts = np.zeros(len(starts), np.int64)
         self.heard = Heard(sums, counts, np.full(targets, np.nan), [None] * targets, [], [], [])
 
     def book(self, documents: Sequence[int], nats: Sequence[float]) -> None:
@@ -171,7 +184,8 @@ class Ledger:
 
     def trace(self, places: list[int], nats: Sequence[float]) -> None:
         pairs = [(value, self.tokens[at + 1]) for value, at in zip(nats, places, strict=True)]
-        calls, self.ear.calls = self.ear.calls, []
+        calls = self.ear.calls
+        self.ear.calls = []
         for n, call in enumerate(calls):
             if in_order(pairs, zip(call.nats, call.targets, strict=True)):
                 self.ear.calls = calls[n + 1 :]  # several rows may be scored before the first of them is booked
@@ -213,22 +227,25 @@ class LoneRank(train_gpt.Dist):
 @contextlib.contextmanager
 def listening(model: nn.Module, seed: int) -> Iterator[Ear]:
     """An ear before the model's output layer, which also knows every adapter."""
-    plain, head, adapters = train_gpt.Adapter, model.head, []
+    plain = train_gpt.Adapter
+    head = model.head
+    adapters = []
 
     class Adapter(plain):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             adapters.append(self)
 
-    def learnt() -> list[Tensor]:
+    def learned() -> list[Tensor]:
         return [*model.parameters(), *(t for adapter in adapters for t in adapter.tensors())]
 
     try:
         train_gpt.Adapter = Adapter
-        model.head = Ear(head, model.config.vocab_size, learnt, seed)
+        model.head = Ear(head, model.config.vocab_size, learned, seed)
         yield model.head
     finally:
-        train_gpt.Adapter, model.head = plain, head
+        train_gpt.Adapter = plain
+        model.head = head
 
 
 def hear(
@@ -300,7 +317,11 @@ class Widest:
     """The largest differences between scores that should be the same."""
 
     def __init__(self, tolerance: Tolerance):
-        self.tolerance, self.nats, self.bpb, self.seen, self.faults = tolerance, 0.0, 0.0, 0, []
+        self.tolerance = tolerance
+        self.nats = 0.0
+        self.bpb = 0.0
+        self.seen = 0
+        self.faults = []
 
     def compare(self, what: str, nats: np.ndarray, expected: np.ndarray, size: np.ndarray) -> None:
         """Scores of the same targets (n,) twice, and the bytes of these (n,)."""
@@ -314,7 +335,8 @@ class Widest:
     def compare_sums(self, what: str, apart: float, targets: int, size: int) -> None:
         """The difference of two sums of nats, and the targets and bytes that both are of."""
         bpb = abs(apart) / math.log(2) / max(1, size)
-        self.bpb, self.seen = max(self.bpb, bpb), self.seen + 1
+        self.bpb = max(self.bpb, bpb)
+        self.seen = self.seen + 1
         if bpb > self.tolerance.of(targets, size):
             self.faults.append(f"{what}: {bpb:.2g} bpb")
 
@@ -332,23 +354,33 @@ class Audit:
     """An artifact, the sample of its documents, and what was heard of them."""
 
     def __init__(self, opened: Opened, seed: int, seconds: float, tell: Callable[[str], None]):
-        self.opened, self.seconds, self.tell = opened, seconds, tell
-        self.model, self.run, self.dist = opened.model, opened.plan.run, opened.plan.dist
-        self.chance, self.tolerance = np.random.default_rng(seed), TOLERANCES[self.dist.device.type]
+        self.opened = opened
+        self.seconds = seconds
+        self.tell = tell
+        self.model = opened.model
+        self.run = opened.setup.run
+        self.dist = opened.setup.dist
+        self.chance = np.random.default_rng(seed)
+        self.tolerance = TOLERANCES[self.dist.device.type]
         self.stream = bool(self.run.ttt_enabled) and self.run.ttt_scope == "stream"
         self.chunk = self.run.ttt_chunk_tokens if self.run.ttt_enabled else self.run.eval_stride
-        self.strange, self.misplaced = [], []  # of all that was heard
-        self.began, self.told, self.spent, self.planned = time.monotonic(), 0.0, 0.0, math.inf
+        self.strange = []
+        self.misplaced = []  # of all that was heard
+        self.began = time.monotonic()
+        self.told = 0.0
+        self.spent = 0.0
+        self.planned = math.inf
         self.busy = 0.0  # seconds that went into `spent`
         self.limit = LONGEST_PROBE  # tokens of a document that are looked at
         self.closeness = 1.0  # how many times as long a document takes when an ear hears it
-        self.starts = document_starts(opened.plan.validation.tokens)
+        self.starts = document_starts(opened.setup.validation.tokens)
         self.chosen = self.choose(np.diff(self.starts))
         self.texts = [self.text(i) for i in self.chosen]
 
     def text(self, i: int) -> Text:
         """A validation document without the BOS that closes it, as far as the time lets it be looked at."""
-        docs, end = self.opened.plan.validation, min(self.starts[i + 1], self.starts[i] + self.limit)
+        docs = self.opened.setup.validation
+        end = min(self.starts[i + 1], self.starts[i] + self.limit)
         span = slice(self.starts[i], end)
         return Text(np.array(docs.tokens[span], np.uint16), np.array(docs.bytes[span], np.int64))
 
@@ -367,7 +399,8 @@ class Audit:
             "tokens with its BOS, and nothing can be proved of fewer than three; prepare a longer validation text",
             train_gpt.DataError,
         )
-        shortest, median = int(order[0]), int(order[len(order) // 2])
+        shortest = int(order[0])
+        median = int(order[len(order) // 2])
         rates = self.measure(self.text(shortest), self.text(median))
         self.closeness = rates[True] / rates[False]
         times = (2 if self.stream else 1) * (SCORINGS[False] + SCORINGS[True] * self.closeness)
@@ -375,16 +408,19 @@ class Audit:
         while times * rates[False] * self.cost(self.limit) > 0.4 * self.seconds and self.limit > FEWEST_TOKENS:
             self.limit = max(FEWEST_TOKENS, self.limit * 4 // 5)
         needed = np.array([times * rates[False] * self.cost(sizes[i]) for i in order])
-        fits, cheap = order[sizes[order] <= self.limit], order[needed <= 0.08 * self.seconds]
+        fits = order[sizes[order] <= self.limit]
+        cheap = order[needed <= 0.08 * self.seconds]
         longest = int(fits[-1]) if len(fits) else shortest
         chosen = {shortest, median, longest, *(self.chance.choice(cheap, 3).tolist() if len(cheap) else ())}
-        self.spent, self.busy = 0.0, 0.0
+        self.spent = 0.0
+        self.busy = 0.0
         self.planned = sum(times * self.cost(min(self.limit, sizes[i])) for i in chosen)
         return sorted(chosen)
 
     def measure(self, *texts: Text) -> dict[bool, float]:
         """Seconds per token pass, heard closely or not."""
-        pair, rates = joined(texts), {}
+        pair = joined(texts)
+        rates = {}
         for closely in (False, False, True, True):  # the first pass is slow
             began = time.monotonic()
             self.score(pair, closely)
@@ -472,7 +508,9 @@ class Future(NamedTuple):
 def cuts(audit: Audit, size: int) -> list[int]:
     """Where the tokens of a stream may begin to differ: at its start, at the first token of a chunk, inside it, at its
     last token, and beyond the context."""
-    chunk, context, last = audit.chunk, audit.run.eval_seq_len, size - 1
+    chunk = audit.chunk
+    context = audit.run.eval_seq_len
+    last = size - 1
     inside = audit.chance.integers(1, max(2, chunk - 1), 4).tolist()
     places = {2, last, context + 1, context + 1 + inside[3]}
     for n, k in enumerate((0, 1, last // chunk // 2)):
@@ -502,8 +540,10 @@ def causality(audit: Audit) -> Seen:
         for what, tokens, same in futures(audit, unit.tokens):
             nats = audit.score(Text(tokens, unit.bytes)).nats
             widest.compare(f"document {n}, {what}", nats[:same], heard.nats[:same], unit.bytes[1 : same + 1])
-    first, next_one = min(audit.texts, key=lambda text: len(text.tokens)), audit.texts[-1]
-    same, pair = len(first.tokens), joined([first, next_one])
+    first = min(audit.texts, key=lambda text: len(text.tokens))
+    next_one = audit.texts[-1]
+    same = len(first.tokens)
+    pair = joined([first, next_one])
     changed = np.concatenate([pair.tokens[: same + 1], audit.other(next_one.tokens[1:])])
     nats, expected = (audit.score(Text(tokens, pair.bytes)).nats[:same] for tokens in (changed, pair.tokens))
     widest.compare("the next document is another", nats, expected, pair.bytes[1 : same + 1])
@@ -512,8 +552,10 @@ def causality(audit: Audit) -> Seen:
 
 
 def score_before_update(audit: Audit) -> Seen:
-    """A chunk is scored by what a replay has learnt that stops before it."""
-    faults, seen, updates = [], 0, 0
+    """A chunk is scored by what a replay has learned that stops before it."""
+    faults = []
+    seen = 0
+    updates = 0
     for n, unit, heard in zip(audit.chosen, audit.units, audit.closely, strict=True):
         last = (len(unit.tokens) - 2) // audit.chunk
         for k in sorted({0, 1, 2, last // 2, last} & set(range(last + 1))):
@@ -542,13 +584,13 @@ def same_state(audit: Audit, a: State | None, b: State | None, course: Sequence[
 
 
 def hidden_learning(audit: Audit) -> list[str]:
-    """Adaptation that changes scores, while nothing in sight has learnt."""
+    """Adaptation that changes scores, while nothing in sight has learned."""
     if not audit.run.ttt_enabled:
         return []
     unit, heard = max(zip(audit.units, audit.closely, strict=True), key=lambda pair: len(pair[0].tokens))
     reach = min(audit.run.eval_seq_len, int(document_starts(unit.tokens)[1]) - 1)  # beyond it, contexts may differ
     apart = abs(audit.score(unit, ttt_enabled=0).nats - heard.nats)[:reach].max(initial=0.0)
-    text = f"adaptation changes scores by {apart:.2g} nats, and nothing that could have learnt is in sight"
+    text = f"adaptation changes scores by {apart:.2g} nats, and nothing that could have learned is in sight"
     return [text] if apart > audit.tolerance.nats else []
 
 
@@ -556,18 +598,22 @@ def independence(audit: Audit) -> Seen:
     """A document scores the same alone, in its batch, in another batch and order, and on another rank."""
     if audit.stream:
         return None, "TTT_SCOPE=stream: a score depends on the documents before it; results say doc_independent:0"
-    changes = {"ttt_batch_docs": 2 if audit.run.ttt_batch_docs > 2 else 64} if audit.run.batched_ttt else {}
+    changes = {}
+    if audit.run.batched_ttt:
+        changes["ttt_batch_docs"] = 2 if audit.run.ttt_batch_docs > 2 else 64
     wild = audit.texts[-1]._replace(tokens=np.append(train_gpt.BOS, audit.other(audit.texts[-1].tokens[1:])))
     dull = audit.texts[0]._replace(tokens=np.append(train_gpt.BOS, np.full(len(audit.texts[0].tokens) - 1, 2)))
     backward = [wild, *audit.texts[::-1], dull]
     elsewhere = by_document(backward, audit.score(joined(backward), **changes).nats)[-2:0:-1]
     batch = by_document(audit.texts, audit.together.nats)
     ranks = sum(heard.sums for heard in audit.by_rank)
-    widest, total = Widest(audit.tolerance), 0.0
+    widest = Widest(audit.tolerance)
+    total = 0.0
     for i, (text, alone) in enumerate(zip(audit.texts, audit.alone, strict=True)):
         for way, nats in {"in its batch": batch[i], "in another batch": elsewhere[i]}.items():
             widest.compare(f"document {audit.chosen[i]} {way}, and alone", nats, alone.nats, text.bytes[1:])
-        what, size = f"document {audit.chosen[i]} by eight ranks and by one", int(text.bytes.sum())
+        what = f"document {audit.chosen[i]} by eight ranks and by one"
+        size = int(text.bytes.sum())
         widest.compare_sums(what, ranks[i] - audit.together.sums[i], len(text.tokens), size)
         total += float((elsewhere[i] - alone.nats).sum())
     bpb = abs(total) / math.log(2) / int(joined(audit.texts).bytes.sum())
@@ -587,7 +633,8 @@ def normalised(audit: Audit) -> Seen:
     adapted = sum(len(call.sums) for call in looked if call.state.digest not in fresh)
     off = np.array([total for call in looked for total in call.sums]) - 1
     strays = np.array([stray for call in looked for stray in call.strays])
-    faults, most = list(dict.fromkeys(audit.strange)), max(abs(off), default=math.inf)
+    faults = list(dict.fromkeys(audit.strange))
+    most = max(abs(off), default=math.inf)
     if not most <= SUM_TOLERANCE:
         faults.append(f"probabilities add up to one {most:+.2g}" if len(off) else "no score was traced")
     if not (abs(strays) <= audit.tolerance.nats).all():
@@ -601,7 +648,7 @@ def normalised(audit: Audit) -> Seen:
 
 def single_pass(audit: Audit) -> Seen:
     """Every target of every document is booked once, as the output layer scored it, in order."""
-    docs = audit.opened.plan.validation
+    docs = audit.opened.setup.validation
     audit.score(joined(audit.texts), closely=True)
     faults = list(dict.fromkeys(audit.misplaced + audit.strange))
     sizes = np.array([len(text.tokens) for text in audit.texts])
@@ -631,10 +678,11 @@ HANDED_DOWN = r"/proc/[^/]+/(task/[^/]+/)?(fd|fdinfo|map_files|mem|root|cwd)(/.*
 
 def lay_out(audit: Audit, folder: Path) -> dict[str, str]:
     """Put into a folder all that an evaluation of the sample may need -> the environment to run it in."""
-    whole, plan = joined(audit.texts), audit.opened.plan
+    whole = joined(audit.texts)
+    setup = audit.opened.setup
     shutil.copyfile(train_gpt.__file__, folder / "train_gpt.py")
-    shutil.copyfile(plan.run.artifact, folder / "artifact.ptz")
-    shutil.copyfile(plan.tokenizer.path, folder / "tokenizer.model")
+    shutil.copyfile(setup.run.artifact, folder / "artifact.ptz")
+    shutil.copyfile(setup.tokenizer.path, folder / "tokenizer.model")
     prepare.write_shard(folder / "fineweb_val_000000.bin", [whole.tokens])
     if has_sidecar(audit):
         prepare.write_shard(folder / "fineweb_val_bytes_000000.bin", [whole.bytes])
@@ -661,7 +709,8 @@ def artifact_alone(audit: Audit) -> Seen:
     """A process that finds program, artifact, tokenizer and validation alone scores the same and opens no more."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(os.path.realpath(name))
-        env, report = lay_out(audit, folder), folder / "opened.json"
+        env = lay_out(audit, folder)
+        report = folder / "opened.json"
         there = sorted(path.name for path in folder.iterdir())
         source = Path(audit_hook.__file__).read_text(encoding="utf-8")
         script = [sys.executable, "-c", source, str(folder / "train_gpt.py"), str(report)]
@@ -700,7 +749,8 @@ def expected(path: str, folder: Path, compiles: bool) -> bool:
     torch_folder = Path(torch.__file__).resolve().parent.parent
     installed = any(Path(path).is_relative_to(os.path.realpath(root)) for root in (folder, torch_folder, *INSTALLED))
     library = ".so" in Path(path).suffixes and str(Path(path).parent) in LIBRARIES
-    return installed or library or bool(re.fullmatch(DEVICES % ("|nvidia.*" * compiles), path))
+    devices = DEVICES % ("|nvidia.*" if compiles else "")
+    return installed or library or bool(re.fullmatch(devices, path))
 
 
 def wrong_result(audit: Audit, result: dict) -> list[str]:
@@ -721,24 +771,27 @@ def has_sidecar(audit: Audit) -> bool:
 
 def bytes_counted(audit: Audit) -> Seen:
     """Code and weights are as large as their files, and documents have the bytes that their tokens decode to."""
-    plan, faults = audit.opened.plan, []
-    program, artifact = Path(train_gpt.__file__).read_bytes(), Path(plan.run.artifact).stat().st_size
-    most = min(plan.run.artifact_bytes, MOST_BYTES)
+    setup = audit.opened.setup
+    faults = []
+    program = Path(train_gpt.__file__).read_bytes()
+    artifact = Path(setup.run.artifact).stat().st_size
+    most = min(setup.run.artifact_bytes, MOST_BYTES)
     if len(program) + artifact > most:
         faults.append(f"code and artifact are {len(program) + artifact} bytes, the limit is {most}")
-    result = result_beside(Path(plan.run.artifact))
+    result = result_beside(Path(setup.run.artifact))
     sizes = {"artifact_bytes": artifact}
     if result.get("code_sha256") == hashlib.sha256(program).hexdigest():
         sizes |= {"code_bytes": len(program), "total_bytes": len(program) + artifact}
     faults += [f"{name} is {result[name]}, the file has {n}" for name, n in sizes.items() if result.get(name, n) != n]
-    counted, recount = plan.validation.target_bytes(), recounter(audit)
-    spans = [plan.validation.tokens[audit.starts[i] : audit.starts[i + 1]] for i in audit.chosen]
+    counted = setup.validation.target_bytes()
+    recount = recounter(audit)
+    spans = [setup.validation.tokens[audit.starts[i] : audit.starts[i + 1]] for i in audit.chosen]
     decoded = [recount(span.tolist()) for span in spans]
     for i, size in zip(audit.chosen, decoded, strict=True):
         if size is not None and size != counted[i]:
             faults.append(f"document {i}: {counted[i]} bytes are counted, its tokens decode to {size}")
-    if counted.sum() != plan.validation.bytes[1:].sum():
-        faults.append(f"documents have {counted.sum()} bytes, their tokens {plan.validation.bytes[1:].sum()}")
+    if counted.sum() != setup.validation.bytes[1:].sum():
+        faults.append(f"documents have {counted.sum()} bytes, their tokens {setup.validation.bytes[1:].sum()}")
     how = f"{sum(counted[audit.chosen])} bytes of {len(decoded)} documents decoded again"
     if None in decoded:
         how = "its tokenizer is lossy: original bytes cannot be recounted from tokens"
@@ -747,11 +800,11 @@ def bytes_counted(audit: Audit) -> Seen:
 
 def recounter(audit: Audit) -> Callable[[list[int]], int | None]:
     """How to count the bytes of a document from its tokens; by the contest's formula, where there is no side-car."""
-    plan = audit.opened.plan
+    setup = audit.opened.setup
     if not has_sidecar(audit):
-        return lambda tokens: contest_size(plan.tokenizer.processor, tokens)
-    caseops = train_gpt.transform_of(Path(plan.run.data_path), plan.tokenizer) == "caseops"
-    encoder = prepare.load_encoder(plan.tokenizer.path.read_bytes(), caseops, str(plan.tokenizer.path))
+        return lambda tokens: contest_size(setup.tokenizer.processor, tokens)
+    caseops = train_gpt.transform_of(Path(setup.run.data_path), setup.tokenizer) == "caseops"
+    encoder = prepare.load_encoder(setup.tokenizer.path.read_bytes(), caseops, str(setup.tokenizer.path))
     original = prepare.decode_caseops if caseops else str
     return lambda tokens: len(original(encoder.processor.decode(tokens)).encode()) if encoder.exact else None
 
@@ -759,25 +812,28 @@ def recounter(audit: Audit) -> Callable[[list[int]], int | None]:
 def contest_size(processor: sentencepiece.SentencePieceProcessor, tokens: list[int]) -> int:
     """Bytes of the text that tokens spell. A space that follows a control token is not spelt; a space mark inside a
     piece has its own three bytes."""
-    spelt, bare = b"", True  # bare: no text before
+    spelt = b""
+    bare = True  # bare: no text before
     for token in tokens:
         if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
             bare = True
             continue
         piece = processor.id_to_piece(token)
         space = piece.startswith("\u2581")
-        spelt += (
-            bytes([int(piece[3:5], 16)])
-            if processor.is_byte(token)
-            else (b" " * (space and not bare) + piece.removeprefix("\u2581").encode())
-        )
+        if processor.is_byte(token):
+            spelt += bytes([int(piece[3:5], 16)])
+        else:
+            if space and not bare:
+                spelt += b" "
+            spelt += piece.removeprefix("\u2581").encode()
         bare = False
     return len(spelt)
 
 
 def reported(audit: Audit) -> Seen:
     """The files of the run beside the artifact agree, and its documents of the sample score the same again."""
-    plan, path = audit.opened.plan, Path(audit.run.artifact).with_suffix(".json")
+    setup = audit.opened.setup
+    path = Path(audit.run.artifact).with_suffix(".json")
     if not path.with_suffix(".docs.npz").exists():
         return None, f"no {path.with_suffix('.docs.npz').name} beside the artifact"
     try:
@@ -788,7 +844,7 @@ def reported(audit: Audit) -> Seen:
     device = "cpu" if run.result["device"].startswith("CPU") else "cuda"
     reasons = {
         "it was scored by another train_gpt.py": run.result["code_sha256"] != file_sha256(train_gpt.__file__),
-        "it is of other validation documents": run.validation != plan.validation.sha256(),
+        "it is of other validation documents": run.validation != setup.validation.sha256(),
         "it was scored with other knobs": any(run.result["knobs"].get(name) != value for name, value in knobs.items()),
         "it was scored on another device": device != audit.dist.device.type,
         "it was short of time": run.result["degraded_documents"] > 0,
@@ -837,7 +893,8 @@ def prove(opened: Opened, seed: int, seconds: float, tell: Callable[[str], None]
         try:
             faults, figures = look(audit)
         except ScorerError as error:
-            faults, figures = [str(error)], ""
+            faults = [str(error)]
+            figures = ""
         more = f" (and {len(faults) - 1} more)" if faults and len(faults) > 1 else ""
         yield Finding(name, None if faults is None else not faults, f"{faults[0]}{more}" if faults else figures)
 
@@ -855,11 +912,13 @@ def command_line() -> argparse.ArgumentParser:
 def run_prove(arguments: argparse.Namespace) -> int:
     artifact = find_artifact(arguments.artifact)
     opened = open_artifact(artifact, {"EVAL_SECONDS": "0"})
-    run, dist = opened.plan.run, opened.plan.dist
+    run = opened.setup.run
+    dist = opened.setup.dist
     train_gpt.prepare_torch(run, dist.device)
     how = f"TTT_PARAMS={run.ttt_params} TTT_SCOPE={run.ttt_scope}" if run.ttt_enabled else "TTT_ENABLED=0"
     print(printable(f"{artifact}: {how}, {train_gpt.device_name(dist.device)}"), flush=True)
-    findings, tell = [], functools.partial(print, file=sys.stderr, flush=True)
+    findings = []
+    tell = functools.partial(print, file=sys.stderr, flush=True)
     for finding in prove(opened, arguments.seed, arguments.seconds, tell):
         print(finding, flush=True)
         findings.append(finding)
