@@ -22,6 +22,7 @@ import argparse
 import ast
 import bz2
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -1079,11 +1080,14 @@ def code_points(text: str) -> np.ndarray:
 BYTE_COUNTS = ("original_bytes", "decoded_bytes", "smaller_bytes", "contest_bytes")  # smaller: of the first two
 
 
+class NotExactError(DataError):
+    """A tokenizer that was taken for exact, by its rules, is not: the text shows it."""
+
+
 class EncodedDocument(NamedTuple):
     tokens: np.ndarray  # (n,) uint16, BOS first
     sidecar: np.ndarray  # (n,) uint16, bytes of original text behind every token; zeros in training
     byte_counts: list[int]  # (4,) see BYTE_COUNTS
-    changed: bool = False  # decoding gives other text
 
 
 class EncodedDocuments(NamedTuple):
@@ -1097,17 +1101,21 @@ class EncodedDocuments(NamedTuple):
     digests: list[int]  # (d,)
     where: list[str]  # (d,) file:line
     empty: int  # further documents, left out because they have no tokens
-    changed: int = 0  # documents that decoding does not give back
+    changed: int  # documents that decoding does not give back, though the tokenizer was taken for exact
 
 
 def encode_document(encoder: Encoder, text: str, validation: bool) -> EncodedDocument:
-    """Tokens of a text, with a side-car for validation. Raises DataError where text would be lost or miscounted."""
+    """Tokens of a text, with a side-car for validation. Raises DataError where text would be lost or miscounted, among
+    them NotExactError, after which the same encoder may be used as one that is not exact."""
     transformed = encode_caseops(text) if encoder.caseops else text
     if encoder.caseops and decode_caseops(transformed) != text:
         raise DataError("CaseOps does not give this text back; please report it")
 
     ids = text_tokens(encoder, transformed)
     decoded = encoder.processor.decode(ids)
+    if encoder.exact and decoded != transformed:
+        raise NotExactError("the tokenizer does not give this text back")
+
     tokens = np.array([BOS, *ids], np.uint16)
     sidecar = np.zeros(len(tokens), np.uint16)
     if validation and ids:
@@ -1118,7 +1126,7 @@ def encode_document(encoder: Encoder, text: str, validation: bool) -> EncodedDoc
     decoded_bytes = len(decoded_text.encode())
     formula_bytes = int(contest_bytes(tokens, encoder.pieces).sum())
     byte_counts = [original_bytes, decoded_bytes, min(original_bytes, decoded_bytes), formula_bytes]
-    return EncodedDocument(tokens, sidecar, byte_counts, decoded != transformed)
+    return EncodedDocument(tokens, sidecar, byte_counts)
 
 
 def document_sidecar(encoder: Encoder, text: str, transformed: str, tokens: np.ndarray) -> np.ndarray:
@@ -1138,12 +1146,17 @@ def encode_batch(model: bytes, caseops: bool, batch: LineBatch) -> tuple[list[En
     encoder = load_encoder(model, caseops)
     encoded: dict[str, list[tuple[Document, EncodedDocument]]] = {"val": [], "train": []}
     empty = Counter()
+    changed = Counter()
     skipped = SkippedLines()
 
     for document in batch.documents(skipped):
         split = "val" if batch.source.is_validation(document) else "train"
         try:
-            result = encode_document(encoder, document.text, split == "val")
+            try:
+                result = encode_document(encoder, document.text, split == "val")
+            except NotExactError:
+                result = encode_document(encoder._replace(exact=False), document.text, split == "val")
+                changed[split] += 1
         except DataError as error:
             if not batch.source.skip_bad_lines:
                 raise DataError(f"{document.where}: {error}") from None
@@ -1153,11 +1166,14 @@ def encode_batch(model: bytes, caseops: bool, batch: LineBatch) -> tuple[list[En
             empty[split] += 1
         else:
             encoded[split].append((document, result))
-    return [join_documents(split, documents, empty[split]) for split, documents in encoded.items()], skipped
+    joined = [join_documents(split, encoded[split], empty[split], changed[split]) for split in encoded]
+    return joined, skipped
 
 
-def join_documents(split: str, documents: list[tuple[Document, EncodedDocument]], empty: int) -> EncodedDocuments:
-    """Documents of one split, end to end; `empty` is the number of those that were left out."""
+def join_documents(
+    split: str, documents: list[tuple[Document, EncodedDocument]], empty: int, changed: int
+) -> EncodedDocuments:
+    """Documents of one split, end to end; `empty` further ones were left out, `changed` do not decode to themselves."""
     nothing = np.zeros(0, np.uint16)
     tokens = [result.tokens for _, result in documents]
     sidecars = [result.sidecar for _, result in documents] if split == "val" else []
@@ -1171,7 +1187,7 @@ def join_documents(split: str, documents: list[tuple[Document, EncodedDocument]]
         digests=[document.digest for document, _ in documents],
         where=[document.where for document, _ in documents],
         empty=empty,
-        changed=sum(result.changed for _, result in documents),
+        changed=changed,
     )
 
 
@@ -1212,7 +1228,12 @@ def worker_pool(workers: int, kill_on_failure: bool = False) -> Iterator[Process
     pool would wait for the rest of it for ever. Work with short results may be killed instead (`kill_on_failure`).
     Raises UserError if a worker dies.
     """
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))  # so workers need not import anything
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("fork"),  # so workers need not import anything
+        initializer=tie_to_parent,
+        initargs=(os.getpid(),),
+    )
     kill = True  # those that were made, if not all can be
     try:
         with signals_blocked():  # Python drops an exception that a signal raises while it forks
@@ -1230,6 +1251,21 @@ def worker_pool(workers: int, kill_on_failure: bool = False) -> Iterator[Process
                 for child in multiprocessing.active_children():
                     child.kill()
             pool.shutdown(cancel_futures=True)
+
+
+HELD_LOCKS: set[int] = set()  # file descriptors of this process that lock a folder
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def tie_to_parent(parent: int) -> None:
+    """Called first in every worker: it ends when the process `parent` ends, even by kill -9, and holds no lock, which
+    would last until the last worker has ended."""
+    for lock in HELD_LOCKS:
+        os.close(lock)
+    HELD_LOCKS.clear()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -1468,6 +1504,7 @@ def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
         os.close(lock)
         raise UserError(f"{final}: another process is preparing it; wait for it, or choose another --name") from None
 
+    HELD_LOCKS.add(lock)
     try:
         if not resume_key:
             for leftover in partial.iterdir():  # of a process that was killed
@@ -1483,6 +1520,7 @@ def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
+        HELD_LOCKS.discard(lock)
         os.close(lock)
 
 
@@ -1594,6 +1632,7 @@ PLAIN_REPOSITORY = "willdepueoai/parameter-golf"
 REPOSITORIES = {"caseops": "romeerp/parameter-golf-caseops-v1", "sp8192": "kevclark/parameter-golf"}
 DATASETS = {"caseops": "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"}  # others: fineweb10B_<variant>
 SHARD_BYTES = 200_001_024
+MAX_SHARDS = 10_000  # a trillion tokens; the names have six digits
 MAX_LEAK = 0.05  # web text holds a few copies; a wrong split puts four of five validation documents into training
 
 
@@ -1641,7 +1680,8 @@ def prepare_published_shards(args: argparse.Namespace) -> None:
         model = fetch_bytes(hub, published.model_path, folder)
         encoder = load_encoder(model, caseops, hub.url(published.model_path))
         for i, name in enumerate(missing, 1):
-            hub.fetch(f"datasets/{dataset}/{name}", folder / name, f"{name}, {i} of {len(missing)}")
+            label = f"{name}, {i} of {len(missing)}"
+            hub.fetch(f"datasets/{dataset}/{name}", folder / name, label, most=MAX_SHARD_BYTES)
 
         splits = check_shards(folder, names, encoder)
         facts = {"parameters": parameters, "split_rule": "as published", "splits": splits}
@@ -1668,22 +1708,27 @@ def find_published(hub: Hub, folder: Path, dataset: str) -> PublishedDataset:
     """Look a dataset up in the hub's manifest. Raises UserError if it is not there, DataError if its entry is bad."""
     where = hub.url("manifest.json")
     remedy = "choose another --variant or --repo"
+    content = fetch_bytes(hub, "manifest.json", folder)  # its errors are no errors of the manifest
     try:
-        manifest = json.loads(fetch_bytes(hub, "manifest.json", folder))
+        manifest = parse_json(content)
         datasets = {entry["name"]: entry for entry in manifest["datasets"]}
         tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
         if dataset in datasets:
             stats = datasets[dataset]["stats"]
-            tokenizer = tokenizers[datasets[dataset]["tokenizer_name"]]
-            published = PublishedDataset(int(stats["files_train"]), int(stats["files_val"]), tokenizer["model_path"])
-            if min(published.train_shards, published.val_shards) < 1:
-                raise ValueError(f"shards: {published.train_shards} of training, {published.val_shards} of validation")
+            model_path = tokenizers[datasets[dataset]["tokenizer_name"]]["model_path"]
+            published = PublishedDataset(stats["files_train"], stats["files_val"], model_path)
+            for count in (published.train_shards, published.val_shards):
+                if type(count) is not int or not 1 <= count <= MAX_SHARDS:
+                    raise ValueError(f"number of shards: {str(count)[:20]}, expected 1 to {MAX_SHARDS:,}")
+            if not isinstance(model_path, str) or len(model_path) > 1000:
+                raise ValueError("the path of its tokenizer is no path")
             return published
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{where}: does not describe {dataset} and its SentencePiece model ({error!r}); {remedy}"
         ) from None
-    raise UserError(f"{where}: no {dataset}; it has {', '.join(sorted(datasets))}; {remedy}")
+    names = ", ".join(sorted(map(str, datasets)))
+    raise UserError(f"{where}: no {dataset}; it has {names[:1000]}; {remedy}")
 
 
 def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) -> dict:
@@ -1708,6 +1753,11 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
             facts["documents"] += int((tokens == BOS).sum())
             facts["tokens"] += len(tokens)
             facts["shards"].append(shard_facts(folder / name))
+            if split == "val" and len(tokens) and facts["tokens"] == len(tokens) and tokens[0] != BOS:
+                raise DataError(
+                    f"{folder / name}: no BOS ({BOS}) where validation must begin; see --repo, or remove this file to "
+                    "fetch it again"
+                )
             digests = document_digests(tokens)
             if split == "val":
                 validation |= digests
@@ -1715,6 +1765,8 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
                 leaked |= digests & validation
             progress()
         splits[split] = facts
+    if not validation and not splits["val"]["documents"]:
+        raise DataError(f"{folder}: its validation shards are empty; see --repo")
 
     if len(leaked) > MAX_LEAK * len(validation):
         raise DataError(
@@ -1726,14 +1778,18 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
 
 
 def read_published_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """A shard's tokens, (n,) uint16. Raises DataError for a bad shard and removes it."""
+    """A shard's tokens, (n,) uint16. Raises DataError for a bad shard and removes it.
+
+    Validation shards may begin inside a document, and be empty: `check_shards` looks at all of them as one stream.
+    """
+    is_validation = "_val_" in path.name
     try:
         tokens = read_shard(path)
-        if not len(tokens) or int(tokens.max()) >= vocab_size:
+        if (not len(tokens) and not is_validation) or int(tokens.max(initial=0)) >= vocab_size:
             raise DataError(
                 f"{path}: its largest token is {tokens.max(initial=0)}, the vocabulary has {vocab_size}; see --repo"
             )
-        if BOS not in tokens or ("_val_" in path.name and tokens[0] != BOS):
+        if BOS not in tokens and not is_validation:
             raise DataError(f"{path}: no BOS ({BOS}) where a document must begin; see --repo")
     except DataError:
         path.unlink()
@@ -1789,12 +1845,15 @@ def fetch_contest_documents(hub: Hub, out: Path) -> Path:
     if path.exists():
         return path
     facts_name = "docs_selected.source_manifest.json"
+    content = fetch_bytes(hub, facts_name, out)
     try:
-        expected = json.loads(fetch_bytes(hub, facts_name, out))["docs_sha256"]
+        expected = parse_json(content)["docs_sha256"]
+        if not re.fullmatch("[0-9a-f]{64}", expected):
+            raise ValueError("not a SHA-256")
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{hub.url(facts_name)}: names no docs_sha256; see --repo") from None
 
-    downloaded = hub.fetch(path.name, path)
+    downloaded = hub.fetch(path.name, path, most=MAX_DOCUMENTS_BYTES)
     if file_sha256(downloaded) != expected:
         path.unlink()
         raise DataError(
@@ -1812,6 +1871,10 @@ FIRST_PAUSE_S = 1.0  # doubled with every further attempt
 LONGEST_PAUSE_S = 60.0
 TIMEOUT_S = 60
 RETRIED_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+MAX_SMALL_BYTES = 64 << 20  # manifests and tokenizers
+MAX_SHARD_BYTES = 1 << 30  # five times what is usual
+MAX_DOCUMENTS_BYTES = 1 << 38  # five times the text
+SPARE_BYTES = 1 << 28  # left on the disk by a download whose size the server does not say
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
@@ -1825,14 +1888,15 @@ class Hub(NamedTuple):
         path = urllib.parse.quote(f"datasets/{self.repo}/resolve/main/datasets/{name}")
         return f"{self.base_url.rstrip('/')}/{path}"
 
-    def fetch(self, name: str, path: Path, label: str = "") -> Path:
+    def fetch(self, name: str, path: Path, label: str = "", most: int = MAX_SMALL_BYTES) -> Path:
         """Download a file to `path`, where it appears when it is whole; a partial download is resumed.
 
-        Raises UserError when the file does not exist or the server does not deliver, DataError for a wrong SHA-256.
+        Raises UserError when the file does not exist or the server does not deliver, DataError for a wrong SHA-256 and
+        for a file of more than `most` bytes.
         """
         part = path.with_name(f".{path.name}.part")
         part.touch()
-        sha256 = self._complete(name, part, Progress(label or path.name))
+        sha256 = self._complete(name, part, Progress(label or path.name), most)
         if len(sha256) == 64 and file_sha256(part) != sha256:
             part.unlink()
             raise DataError(
@@ -1841,7 +1905,7 @@ class Hub(NamedTuple):
         part.rename(path)
         return path
 
-    def _complete(self, name: str, part: Path, progress: Progress) -> str:
+    def _complete(self, name: str, part: Path, progress: Progress, most: int) -> str:
         """Ask for the rest of `part` until it is whole -> its SHA-256, if the hub names it. Gives up after MAX_ATTEMPTS
         in a row that bring nothing."""
         attempts = 0
@@ -1849,7 +1913,7 @@ class Hub(NamedTuple):
         while True:
             pause = FIRST_PAUSE_S * 2**attempts
             try:
-                total, sha256 = self._transfer(name, part, progress)
+                total, sha256 = self._transfer(name, part, progress, most)
                 if part.stat().st_size == total:
                     return sha256
                 reason = f"{part.stat().st_size:,} of {total:,} bytes came"
@@ -1870,7 +1934,7 @@ class Hub(NamedTuple):
                 raise UserError(f"{self.url(name)}: {reason}; gave up after {attempts} attempts; run it again to go on")
             time.sleep(min(pause, LONGEST_PAUSE_S))
 
-    def _transfer(self, name: str, part: Path, progress: Progress) -> tuple[int, str]:
+    def _transfer(self, name: str, part: Path, progress: Progress, most: int) -> tuple[int, str]:
         """One request for the rest of `part` -> (size of the whole file, its SHA-256 or "")."""
         begin = part.stat().st_size
         headers = {"User-Agent": "prepare.py"}
@@ -1883,8 +1947,10 @@ class Hub(NamedTuple):
                 total = whole_size(answer.headers.get("Content-Range", ""), begin)
             else:  # the whole file, from a server that does not send parts
                 begin = 0
-                total = int(answer.headers.get("Content-Length", -1))
+                total = promised_size(answer.headers.get("Content-Length"))
             progress.total = total
+            if total > most:
+                raise DataError(f"{self.url(name)}: {total:,} bytes, expected at most {most:,}; see --repo")
             if shutil.disk_usage(part.parent).free < total - begin:
                 raise UserError(f"{part.parent}: no space for {name}, {total:,} bytes; free some space")
 
@@ -1892,25 +1958,54 @@ class Hub(NamedTuple):
                 while chunk := answer.read(1 << 20):
                     file.write(chunk)
                     progress(file.tell(), begin)
+                    self._check_growth(name, file, total, most)
                 if total < 0:  # the server did not say
                     total = file.tell()
         return total, linked.sha256
 
+    def _check_growth(self, name: str, file: BinaryIO, total: int, most: int) -> None:
+        """Stop a server that sends more than it promised, or without a promise and without end."""
+        if 0 <= total < file.tell():
+            file.truncate(0)
+            raise http.client.HTTPException(f"more than the promised {total:,} bytes came")
+        if total >= 0:
+            return
+        if file.tell() > most:
+            file.truncate(0)
+            raise DataError(f"{self.url(name)}: does not end after {most:,} bytes; see --repo")
+        if shutil.disk_usage(Path(file.name).parent).free < SPARE_BYTES:
+            file.truncate(0)
+            raise UserError(f"{Path(file.name).parent}: no space for {name}, whose size is unknown; free some space")
+
+
+def promised_size(content_length: str | None) -> int:
+    """Bytes of a whole answer, -1 if the server does not say. HTTPException for what is no number."""
+    if content_length is None:
+        return -1
+    if not re.fullmatch("[0-9]{1,18}", content_length.strip()):
+        raise http.client.HTTPException(f"Content-Length is {content_length[:40]!r}")
+    return int(content_length)
+
 
 class LinkedDigest(urllib.request.HTTPRedirectHandler):
-    """Keeps the SHA-256 that the hub names when it redirects to the place of a large file."""
+    """Keeps the SHA-256 that the hub names when it redirects to the place of a large file. Follows redirects over HTTP
+    and HTTPS only, and none from HTTPS to HTTP."""
 
     sha256 = ""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.sha256 = headers.get("X-Linked-Etag", "").strip('"')
+        scheme = urllib.parse.urlsplit(newurl).scheme
+        if scheme != "https" and (scheme, req.type) != ("http", "http"):
+            message = f"redirects from {req.type} to {scheme}, which is not followed: {newurl}"
+            raise urllib.error.HTTPError(req.full_url, code, message, headers, fp)
+        self.sha256 = self.sha256 or headers.get("X-Linked-Etag", "").strip('"')  # the first: the hub's own
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def whole_size(content_range: str, begin: int) -> int:
     """The size of the whole file, from an answer that holds a part of it. HTTPException if the part does not start at
     `begin`."""
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range)
+    match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", content_range)
     if not match or int(match[1]) != begin:
         raise http.client.HTTPException(f"Content-Range is {content_range!r}")
     return int(match[2])
