@@ -1297,19 +1297,15 @@ def split_documents(tokens: np.ndarray, token_bytes: np.ndarray) -> Documents:
 
 
 def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Documents:
-    """All validation shards as one stream. They are checked whole: a bad one would cost a whole run.
+    """All validation shards as one stream. They are checked whole: a bad one would cost a whole run. Only the stream
+    must begin with a document: the contest's own script cuts shards inside documents, and may leave one empty.
 
     Raises DataError for a damaged shard or side-car, a missing side-car, files that are not the manifest's, and a
     validation set without text.
     """
     shards = {path: read_shard(path) for path in find_shards(folder, "val")}
+    check_continuity(shards)
     for path, shard in shards.items():
-        require(
-            len(shard) > 1 and shard[0] == BOS,
-            f"{path}: validation must begin with BOS ({BOS}) and hold a document: "
-            f"found {shard[:4].tolist()}; prepare the data again",
-            DataError,
-        )
         check_vocabulary(path, shard, vocab_size)
 
     check_digests(Path(folder), tokenizer)
@@ -1332,6 +1328,31 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
         DataError,
     )
     return docs
+
+
+def check_continuity(shards: Mapping[Path, np.ndarray]) -> None:
+    """Validation must begin with BOS and hold a document. A shard that begins inside a document needs the one before it
+    by number: after another, the end of one document would be scored as the end of a different one."""
+    first = next((path for path, shard in shards.items() if len(shard) > 0), next(iter(shards)))
+    beginning = shards[first][:4].tolist()
+    require(
+        beginning[:1] == [BOS] and sum(map(len, shards.values())) > 1,
+        f"{first}: validation must begin with BOS ({BOS}) and hold a document: "
+        f"found {beginning}; prepare the data again",
+        DataError,
+    )
+    names = {path.name for path in shards}
+    for path, shard in shards.items():
+        if len(shard) == 0 or shard[0] == BOS:
+            continue
+        digits = path.stem.rpartition("_")[2]
+        before = f"fineweb_val_{int(digits) - 1:0{len(digits)}}.bin" if digits.isdecimal() else "the shard before it"
+        require(
+            before in names,
+            f"{path}: begins inside a document, found {shard[:4].tolist()}, and {before} is missing; "
+            "prepare the data again",
+            DataError,
+        )
 
 
 def read_sidecars(folder: str, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:

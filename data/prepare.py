@@ -22,6 +22,7 @@ import argparse
 import ast
 import bz2
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
@@ -53,7 +54,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+try:
+    import lzma
+except ImportError:  # some builds of Python lack it
+    lzma = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the folder of train_gpt.py
 try:
@@ -83,6 +89,8 @@ except ModuleNotFoundError as error:
 # ======================================================================================================================
 # Command line
 
+MAX_MESSAGE = 4000  # characters
+
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
@@ -90,12 +98,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        print(f"prepare: {error}", file=sys.stderr)
+        print(f"prepare: {printable(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "; free some space, or choose another --out" if disk_is_full else ""
-        print(f"prepare: {error.filename or args.out}: {error.strerror or error}{hint}", file=sys.stderr)
+        print(printable(f"prepare: {error.filename or args.out}: {error.strerror or error}{hint}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare: interrupted; a download can be resumed, nothing else is left behind", file=sys.stderr)
@@ -103,11 +111,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def printable(text: str) -> str:
+    """Text that may come from a file or a server, without anything that a terminal would obey, at a bounded length."""
+    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return safe if len(safe) <= MAX_MESSAGE else safe[:MAX_MESSAGE] + "..."
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Says what happened to FILES when --val has taken all of them."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("required: files"):
+            message += "; --val takes every name that follows it: give the training files before it, or -- before them"
+        super().error(message)
+
+
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sources = parser.add_subparsers(required=True, metavar="SOURCE")
+    sources = parser.add_subparsers(required=True, metavar="SOURCE", parser_class=CommandParser)
     add_installed_command(sources)
     add_jsonl_command(sources)
     add_contest_command(sources)
@@ -127,13 +150,18 @@ def add_jsonl_command(sources: argparse._SubParsersAction) -> None:
     command = sources.add_parser("jsonl", help=summary, description=summary)
     command.set_defaults(run=prepare_jsonl)
     add_common_options(command, name="jsonl", vocab_size=8192)
-    command.add_argument("files", nargs="+", help="files or quoted globs: .jsonl, .gz, .bz2, .zst")
+    command.add_argument("files", nargs="+", help="files or quoted globs: JSONL, also as .gz, .bz2, .zst or .xz")
     command.add_argument("--val", nargs="+", help="files for validation [--val-fraction decides]")
     command.add_argument(
         "--val-fraction",
         type=float,
         default=0.02,
         help="share of the texts for validation, by hash [%(default)s]",
+    )
+    command.add_argument(
+        "--skip-bad-lines",
+        action="store_true",
+        help="leave out lines that hold no usable text, count them and name the first [they are an error]",
     )
 
 
@@ -207,6 +235,11 @@ def add_common_options(command: argparse.ArgumentParser, name: str | None, vocab
         default=100_000_000,
         help="most tokens of a shard [%(default)s]",
     )
+    command.add_argument(
+        "--replace",
+        action="store_true",
+        help="replace an earlier dataset of the same name [it is left alone]",
+    )
 
 
 def whole_number(text: str) -> int:
@@ -243,12 +276,18 @@ def prepare_installed(args: argparse.Namespace) -> None:
 def prepare_jsonl(args: argparse.Namespace) -> None:
     if args.val:
         split_rule = "validation has files of its own"
-        sources = source_files(args.val, all_validation=True) + source_files(args.files)
+        validation = source_files(args.val, all_validation=True, skip_bad_lines=args.skip_bad_lines)
+        sources = validation + source_files(args.files, skip_bad_lines=args.skip_bad_lines)
+        if len(args.val) > 1:  # a training file after --val would be one of them
+            names = ", ".join(file.path for file in validation)
+            print(printable(f"validation: {len(validation)} files: {names}"), file=sys.stderr)
     else:
         if not 0 < args.val_fraction < 1:
             raise UserError(f"--val-fraction {args.val_fraction}: expected a number between 0 and 1")
         split_rule = f"validation is the texts whose digests are among the lowest {args.val_fraction:g} of all digests"
-        sources = source_files(args.files, validation_digests=int(args.val_fraction * 2**64))
+        sources = source_files(
+            args.files, validation_digests=int(args.val_fraction * 2**64), skip_bad_lines=args.skip_bad_lines
+        )
 
     files = []
     for file in sources:
@@ -258,7 +297,9 @@ def prepare_jsonl(args: argparse.Namespace) -> None:
     def find_sources(_: Path) -> list[SourceFile]:
         return sources
 
-    source = {"kind": "jsonl", "files": files, "split": split_rule}
+    source: dict[str, Any] = {"kind": "jsonl", "files": files, "split": split_rule}
+    if args.skip_bad_lines:
+        source["skip_bad_lines"] = True
     prepare_text(args, source, split_rule, find_sources)
 
 
@@ -320,6 +361,8 @@ def prepare_text(
         print_summary(final, prepared, ": already prepared")
         return
 
+    check_replaceable(final, parameters, args.replace)
+
     with workspace(final) as folder:
         sources = find_sources(folder)
         if not model:
@@ -327,14 +370,20 @@ def prepare_text(
         encoder = load_encoder(model, caseops)
 
         guard = SplitGuard(drop_leaked)
+        skipped = SkippedLines()
         writers = {split: ShardWriter(folder, split, args.shard_tokens) for split in SPLITS}
         with worker_pool(args.workers) as pool:
-            for encoded in encode_all(pool, args.workers, sources, model, caseops):
+            for encoded in encode_all(pool, args.workers, sources, model, caseops, skipped):
                 writers[encoded.split].add(guard.admit(encoded))
 
         splits = {split: finish_split(writer, guard, caseops, split_rule) for split, writer in writers.items()}
         facts = {"parameters": parameters, "split_rule": split_rule, "splits": splits}
+        if skipped.blank or skipped.bad:
+            facts["skipped_lines"] = {"blank": skipped.blank, "bad": skipped.bad}
+        if any(writer.changed_documents for writer in writers.values()):
+            encoder = encoder._replace(exact=False)  # the documents know better than its rules
         manifest = write_manifest(folder, final, model, encoder, facts)
+    skipped.report()
     print_summary(final, manifest)
 
 
@@ -371,6 +420,8 @@ def finish_split(writer: ShardWriter, guard: SplitGuard, caseops: bool, split_ru
 # Documents: lines of JSON, read in batches. Whether a document is for validation follows from itself and its file.
 
 BATCH_BYTES = 1 << 20
+MAX_LINE_BYTES = 32 << 20  # of a document: some ten long books; memory holds several times this
+NAMED_BAD_LINES = 5
 
 
 class Document(NamedTuple):
@@ -387,6 +438,7 @@ class SourceFile(NamedTuple):
     all_validation: bool = False
     first_validation: int = 0  # so many documents at the beginning
     validation_digests: int = 0  # documents whose digest is below this
+    skip_bad_lines: bool = False  # else one is an error
 
     def is_validation(self, document: Document) -> bool:
         return (
@@ -402,11 +454,48 @@ class LineBatch(NamedTuple):
     lines: list[bytes]
     consumed: int  # bytes of all files read so far, compressed where they are
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, skipped: SkippedLines) -> Iterator[Document]:
+        """Raises DataError for a bad line, unless such lines are skipped."""
         for number, line in enumerate(self.lines, self.first):
+            if not line.strip():
+                skipped.blank += 1
+                continue
             where = f"{self.source.path}:{number + 1}"
-            text = parse_line(line, where)
+            try:
+                text = parse_line(line, where)
+            except DataError as error:
+                if not self.source.skip_bad_lines:
+                    raise
+                skipped.add(str(error))
+                continue
             yield Document(where, number, text, text_digest(text))
+
+
+class SkippedLines:
+    """Lines that were left out: how many, and what was wrong with the first bad ones."""
+
+    def __init__(self):
+        self.blank = 0
+        self.bad = 0
+        self.reasons: list[str] = []
+
+    def add(self, reason: str) -> None:
+        self.bad += 1
+        if self.bad <= NAMED_BAD_LINES:
+            self.reasons.append(reason)
+
+    def include(self, later: SkippedLines) -> None:
+        self.blank += later.blank
+        self.bad += later.bad
+        self.reasons = (self.reasons + later.reasons)[:NAMED_BAD_LINES]
+
+    def report(self) -> None:
+        if self.blank:
+            print(f"{self.blank:,} blank lines skipped")
+        if self.bad:
+            print(f"warning: {self.bad:,} bad lines skipped, the first of them:", file=sys.stderr)
+        for reason in self.reasons:
+            print(f"  {printable(reason)}", file=sys.stderr)
 
 
 def text_digest(text: str) -> int:
@@ -416,6 +505,8 @@ def text_digest(text: str) -> int:
 def parse_line(line: bytes, where: str) -> str:
     """The text of a document; DataError if the line holds none, or one that UTF-8 cannot express."""
     expected = 'expected a JSON string, or an object with a string "text"'
+    if len(line) > MAX_LINE_BYTES:
+        raise DataError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; {expected}, one document a line")
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -431,31 +522,148 @@ def parse_line(line: bytes, where: str) -> str:
     return text
 
 
-LONGEST_WINDOW = 1 << 31  # bytes: what `zstd --ultra -22 --long=31` needs; by default no more than 128 MB are allowed
+class ZstdFile(io.RawIOBase):
+    """Decompresses frames one after another, with windows of up to 2 GB (zstd --long=31).
+
+    The library's own reader takes a file that ends within a frame for a whole one.
+    """
+
+    INPUT_BYTES = 4096  # at a time: each four of them may stand for 128 KB
+
+    def __init__(self, raw: BinaryIO):
+        super().__init__()
+        self.raw = raw
+        self.library = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self.frame: zstandard.ZstdDecompressionObj | None = None
+        self.input = b""
+        self.output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self.output:
+            self.input = self.input or self.raw.read(self.INPUT_BYTES)
+            if not self.input:
+                if self.frame:
+                    raise EOFError("the file ends within a compressed frame")
+                return 0
+            self.frame = self.frame or self.library.decompressobj()
+            self.output = memoryview(self.frame.decompress(self.input))
+            self.input = b""
+            if self.frame.eof:
+                self.input = self.frame.unused_data
+                self.frame = None
+        count = min(len(buffer), len(self.output))
+        buffer[:count] = self.output[:count]
+        self.output = self.output[count:]
+        return count
 
 
 def open_zstandard(raw: BinaryIO) -> io.BufferedReader:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW)
-    return io.BufferedReader(decompressor.stream_reader(raw, read_across_frames=True))
+    return io.BufferedReader(ZstdFile(raw), BATCH_BYTES)
 
 
-DECOMPRESSORS = {".gz": gzip.open, ".bz2": bz2.open, ".zst": open_zstandard}  # by suffix; other files are plain text
+def open_xz(raw: BinaryIO) -> BinaryIO:
+    if lzma is None:
+        raise ImportError("this Python was built without lzma")
+    return lzma.open(raw)
+
+
+Decompressor = Callable[[BinaryIO], Any]
+DECOMPRESSORS: dict[str, Decompressor] = {".gz": gzip.open, ".bz2": bz2.open, ".zst": open_zstandard, ".xz": open_xz}
+COMPRESSED = {  # by how a file begins, whatever its name
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\x28\xb5\x2f\xfd": open_zstandard,
+    b"\xfd7zXZ\0": open_xz,
+}
+NOT_READ = {
+    b"PK\x03\x04": "a zip archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"Rar!": "a RAR archive",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"PAR1": "a Parquet file",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+MAX_LAYERS = 3  # of compression, one within another
+READ_ERRORS = (OSError, EOFError, MemoryError, ImportError, zlib.error, zstandard.ZstdError)
+if lzma:
+    READ_ERRORS += (lzma.LZMAError,)
+
+
+@contextlib.contextmanager
+def open_layers(path: str, layers: list[Decompressor]) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """(the file itself, its content behind these layers of compression)."""
+    with contextlib.ExitStack() as stack:
+        raw = stack.enter_context(open(path, "rb"))
+        file = raw
+        for decompress in layers:
+            file = stack.enter_context(decompress(file))
+        yield raw, file
+
+
+def find_layers(path: str) -> list[Decompressor]:
+    """How a file is compressed: by its first bytes, because names are often wrong; by its suffix if these say nothing.
+
+    Raises DataError for what is no JSONL behind the compression either.
+    """
+    layers: list[Decompressor] = []
+    while True:
+        with open_layers(path, layers) as (_, file):
+            head = file.read(512)
+        for start, kind in NOT_READ.items():
+            if head.startswith(start):
+                raise DataError(f"{path}: {kind}; give JSONL in UTF-8, plain or as .gz, .bz2, .zst or .xz")
+        if head[257:262] == b"ustar":
+            raise DataError(f"{path}: a tar archive; unpack it and give the files in it")
+
+        found = next((open_layer for start, open_layer in COMPRESSED.items() if head.startswith(start)), None)
+        is_text = head.lstrip()[:1] in (b'"', b"{")
+        if found is None and not layers and not is_text:
+            found = DECOMPRESSORS.get(Path(path).suffix.lower())
+        if found is None:
+            return layers
+        if len(layers) == MAX_LAYERS:
+            raise DataError(f"{path}: compressed more than {MAX_LAYERS} times over; unpack it first")
+        layers.append(found)
 
 
 def read_batches(sources: Iterable[SourceFile]) -> Iterator[LineBatch]:
     """All files in order; a batch never spans two. Raises DataError for a file that cannot be read or decompressed."""
     bytes_before = 0
     for source in sources:
-        decompress = DECOMPRESSORS.get(Path(source.path).suffix, contextlib.nullcontext)
         first = 0
         try:
-            with open(source.path, "rb") as raw, decompress(raw) as file:
-                while lines := file.readlines(BATCH_BYTES):
+            with open_layers(source.path, find_layers(source.path)) as (raw, file):
+                for lines in read_lines(file, source):
                     yield LineBatch(source, first, lines, bytes_before + raw.tell())
                     first += len(lines)
                 bytes_before += raw.tell()
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-            raise DataError(f"{source.path}: after {first} lines: {error}; fetch or write the file again") from None
+        except READ_ERRORS as error:
+            reason = str(error) or type(error).__name__
+            raise DataError(f"{source.path}: after {first} lines: {reason}; fetch or write the file again") from None
+
+
+def read_lines(file: BinaryIO, source: SourceFile) -> Iterator[list[bytes]]:
+    """Lines without their ends, about BATCH_BYTES of them at a time.
+
+    A line that is longer than MAX_LINE_BYTES is cut behind that, so that memory is bounded whatever the file holds. It
+    is not read to its end unless bad lines are skipped: a small compressed file may hold an endless one.
+    """
+    rest = b""  # of the last line so far
+    while chunk := file.read(BATCH_BYTES):
+        if len(rest) > MAX_LINE_BYTES and b"\n" not in chunk:
+            continue
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > MAX_LINE_BYTES and not source.skip_bad_lines:
+            yield [*lines, rest]
+            return
+        if lines:
+            yield lines
+    if rest:
+        yield [rest]
 
 
 def source_files(patterns: list[str], **rule: Any) -> list[SourceFile]:
@@ -466,7 +674,7 @@ def source_files(patterns: list[str], **rule: Any) -> list[SourceFile]:
 
     for name, times in Counter(names).items():
         if not Path(name).is_file():
-            raise DataError(f"{name}: no such file; give files or globs: .jsonl, .gz, .bz2, .zst")
+            raise DataError(f"{name}: no such file; give files or globs: JSONL, also as .gz, .bz2, .zst or .xz")
         if times > 1:
             raise DataError(f"{name}: given {times} times; give it once")
     return [SourceFile(name, **rule) for name in names]
@@ -669,7 +877,41 @@ def load_encoder(model: bytes, caseops: bool, name: str = "the tokenizer") -> En
 
     encoder = Encoder(processor, caseops, True, pieces, piece_sizes, byte_ids)
     decoded = processor.decode(text_tokens(encoder, NORMALISED_TEXT))
-    return encoder._replace(exact=decoded == NORMALISED_TEXT)
+    return encoder._replace(exact=decoded == NORMALISED_TEXT and not has_normalisation_rules(model))
+
+
+def has_normalisation_rules(model: bytes) -> bool:
+    """Whether a serialised model replaces characters before it cuts text into pieces, or after joining them: whether
+    its normalizer_spec or denormalizer_spec has a precompiled_charsmap (sentencepiece_model.proto)."""
+    specs = [body for field, body in proto_fields(model) if field in (3, 5)]
+    return any(field == 2 and body for spec in specs for field, body in proto_fields(spec))
+
+
+def proto_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
+    """(number, content) of the length-delimited fields of a protocol buffer that is known to be valid."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = 0
+        for shift in range(0, 70, 7):
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                break
+        return value
+
+    while at < len(message):
+        field, kind = divmod(varint(), 8)
+        if kind == 2:
+            size = varint()
+            yield field, message[at : at + size]
+            at += size
+        elif kind == 0:
+            varint()
+        else:
+            at += {1: 8, 5: 4}[kind]
 
 
 def text_tokens(encoder: Encoder, text: str) -> list[int]:
@@ -757,7 +999,7 @@ def tokenizer_text(sources: list[SourceFile], caseops: bool) -> Iterator[str]:
     training = [source for source in sources if not source.all_validation]
     for source in training:
         remaining_bytes = TOKENIZER_TEXT_BYTES // len(training)
-        documents = (document for batch in read_batches([source]) for document in batch.documents())
+        documents = (document for batch in read_batches([source]) for document in batch.documents(SkippedLines()))
         for document in documents:
             if not document.text or source.is_validation(document):
                 continue
@@ -838,6 +1080,10 @@ def code_points(text: str) -> np.ndarray:
 BYTE_COUNTS = ("original_bytes", "decoded_bytes", "smaller_bytes", "contest_bytes")  # smaller: of the first two
 
 
+class NotExactError(DataError):
+    """A tokenizer that was taken for exact, by its rules, is not: the text shows it."""
+
+
 class EncodedDocument(NamedTuple):
     tokens: np.ndarray  # (n,) uint16, BOS first
     sidecar: np.ndarray  # (n,) uint16, bytes of original text behind every token; zeros in training
@@ -855,10 +1101,12 @@ class EncodedDocuments(NamedTuple):
     digests: list[int]  # (d,)
     where: list[str]  # (d,) file:line
     empty: int  # further documents, left out because they have no tokens
+    changed: int  # documents that decoding does not give back, though the tokenizer was taken for exact
 
 
 def encode_document(encoder: Encoder, text: str, validation: bool) -> EncodedDocument:
-    """Tokens of a text, with a side-car for validation. Raises DataError where text would be lost or miscounted."""
+    """Tokens of a text, with a side-car for validation. Raises DataError where text would be lost or miscounted, among
+    them NotExactError, after which the same encoder may be used as one that is not exact."""
     transformed = encode_caseops(text) if encoder.caseops else text
     if encoder.caseops and decode_caseops(transformed) != text:
         raise DataError("CaseOps does not give this text back; please report it")
@@ -866,7 +1114,7 @@ def encode_document(encoder: Encoder, text: str, validation: bool) -> EncodedDoc
     ids = text_tokens(encoder, transformed)
     decoded = encoder.processor.decode(ids)
     if encoder.exact and decoded != transformed:
-        raise DataError("the tokenizer does not give this text back, though it keeps text exactly; please report it")
+        raise NotExactError("the tokenizer does not give this text back")
 
     tokens = np.array([BOS, *ids], np.uint16)
     sidecar = np.zeros(len(tokens), np.uint16)
@@ -893,27 +1141,39 @@ def document_sidecar(encoder: Encoder, text: str, transformed: str, tokens: np.n
     return counts
 
 
-def encode_batch(model: bytes, caseops: bool, batch: LineBatch) -> list[EncodedDocuments]:
-    """The work of a worker process: one batch -> its documents of validation, then those of training."""
+def encode_batch(model: bytes, caseops: bool, batch: LineBatch) -> tuple[list[EncodedDocuments], SkippedLines]:
+    """The work of a worker process: one batch -> its documents of validation, then those of training; what it skips."""
     encoder = load_encoder(model, caseops)
     encoded: dict[str, list[tuple[Document, EncodedDocument]]] = {"val": [], "train": []}
     empty = Counter()
+    changed = Counter()
+    skipped = SkippedLines()
 
-    for document in batch.documents():
+    for document in batch.documents(skipped):
         split = "val" if batch.source.is_validation(document) else "train"
         try:
-            result = encode_document(encoder, document.text, split == "val")
+            try:
+                result = encode_document(encoder, document.text, split == "val")
+            except NotExactError:
+                result = encode_document(encoder._replace(exact=False), document.text, split == "val")
+                changed[split] += 1
         except DataError as error:
-            raise DataError(f"{document.where}: {error}") from None
+            if not batch.source.skip_bad_lines:
+                raise DataError(f"{document.where}: {error}") from None
+            skipped.add(f"{document.where}: {error}")
+            continue
         if len(result.tokens) == 1:  # BOS alone
             empty[split] += 1
         else:
             encoded[split].append((document, result))
-    return [join_documents(split, documents, empty[split]) for split, documents in encoded.items()]
+    joined = [join_documents(split, encoded[split], empty[split], changed[split]) for split in encoded]
+    return joined, skipped
 
 
-def join_documents(split: str, documents: list[tuple[Document, EncodedDocument]], empty: int) -> EncodedDocuments:
-    """Documents of one split, end to end; `empty` is the number of those that were left out."""
+def join_documents(
+    split: str, documents: list[tuple[Document, EncodedDocument]], empty: int, changed: int
+) -> EncodedDocuments:
+    """Documents of one split, end to end; `empty` further ones were left out, `changed` do not decode to themselves."""
     nothing = np.zeros(0, np.uint16)
     tokens = [result.tokens for _, result in documents]
     sidecars = [result.sidecar for _, result in documents] if split == "val" else []
@@ -927,13 +1187,20 @@ def join_documents(split: str, documents: list[tuple[Document, EncodedDocument]]
         digests=[document.digest for document, _ in documents],
         where=[document.where for document, _ in documents],
         empty=empty,
+        changed=changed,
     )
 
 
 def encode_all(
-    pool: ProcessPoolExecutor, workers: int, sources: list[SourceFile], model: bytes, caseops: bool
+    pool: ProcessPoolExecutor,
+    workers: int,
+    sources: list[SourceFile],
+    model: bytes,
+    caseops: bool,
+    skipped: SkippedLines,
 ) -> Iterator[EncodedDocuments]:
-    """All files in order. Only a few batches are in flight at a time, so memory does not grow with the text."""
+    """All files in order; adds to `skipped`. Only a few batches are in flight at a time, so memory does not grow with
+    the text."""
     progress = Progress("encoding", sum(Path(source.path).stat().st_size for source in sources))
     in_flight: deque[tuple[Future, int]] = deque()  # results to come, and bytes read up to there
     batches = read_batches(sources)
@@ -943,7 +1210,9 @@ def encode_all(
         if not in_flight:
             return
         future, consumed = in_flight.popleft()
-        yield from future.result()
+        encoded, skipped_here = future.result()
+        skipped.include(skipped_here)
+        yield from encoded
         progress(consumed)
 
 
@@ -959,7 +1228,12 @@ def worker_pool(workers: int, kill_on_failure: bool = False) -> Iterator[Process
     pool would wait for the rest of it for ever. Work with short results may be killed instead (`kill_on_failure`).
     Raises UserError if a worker dies.
     """
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))  # so workers need not import anything
+    pool = ProcessPoolExecutor(
+        workers,
+        multiprocessing.get_context("fork"),  # so workers need not import anything
+        initializer=tie_to_parent,
+        initargs=(os.getpid(),),
+    )
     kill = True  # those that were made, if not all can be
     try:
         with signals_blocked():  # Python drops an exception that a signal raises while it forks
@@ -977,6 +1251,21 @@ def worker_pool(workers: int, kill_on_failure: bool = False) -> Iterator[Process
                 for child in multiprocessing.active_children():
                     child.kill()
             pool.shutdown(cancel_futures=True)
+
+
+HELD_LOCKS: set[int] = set()  # file descriptors of this process that lock a folder
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+
+
+def tie_to_parent(parent: int) -> None:
+    """Called first in every worker: it ends when the process `parent` ends, even by kill -9, and holds no lock, which
+    would last until the last worker has ended."""
+    for lock in HELD_LOCKS:
+        os.close(lock)
+    HELD_LOCKS.clear()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
 
 
 @contextlib.contextmanager
@@ -1115,6 +1404,7 @@ class ShardWriter:
 
         # What the manifest says of the split.
         self.totals = Counter()
+        self.changed_documents = 0
         self.shards: list[dict] = []
         self.sidecars: list[dict] = []
 
@@ -1125,6 +1415,7 @@ class ShardWriter:
             empty_documents=encoded.empty,
             **dict(zip(BYTE_COUNTS, encoded.byte_counts.sum(0).tolist(), strict=True)),
         )
+        self.changed_documents += encoded.changed
         ends = np.cumsum(encoded.lengths)
         document = 0  # the next one to add
         begin = 0  # its first token
@@ -1213,6 +1504,7 @@ def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
         os.close(lock)
         raise UserError(f"{final}: another process is preparing it; wait for it, or choose another --name") from None
 
+    HELD_LOCKS.add(lock)
     try:
         if not resume_key:
             for leftover in partial.iterdir():  # of a process that was killed
@@ -1228,6 +1520,7 @@ def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
+        HELD_LOCKS.discard(lock)
         os.close(lock)
 
 
@@ -1261,7 +1554,7 @@ def versions() -> dict[str, str]:
 def find_prepared(final: Path, parameters: dict) -> dict | None:
     """The manifest of a finished dataset with these parameters, if all its files are there; else None."""
     try:
-        manifest = json.loads((final / "manifest.json").read_text(encoding="utf-8"))
+        manifest = parse_json((final / "manifest.json").read_text(encoding="utf-8"))
         files = [file for split in manifest["splits"].values() for file in split["shards"] + split["sidecars"]]
         tokenizer = manifest["tokenizer"]
         is_same = (
@@ -1272,6 +1565,41 @@ def find_prepared(final: Path, parameters: dict) -> dict | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return manifest if is_same else None
+
+
+def check_replaceable(final: Path, parameters: dict, replace: bool) -> None:
+    """Refuse to replace another dataset than the one that is asked for, unless the user says so.
+
+    The same one is made again when its files are damaged. A longer download goes on from a shorter one. Documentation
+    of this machine is collected again in half a minute.
+    """
+    if replace or not (final / "manifest.json").is_file():
+        return  # without a manifest it was not made here, and `workspace` refuses it
+    earlier = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        earlier = parse_json((final / "manifest.json").read_bytes())["parameters"]
+        if earlier == parameters:
+            return
+        kinds = {earlier["source"]["kind"], parameters["source"]["kind"]}
+        if kinds == {"installed"} or (kinds == {"contest"} and earlier["source"] == parameters["source"]):
+            return
+
+    what = "something unreadable" if not isinstance(earlier, dict) else "another dataset"
+    differing = [name for name in parameters if isinstance(earlier, dict) and earlier.get(name) != parameters[name]]
+    differs = f" (other {', '.join(differing)})" if differing else ""
+    raise UserError(f"{final}: holds {what}{differs}; choose another --name, or say --replace")
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Strict JSON. Raises ValueError for anything else, also for Infinity, NaN and what is nested too deeply."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(content, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("JSON is nested too deeply") from None
 
 
 def print_summary(final: Path, manifest: dict, note: str = "") -> None:
@@ -1304,6 +1632,7 @@ PLAIN_REPOSITORY = "willdepueoai/parameter-golf"
 REPOSITORIES = {"caseops": "romeerp/parameter-golf-caseops-v1", "sp8192": "kevclark/parameter-golf"}
 DATASETS = {"caseops": "fineweb10B_sp8192_lossless_caps_caseops_v1_reserved"}  # others: fineweb10B_<variant>
 SHARD_BYTES = 200_001_024
+MAX_SHARDS = 10_000  # a trillion tokens; the names have six digits
 MAX_LEAK = 0.05  # web text holds a few copies; a wrong split puts four of five validation documents into training
 
 
@@ -1331,6 +1660,8 @@ def prepare_published_shards(args: argparse.Namespace) -> None:
         print_summary(final, prepared, ": already prepared")
         return
 
+    check_replaceable(final, parameters, args.replace)
+
     resume_key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
     with workspace(final, resume_key) as folder:
         link_earlier_download(final, folder, source)
@@ -1349,7 +1680,8 @@ def prepare_published_shards(args: argparse.Namespace) -> None:
         model = fetch_bytes(hub, published.model_path, folder)
         encoder = load_encoder(model, caseops, hub.url(published.model_path))
         for i, name in enumerate(missing, 1):
-            hub.fetch(f"datasets/{dataset}/{name}", folder / name, f"{name}, {i} of {len(missing)}")
+            label = f"{name}, {i} of {len(missing)}"
+            hub.fetch(f"datasets/{dataset}/{name}", folder / name, label, most=MAX_SHARD_BYTES)
 
         splits = check_shards(folder, names, encoder)
         facts = {"parameters": parameters, "split_rule": "as published", "splits": splits}
@@ -1364,7 +1696,7 @@ def shard_names(kind: str, count: int) -> list[str]:
 def link_earlier_download(final: Path, folder: Path, source: dict) -> None:
     """Take over the shards of a shorter download of the same dataset, if there is one."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        manifest = json.loads((final / "manifest.json").read_bytes())
+        manifest = parse_json((final / "manifest.json").read_bytes())
         if manifest["parameters"]["source"] != source:
             return
         for shard in final.glob("fineweb_*.bin"):
@@ -1376,22 +1708,27 @@ def find_published(hub: Hub, folder: Path, dataset: str) -> PublishedDataset:
     """Look a dataset up in the hub's manifest. Raises UserError if it is not there, DataError if its entry is bad."""
     where = hub.url("manifest.json")
     remedy = "choose another --variant or --repo"
+    content = fetch_bytes(hub, "manifest.json", folder)  # its errors are no errors of the manifest
     try:
-        manifest = json.loads(fetch_bytes(hub, "manifest.json", folder))
+        manifest = parse_json(content)
         datasets = {entry["name"]: entry for entry in manifest["datasets"]}
         tokenizers = {entry["name"]: entry for entry in manifest["tokenizers"]}
         if dataset in datasets:
             stats = datasets[dataset]["stats"]
-            tokenizer = tokenizers[datasets[dataset]["tokenizer_name"]]
-            published = PublishedDataset(int(stats["files_train"]), int(stats["files_val"]), tokenizer["model_path"])
-            if min(published.train_shards, published.val_shards) < 1:
-                raise ValueError(f"shards: {published.train_shards} of training, {published.val_shards} of validation")
+            model_path = tokenizers[datasets[dataset]["tokenizer_name"]]["model_path"]
+            published = PublishedDataset(stats["files_train"], stats["files_val"], model_path)
+            for count in (published.train_shards, published.val_shards):
+                if type(count) is not int or not 1 <= count <= MAX_SHARDS:
+                    raise ValueError(f"number of shards: {str(count)[:20]}, expected 1 to {MAX_SHARDS:,}")
+            if not isinstance(model_path, str) or len(model_path) > 1000:
+                raise ValueError("the path of its tokenizer is no path")
             return published
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{where}: does not describe {dataset} and its SentencePiece model ({error!r}); {remedy}"
         ) from None
-    raise UserError(f"{where}: no {dataset}; it has {', '.join(sorted(datasets))}; {remedy}")
+    names = ", ".join(sorted(map(str, datasets)))
+    raise UserError(f"{where}: no {dataset}; it has {names[:1000]}; {remedy}")
 
 
 def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) -> dict:
@@ -1416,6 +1753,11 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
             facts["documents"] += int((tokens == BOS).sum())
             facts["tokens"] += len(tokens)
             facts["shards"].append(shard_facts(folder / name))
+            if split == "val" and len(tokens) and facts["tokens"] == len(tokens) and tokens[0] != BOS:
+                raise DataError(
+                    f"{folder / name}: no BOS ({BOS}) where validation must begin; see --repo, or remove this file to "
+                    "fetch it again"
+                )
             digests = document_digests(tokens)
             if split == "val":
                 validation |= digests
@@ -1423,6 +1765,8 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
                 leaked |= digests & validation
             progress()
         splits[split] = facts
+    if not validation and not splits["val"]["documents"]:
+        raise DataError(f"{folder}: its validation shards are empty; see --repo")
 
     if len(leaked) > MAX_LEAK * len(validation):
         raise DataError(
@@ -1434,14 +1778,18 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
 
 
 def read_published_shard(path: Path, vocab_size: int) -> np.ndarray:
-    """A shard's tokens, (n,) uint16. Raises DataError for a bad shard and removes it."""
+    """A shard's tokens, (n,) uint16. Raises DataError for a bad shard and removes it.
+
+    Validation shards may begin inside a document, and be empty: `check_shards` looks at all of them as one stream.
+    """
+    is_validation = "_val_" in path.name
     try:
         tokens = read_shard(path)
-        if not len(tokens) or int(tokens.max()) >= vocab_size:
+        if (not len(tokens) and not is_validation) or int(tokens.max(initial=0)) >= vocab_size:
             raise DataError(
                 f"{path}: its largest token is {tokens.max(initial=0)}, the vocabulary has {vocab_size}; see --repo"
             )
-        if BOS not in tokens or ("_val_" in path.name and tokens[0] != BOS):
+        if BOS not in tokens and not is_validation:
             raise DataError(f"{path}: no BOS ({BOS}) where a document must begin; see --repo")
     except DataError:
         path.unlink()
@@ -1497,12 +1845,15 @@ def fetch_contest_documents(hub: Hub, out: Path) -> Path:
     if path.exists():
         return path
     facts_name = "docs_selected.source_manifest.json"
+    content = fetch_bytes(hub, facts_name, out)
     try:
-        expected = json.loads(fetch_bytes(hub, facts_name, out))["docs_sha256"]
+        expected = parse_json(content)["docs_sha256"]
+        if not re.fullmatch("[0-9a-f]{64}", expected):
+            raise ValueError("not a SHA-256")
     except (ValueError, KeyError, TypeError):
         raise DataError(f"{hub.url(facts_name)}: names no docs_sha256; see --repo") from None
 
-    downloaded = hub.fetch(path.name, path)
+    downloaded = hub.fetch(path.name, path, most=MAX_DOCUMENTS_BYTES)
     if file_sha256(downloaded) != expected:
         path.unlink()
         raise DataError(
@@ -1520,6 +1871,10 @@ FIRST_PAUSE_S = 1.0  # doubled with every further attempt
 LONGEST_PAUSE_S = 60.0
 TIMEOUT_S = 60
 RETRIED_STATUSES = {408, 425, 429, 500, 502, 503, 504}
+MAX_SMALL_BYTES = 64 << 20  # manifests and tokenizers
+MAX_SHARD_BYTES = 1 << 30  # five times what is usual
+MAX_DOCUMENTS_BYTES = 1 << 38  # five times the text
+SPARE_BYTES = 1 << 28  # left on the disk by a download whose size the server does not say
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
@@ -1533,14 +1888,15 @@ class Hub(NamedTuple):
         path = urllib.parse.quote(f"datasets/{self.repo}/resolve/main/datasets/{name}")
         return f"{self.base_url.rstrip('/')}/{path}"
 
-    def fetch(self, name: str, path: Path, label: str = "") -> Path:
+    def fetch(self, name: str, path: Path, label: str = "", most: int = MAX_SMALL_BYTES) -> Path:
         """Download a file to `path`, where it appears when it is whole; a partial download is resumed.
 
-        Raises UserError when the file does not exist or the server does not deliver, DataError for a wrong SHA-256.
+        Raises UserError when the file does not exist or the server does not deliver, DataError for a wrong SHA-256 and
+        for a file of more than `most` bytes.
         """
         part = path.with_name(f".{path.name}.part")
         part.touch()
-        sha256 = self._complete(name, part, Progress(label or path.name))
+        sha256 = self._complete(name, part, Progress(label or path.name), most)
         if len(sha256) == 64 and file_sha256(part) != sha256:
             part.unlink()
             raise DataError(
@@ -1549,7 +1905,7 @@ class Hub(NamedTuple):
         part.rename(path)
         return path
 
-    def _complete(self, name: str, part: Path, progress: Progress) -> str:
+    def _complete(self, name: str, part: Path, progress: Progress, most: int) -> str:
         """Ask for the rest of `part` until it is whole -> its SHA-256, if the hub names it. Gives up after MAX_ATTEMPTS
         in a row that bring nothing."""
         attempts = 0
@@ -1557,7 +1913,7 @@ class Hub(NamedTuple):
         while True:
             pause = FIRST_PAUSE_S * 2**attempts
             try:
-                total, sha256 = self._transfer(name, part, progress)
+                total, sha256 = self._transfer(name, part, progress, most)
                 if part.stat().st_size == total:
                     return sha256
                 reason = f"{part.stat().st_size:,} of {total:,} bytes came"
@@ -1578,7 +1934,7 @@ class Hub(NamedTuple):
                 raise UserError(f"{self.url(name)}: {reason}; gave up after {attempts} attempts; run it again to go on")
             time.sleep(min(pause, LONGEST_PAUSE_S))
 
-    def _transfer(self, name: str, part: Path, progress: Progress) -> tuple[int, str]:
+    def _transfer(self, name: str, part: Path, progress: Progress, most: int) -> tuple[int, str]:
         """One request for the rest of `part` -> (size of the whole file, its SHA-256 or "")."""
         begin = part.stat().st_size
         headers = {"User-Agent": "prepare.py"}
@@ -1591,8 +1947,10 @@ class Hub(NamedTuple):
                 total = whole_size(answer.headers.get("Content-Range", ""), begin)
             else:  # the whole file, from a server that does not send parts
                 begin = 0
-                total = int(answer.headers.get("Content-Length", -1))
+                total = promised_size(answer.headers.get("Content-Length"))
             progress.total = total
+            if total > most:
+                raise DataError(f"{self.url(name)}: {total:,} bytes, expected at most {most:,}; see --repo")
             if shutil.disk_usage(part.parent).free < total - begin:
                 raise UserError(f"{part.parent}: no space for {name}, {total:,} bytes; free some space")
 
@@ -1600,25 +1958,54 @@ class Hub(NamedTuple):
                 while chunk := answer.read(1 << 20):
                     file.write(chunk)
                     progress(file.tell(), begin)
+                    self._check_growth(name, file, total, most)
                 if total < 0:  # the server did not say
                     total = file.tell()
         return total, linked.sha256
 
+    def _check_growth(self, name: str, file: BinaryIO, total: int, most: int) -> None:
+        """Stop a server that sends more than it promised, or without a promise and without end."""
+        if 0 <= total < file.tell():
+            file.truncate(0)
+            raise http.client.HTTPException(f"more than the promised {total:,} bytes came")
+        if total >= 0:
+            return
+        if file.tell() > most:
+            file.truncate(0)
+            raise DataError(f"{self.url(name)}: does not end after {most:,} bytes; see --repo")
+        if shutil.disk_usage(Path(file.name).parent).free < SPARE_BYTES:
+            file.truncate(0)
+            raise UserError(f"{Path(file.name).parent}: no space for {name}, whose size is unknown; free some space")
+
+
+def promised_size(content_length: str | None) -> int:
+    """Bytes of a whole answer, -1 if the server does not say. HTTPException for what is no number."""
+    if content_length is None:
+        return -1
+    if not re.fullmatch("[0-9]{1,18}", content_length.strip()):
+        raise http.client.HTTPException(f"Content-Length is {content_length[:40]!r}")
+    return int(content_length)
+
 
 class LinkedDigest(urllib.request.HTTPRedirectHandler):
-    """Keeps the SHA-256 that the hub names when it redirects to the place of a large file."""
+    """Keeps the SHA-256 that the hub names when it redirects to the place of a large file. Follows redirects over HTTP
+    and HTTPS only, and none from HTTPS to HTTP."""
 
     sha256 = ""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.sha256 = headers.get("X-Linked-Etag", "").strip('"')
+        scheme = urllib.parse.urlsplit(newurl).scheme
+        if scheme != "https" and (scheme, req.type) != ("http", "http"):
+            message = f"redirects from {req.type} to {scheme}, which is not followed: {newurl}"
+            raise urllib.error.HTTPError(req.full_url, code, message, headers, fp)
+        self.sha256 = self.sha256 or headers.get("X-Linked-Etag", "").strip('"')  # the first: the hub's own
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def whole_size(content_range: str, begin: int) -> int:
     """The size of the whole file, from an answer that holds a part of it. HTTPException if the part does not start at
     `begin`."""
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", content_range)
+    match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", content_range)
     if not match or int(match[1]) != begin:
         raise http.client.HTTPException(f"Content-Range is {content_range!r}")
     return int(match[2])

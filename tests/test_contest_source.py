@@ -1,10 +1,14 @@
 """Published data from a hub: a local HTTP server plays it, with all that networks and strangers do."""
 
+import contextlib
+import email.message
 import hashlib
 import json
 import re
 import shutil
 import threading
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,7 +250,6 @@ def change_tokens(position: int, value: int):
     "name, change, message",
     [
         ("fineweb_train_000001.bin", change_tokens(7, 420), "its largest token is 420, the vocabulary has 420"),
-        ("fineweb_val_000000.bin", change_tokens(0, 300), "no BOS (1) where a document must begin"),
         ("fineweb_train_000000.bin", lambda p: prepare.write_shard(p, [np.full(9, 300, np.uint16)]), "no BOS (1)"),
         ("fineweb_train_000000.bin", lambda p: prepare.write_shard(p, []), "its largest token is 0"),
         ("fineweb_val_bytes_000001.bin", lambda p: prepare.write_shard(p, [np.zeros(9, np.uint16)]), "9 entries for "),
@@ -266,11 +269,224 @@ def test_a_bad_shard_is_refused_and_fetched_again(contest, capsys, name, change,
     assert [path.rsplit("/")[-1] for path, _ in contest.hub.requests] == ["manifest.json", "caseops.model", name]
 
 
+def cut_validation(remote: Path, *cuts: int) -> None:
+    """Publish validation anew, cut at these tokens."""
+    for kind in ("val", "val_bytes"):
+        paths = [remote / f"fineweb_{kind}_{i:06d}.bin" for i in (0, 1)]
+        stream = np.concatenate([train_gpt.read_shard(path) for path in paths])
+        for i, part in enumerate(np.split(stream, cuts)):
+            prepare.write_shard(remote / f"fineweb_{kind}_{i:06d}.bin", [part])
+    manifest = remote.parent.parent / "manifest.json"
+    stats = f'"files_val": {len(cuts) + 1}'
+    manifest.write_text(manifest.read_text().replace('"files_val": 2', stats))
+
+
+def test_validation_shards_may_be_cut_inside_documents(contest):
+    """As the contest's own script cuts them; one may be empty, another hold no beginning of a document."""
+    assert contest("--train-shards", 1) == 0
+    folder = contest.datasets / CASEOPS
+    expected = json.loads((folder / "manifest.json").read_text())["splits"]["val"]
+    shutil.rmtree(folder)
+
+    second = len(train_gpt.read_shard(contest.remote / "fineweb_val_000000.bin")) + 1
+    cut_validation(contest.remote, second, second + 3, second + 3)
+    assert contest("--train-shards", 1) == 0
+    found = json.loads((folder / "manifest.json").read_text())["splits"]["val"]
+    assert len(found["shards"]) == len(found["sidecars"]) == 4 and found["shards"][2]["tokens"] == 0
+    assert {k: v for k, v in found.items() if k not in ("shards", "sidecars")} == {
+        k: v for k, v in expected.items() if k not in ("shards", "sidecars")
+    }
+    tokenizer = train_gpt.load_tokenizer(train_gpt.read_env({"DATA_PATH": str(folder)})[1], 420)
+    size = sum(len(t.encode()) for t in TEXTS[:50])
+    assert train_gpt.load_validation(str(folder), 420, tokenizer).bytes.sum() == size
+
+
+def test_validation_that_begins_inside_a_document_is_refused_and_kept(contest, capsys):
+    name = "fineweb_val_000000.bin"
+    change_tokens(0, 300)(contest.remote / name)
+    assert contest("--train-shards", 1) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: no BOS (1) where validation must begin" in error
+    (kept,) = contest.datasets.glob(f".*/{name}")
+    assert kept.read_bytes() == (contest.remote / name).read_bytes()
+
+
+def test_validation_without_any_token_is_refused(contest, capsys):
+    for kind in ("val", "val_bytes"):
+        for i in (0, 1):
+            prepare.write_shard(contest.remote / f"fineweb_{kind}_{i:06d}.bin", [])
+    assert contest("--train-shards", 1) == 2
+    assert "its validation shards are empty" in capsys.readouterr().err
+
+
+def test_another_source_does_not_replace_a_download(contest, capsys):
+    assert contest("--train-shards", 1) == 0
+    shutil.copytree(
+        contest.remote.parent.parent, contest.hub.root / HUB_ROOT.format(repo="some/one"), dirs_exist_ok=True
+    )
+    assert contest("--train-shards", 1, "--repo", "some/one") == 2
+    assert "holds another dataset (other source); choose another --name, or say --replace" in capsys.readouterr().err
+    assert contest("--train-shards", 1, "--repo", "some/one", "--replace") == 0
+
+
 def test_validation_in_training_is_refused(contest, capsys):
     shutil.copy(contest.remote / "fineweb_val_000000.bin", contest.remote / "fineweb_train_000002.bin")
     assert contest("--train-shards", 2) == 0
     assert contest("--train-shards", 3) == 2
     assert "validation documents are in training too" in capsys.readouterr().err
+
+
+# ---- hostile hubs -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ('"files_val": 2', '"files_val": 1000000000'),
+        ('"files_train": 3', '"files_train": 1000000000'),
+        ('"files_val": 2', '"files_val": Infinity'),
+        ('"files_val": 2', '"files_val": 1e999'),
+        ('"files_val": 2', '"files_val": NaN'),
+        ('"files_val": 2', '"files_val": true'),
+        ('"files_val": 2', '"files_val": ' + "9" * 5000),
+        ('"tokenizers/caseops.model"', '{"a": 1}'),
+        ('{"datasets"', '{"deep": ' + "[" * 100_000 + "]" * 100_000 + ', "datasets"'),
+        ('{"datasets"', '{"datasets": [{"name": []}], "datasets2"'),
+    ],
+)
+def test_a_manifest_is_not_believed(contest, capsys, old, new):
+    path = contest.remote.parent.parent / "manifest.json"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    assert contest("--train-shards", 1) == 2
+    error = capsys.readouterr().err
+    assert "does not describe" in error and error.count("\n") == 1 and len(error) < 1000
+    assert not asked(contest.hub, ".bin")
+
+
+def test_names_of_a_manifest_do_not_reach_the_terminal(contest, capsys):
+    path = contest.remote.parent.parent / "manifest.json"
+    path.write_text(json.dumps({"datasets": [{"name": "\x1b[2Jx"}, {"name": 7}], "tokenizers": []}))
+    assert contest("--train-shards", 1) == 2
+    error = capsys.readouterr().err
+    assert "it has \\x1b[2Jx, 7; choose another" in error and "\x1b" not in error
+
+
+@pytest.mark.parametrize("old", ["[" * 100_000, '{"parameters": Infinity}'])
+def test_a_local_manifest_is_not_believed(contest, capsys, old):
+    assert contest("--train-shards", 1) == 0
+    (contest.datasets / CASEOPS / "manifest.json").write_text(old)
+    assert contest("--train-shards", 1) == 2
+    error = capsys.readouterr().err
+    assert "holds something unreadable; choose another --name, or say --replace" in error
+    assert contest("--train-shards", 1, "--replace") == 0
+
+
+def test_our_own_errors_are_not_errors_of_the_manifest(contest, documents, monkeypatch, capsys):
+    for name in ("manifest.json", "docs_selected.source_manifest.json"):
+        arguments = ["--documents"] if name.startswith("docs") else []
+        contest.hub.faults[name] = [lambda h: h.send_error(404)]
+        assert contest("--train-shards", 1, *arguments) == 2
+        error = capsys.readouterr().err
+        assert "HTTP 404 Not Found; see --variant" in error
+        assert "does not describe" not in error and "names no docs" not in error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=-1))
+            assert contest("--train-shards", 1, *arguments) == 2
+        error = capsys.readouterr().err
+        assert f"no space for {name}" in error and "does not describe" not in error and "names no docs" not in error
+
+
+def test_a_digest_that_is_none_is_refused_before_the_download(contest, documents, capsys):
+    for digest in ("", 7, None, "g" * 64):
+        (documents / "docs_selected.source_manifest.json").write_text(json.dumps({"docs_sha256": digest}))
+        assert contest("--documents") == 2
+        assert "names no docs_sha256" in capsys.readouterr().err and not asked(contest.hub, "docs_selected.jsonl")
+
+
+def endless(*headers: tuple[str, str], chunked: bool = False):
+    """An answer that goes on until the client hangs up."""
+
+    def answer(handler):
+        handler.send_response(200)
+        for header in headers:
+            handler.send_header(*header)
+        handler.end_headers()
+        block = bytes(1 << 16)
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            while True:
+                handler.wfile.write(b"10000\r\n" + block + b"\r\n" if chunked else block)
+
+    return answer
+
+
+def test_a_file_without_an_end_is_given_up(hub, tmp_path, monkeypatch):
+    remote = prepare.Hub(hub.url, "some/one")
+    hub.faults["x"] = [endless()]
+    with pytest.raises(train_gpt.DataError, match="does not end after 3,000,000 bytes"):
+        remote.fetch("x", tmp_path / "x", most=3_000_000)
+    hub.faults["x"] = [endless(("Content-Length", "3000001"))]
+    with pytest.raises(train_gpt.DataError, match="3,000,001 bytes, expected at most 3,000,000"):
+        remote.fetch("x", tmp_path / "x", most=3_000_000)
+    hub.faults["x"] = [endless()]
+    monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 27))
+    with pytest.raises(train_gpt.UserError, match="no space for x, whose size is unknown"):
+        remote.fetch("x", tmp_path / "x")
+    assert (tmp_path / ".x.part").stat().st_size == 0 and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "headers, message",
+    [
+        ([("Content-Length", "abc")], "Content-Length is 'abc'"),
+        ([("Content-Length", "-5")], "Content-Length is '-5'"),
+        ([("Transfer-Encoding", "chunked"), ("Content-Length", "70000")], "more than the promised 70,000 bytes"),
+    ],
+)
+def test_a_wrong_length_is_given_up(hub, tmp_path, headers, message):
+    hub.faults["x"] = [endless(*headers, chunked=len(headers) > 1)] * 9
+    with pytest.raises(train_gpt.UserError, match=message):
+        prepare.Hub(hub.url, "some/one").fetch("x", tmp_path / "x")
+    assert (tmp_path / ".x.part").stat().st_size == 0
+
+
+def redirect_to(place: str):
+    def answer(handler):
+        handler.send_response(302)
+        handler.send_header("Location", place)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer
+
+
+@pytest.mark.parametrize("place", ["ftp://127.0.0.1:1/x", "file:///etc/hostname", "data:text/plain,x"])
+def test_redirects_stay_on_the_web(hub, tmp_path, place):
+    hub.faults["x"] = [redirect_to(place)]
+    with pytest.raises(train_gpt.UserError, match="HTTP 302 ") as error:
+        prepare.Hub(hub.url, "some/one").fetch("x", tmp_path / "x")
+    assert place in str(error.value) and len(hub.requests) == 1
+
+
+def test_a_redirect_does_not_give_up_encryption():
+    handler = prepare.LinkedDigest()
+    request = urllib.request.Request("https://hub/x")
+    headers = email.message.Message()
+    with pytest.raises(urllib.error.HTTPError, match="from https to http, which is not followed"):
+        handler.redirect_request(request, None, 302, "Found", headers, "http://elsewhere/x")
+    assert handler.redirect_request(request, None, 302, "Found", headers, "https://elsewhere/x")
+
+
+def test_the_digest_survives_a_second_redirect():
+    handler = prepare.LinkedDigest()
+    headers = email.message.Message()
+    headers["X-Linked-Etag"] = '"abc"'
+    request = urllib.request.Request("https://hub/x")
+    handler.redirect_request(request, None, 302, "Found", headers, "https://first/x")
+    handler.redirect_request(request, None, 302, "Found", email.message.Message(), "https://second/x")
+    assert handler.sha256 == "abc"
 
 
 # ---- bad networks -----------------------------------------------------------
@@ -404,7 +620,8 @@ def test_documents_are_encoded_with_a_tokenizer_of_ours(contest, documents, caps
     assert read_back(folder, "train")[0] == TEXTS[40:]  # the copy is left out
     assert json.loads((folder / "manifest.json").read_text())["splits"]["train"]["left_out_documents"] == 1
     assert contest(*arguments) == 0 and not contest.hub.requests
-    assert contest(*arguments, "--val-docs", 41) == 0 and not contest.hub.requests  # the download is kept
+    assert contest(*arguments, "--val-docs", 41) == 2  # encoding the real text takes hours
+    assert contest(*arguments, "--val-docs", 41, "--replace") == 0 and not contest.hub.requests  # the download is kept
     output = capsys.readouterr()
     assert "1 documents left out" in output.out and "warning: --val-docs 40: documents up to the 50,000th" in output.err
 

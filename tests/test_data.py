@@ -120,7 +120,7 @@ def test_bad_validation_is_refused(tiny_data, tiny_run, write_shard, tokens, men
 
 
 def test_every_validation_shard_is_checked(tiny_data, tiny_run, write_shard):
-    path = write_shard(tiny_data / "fineweb_val_000001.bin", [5, BOS, 6])
+    path = write_shard(tiny_data / "fineweb_val_000001.bin", [BOS, VOCAB])
     assert str(path) in refusal(load, tiny_run())
     path.write_bytes(path.read_bytes()[:-1])
     assert str(path) in refusal(load, tiny_run())
@@ -132,6 +132,27 @@ def test_all_validation_shards_are_one_set_in_order(tiny_data, tiny_run, write_s
     after = load(tiny_run())
     assert after.tokens.tolist() == [*before.tokens.tolist(), BOS, 5, 6, BOS, 7]
     assert len(after) == len(before) + 2 and after.lengths[-3:].tolist() == [before.lengths[-1] + 1, 3, 1]
+
+
+def test_a_shard_may_go_on_with_the_document_of_the_one_before(tiny_data, tiny_run, write_shard):
+    """As the contest's own script cuts them, which may also leave one empty: the stream is what counts."""
+    whole = train_gpt.read_shard(validation_shard(tiny_data)).tolist()
+    expected = load(tiny_run())
+    for i, (begin, end) in enumerate(((0, 50), (50, 60), (60, 60), (60, len(whole)))):
+        write_shard(tiny_data / f"fineweb_val_{i:06}.bin", whole[begin:end])
+    assert whole[50] != BOS and BOS not in whole[50:60]
+    cut = load(tiny_run())
+    assert cut.sha256() == expected.sha256() and cut.starts.tolist() == expected.starts.tolist()
+
+
+def test_a_shard_that_goes_on_needs_the_one_before(tiny_data, tiny_run, write_shard):
+    path = write_shard(tiny_data / "fineweb_val_000002.bin", [5, BOS, 6])
+    message = refusal(load, tiny_run())
+    assert str(path) in message and "fineweb_val_000001.bin is missing" in message
+    path.rename(tiny_data / "fineweb_val_000001.bin")
+    load(tiny_run())
+    validation_shard(tiny_data).unlink()
+    assert "validation must begin with BOS" in refusal(load, tiny_run())
 
 
 def side_car(folder, write_shard, entries):

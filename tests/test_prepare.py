@@ -7,6 +7,7 @@ import fcntl
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import select
@@ -365,7 +366,7 @@ def test_a_lossy_tokenizer_is_weighed_and_reported(models, model_file, tmp_path,
 def test_caseops_follows_the_markers_of_a_given_tokenizer(model_file, tmp_path):
     text = write_lines(tmp_path / "a.jsonl", TEXTS)
     for kind, transform in (("caseops", "caseops"), ("plain", "none")):
-        assert run(text, "--val-fraction", 0.3, "--tokenizer", model_file(kind), "--out", tmp_path) == 0
+        assert run(text, "--val-fraction", 0.3, "--tokenizer", model_file(kind), "--out", tmp_path, "--replace") == 0
         manifest = json.loads((tmp_path / "datasets" / "jsonl" / "manifest.json").read_text())
         assert manifest["tokenizer"]["transform"] == transform
 
@@ -407,7 +408,7 @@ def test_the_split_by_digest_is_a_property_of_the_text(model_file, tmp_path):
     found = []
     for texts in (TEXTS, TEXTS[::-1] + TEXTS):
         text = write_lines(tmp_path / "a.jsonl", texts)
-        assert run(text, "--val-fraction", 0.25, "--tokenizer", model, "--out", tmp_path) == 0
+        assert run(text, "--val-fraction", 0.25, "--tokenizer", model, "--out", tmp_path, "--replace") == 0
         folder = tmp_path / "datasets" / "jsonl"
         found.append([set(read_back(folder, split)[0]) for split in ("val", "train")])
     assert found[0] == found[1] and not found[0][0] & found[0][1]
@@ -421,7 +422,6 @@ def test_the_split_by_digest_is_a_property_of_the_text(model_file, tmp_path):
     "line, message",
     [
         (b"nonsense", "not JSON"),
-        (b"", "not JSON"),
         (b'"\xff"', "not JSON"),
         (b"[" * 100_000, "not JSON"),
         (b"17", "b'17'; expected a JSON string, or an object with a string \"text\""),
@@ -480,6 +480,182 @@ def test_bad_options_are_refused_by_the_command_line(arguments):
     assert stop.value.code == 2
 
 
+def test_blank_lines_are_skipped_and_counted(model_file, tmp_path, capsys):
+    text = tmp_path / "a.jsonl"
+    text.write_bytes(b"\n" + b"\r\n  \n".join(json.dumps(t).encode() for t in TEXTS[:60]) + b"\n\n")
+    plain = write_lines(tmp_path / "b.jsonl", TEXTS[:60])
+    for path, name in ((text, "blank"), (plain, "plain")):
+        options = ["--val-fraction", 0.3, "--tokenizer", model_file("plain"), "--out", tmp_path, "--name", name]
+        assert run(path, *options) == 0
+    assert "61 blank lines skipped" in capsys.readouterr().out
+    folders = [tmp_path / "datasets" / name for name in ("blank", "plain")]
+    shards = [{name: data for name, data in everything(f).items() if name != "manifest.json"} for f in folders]
+    assert shards[0] == shards[1]
+    manifests = [json.loads((folder / "manifest.json").read_text()) for folder in folders]
+    assert manifests[0]["skipped_lines"] == {"blank": 61, "bad": 0} and "skipped_lines" not in manifests[1]
+
+
+def test_bad_lines_are_skipped_counted_and_named_when_asked(model_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_LINE_BYTES", 3_000_000)
+    text = tmp_path / "a.jsonl"
+    bad = [b"no\x1b[2Jnsense", b"17", b'"a\\ud800b"', b'"' + b"x" * 3_500_000 + b'"', b"{}", b"[", b"]"]
+    good = [json.dumps(t).encode() for t in TEXTS[:60]]
+    text.write_bytes(b"\n".join([*good[:30], *bad, *good[30:]]))
+    options = ["--val-fraction", 0.3, "--vocab-size", 300, "--no-caseops", "--out", tmp_path]
+    assert run(text, *options) == 2 and not (tmp_path / "datasets" / "jsonl").exists()
+    assert run(text, *options, "--skip-bad-lines") == 0
+    error = capsys.readouterr().err
+    assert "warning: 7 bad lines skipped" in error and "\x1b" not in error
+    assert all(f"{text}:{number}: " in error for number in range(31, 36)) and f"{text}:36" not in error
+    assert "longer than 3,000,000 bytes" in error
+    folder = tmp_path / "datasets" / "jsonl"
+    assert sorted(sum((read_back(folder, split)[0] for split in ("train", "val")), [])) == sorted(TEXTS[:60])
+    assert json.loads((folder / "manifest.json").read_text())["skipped_lines"] == {"blank": 0, "bad": 7}
+    assert run(text, *options) == 2  # what was prepared with bad lines left out is not the same as all of it
+
+
+@pytest.mark.parametrize("longer", [False, True])
+def test_one_endless_line_in_a_small_file_takes_little_memory(tmp_path, longer):
+    """Some 100 KB that stand for 1 GB, without and with a window of 2 GB."""
+    options = {"window_log": 31} if longer else {}
+    parameters = zstandard.ZstdCompressionParameters(compression_level=1, **options)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    with open(path, "wb") as file:
+        file.write(compressor.compress(b'"'))
+        for _ in range(1000):
+            file.write(compressor.compress(bytes(1 << 20)))
+        file.write(compressor.flush())
+    assert path.stat().st_size < 200_000
+    program = f"""
+import resource, sys
+from data import prepare
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for skip in (False, True):
+    lines = [line for batch in prepare.read_batches([prepare.SourceFile({str(path)!r}, skip_bad_lines=skip)])
+             for line in batch.lines]
+    assert len(lines) == 1 and len(lines[0]) > prepare.MAX_LINE_BYTES
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < (1_400_000 if longer else 300_000)  # KB; the window holds what was read, 1 GB
+
+
+LINES = b'"one"\n"two"\n'
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.xz", lzma.compress(LINES)),
+        ("a.jsonl", lzma.compress(LINES)),
+        ("a", gzip.compress(LINES)),
+        ("a.GZ", gzip.compress(LINES)),
+        ("a.gz", gzip.compress(gzip.compress(LINES))),
+        ("a.gz", zstandard.compress(bz2.compress(LINES))),
+        ("a.gz", LINES),  # unpacked on the way, as browsers do
+        ("a.zst", b"\x50\x2a\x4d\x18\x04\0\0\0skip" + zstandard.compress(LINES) * 1),
+        ("a.jsonl", zstandard.compress(LINES)),
+        ("a.json", LINES[:-1]),
+    ],
+)
+def test_compression_is_known_by_content(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    lines = [line for batch in prepare.read_batches([prepare.SourceFile(str(tmp_path / name))]) for line in batch.lines]
+    assert lines == [b'"one"', b'"two"']
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"PK\x03\x04" + bytes(100), "a zip archive"),
+        (gzip.compress(b"name".ljust(257, b"\0") + b"ustar" + bytes(250)), "a tar archive; unpack it"),
+        ('"text"'.encode("utf-16"), "UTF-16 text"),
+        (gzip.compress(gzip.compress(gzip.compress(gzip.compress(LINES)))), "compressed more than 3 times"),
+        (lzma.compress(LINES * 99)[:-30], "after 0 lines"),
+        (zstandard.compress(b"x" * 99)[:-2], "ends within a compressed frame"),
+    ],
+)
+def test_what_is_no_jsonl_is_named(tmp_path, content, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(train_gpt.DataError, match=message) as error:
+        list(prepare.read_batches([prepare.SourceFile(str(path))]))
+    assert str(error.value).startswith(str(path))
+
+
+def test_a_frame_that_breaks_off_between_lines_is_noticed(tmp_path):
+    """The library's own reader takes it for whole, and all that follows would be missing."""
+    compressor = zstandard.ZstdCompressor().compressobj()
+    path = tmp_path / "a.zst"
+    path.write_bytes(compressor.compress(LINES) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+    with pytest.raises(train_gpt.DataError, match="ends within a compressed frame"):
+        list(prepare.read_batches([prepare.SourceFile(str(path))]))
+
+
+def test_files_that_val_swallowed_are_named(model_file, tmp_path, capsys):
+    val = write_lines(tmp_path / "v.jsonl", TEXTS[:30])
+    train = write_lines(tmp_path / "t.jsonl", TEXTS[30:60])
+    more = write_lines(tmp_path / "m.jsonl", TEXTS[60:70])
+    options = ["--tokenizer", model_file("plain"), "--out", tmp_path]
+    with pytest.raises(SystemExit) as stop:
+        run(*options, "--val", val, train)
+    assert stop.value.code == 2 and "--val takes every name that follows it" in capsys.readouterr().err
+    assert run(*options, "--val", val, "--", train) == 0
+    assert "validation: " not in capsys.readouterr().err
+    assert run(train, *options, "--name", "two", "--val", val, more) == 0
+    assert f"validation: 2 files: {val}, {more}\n" in capsys.readouterr().err
+
+
+def normalising(models, kind: str) -> bytes:
+    """A model that writes "qu" as "kw" before it cuts text into pieces; all else it keeps."""
+    folder = models["part"].path.rpartition("/")[0]
+    rules = Path(folder) / "rules.tsv"
+    rules.write_text("71 75\t6B 77\n")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        normalization_rule_tsv=str(rules),
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        minloglevel=3,
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_tokenizer_with_rules_of_its_own_is_lossy(models, tmp_path, monkeypatch, known):
+    """By its rules; and where these do not tell, by the documents."""
+    if not known:
+        monkeypatch.setattr(prepare, "has_normalisation_rules", lambda _: False)
+    prepare.load_encoder.cache_clear()
+    model = tmp_path / "own.model"
+    model.write_bytes(normalising(models, "own"))
+    validation = ["quite a queen", "plain"]
+    val = write_lines(tmp_path / "val.jsonl", validation)
+    train = write_lines(tmp_path / "train.jsonl", TEXTS)
+    assert run(train, "--val", val, "--tokenizer", model, "--out", tmp_path) == 0
+    prepare.load_encoder.cache_clear()
+    folder = tmp_path / "datasets" / "jsonl"
+    assert json.loads((folder / "manifest.json").read_text())["tokenizer"]["exact"] is False
+    assert read_back(folder, "val") == (["kwite a kween", "plain"], [len(t) for t in validation])
+
+
+def test_rules_are_found_in_the_model(models):
+    assert prepare.has_normalisation_rules(models["lossy"])
+    assert prepare.has_normalisation_rules(normalising(models, "own"))
+    assert not prepare.has_normalisation_rules(models["plain"])
+    assert not prepare.has_normalisation_rules(models["caseops"])
+
+
 # ---- whole or not at all ----------------------------------------------------
 
 
@@ -507,9 +683,9 @@ def test_a_finished_preparation_is_used_again(small, capsys):
         lambda: write_lines(Path(arguments[0]), TEXTS[1:]),
     ):
         spoil()
-        assert run(*arguments) == 0
+        assert run(*arguments, "--replace") == 0
         assert "already prepared" not in capsys.readouterr().out
-    assert run(*arguments, "--shard-tokens", 3000) == 0
+    assert run(*arguments, "--shard-tokens", 3000, "--replace") == 0
     assert "already prepared" not in capsys.readouterr().out
     assert [p.name for p in folder.parent.iterdir()] == ["jsonl"]
 
@@ -524,9 +700,26 @@ def test_a_failure_leaves_what_was_there(small, monkeypatch, capsys, failure, st
         raise failure
 
     monkeypatch.setattr(prepare, "write_manifest", fail)
-    assert run(*arguments, "--shard-tokens", 3000) == status
+    assert run(*arguments, "--shard-tokens", 3000, "--replace") == status
     assert everything(folder.parent.parent) == before
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_another_dataset_is_not_replaced_in_silence(small, capsys):
+    arguments, folder = small
+    assert run(*arguments) == 0
+    before = everything(folder.parent.parent)
+    assert run(*arguments, "--shard-tokens", 3000) == 2
+    assert f"{folder}: holds another dataset (other shard_tokens); " in capsys.readouterr().err
+    (folder / "manifest.json").write_bytes(b"[" * 100_000)
+    assert run(*arguments) == 2
+    assert "holds something unreadable" in capsys.readouterr().err
+    (folder / "manifest.json").write_bytes(before["datasets/jsonl/manifest.json"])
+    (folder / "fineweb_train_000000.bin").unlink()
+    assert run(*arguments) == 0  # the same is mended
+    assert everything(folder.parent.parent) == before
+    assert run(*arguments, "--shard-tokens", 3000, "--replace") == 0
+    assert everything(folder.parent.parent) != before
 
 
 def test_a_worker_that_dies_is_reported(small, monkeypatch, capsys):
@@ -684,6 +877,36 @@ def test_a_signal_ends_it_within_seconds(small, tmp_path, forker, moment, sent):
     status, output = forker.result()
     assert status in (130, -signal.SIGINT) and time.monotonic() - begin < 5  # -2: at Python's own end
     assert "interrupted" in output and not list(folder.parent.iterdir())
+
+
+@pytest.mark.parametrize("moment", ["encode_batch", "save_tokenizer"])
+def test_workers_end_with_a_parent_that_is_killed(small, tmp_path, forker, moment):
+    """And hold no lock meanwhile: the next preparation can begin at once."""
+    arguments, folder = small
+    if moment == "save_tokenizer":
+        arguments = [a for a in arguments if a not in ("--tokenizer", tmp_path / "given.model")]
+    program = f"""
+import os, sys, time
+from data import prepare
+def stall(*_):
+    open("at it", "w").close()
+    time.sleep(1000)
+prepare.{moment} = stall
+sys.exit(prepare.main({["jsonl", *map(str, arguments), "--workers", "2"]!r}))
+"""
+    forker.start(tmp_path, program)
+    while not (tmp_path / "at it").exists():
+        assert not forker.has_ended(0.01), forker.result()
+    partial = folder.parent / ".jsonl.partial"
+    lock = os.open(partial, os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.kill(forker.pid, signal.SIGKILL)
+    begin = time.monotonic()
+    assert forker.result()[0] == -signal.SIGKILL  # the output is closed: no worker is left
+    assert time.monotonic() - begin < 5
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(lock)
 
 
 @pytest.mark.slow
