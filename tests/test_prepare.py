@@ -554,10 +554,11 @@ LINES = b'"one"\n"two"\n'
         ("a.gz", gzip.compress(gzip.compress(LINES))),
         ("a.gz", zstandard.compress(bz2.compress(LINES))),
         ("a.gz", LINES),  # unpacked on the way, as browsers do
-        ("a.zst", b"\x50\x2a\x4d\x18\x04\0\0\0skip" + zstandard.compress(LINES) * 1),
+        ("a.zst", b"\x50\x2a\x4d\x18\x04\0\0\0skip" + zstandard.compress(LINES)),
         ("a.jsonl", zstandard.compress(LINES)),
         ("a.json", LINES[:-1]),
     ],
+    ids=range(10),  # packed files hold the time
 )
 def test_compression_is_known_by_content(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -575,6 +576,7 @@ def test_compression_is_known_by_content(tmp_path, name, content):
         (lzma.compress(LINES * 99)[:-30], "after 0 lines"),
         (zstandard.compress(b"x" * 99)[:-2], "ends within a compressed frame"),
     ],
+    ids=range(6),  # packed files hold the time
 )
 def test_what_is_no_jsonl_is_named(tmp_path, content, message):
     path = tmp_path / "a.jsonl"
@@ -607,7 +609,7 @@ def test_files_that_val_swallowed_are_named(model_file, tmp_path, capsys):
     assert f"validation: 2 files: {val}, {more}\n" in capsys.readouterr().err
 
 
-def normalising(models, kind: str) -> bytes:
+def normalising(models) -> bytes:
     """A model that writes "qu" as "kw" before it cuts text into pieces; all else it keeps."""
     folder = models["part"].path.rpartition("/")[0]
     rules = Path(folder) / "rules.tsv"
@@ -638,7 +640,7 @@ def test_a_tokenizer_with_rules_of_its_own_is_lossy(models, tmp_path, monkeypatc
         monkeypatch.setattr(prepare, "has_normalisation_rules", lambda _: False)
     prepare.load_encoder.cache_clear()
     model = tmp_path / "own.model"
-    model.write_bytes(normalising(models, "own"))
+    model.write_bytes(normalising(models))
     validation = ["quite a queen", "plain"]
     val = write_lines(tmp_path / "val.jsonl", validation)
     train = write_lines(tmp_path / "train.jsonl", TEXTS)
@@ -651,7 +653,7 @@ def test_a_tokenizer_with_rules_of_its_own_is_lossy(models, tmp_path, monkeypatc
 
 def test_rules_are_found_in_the_model(models):
     assert prepare.has_normalisation_rules(models["lossy"])
-    assert prepare.has_normalisation_rules(normalising(models, "own"))
+    assert prepare.has_normalisation_rules(normalising(models))
     assert not prepare.has_normalisation_rules(models["plain"])
     assert not prepare.has_normalisation_rules(models["caseops"])
 
