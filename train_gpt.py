@@ -1411,12 +1411,17 @@ def listed_digests(folder: Path) -> dict[str, str]:
 MARKERS = frozenset("\ue001\ue002\ue003\ue004")  # with which CaseOps spells capitals
 
 
+def has_markers(processor: sentencepiece.SentencePieceProcessor) -> bool:
+    """Whether a tokenizer was made for CaseOps text."""
+    return any(MARKERS.intersection(processor.id_to_piece(i)) for i in range(processor.get_piece_size()))
+
+
 def transform_of(folder: Path, tokenizer: Tokenizer) -> Literal["caseops", "none"]:
     """How the text of a folder was changed before it was tokenised: by CaseOps if the manifest says so, or if the
     tokenizer has pieces with its markers. Raises DataError if the manifest names another transform, or denies one that
     the pieces show."""
     stated = manifest_value(folder, "tokenizer", "transform")
-    marked = any(MARKERS.intersection(tokenizer.processor.id_to_piece(i)) for i in range(len(tokenizer.pieces.sizes)))
+    marked = has_markers(tokenizer.processor)
     require(
         stated in (None, "caseops") or (stated == "none" and not marked),
         f"{folder / 'manifest.json'}: says that text was transformed by {str(stated)[:60]!r}, but "
@@ -1826,6 +1831,11 @@ def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A container's bytes -> (meta, tensors by name). Nothing is trusted before it is checked; raises DataError, which
     names `what`."""
     header, at = read_header(data, what)
+    return dict(header["meta"]), read_tensors(data, header, at, what)
+
+
+def read_tensors(data: bytes, header: Mapping[str, Any], at: int, what: str) -> dict[str, Tensor]:
+    """A container's bytes, with what `read_header` found in them -> tensors by name. Raises DataError."""
     tensors: dict[str, Tensor] = {}
     with untrusted(what):
         # A limit for all tensors together, so that a small file cannot fill the memory.
@@ -1835,7 +1845,7 @@ def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
             room -= tensors[name].nbytes
             at += size
-        return dict(header["meta"]), tensors
+    return tensors
 
 
 @contextlib.contextmanager
@@ -3701,7 +3711,7 @@ def load_artifact(path: Path, setup: Setup) -> GPT:
     of gigabytes, and a short header a network of any size."""
     what = str(path)
     data = read_on_main(path, setup.dist)
-    header, _ = read_header(data, what)
+    header, at = read_header(data, what)
     config = stored_config(header["meta"], what)
     tokenizer = str(header["meta"].get("tokenizer"))
     require(
@@ -3711,7 +3721,7 @@ def load_artifact(path: Path, setup: Setup) -> GPT:
         DataError,
     )
     check_layout(config, table_layout(header, what), what)
-    _, stored = unpack(data, what)
+    stored = read_tensors(data, header, at, what)
     return restore(GPT(config).to(setup.dist.device), stored, what)
 
 

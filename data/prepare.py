@@ -77,6 +77,7 @@ try:
         PieceBytes,
         UserError,
         contest_bytes,
+        has_markers,
         piece_bytes,
         read_shard,
         write_atomically,
@@ -395,8 +396,7 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[bytes, bool]:
     processor = load_encoder(model, False, str(args.tokenizer)).processor
     if args.caseops is not None:
         return model, args.caseops
-    has_markers = processor.piece_to_id(TITLE) != processor.unk_id()
-    return model, has_markers
+    return model, has_markers(processor)
 
 
 def finish_split(writer: ShardWriter, guard: SplitGuard, caseops: bool, split_rule: str) -> dict:

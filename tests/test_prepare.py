@@ -59,15 +59,12 @@ def write_lines(path: Path, texts: list[str]) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory) -> dict[str, bytes]:
-    """Ours with and without CaseOps, and one that normalises as the contest's do."""
-    folder = tmp_path_factory.mktemp("models")
-    part = prepare.SourceFile(str(write_lines(folder / "text.jsonl", TEXTS)))
-    lossy = io.BytesIO()
+def trained(**rules) -> bytes:
+    """A tokenizer of other people's, with these options of normalisation."""
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
-        model_writer=lossy,
+        model_writer=model,
         model_type="bpe",
         vocab_size=400,
         byte_fallback=True,
@@ -75,14 +72,22 @@ def models(tmp_path_factory) -> dict[str, bytes]:
         bos_id=1,
         eos_id=2,
         unk_id=3,
-        normalization_rule_name="nmt_nfkc",
         add_dummy_prefix=False,
         minloglevel=3,
+        **rules,
     )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, bytes]:
+    """Ours with and without CaseOps, and one that normalises as the contest's do."""
+    folder = tmp_path_factory.mktemp("models")
+    part = prepare.SourceFile(str(write_lines(folder / "text.jsonl", TEXTS)))
     return {
         "caseops": prepare.train_tokenizer([part], 420, True),
         "plain": prepare.train_tokenizer([part], 400, False),
-        "lossy": lossy.getvalue(),
+        "lossy": trained(normalization_rule_name="nmt_nfkc"),
         "part": part,
     }
 
@@ -614,23 +619,7 @@ def normalising(models) -> bytes:
     folder = models["part"].path.rpartition("/")[0]
     rules = Path(folder) / "rules.tsv"
     rules.write_text("71 75\t6B 77\n")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        normalization_rule_tsv=str(rules),
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        minloglevel=3,
-    )
-    return model.getvalue()
+    return trained(normalization_rule_tsv=str(rules), remove_extra_whitespaces=False)
 
 
 @pytest.mark.parametrize("known", [True, False])

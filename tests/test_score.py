@@ -5,26 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_MODEL
 from hypothesis import given
 from hypothesis import strategies as st
 from recorder import Recorder, random_gpt
 
 import train_gpt as g
 
-CONFIG = g.ModelConfig(
-    vocab_size=64,
-    num_layers=4,
-    model_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    mlp_mult=2,
-    rope_dims=4,
-    unet_skips=2,
-    parallel_start_layer=3,
-    num_loops=1,
-    loop_start=1,
-    loop_end=2,
-)
+CONFIG = TINY_MODEL
 CONTEXT, STRIDE = 32, 8
 
 
