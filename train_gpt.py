@@ -1182,6 +1182,7 @@ class PieceBytes(NamedTuple):
     sizes: np.ndarray  # (V,) int64, UTF-8 bytes of the piece without its leading space mark
     leading_space: np.ndarray  # (V,) bool, the piece begins with the space mark
     control: np.ndarray  # (V,) bool, control, unknown or unused: no bytes, and a space right after it is not counted
+    excess: np.ndarray  # (V,) int64, bytes in `sizes` that text lacks: a space mark further on is 3 bytes, its space 1
 
 
 def piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> PieceBytes:
@@ -1190,6 +1191,7 @@ def piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> PieceBytes:
     sizes = np.zeros(vocab_size, np.int64)
     leading_space = np.zeros(vocab_size, bool)
     control = np.zeros(vocab_size, bool)
+    excess = np.zeros(vocab_size, np.int64)
 
     for i in range(vocab_size):
         if processor.is_control(i) or processor.is_unknown(i) or processor.is_unused(i):
@@ -1200,7 +1202,8 @@ def piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> PieceBytes:
             piece = processor.id_to_piece(i)
             sizes[i] = len(piece.removeprefix("▁").encode())
             leading_space[i] = piece.startswith("▁")
-    return PieceBytes(sizes, leading_space, control)
+            excess[i] = piece[1:].count("▁") * (len("▁".encode()) - len(" "))
+    return PieceBytes(sizes, leading_space, control, excess)
 
 
 def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
@@ -1265,6 +1268,7 @@ class Documents(NamedTuple):
     tokens: np.ndarray  # (n,) uint16, BOS before every document
     bytes: np.ndarray  # (n,) int64, bytes of original text that every token stands for
     starts: np.ndarray  # (documents + 1,) position of every BOS, then n
+    by_formula: bool = False  # bytes are counted by the contest's formula (`contest_bytes`), not by side-cars
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -1285,15 +1289,20 @@ class Documents(NamedTuple):
         begin = self.starts[:-1]
         return cumulative[begin + self.lengths] - cumulative[begin]
 
+    def excess_bytes(self, pieces: PieceBytes) -> int:
+        """How many bytes the contest's formula counts that the text lacks, which makes bits per byte look better than
+        they are. 0 for tokenizers that have a space only at the beginning of a piece, and where side-cars count."""
+        return int(pieces.excess[self.tokens].sum()) if self.by_formula else 0
+
     def sha256(self) -> str:
         """Identifies tokens and bytes."""
         return hashlib.sha256(self.tokens.astype("<u2").tobytes() + self.bytes.astype("<i8").tobytes()).hexdigest()
 
 
-def split_documents(tokens: np.ndarray, token_bytes: np.ndarray) -> Documents:
-    """Tokens (n,), the bytes they stand for (n,) -> documents, one for every BOS."""
+def split_documents(tokens: np.ndarray, token_bytes: np.ndarray, by_formula: bool = False) -> Documents:
+    """Tokens (n,), the bytes they stand for (n,), by the contest's formula or not -> documents, one for every BOS."""
     starts = np.append(np.flatnonzero(tokens == BOS), len(tokens))
-    return Documents(tokens, token_bytes, starts)
+    return Documents(tokens, token_bytes, starts, by_formula)
 
 
 def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Documents:
@@ -1311,7 +1320,8 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
     check_digests(Path(folder), tokenizer)
     tokens = np.concatenate(list(shards.values()))
     token_bytes = read_sidecars(folder, shards)
-    if token_bytes is None:
+    by_formula = token_bytes is None
+    if by_formula:
         # Markers are no text, but the formula would count three bytes for each: the score would be too low.
         require(
             transform_of(Path(folder), tokenizer) == "none",
@@ -1321,7 +1331,7 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
         )
         token_bytes = contest_bytes(tokens, tokenizer.pieces)
 
-    docs = split_documents(tokens, token_bytes.astype(np.int64))
+    docs = split_documents(tokens, token_bytes.astype(np.int64), by_formula)
     require(
         docs.target_bytes().sum() > 0,
         f"DATA_PATH={folder}: validation stands for no text at all; prepare the data again",
@@ -3918,6 +3928,7 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) 
         "documents": len(docs),
         "tokens": int(table.counted.sum()),
         "bytes": int(docs.target_bytes().sum()),
+        "excess_bytes": docs.excess_bytes(setup.tokenizer.pieces),
         "validation": docs.sha256(),
         "adaptation_steps": int(table.updates.sum()),
         "doc_independent": int(independent),
@@ -3942,7 +3953,8 @@ def write_documents(path: Path, table: ScoreTable, static: ScoreTable) -> None:
 
 
 def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: ScoreTable) -> None:
-    """Log the scores with and without adaptation; for a lossy tokenizer also per byte of the text that survives it."""
+    """Log the scores with and without adaptation; for a lossy tokenizer also per byte of the text that survives it, and
+    where the contest's formula counts too many bytes, also without those."""
     counted_bytes = int(setup.validation.target_bytes().sum())
     kept = manifest_value(Path(setup.run.data_path), "splits", "val", "smaller_bytes")
     if isinstance(kept, int) and 0 < kept < counted_bytes:
@@ -3951,6 +3963,15 @@ def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: Sc
             "this tokenizer is lossy: over the {bytes_kept} bytes that survive it, val_bpb is {val_bpb_kept:.5f}",
             bytes_kept=kept,
             val_bpb_kept=table.bits_per_byte * counted_bytes / kept,
+        )
+    excess = setup.validation.excess_bytes(setup.tokenizer.pieces)
+    if excess > 0:
+        log.event(
+            "excess",
+            "this tokenizer has spaces inside pieces, for which the contest's formula counts {excess_bytes} bytes too "
+            "many: without these, val_bpb is {val_bpb_exact:.5f}",
+            excess_bytes=excess,
+            val_bpb_exact=table.bits_per_byte * counted_bytes / (counted_bytes - excess),
         )
 
     line = "artifact {artifact}: static_bpb:{static_bpb:.5f}"

@@ -1603,7 +1603,7 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def print_summary(final: Path, manifest: dict, note: str = "") -> None:
-    """What was prepared, and a warning where the contest's formula counts bytes that the text does not have."""
+    """What was prepared, and warnings where the contest's formula counts bytes that the text does not have."""
     for name, split in manifest["splits"].items():
         size = split["original_bytes"] or split["contest_bytes"]
         weight = f"{size:,} bytes, {size / split['tokens']:.3f} a token, " if size else ""
@@ -1620,6 +1620,12 @@ def print_summary(final: Path, manifest: dict, note: str = "") -> None:
         print(
             f"warning: val: the contest's formula counts {counted:,} bytes, {counted - smaller:,} more than the "
             "smaller of original and decoded text: bits per byte look better than they are by as much"
+        )
+    excess = manifest["splits"]["val"].get("excess_bytes")
+    if excess:
+        print(
+            f"warning: val: this tokenizer has spaces inside pieces, for which the contest's formula counts {excess:,} "
+            "bytes too many: bits per byte will look better than they are by as much, and a run's result says so"
         )
     print(f"{final}{note}")
 
@@ -1808,6 +1814,7 @@ def document_digests(tokens: np.ndarray) -> set[bytes]:
 
 def count_validation_bytes(folder: Path, names: dict[str, list[str]], encoder: Encoder) -> dict:
     """BYTE_COUNTS of validation as far as its tokens tell; those of the original text only where there is a side-car.
+    Without CaseOps also `excess_bytes`, how many of the formula's bytes the text lacks.
 
     Raises DataError for a side-car of another length than its shard, and removes it.
     """
@@ -1832,6 +1839,7 @@ def count_validation_bytes(folder: Path, names: dict[str, list[str]], encoder: E
     facts["sidecars"] = [shard_facts(folder / name) for name in names["val_bytes"]]
     if not encoder.caseops:
         facts["contest_bytes"] = int(contest_bytes(stream, encoder.pieces).sum())
+        facts["excess_bytes"] = int(encoder.pieces.excess[stream].sum())
     if sidecars:
         original = np.add.reduceat(np.concatenate(sidecars).astype(np.int64), starts)
         facts["original_bytes"] = int(original.sum())

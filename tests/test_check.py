@@ -218,7 +218,7 @@ def test_lines_and_events_that_are_written_again_are_the_same(copy):
     assert change_events(copy, lambda events: None) == []
 
 
-ABSENT = ("readout", "adapted", "time_short")  # the tiny runs hold nothing out and have time; see below
+ABSENT = ("readout", "adapted", "time_short", "excess")  # the tiny runs hold nothing out and have time; see below
 
 
 @pytest.mark.parametrize(
@@ -290,6 +290,11 @@ def test_documents_that_were_left_are_told_of(copy):
     """The other way round."""
     found = change_result(copy, degraded_documents=4, doc_independent=0)
     assert "train_seed0.json: it has no event time_short" in found
+
+
+def test_bytes_counted_too_many_are_told_of(copy):
+    found = change_result(copy, excess_bytes=4)
+    assert "train_seed0.json: it has no event excess" in found
 
 
 @pytest.mark.parametrize("field", ["documents", "readout"])

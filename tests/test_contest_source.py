@@ -184,7 +184,26 @@ def test_plain_shards_are_weighed_by_the_formula(contest, models):  # noqa: F811
     encoder = prepare.load_encoder(models["lossy"], False)
     byte_counts = np.array([prepare.encode_document(encoder, t, False)[2] for t in TEXTS[:50]]).sum(0).tolist()
     assert [facts["decoded_bytes"], facts["contest_bytes"]] == [byte_counts[1], byte_counts[3]]
-    assert facts["original_bytes"] is None and facts["smaller_bytes"] is None
+    assert facts["original_bytes"] is None and facts["smaller_bytes"] is None and facts["excess_bytes"] == 0
+
+
+def test_spaces_inside_pieces_are_recorded_and_warned_of(contest, models, capsys):  # noqa: F811
+    """The formula takes each for three bytes, and there is no side-car that knows better."""
+    folder = contest.hub.root / HUB_ROOT.format(repo=prepare.PLAIN_REPOSITORY)
+    (folder / "tokenizers" / "lossy.model").write_bytes(models["suffix"])
+    encoder = prepare.load_encoder(models["suffix"], False)
+    shards = {"val_000000": TEXTS[:30], "val_000001": TEXTS[30:50], "train_000000": TEXTS[50:90]}
+    for name, texts in shards.items():
+        tokens = [prepare.encode_document(encoder, text, False)[0] for text in texts]
+        prepare.write_shard(folder / "datasets" / "fineweb10B_sp400" / f"fineweb_{name}.bin", tokens)
+
+    size = sum(len(text.encode()) for text in TEXTS[:50])
+    for _ in range(2):  # the second time, it is prepared already
+        assert contest("--variant", "sp400", "--train-shards", 1) == 0
+        manifest = json.loads((contest.datasets / "fineweb10B_sp400" / "manifest.json").read_text())
+        facts = manifest["splits"]["val"]
+        assert facts["contest_bytes"] - facts["excess_bytes"] == facts["decoded_bytes"] == size < facts["contest_bytes"]
+        assert f"formula counts {facts['excess_bytes']:,} bytes too many" in capsys.readouterr().out
 
 
 def test_a_longer_download_goes_on_from_a_shorter_one(contest, capsys):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from conftest import read_events
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -290,6 +291,44 @@ def test_bytes_are_those_of_the_decoded_text(train_tokenizer, text):
     decoded = processor.decode(ids)
     first_piece = processor.id_to_piece(ids[1]) if len(ids) > 1 else ""
     assert int(counted.sum()) == len(decoded.encode()) - first_piece.startswith("▁")
+
+
+@pytest.fixture
+def spaces_inside(tiny_data, train_tokenizer, write_shard) -> Path:
+    """A folder without side-cars, whose tokenizer puts spaces at the end of pieces."""
+    model = train_tokenizer(treat_whitespace_as_suffix=True)
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    (tiny_data / "tokenizer.model").write_bytes(model)
+    texts = ["neat toast on the slate", "a note", "rest in the shade"]
+    write_shard(validation_shard(tiny_data), [token for text in texts for token in [BOS, *processor.encode(text)]])
+    return tiny_data
+
+
+def test_bytes_that_the_formula_counts_too_many_are_known(spaces_inside, tiny_run, write_shard):
+    docs = load(tiny_run())
+    tokenizer = train_gpt.load_tokenizer(tiny_run(), VOCAB)
+    inner = sum(tokenizer.processor.id_to_piece(token)[1:].count("▁") for token in docs.tokens.tolist())
+    assert docs.excess_bytes(tokenizer.pieces) == 2 * inner > 0
+
+    write_shard(spaces_inside / "fineweb_val_bytes_000000.bin", docs.bytes)
+    assert load(tiny_run()).excess_bytes(tokenizer.pieces) == 0  # side-cars count, not the formula
+
+
+def test_spaces_that_do_not_lead_are_counted_too_high():
+    excess = train_gpt.piece_bytes(Pieces()).excess
+    assert {piece: n for piece, n in zip(PIECES, excess.tolist(), strict=True) if n} == {"▁▁": 2, "a▁b": 2}
+
+
+def test_a_byte_count_that_is_not_exact_reaches_the_score(spaces_inside, tiny_env, run_script, tmp_path):
+    done = run_script(env=tiny_env(ITERATIONS="1", TTT_ENABLED="0"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "logs" / "tiny.json").read_text())
+    (event,) = [e for e in read_events(tmp_path / "logs" / "tiny.events.jsonl") if e["event"] == "excess"]
+    excess = result["excess_bytes"]
+    assert excess == event["excess_bytes"] > 0
+    exact = result["val_bpb"] * result["bytes"] / (result["bytes"] - excess)
+    assert event["val_bpb_exact"] == pytest.approx(exact)
+    assert f"counts {excess} bytes too many: without these, val_bpb is {exact:.5f}\n" in done.stdout
 
 
 # ---- documents --------------------------------------------------------------

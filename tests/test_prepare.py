@@ -81,13 +81,16 @@ def trained(**rules) -> bytes:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, bytes]:
-    """Ours with and without CaseOps, and one that normalises as the contest's do."""
+    """Ours with and without CaseOps; one that normalises as the contest's do; one with spaces at the end of pieces."""
     folder = tmp_path_factory.mktemp("models")
     part = prepare.SourceFile(str(write_lines(folder / "text.jsonl", TEXTS)))
     return {
         "caseops": prepare.train_tokenizer([part], 420, True),
         "plain": prepare.train_tokenizer([part], 400, False),
         "lossy": trained(normalization_rule_name="nmt_nfkc"),
+        "suffix": trained(
+            normalization_rule_name="identity", remove_extra_whitespaces=False, treat_whitespace_as_suffix=True
+        ),
         "part": part,
     }
 

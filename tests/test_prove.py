@@ -59,9 +59,11 @@ class Place(NamedTuple):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, train_tokenizer) -> dict[str, Place]:
-    """`plain`: 64 pieces; `bytes`: 300, bytes among them; `caseops`: the same, capitals marked, and a side-car."""
+    """`plain`: 64 pieces; `bytes`: 300, bytes among them; `caseops`: the same, capitals marked, and a side-car;
+    `suffix`: 64, spaces at the end of them."""
     with_bytes = train_tokenizer(vocab_size=300, byte_fallback=True)
     tokenizers = {"plain": train_tokenizer(), "bytes": with_bytes, "caseops": with_bytes}
+    tokenizers["suffix"] = train_tokenizer(treat_whitespace_as_suffix=True)
     found = {}
     for name, model in tokenizers.items():
         folder = tmp_path_factory.mktemp(name)
@@ -77,7 +79,9 @@ def write_documents(folder: Path, name: str, model: bytes) -> None:
     """The validation shard of a place."""
     chance = random.Random(3)
     words = ["".join(chance.choices("etaoinshrdlu", k=chance.randint(1, 8))) for _ in range(200)]
-    texts = ["Nut \u2602 " * (name != "plain") + " ".join(chance.choices(words, k=size)) for size in DOCUMENTS]
+    texts = [
+        "Nut \u2602 " * (name in ("bytes", "caseops")) + " ".join(chance.choices(words, k=size)) for size in DOCUMENTS
+    ]
     if name == "caseops":
         encoder = prepare.load_encoder(model, True)
         tokens, sizes, _ = zip(*(prepare.encode_document(encoder, text[:40], True) for text in texts), strict=True)
@@ -158,6 +162,28 @@ def test_a_validation_that_proves_nothing_is_named(long_document):
 def test_bytes_are_counted_again_from_the_tokens(audit, places, place):
     faults, figures = prove.bytes_counted(audit(places[place], SYSTEMS["static"]))
     assert faults == [] and "documents decoded again" in figures
+
+
+def test_bytes_that_the_formula_counts_too_many_are_told(audit, places, tmp_path):
+    folder = tmp_path / "suffix"
+    shutil.copytree(places["suffix"].data, folder)
+    looked = audit(Place(folder / "small.ptz", folder), SYSTEMS["static"])
+    docs = looked.opened.setup.validation
+    excess = docs.excess_bytes(looked.opened.setup.tokenizer.pieces)
+    for stated, faults in ((excess, []), (0, [f"excess_bytes is 0, the spaces inside pieces have {excess}"])):
+        result = {"validation": docs.sha256(), "excess_bytes": stated}
+        (folder / "small.json").write_text(json.dumps(result))
+        found, figures = prove.bytes_counted(looked)
+        assert found == faults and excess > 0 and f"counts {excess} bytes too many" in figures
+
+
+def test_a_side_car_of_no_shard_counts_nothing(audit, places, tmp_path):
+    """What the program does not read, the audit does not either."""
+    folder = tmp_path / "stray"
+    shutil.copytree(places["plain"].data, folder)
+    prepare.write_shard(folder / "fineweb_val_bytes_000001.bin", [np.ones(3, np.uint16)])
+    looked = audit(Place(folder / "small.ptz", folder), SYSTEMS["static"])
+    assert faults_of(looked, "bytes") == []
 
 
 def test_code_and_artifact_must_fit(audit, places):

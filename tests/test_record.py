@@ -316,6 +316,7 @@ def test_the_tiny_runs_are_refused_in_the_contests_track_alone(runs, facts):
         (dict(eval_seconds=601.0), "eval_seconds is 601.0, the limit 600"),
         (dict(doc_independent=0), "doc_independent:0"),
         (dict(degraded_documents=7), "degraded_documents:7"),
+        (dict(excess_bytes=1234), "excess_bytes is 1,234"),
         (dict(world_size=4), "4 x NVIDIA H100 80GB HBM3"),
         (dict(device="NVIDIA H200"), "8 x NVIDIA H200"),
         (dict(documents=49_999), "49,999 validation documents"),

@@ -310,6 +310,7 @@ STATED = {  # event -> its fields that the result states, too, and their names t
     "pack": {"artifact_bytes": "artifact_bytes"},  # of the last attempt: those before it were too large
     "time_short": {"degraded_documents": "degraded_documents"},
     "adapted": {"documents": "documents"},
+    "excess": {"excess_bytes": "excess_bytes"},
     "score": {"static_bpb": "static_bpb", "val_bpb": "val_bpb"},
 }
 
@@ -363,6 +364,8 @@ def expected_events(run: Run) -> list[str]:
     per_document = run.result["knobs"].get("TTT_SCOPE") == "document"
     if adapts(run) and per_document and run.result["degraded_documents"]:
         events.append("time_short")
+    if run.result.get("excess_bytes"):
+        events.append("excess")
     return events
 
 

@@ -144,6 +144,11 @@ def against_run(run: Run, facts: Facts) -> Iterator[str]:
             yield f"{name} is {result[name]}, which is no score"
     if result["total_bytes"] > MOST_BYTES:
         yield f"code and weights take {result['total_bytes']:,} bytes, at most {MOST_BYTES:,} are allowed"
+    if result.get("excess_bytes"):
+        yield (
+            f"excess_bytes is {result['excess_bytes']:,}: its tokenizer has spaces inside pieces, which count as more "
+            "bytes than the text has; prepare the data with side-cars, or with another tokenizer"
+        )
     for clock, limit in (("train_seconds", facts.train_seconds), ("eval_seconds", facts.eval_seconds)):
         if result[clock] > limit:
             yield f"{clock} is {result[clock]:.1f}, the limit {limit:g}"

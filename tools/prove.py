@@ -766,7 +766,10 @@ def wrong_result(audit: Audit, result: dict) -> list[str]:
 
 
 def has_sidecar(audit: Audit) -> bool:
-    return any(Path(audit.run.data_path).glob("fineweb_val_bytes_*.bin"))
+    """Whether one of the validation shards has a side-car; whatever the program says of that, which is on trial."""
+    folder = Path(audit.run.data_path)
+    names = (path.name for path in folder.glob("fineweb_val_[0-9]*.bin"))
+    return any((folder / name.replace("_val_", "_val_bytes_")).exists() for name in names)
 
 
 def bytes_counted(audit: Audit) -> Seen:
@@ -783,6 +786,9 @@ def bytes_counted(audit: Audit) -> Seen:
     if result.get("code_sha256") == hashlib.sha256(program).hexdigest():
         sizes |= {"code_bytes": len(program), "total_bytes": len(program) + artifact}
     faults += [f"{name} is {result[name]}, the file has {n}" for name, n in sizes.items() if result.get(name, n) != n]
+    excess = excess_bytes(audit)
+    if result.get("validation") == setup.validation.sha256() and result.get("excess_bytes", excess) != excess:
+        faults.append(f"excess_bytes is {result['excess_bytes']}, the spaces inside pieces have {excess}")
     counted = setup.validation.target_bytes()
     recount = recounter(audit)
     spans = [setup.validation.tokens[audit.starts[i] : audit.starts[i + 1]] for i in audit.chosen]
@@ -795,6 +801,8 @@ def bytes_counted(audit: Audit) -> Seen:
     how = f"{sum(counted[audit.chosen])} bytes of {len(decoded)} documents decoded again"
     if None in decoded:
         how = "its tokenizer is lossy: original bytes cannot be recounted from tokens"
+    if excess > 0:
+        how += f"; by the contest's formula, which counts {excess} bytes too many: there are spaces inside pieces"
     return faults, f"{len(program)} of code + {artifact} of artifact; {counted.sum()} of text; {how}"
 
 
@@ -828,6 +836,20 @@ def contest_size(processor: sentencepiece.SentencePieceProcessor, tokens: list[i
             spelt += piece.removeprefix("\u2581").encode()
         bare = False
     return len(spelt)
+
+
+def excess_bytes(audit: Audit) -> int:
+    """Bytes that the contest's formula counts and the text of all documents lacks: two of three for every space mark
+    inside a piece, which spells one space."""
+    docs = audit.opened.setup.validation
+    if has_sidecar(audit):
+        return 0
+    processor = audit.opened.setup.tokenizer.processor
+    marks = np.zeros(processor.get_piece_size(), np.int64)
+    for piece in np.unique(docs.tokens).tolist():
+        if not (processor.is_control(piece) or processor.is_unknown(piece) or processor.is_unused(piece)):
+            marks[piece] = processor.id_to_piece(piece)[1:].count("\u2581")
+    return 2 * int(marks[docs.tokens].sum())
 
 
 def reported(audit: Audit) -> Seen:

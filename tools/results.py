@@ -76,6 +76,7 @@ FIELDS = {
     "validation": digest,
     "knobs": table_of(any_text),
 }
+LATER_FIELDS = {"excess_bytes": whole}  # which results of earlier versions lack
 TRAINING_FIELDS = {  # of a run that trained; one with ARTIFACT has none of them
     "steps": whole,
     "train_tokens": whole,
@@ -213,8 +214,10 @@ def result_path(name: str, folder: Path) -> Path:
 def read_result(path: Path) -> dict[str, Any]:
     """The checked content of a .json."""
     result = read_table(path)
-    trained = bool(TRAINING_FIELDS.keys() & result.keys())
-    if wrong := missing_or_wrong(result, FIELDS | TRAINING_FIELDS if trained else FIELDS):
+    kinds = FIELDS | {name: kind for name, kind in LATER_FIELDS.items() if name in result}
+    if TRAINING_FIELDS.keys() & result.keys():
+        kinds |= TRAINING_FIELDS
+    if wrong := missing_or_wrong(result, kinds):
         raise DataError(f"{path}: not the result of a run of this version: {wrong}")
     return result
 
