@@ -68,6 +68,8 @@ try:
     import torch
     import zstandard
 
+    from tools.artifact import MOST_OF_AN_ERROR, end_in_a_line
+    from tools.values import printable
     from train_gpt import (
         BOS,
         SHARD_HEADER_INTS,
@@ -90,32 +92,28 @@ except ModuleNotFoundError as error:
 # ======================================================================================================================
 # Command line
 
-MAX_MESSAGE = 4000  # characters
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
+    """Exit status: 0, 2 for an error that the user can mend, 130 when interrupted. Raises BrokenPipeError when whoever
+    reads the output has gone."""
     args = command_line().parse_args(argv)
     try:
         args.run(args)
     except UserError as error:
-        print(f"prepare: {printable(str(error))}", file=sys.stderr)
+        print(f"prepare: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
         disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "; free some space, or choose another --out" if disk_is_full else ""
-        print(printable(f"prepare: {error.filename or args.out}: {error.strerror or error}{hint}"), file=sys.stderr)
+        message = f"{error.filename or args.out}: {error.strerror or error}{hint}"
+        print(f"prepare: {printable(message, MOST_OF_AN_ERROR)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare: interrupted; a download can be resumed, nothing else is left behind", file=sys.stderr)
         return 130
     return 0
-
-
-def printable(text: str) -> str:
-    """Text that may come from a file or a server, without anything that a terminal would obey, at a bounded length."""
-    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return safe if len(safe) <= MAX_MESSAGE else safe[:MAX_MESSAGE] + "..."
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -281,7 +279,8 @@ def prepare_jsonl(args: argparse.Namespace) -> None:
         sources = validation + source_files(args.files, skip_bad_lines=args.skip_bad_lines)
         if len(args.val) > 1:  # a training file after --val would be one of them
             names = ", ".join(file.path for file in validation)
-            print(printable(f"validation: {len(validation)} files: {names}"), file=sys.stderr)
+            message = f"validation: {len(validation)} files: {names}"
+            print(printable(message, MOST_OF_AN_ERROR), file=sys.stderr)
     else:
         if not 0 < args.val_fraction < 1:
             raise UserError(f"--val-fraction {args.val_fraction}: expected a number between 0 and 1")
@@ -495,7 +494,7 @@ class SkippedLines:
         if self.bad:
             print(f"warning: {self.bad:,} bad lines skipped, the first of them:", file=sys.stderr)
         for reason in self.reasons:
-            print(f"  {printable(reason)}", file=sys.stderr)
+            print(f"  {printable(reason, MOST_OF_AN_ERROR)}", file=sys.stderr)
 
 
 def text_digest(text: str) -> int:
@@ -1298,7 +1297,7 @@ class Progress:
 
     def __init__(self, what: str, total: int = 0):
         """`total` bytes are to be done; 0 if unknown."""
-        self.what = what
+        self.what = printable(what)
         self.total = total
         self.terminal = sys.stderr.isatty()
         self.start = time.monotonic()
@@ -1552,7 +1551,8 @@ def versions() -> dict[str, str]:
 
 
 def find_prepared(final: Path, parameters: dict) -> dict | None:
-    """The manifest of a finished dataset with these parameters, if all its files are there; else None."""
+    """The manifest of a finished dataset with these parameters, if all its files are there and it can be told of; else
+    None."""
     try:
         manifest = parse_json((final / "manifest.json").read_text(encoding="utf-8"))
         files = [file for split in manifest["splits"].values() for file in split["shards"] + split["sidecars"]]
@@ -1561,6 +1561,7 @@ def find_prepared(final: Path, parameters: dict) -> dict | None:
             manifest["parameters"] == parameters
             and all((final / file["file"]).stat().st_size == file["bytes"] for file in files)
             and file_sha256(final / tokenizer["path"]) == tokenizer["sha256"]
+            and summary(manifest) != []
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -1603,31 +1604,39 @@ def parse_json(content: bytes | str) -> Any:
 
 
 def print_summary(final: Path, manifest: dict, note: str = "") -> None:
-    """What was prepared, and warnings where the contest's formula counts bytes that the text does not have."""
+    for line in summary(manifest):
+        print(printable(line))
+    print(printable(f"{final}{note}", MOST_OF_AN_ERROR))
+
+
+def summary(manifest: dict) -> list[str]:
+    """What was prepared, and warnings where the contest's formula counts bytes that the text does not have. Raises
+    KeyError, TypeError, ValueError or AttributeError for a manifest that was not written here."""
+    lines = []
     for name, split in manifest["splits"].items():
         size = split["original_bytes"] or split["contest_bytes"]
         weight = f"{size:,} bytes, {size / split['tokens']:.3f} a token, " if size else ""
         shards = len(split["shards"])
-        print(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {weight}shards: {shards}")
+        lines.append(f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens, {weight}shards: {shards}")
         for kind in ("empty", "duplicate", "left_out", "in_training"):
             count = split.get(f"{kind}_documents")
             if count:
-                print(f"{name}: {count:,} documents {kind.replace('_', ' ')}")
+                lines.append(f"{name}: {count:,} documents {kind.replace('_', ' ')}")
 
     counted = manifest["splits"]["val"]["contest_bytes"]
     smaller = manifest["splits"]["val"]["smaller_bytes"]
     if counted and smaller and counted > smaller:
-        print(
+        lines.append(
             f"warning: val: the contest's formula counts {counted:,} bytes, {counted - smaller:,} more than the "
             "smaller of original and decoded text: bits per byte look better than they are by as much"
         )
     excess = manifest["splits"]["val"].get("excess_bytes")
     if excess:
-        print(
+        lines.append(
             f"warning: val: this tokenizer has spaces inside pieces, for which the contest's formula counts {excess:,} "
             "bytes too many: bits per byte will look better than they are by as much, and a run's result says so"
         )
-    print(f"{final}{note}")
+    return lines
 
 
 # ======================================================================================================================
@@ -2035,4 +2044,4 @@ def fetch_bytes(hub: Hub, name: str, folder: Path) -> bytes:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as cleanly as Ctrl-C
-    sys.exit(main())
+    sys.exit(end_in_a_line(main))

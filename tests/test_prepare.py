@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -940,6 +941,79 @@ except KeyboardInterrupt:
 """
     forker.start(tmp_path, program)
     assert forker.result() == (0, "heard\n")
+
+
+# ---- what it prints ---------------------------------------------------------
+
+PRINTING = """
+import os, runpy, sys
+sys.stdout = open(1, "w", encoding={encoding!r}, closefd=False)
+sys.stderr = open(2, "w", encoding={encoding!r}, closefd=False, errors="backslashreplace", buffering=1)
+{first}
+for arguments in {calls!r}:
+    sys.argv = [{program!r}, *arguments]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        status = end.code
+sys.exit(status)
+"""
+
+
+@pytest.fixture
+def printed(forker, tmp_path) -> Callable[..., tuple[int, str]]:
+    """printed(*calls, encoding, first): the command with these arguments each, on an output of this encoding, after
+    this code -> (the last status, what was printed)."""
+
+    def run_it(*calls: list, encoding: str = "utf-8", first: str = "") -> tuple[int, str]:
+        texts = [list(map(str, arguments)) for arguments in calls]
+        program = str(ROOT / "data" / "prepare.py")
+        forker.start(tmp_path, PRINTING.format(program=program, calls=texts, encoding=encoding, first=first))
+        return forker.result()
+
+    return run_it
+
+
+@pytest.mark.parametrize(
+    "name, encoding, shown",
+    [
+        ("t\xe9xt", "utf-8", "t\xe9xt"),
+        ("t\xe9xt", "ascii", "t\\xe9xt"),
+        ("\udcff", "utf-8", "\\udcff"),
+        ("new\nline\x1b[2J", "ascii", "new\\nline\\x1b[2J"),
+    ],
+    ids=range(4),
+)
+def test_names_that_cannot_be_shown_are_escaped(model_file, tmp_path, printed, name, encoding, shown):
+    """Of files and folders: in what is prepared, or was already, in warnings and in errors."""
+    out = tmp_path / name
+    out.mkdir()
+    text = write_lines(out / "a.jsonl", TEXTS[:60])
+    text.write_bytes(text.read_bytes() + b"17\n")
+    strict = ["jsonl", text, "--val-fraction", 0.3, "--tokenizer", model_file("plain"), "--out", out, "--workers", 1]
+    skipping = [*strict, "--skip-bad-lines"]
+    status, output = printed(skipping, skipping, strict, encoding=encoding)
+    assert status == 2 and "\x1b" not in output and "Traceback" not in output
+    for line in ("jsonl\n", "jsonl: already prepared\n", "jsonl: holds another dataset (other source); "):
+        assert f"/{shown}/datasets/{line}" in output
+    assert f"/{shown}/a.jsonl:61: b'17'; expected a JSON string" in output
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_reader_that_goes_is_no_error(small, printed, stream):
+    """As in `| head`; what was prepared is whole."""
+    arguments, folder = small
+    close = f"read, write = os.pipe(); os.close(read); os.dup2(write, {stream})"
+    command = ["jsonl", *arguments, "--workers", 1] if stream == 1 else ["jsonl", "none"]
+    assert printed(command, first=close) == (141, "")
+    assert (folder / "manifest.json").exists() == (stream == 1)
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_without_an_output_it_works(small, printed, stream):
+    arguments, folder = small
+    status, output = printed(["jsonl", *arguments, "--workers", 1], first=f"sys.{stream} = None")
+    assert status == 0 and (folder / "manifest.json").exists(), output
 
 
 # ---- installed text ---------------------------------------------------------

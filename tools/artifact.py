@@ -89,6 +89,7 @@ CUT_OFF = 141  # exit status where nobody reads the output any more, as of a pro
 def end_in_a_line(work: Callable[[], int]) -> int:
     """-> exit status: that of `work`; 2 and a line for what a user can mend, 130 when interrupted, 141 when whoever
     reads the output has gone."""
+    open_closed_streams()
     escape_what_cannot_be_encoded()
     try:
         try:
@@ -96,8 +97,7 @@ def end_in_a_line(work: Callable[[], int]) -> int:
         finally:
             sys.stdout.flush()  # here, since a failure at the interpreter's exit is shown as a traceback
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_what_nobody_reads()
         return CUT_OFF
     except (train_gpt.UserError, OSError) as error:
         print(f"error: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
@@ -105,6 +105,24 @@ def end_in_a_line(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return train_gpt.INTERRUPTED
+
+
+def drop_what_nobody_reads() -> None:
+    """What is still to be written to a reader that has gone would fail again at the interpreter's exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def open_closed_streams() -> None:
+    """A process may be started without an output (`>&-`). Python then has None in its place, which nothing can be
+    written to, and the next file that is opened would take its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  it stays open to the end
 
 
 def escape_what_cannot_be_encoded() -> None:
