@@ -248,7 +248,12 @@ def whole_number(text: str) -> int:
 
 
 def web_address(text: str) -> str:
-    if not re.match(r"https?://\S+$", text):
+    try:
+        parts = urllib.parse.urlsplit(text)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, or half of an IPv6 address
+        good = False
+    if not good or not re.fullmatch("[!-~]+", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected https://HOST, or http://HOST")
     return text
 
@@ -1902,7 +1907,8 @@ class Hub(NamedTuple):
     repo: str
 
     def url(self, name: str) -> str:
-        path = urllib.parse.quote(f"datasets/{self.repo}/resolve/main/datasets/{name}")
+        path = f"datasets/{self.repo}/resolve/main/datasets/{name}"
+        path = urllib.parse.quote(path, errors="surrogatepass")  # a manifest may name what no text can hold
         return f"{self.base_url.rstrip('/')}/{path}"
 
     def fetch(self, name: str, path: Path, label: str = "", most: int = MAX_SMALL_BYTES) -> Path:
@@ -1959,7 +1965,11 @@ class Hub(NamedTuple):
             headers["Range"] = f"bytes={begin}-"
         request = urllib.request.Request(self.url(name), headers=headers)
         linked = LinkedDigest()
-        with urllib.request.build_opener(linked).open(request, timeout=TIMEOUT_S) as answer:
+        try:
+            opened = urllib.request.build_opener(linked).open(request, timeout=TIMEOUT_S)
+        except ValueError as error:
+            raise http.client.HTTPException(f"redirects to what is no address: {error}") from None
+        with opened as answer:
             if answer.status == 206:
                 total = whole_size(answer.headers.get("Content-Range", ""), begin)
             else:  # the whole file, from a server that does not send parts

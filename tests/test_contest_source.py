@@ -489,6 +489,28 @@ def test_redirects_stay_on_the_web(hub, tmp_path, place):
     assert place in str(error.value) and len(hub.requests) == 1
 
 
+@pytest.mark.parametrize("place", ["http://[::1", "http://x:y/", "http://127.0.0.1:1/\xe9"])
+def test_a_redirect_to_no_address_is_given_up(hub, tmp_path, place):
+    hub.faults["x"] = [redirect_to(place)] * 9
+    with pytest.raises(train_gpt.UserError, match="gave up after 6 attempts"):
+        prepare.Hub(hub.url, "some/one").fetch("x", tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a b?c#d", "\xe9"])
+def test_any_name_in_a_manifest_makes_an_address(contest, capsys, name):
+    path = contest.remote.parent.parent / "manifest.json"
+    path.write_text(path.read_text().replace('"tokenizers/caseops.model"', json.dumps(name)))
+    assert contest("--train-shards", 1) == 2
+    assert "HTTP 404" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://a:b", "http:///x", "http://a/\xe9", "http://a\x01", "a"])
+def test_an_address_that_is_none_is_refused_by_the_command_line(capsys, address):
+    with pytest.raises(SystemExit):
+        prepare.main(["contest", "--base-url", address])
+    assert "expected https://HOST, or http://HOST" in capsys.readouterr().err
+
+
 def test_a_redirect_does_not_give_up_encryption():
     handler = prepare.LinkedDigest()
     request = urllib.request.Request("https://hub/x")
