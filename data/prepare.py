@@ -1501,28 +1501,35 @@ def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
     old = final.with_name(f".{final.name}.old")
 
     partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise UserError(f"{final}: another process is preparing it; wait for it, or choose another --name") from None
+    with locked(partial, f"{final}: another process is preparing it; wait for it, or choose another --name"):
+        try:
+            if not resume_key:
+                for leftover in partial.iterdir():  # of a process that was killed
+                    leftover.unlink()
+            yield partial
+            shutil.rmtree(old, ignore_errors=True)
+            if final.exists():
+                final.rename(old)
+            partial.rename(final)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            if not resume_key:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
-    HELD_LOCKS.add(lock)
+
+@contextlib.contextmanager
+def locked(folder: Path, if_busy: str) -> Iterator[None]:
+    """Of the processes that lock a folder, only one is within this block; the others get a UserError that says
+    `if_busy`. The lock ends with the process, however that ends."""
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        if not resume_key:
-            for leftover in partial.iterdir():  # of a process that was killed
-                leftover.unlink()
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        if not resume_key:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(if_busy) from None
+        HELD_LOCKS.add(lock)
+        yield
     finally:
         HELD_LOCKS.discard(lock)
         os.close(lock)
@@ -1862,26 +1869,21 @@ def count_validation_bytes(folder: Path, names: dict[str, list[str]], encoder: E
 
 
 def fetch_contest_documents(hub: Hub, out: Path) -> Path:
-    """The published documents, downloaded once and compared with the digest that was published with them."""
+    """The published documents, downloaded once and compared with the digest that was published with them. All datasets
+    in `out` use the same download."""
     path = out / "docs_selected.jsonl"
-    if path.exists():
-        return path
-    facts_name = "docs_selected.source_manifest.json"
-    content = fetch_bytes(hub, facts_name, out)
-    try:
-        expected = parse_json(content)["docs_sha256"]
-        if not re.fullmatch("[0-9a-f]{64}", expected):
-            raise ValueError("not a SHA-256")
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{hub.url(facts_name)}: names no docs_sha256; see --repo") from None
-
-    downloaded = hub.fetch(path.name, path, most=MAX_DOCUMENTS_BYTES)
-    if file_sha256(downloaded) != expected:
-        path.unlink()
-        raise DataError(
-            f"{hub.url(path.name)}: the download does not have the published SHA-256 {expected}; run it again"
-        )
-    return path
+    with locked(out, f"{path}: another process is downloading it; wait until it is there, then run this again"):
+        if path.exists():
+            return path
+        facts_name = "docs_selected.source_manifest.json"
+        content = fetch_bytes(hub, facts_name, out)
+        try:
+            expected = parse_json(content)["docs_sha256"]
+            if not re.fullmatch("[0-9a-f]{64}", expected):
+                raise ValueError("not a SHA-256")
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{hub.url(facts_name)}: names no docs_sha256; see --repo") from None
+        return hub.fetch(path.name, path, most=MAX_DOCUMENTS_BYTES, sha256=expected)
 
 
 # ======================================================================================================================
@@ -1911,19 +1913,23 @@ class Hub(NamedTuple):
         path = urllib.parse.quote(path, errors="surrogatepass")  # a manifest may name what no text can hold
         return f"{self.base_url.rstrip('/')}/{path}"
 
-    def fetch(self, name: str, path: Path, label: str = "", most: int = MAX_SMALL_BYTES) -> Path:
-        """Download a file to `path`, where it appears when it is whole; a partial download is resumed.
+    def fetch(
+        self, name: str, path: Path, label: str = "", most: int = MAX_SMALL_BYTES, sha256: str | None = None
+    ) -> Path:
+        """Download a file to `path`, where it appears when it is whole and right; a partial download is resumed. Only
+        one process at a time may download to a path.
 
-        Raises UserError when the file does not exist or the server does not deliver, DataError for a wrong SHA-256 and
-        for a file of more than `most` bytes.
+        Raises UserError when the file does not exist or the server does not deliver; DataError for a file of more than
+        `most` bytes, or with another SHA-256 than `sha256`, which is the one that the hub names if none is given.
         """
         part = path.with_name(f".{path.name}.part")
         part.touch()
-        sha256 = self._complete(name, part, Progress(label or path.name), most)
-        if len(sha256) == 64 and file_sha256(part) != sha256:
+        named = self._complete(name, part, Progress(label or path.name), most)
+        expected = sha256 or named
+        if len(expected) == 64 and file_sha256(part) != expected:
             part.unlink()
             raise DataError(
-                f"{self.url(name)}: the download does not have the SHA-256 that the hub names; run it again"
+                f"{self.url(name)}: the download does not have the published SHA-256 {expected}; run it again"
             )
         part.rename(path)
         return path

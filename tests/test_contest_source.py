@@ -633,7 +633,7 @@ def test_the_digest_that_the_hub_names_is_checked(hub, tmp_path):
     hub.faults["large"] = [redirect(hashlib.sha256(b"content").hexdigest()), redirect("0" * 64)]
     remote = prepare.Hub(hub.url, "some/one")
     assert remote.fetch("large", tmp_path / "a").read_bytes() == b"content"
-    with pytest.raises(train_gpt.DataError, match="does not have the SHA-256 that the hub names"):
+    with pytest.raises(train_gpt.DataError, match="does not have the published SHA-256 0000"):
         remote.fetch("large", tmp_path / "b")
     assert names(tmp_path) == ["a", "hub"]
 
@@ -665,6 +665,35 @@ def test_documents_are_encoded_with_a_tokenizer_of_ours(contest, documents, caps
     assert contest(*arguments, "--val-docs", 41, "--replace") == 0 and not contest.hub.requests  # the download is kept
     output = capsys.readouterr()
     assert "1 documents left out" in output.out and "warning: --val-docs 40: documents up to the 50,000th" in output.err
+
+
+def test_two_preparations_do_not_write_one_download(contest, documents, capsys):
+    """The second comes while the first is at it, which then goes on where its connection broke."""
+    arguments = ["--documents", "--val-docs", 40, "--vocab-size", 420]
+    meanwhile = []
+
+    def come_second(handler):
+        meanwhile.append(contest(*arguments, "--name", "second"))
+        handler.serve()
+
+    name = "docs_selected.jsonl"
+    contest.hub.faults[name] = [lambda h: h.serve(limit=5000), come_second]
+    assert contest(*arguments) == 0 and meanwhile == [2]
+    assert f"{name}: another process is downloading it" in capsys.readouterr().err
+    assert (contest.datasets.parent / name).read_bytes() == (documents / name).read_bytes()
+    assert names(contest.datasets) == ["contest_documents"]
+    assert contest(*arguments, "--name", "second") == 0 and not contest.hub.requests
+    assert names(contest.datasets.parent) == ["datasets", name, "tokenizers"]
+
+
+def test_documents_do_not_appear_before_they_are_checked(contest, documents, monkeypatch):
+    """Else another preparation might read them, and one that was killed meanwhile would leave them."""
+    seen = []
+    path = contest.datasets.parent / "docs_selected.jsonl"
+    check = prepare.file_sha256
+    monkeypatch.setattr(prepare, "file_sha256", lambda file: seen.append(path.exists()) or check(file))
+    (documents / "docs_selected.source_manifest.json").write_text(json.dumps({"docs_sha256": "0" * 64}))
+    assert contest("--documents") == 2 and seen == [False]
 
 
 @pytest.mark.parametrize(
