@@ -1563,8 +1563,8 @@ def versions() -> dict[str, str]:
 
 
 def find_prepared(final: Path, parameters: dict) -> dict | None:
-    """The manifest of a finished dataset with these parameters, if all its files are there and it can be told of; else
-    None."""
+    """The manifest of a finished dataset with these parameters, if all its files are there, no other shard is, and it
+    can be told of; else None."""
     try:
         manifest = parse_json((final / "manifest.json").read_text(encoding="utf-8"))
         files = [file for split in manifest["splits"].values() for file in split["shards"] + split["sidecars"]]
@@ -1572,6 +1572,7 @@ def find_prepared(final: Path, parameters: dict) -> dict | None:
         is_same = (
             manifest["parameters"] == parameters
             and all((final / file["file"]).stat().st_size == file["bytes"] for file in files)
+            and {path.name for path in final.glob("fineweb_*.bin")} == {file["file"] for file in files}
             and file_sha256(final / tokenizer["path"]) == tokenizer["sha256"]
             and summary(manifest) != []
         )
@@ -1691,7 +1692,6 @@ def prepare_published_shards(args: argparse.Namespace) -> None:
 
     resume_key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
     with workspace(final, resume_key) as folder:
-        link_earlier_download(final, folder, source)
         published = find_published(hub, folder, dataset)
         if args.train_shards > published.train_shards:
             raise UserError(f"--train-shards {args.train_shards}: {hub.repo} has {published.train_shards} of {dataset}")
@@ -1700,7 +1700,9 @@ def prepare_published_shards(args: argparse.Namespace) -> None:
             "val_bytes": shard_names("val_bytes", published.val_shards if caseops else 0),
             "train": shard_names("train", args.train_shards),
         }
-        missing = [name for kind in names.values() for name in kind if not (folder / name).exists()]
+        wanted = [name for kind in names.values() for name in kind]
+        link_earlier_download(final, folder, source, wanted)
+        missing = [name for name in wanted if not (folder / name).exists()]
         if shutil.disk_usage(folder).free < len(missing) * SHARD_BYTES:
             raise UserError(f"{folder}: no space for {len(missing)} files of 200 MB; ask for fewer --train-shards")
 
@@ -1711,6 +1713,7 @@ def prepare_published_shards(args: argparse.Namespace) -> None:
             hub.fetch(f"datasets/{dataset}/{name}", folder / name, label, most=MAX_SHARD_BYTES)
 
         splits = check_shards(folder, names, encoder)
+        remove_others(folder, wanted)
         facts = {"parameters": parameters, "split_rule": "as published", "splits": splits}
         manifest = write_manifest(folder, final, model, encoder, facts)
     print_summary(final, manifest)
@@ -1720,15 +1723,31 @@ def shard_names(kind: str, count: int) -> list[str]:
     return [f"fineweb_{kind}_{i:06d}.bin" for i in range(count)]
 
 
-def link_earlier_download(final: Path, folder: Path, source: dict) -> None:
-    """Take over the shards of a shorter download of the same dataset, if there is one."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+def link_earlier_download(final: Path, folder: Path, source: dict, wanted: list[str]) -> None:
+    """Take over what is wanted and undamaged of an earlier download of the same dataset, if there is one."""
+    try:
         manifest = parse_json((final / "manifest.json").read_bytes())
         if manifest["parameters"]["source"] != source:
             return
-        for shard in final.glob("fineweb_*.bin"):
-            (folder / shard.name).unlink(missing_ok=True)
-            os.link(shard, folder / shard.name)
+        shards = [file for split in manifest["splits"].values() for file in split["shards"] + split["sidecars"]]
+        digests = {shard["file"]: shard["sha256"] for shard in shards}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+
+    for name in wanted:
+        if name in digests and (final / name).is_file() and file_sha256(final / name) == digests[name]:
+            (folder / name).unlink(missing_ok=True)
+            os.link(final / name, folder / name)
+    unwanted = digests.keys() - set(wanted)
+    if unwanted:
+        message = f"{final}: {len(unwanted)} of its files are not asked for; they go once this preparation is complete"
+        print(printable(message, MOST_OF_AN_ERROR), file=sys.stderr)
+
+
+def remove_others(folder: Path, wanted: list[str]) -> None:
+    """Training reads all shards of its folder. One that goes on with a longer download may hold more than is wanted."""
+    for path in set(folder.iterdir()) - {folder / name for name in wanted}:
+        path.unlink()
 
 
 def find_published(hub: Hub, folder: Path, dataset: str) -> PublishedDataset:

@@ -216,6 +216,55 @@ def test_a_longer_download_goes_on_from_a_shorter_one(contest, capsys):
     assert len(list((contest.datasets / CASEOPS).glob("*_train_*"))) == 3
 
 
+def files_and_manifest_agree(folder: Path) -> bool:
+    splits = json.loads((folder / "manifest.json").read_text())["splits"].values()
+    listed = [file["file"] for split in splits for file in split["shards"] + split["sidecars"]]
+    return names(folder) == sorted([*listed, "manifest.json"])
+
+
+def test_a_shorter_download_leaves_no_surplus(contest, capsys):
+    """Training reads every shard of the folder."""
+    folder = contest.datasets / CASEOPS
+    assert contest("--train-shards", 3) == 0
+    before = names(folder)
+    contest.hub.faults["manifest.json"] = [lambda h: h.send_error(404)]
+    assert contest("--train-shards", 1) == 2 and names(folder) == before and files_and_manifest_agree(folder)
+    contest.hub.faults["caseops.model"] = [lambda h: h.send_error(404)]
+    assert contest("--train-shards", 1) == 2 and names(folder) == before and files_and_manifest_agree(folder)
+
+    assert contest("--train-shards", 1) == 0
+    assert "2 of its files are not asked for" in capsys.readouterr().err
+    assert files_and_manifest_agree(folder) and len(list(folder.glob("*_train_*"))) == 1
+    assert not asked(contest.hub, ".bin") and names(contest.datasets) == [CASEOPS]
+
+
+def test_an_interrupted_longer_download_leaves_no_surplus(contest):
+    contest.hub.faults["fineweb_train_000002.bin"] = [lambda h: h.serve(limit=1500)] + [busy(503)] * 6
+    assert contest("--train-shards", 3) == 2
+    assert contest("--train-shards", 1) == 0 and not asked(contest.hub, ".bin")
+    assert files_and_manifest_agree(contest.datasets / CASEOPS)
+
+
+def test_validation_that_became_shorter_leaves_no_surplus(contest):
+    """A shard of the earlier validation would be scored."""
+    folder = contest.datasets / CASEOPS
+    assert contest("--train-shards", 1) == 0
+    manifest = contest.remote.parent.parent / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"files_val": 2', '"files_val": 1'))
+    assert contest("--train-shards", 2) == 0
+    assert files_and_manifest_agree(folder) and len(list(folder.glob("*_val_0*"))) == 1
+
+
+@pytest.mark.parametrize("damage", [lambda p: p.write_bytes(p.read_bytes()[:-2]), lambda p: change_tokens(7, 419)(p)])
+def test_a_damaged_shard_of_an_earlier_download_is_fetched_again(contest, damage):
+    assert contest("--train-shards", 2) == 0
+    name = "fineweb_train_000001.bin"
+    damage(contest.datasets / CASEOPS / name)
+    assert contest("--train-shards", 3) == 0
+    assert [path.rsplit("/")[-1] for path, _ in contest.hub.requests][2:] == [name, "fineweb_train_000002.bin"]
+    assert (contest.datasets / CASEOPS / name).read_bytes() == (contest.remote / name).read_bytes()
+
+
 def test_a_full_disk_is_noticed_before_the_download(contest, monkeypatch, capsys):
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
     assert contest("--train-shards", 1) == 2

@@ -11,6 +11,7 @@ import lzma
 import os
 import random
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -673,6 +674,7 @@ def test_a_finished_preparation_is_used_again(small, capsys):
     for spoil in (
         lambda: (folder / "fineweb_train_000000.bin").unlink(),
         lambda: os.truncate(folder / "fineweb_val_bytes_000000.bin", 2000),
+        lambda: shutil.copy(folder / "fineweb_train_000000.bin", folder / "fineweb_train_000001.bin"),
         lambda: (folder.parent.parent / "tokenizers" / "jsonl.model").write_bytes(b"other"),
         lambda: (folder / "manifest.json").write_text("[]"),
         lambda: write_lines(Path(arguments[0]), TEXTS[1:]),
