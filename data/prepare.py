@@ -72,6 +72,7 @@ try:
     from tools.values import printable
     from train_gpt import (
         BOS,
+        MARKERS,
         SHARD_HEADER_INTS,
         SHARD_MAGIC,
         SHARD_VERSION,
@@ -397,10 +398,12 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[bytes, bool]:
     if not args.tokenizer:
         return b"", args.caseops is not False
     model = args.tokenizer.read_bytes()
-    processor = load_encoder(model, False, str(args.tokenizer)).processor
-    if args.caseops is not None:
-        return model, args.caseops
-    return model, has_markers(processor)
+    name = str(args.tokenizer)
+    caseops = args.caseops
+    if caseops is None:
+        caseops = has_markers(load_encoder(model, True, name).processor)
+    load_encoder(model, caseops, name)  # refuses one that does not fit, before any text is read
+    return model, caseops
 
 
 def finish_split(writer: ShardWriter, guard: SplitGuard, caseops: bool, split_rule: str) -> dict:
@@ -856,7 +859,8 @@ class Encoder(NamedTuple):
 
 @functools.lru_cache(2)  # workers ask for the same one with every batch
 def load_encoder(model: bytes, caseops: bool, name: str = "the tokenizer") -> Encoder:
-    """Check a serialised model. Raises DataError for one that cannot encode every text into the contest's tokens."""
+    """Check a serialised model. Raises DataError for one that cannot encode every text into the contest's tokens, and
+    for one that was made for CaseOps text and shall encode other."""
     processor = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(model) and processor.LoadFromSerializedProto(model)
@@ -873,6 +877,11 @@ def load_encoder(model: bytes, caseops: bool, name: str = "the tokenizer") -> En
     byte_ids = [processor.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
     if not all(map(processor.is_byte, byte_ids)):
         raise DataError(f"{name}: without byte pieces some text has no tokens; train it with byte_fallback=true")
+    if has_markers(processor) and not caseops:
+        raise DataError(
+            f"{name}: its pieces hold the markers of CaseOps, so that no training would take text that CaseOps did not "
+            "transform; use another tokenizer (or --variant), or leave out --no-caseops"
+        )
 
     pieces = piece_bytes(processor)
     piece_sizes = np.zeros(vocab_size, np.int64)
@@ -999,7 +1008,9 @@ def train_tokenizer(sources: list[SourceFile], vocab_size: int, caseops: bool) -
 
 
 def tokenizer_text(sources: list[SourceFile], caseops: bool) -> Iterator[str]:
-    """Training documents, transformed; never one of validation."""
+    """Training documents, transformed; never one of validation. Without CaseOps its markers are left out, should the
+    text hold them: by its pieces a tokenizer is known to be for CaseOps."""
+    no_markers = str.maketrans("", "", "".join(MARKERS))
     training = [source for source in sources if not source.all_validation]
     for source in training:
         remaining_bytes = TOKENIZER_TEXT_BYTES // len(training)
@@ -1007,7 +1018,7 @@ def tokenizer_text(sources: list[SourceFile], caseops: bool) -> Iterator[str]:
         for document in documents:
             if not document.text or source.is_validation(document):
                 continue
-            yield encode_caseops(document.text) if caseops else document.text
+            yield encode_caseops(document.text) if caseops else document.text.translate(no_markers)
             remaining_bytes -= len(document.text.encode())
             if remaining_bytes <= 0:
                 break

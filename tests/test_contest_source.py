@@ -288,6 +288,14 @@ def test_what_is_not_published_is_refused(contest, capsys, arguments, message):
     assert not contest.datasets.exists() or not [p for p in contest.datasets.iterdir() if p.name[0] != "."]
 
 
+def test_markers_in_plain_shards_are_refused_before_the_download(contest, models, capsys):  # noqa: F811
+    folder = contest.hub.root / HUB_ROOT.format(repo=prepare.PLAIN_REPOSITORY)
+    (folder / "tokenizers" / "lossy.model").write_bytes(models["caseops"])
+    assert contest("--variant", "sp400", "--train-shards", 1) == 2
+    assert "its pieces hold the markers of CaseOps" in capsys.readouterr().err
+    assert not asked(contest.hub, ".bin")
+
+
 def test_a_manifest_that_is_none_is_refused(contest, capsys):
     path = contest.remote.parent.parent / "manifest.json"
     for content in (

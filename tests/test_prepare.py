@@ -381,6 +381,28 @@ def test_caseops_follows_the_markers_of_a_given_tokenizer(model_file, tmp_path):
         assert manifest["tokenizer"]["transform"] == transform
 
 
+def test_markers_without_caseops_are_refused_at_once(model_file, tmp_path, capsys):
+    """Training would refuse the data after hours of encoding."""
+    text = write_lines(tmp_path / "a.jsonl", TEXTS)
+    model = model_file("caseops")
+    assert run(text, "--tokenizer", model, "--no-caseops", "--out", tmp_path / "out") == 2
+    assert f"{model}: its pieces hold the markers of CaseOps" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("caseops", [False, True])
+def test_training_takes_what_was_made_from_text_full_of_markers(tmp_path, caseops):
+    """A tokenizer that is trained on it without CaseOps must not have them in its pieces."""
+    texts = [f"{text} {' '.join(f'{marker}ab' for marker in MARKERS * 9)}" for text in TEXTS]
+    text = write_lines(tmp_path / "a.jsonl", texts)
+    options = ["--vocab-size", 420, "--val-fraction", 0.3, "--caseops" if caseops else "--no-caseops"]
+    assert run(text, *options, "--out", tmp_path) == 0
+    folder = tmp_path / "datasets" / "jsonl"
+    tokenizer = train_gpt.load_tokenizer(train_gpt.read_env({"DATA_PATH": str(folder)})[1], 420)
+    assert train_gpt.transform_of(folder, tokenizer) == ("caseops" if caseops else "none")
+    assert sorted(read_back(folder, "train")[0] + read_back(folder, "val")[0]) == sorted(texts)
+
+
 def test_workers_change_nothing(model_file, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare, "BATCH_BYTES", 4096)
     text = write_lines(tmp_path / "a.jsonl", TEXTS)
