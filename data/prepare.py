@@ -359,7 +359,7 @@ def prepare_text(
         "source": source,
         "shard_tokens": args.shard_tokens,
         "caseops": caseops,
-        "tokenizer": hashlib.sha256(model).hexdigest() if model else f"{args.vocab_size} pieces, trained",
+        "tokenizer": hashlib.sha256(model).hexdigest() if model else trained_as(args.vocab_size, caseops),
         "sentencepiece": sentencepiece.__version__,
     }
     prepared = find_prepared(final, parameters)
@@ -404,6 +404,11 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[bytes, bool]:
         caseops = has_markers(load_encoder(model, True, name).processor)
     load_encoder(model, caseops, name)  # refuses one that does not fit, before any text is read
     return model, caseops
+
+
+def trained_as(vocab_size: int, caseops: bool) -> str:
+    """Tells tokenizers apart that `train_tokenizer` makes of one text: another wording has datasets made again."""
+    return f"{vocab_size} pieces, trained{', markers at their end' if caseops else ''}"
 
 
 def finish_split(writer: ShardWriter, guard: SplitGuard, caseops: bool, split_rule: str) -> dict:
@@ -994,7 +999,9 @@ def train_tokenizer(sources: list[SourceFile], vocab_size: int, caseops: bool) -
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            split_by_unicode_script=not caseops,  # else the markers could not merge with the letters beside them
+            # A marker counts as another script than letters. So it may end a piece, behind a space or punctuation, but
+            # within a piece no letter follows it: Word and WORD share the pieces of their letters.
+            split_by_unicode_script=True,
             split_digits=True,
             character_coverage=0.9999,
             max_sentence_length=1 << 30,

@@ -272,14 +272,27 @@ def test_training_repeats_exactly_and_leaves_validation_out(models, tmp_path):
     assert seen == TEXTS[100:]
 
 
-def test_markers_merge_with_what_is_beside_them(tmp_path):
-    text = write_lines(tmp_path / "a.jsonl", ["See The Cat, says NASA. " * n for n in range(1, 50)])
-    processor = prepare.load_encoder(
-        prepare.train_tokenizer([prepare.SourceFile(str(text))], 310, True), True
-    ).processor
+def test_markers_end_pieces_and_no_letter_follows_them(tmp_path):
+    sentence = "See The Cat, says NASA.\n\nThen McDonald the CAT. "
+    text = write_lines(tmp_path / "a.jsonl", [sentence * n for n in range(1, 50)])
+    model = prepare.train_tokenizer([prepare.SourceFile(str(text))], 310, True)
+    processor = prepare.load_encoder(model, True).processor
     pieces = [processor.id_to_piece(i) for i in range(310)]
-    for whole in (f"\u2581{MARKERS[0]}the", f"\u2581{MARKERS[1]}nasa"):
-        assert any(piece.startswith(whole) for piece in pieces)
+    marked = [piece for piece in pieces if MARKERS[0] in piece or MARKERS[1] in piece]
+    assert {f"\u2581{MARKERS[0]}", f"\u2581{MARKERS[1]}", f".\n\n{MARKERS[0]}"} <= set(marked)
+    assert all(piece[-1] in MARKERS for piece in marked)
+    title, capitals = (processor.encode(prepare.encode_caseops(f"see {word}"), out_type=str) for word in ("Cat", "CAT"))
+    assert title[-1] == capitals[-1] == "cat"
+
+
+def test_another_way_to_train_a_tokenizer_is_another_dataset(tmp_path, monkeypatch, capsys):
+    """What was prepared with the earlier one is not taken for the same."""
+    text = write_lines(tmp_path / "a.jsonl", TEXTS)
+    options = ["--vocab-size", 420, "--val-fraction", 0.3, "--out", tmp_path]
+    monkeypatch.setattr(prepare, "trained_as", lambda size, caseops: f"{size} pieces, trained")
+    assert run(text, *options) == 0
+    monkeypatch.undo()
+    assert run(text, *options) == 2 and "holds another dataset (other tokenizer)" in capsys.readouterr().err
 
 
 def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path, capsys):
