@@ -22,7 +22,6 @@ import argparse
 import ast
 import bz2
 import contextlib
-import ctypes
 import errno
 import fcntl
 import functools
@@ -69,6 +68,7 @@ try:
     import zstandard
 
     from tools.artifact import MOST_OF_AN_ERROR, end_in_a_line
+    from tools.processes import ends_with_its_parent
     from tools.values import printable
     from train_gpt import (
         BOS,
@@ -1253,8 +1253,8 @@ def worker_pool(workers: int, kill_on_failure: bool = False) -> Iterator[Process
     pool = ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("fork"),  # so workers need not import anything
-        initializer=tie_to_parent,
-        initargs=(os.getpid(),),
+        initializer=begin_worker,
+        initargs=(ends_with_its_parent(signal.SIGKILL),),  # other signals are blocked in workers
     )
     kill = True  # those that were made, if not all can be
     try:
@@ -1276,18 +1276,16 @@ def worker_pool(workers: int, kill_on_failure: bool = False) -> Iterator[Process
 
 
 HELD_LOCKS: set[int] = set()  # file descriptors of this process that lock a folder
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 
 
-def tie_to_parent(parent: int) -> None:
-    """Called first in every worker: it ends when the process `parent` ends, even by kill -9, and holds no lock, which
-    would last until the last worker has ended."""
+def begin_worker(tie_to_parent: Callable[[], None] | None) -> None:
+    """Called first in every worker: it ends when its parent does, even by kill -9, and holds no lock, which would last
+    until the last worker has ended."""
     for lock in HELD_LOCKS:
         os.close(lock)
     HELD_LOCKS.clear()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
-        os._exit(1)
+    if tie_to_parent:
+        tie_to_parent()
 
 
 @contextlib.contextmanager

@@ -798,6 +798,7 @@ for line in sys.stdin:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
         exec(program)
         break
     print(child, flush=True)
@@ -939,6 +940,13 @@ sys.exit(prepare.main({["jsonl", *map(str, arguments), "--workers", "2"]!r}))
     assert time.monotonic() - begin < 5
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(lock)
+
+
+def test_workers_work_where_none_can_be_tied_to_its_parent(monkeypatch):
+    """As on systems other than Linux, where they failed for lack of prctl(2)."""
+    monkeypatch.setattr(prepare, "ends_with_its_parent", lambda signal: None)
+    with prepare.worker_pool(1) as pool:
+        assert pool.submit(abs, -7).result() == 7
 
 
 @pytest.mark.slow

@@ -11,16 +11,17 @@ from collections.abc import Callable
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
-def ends_with_its_parent() -> Callable[[], None] | None:
-    """For `preexec_fn` of subprocess.Popen: the process gets SIGTERM once this one is gone, however that was ended.
-    None where the system is not Linux; there, what must not run twice needs a lock, too."""
+def ends_with_its_parent(by: signal.Signals = signal.SIGTERM) -> Callable[[], None] | None:
+    """What a process that this one starts must call first, so that it gets the signal `by` once this one is gone,
+    however that was ended: `preexec_fn` of subprocess.Popen, or the initializer of forked workers. None where the
+    system is not Linux; there, what must not run twice needs a lock, too."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None, use_errno=True)  # loaded here: little may be done between fork and exec
     parent = os.getpid()
 
     def ask() -> None:
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        libc.prctl(PR_SET_PDEATHSIG, by)
         if os.getppid() != parent:  # it was gone before it could be asked
             os._exit(1)
 
