@@ -92,6 +92,27 @@ def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> Non
         raise error(message)
 
 
+MOST_SHOWN = 600  # characters of a line that is not ours
+MOST_OF_AN_ERROR = 4_000  # characters
+
+
+def printable(text: str, most: int = MOST_SHOWN, kept: str = "") -> str:
+    """Text that is not ours, safe to show in one line: what would end the line, move the cursor, or is no character at
+    all becomes an escape, except for characters in `kept`, and the middle of a long text is left out."""
+    if len(text) > most:
+        half = most // 2
+        text = f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
+def brief(value: Any) -> str:
+    """What a file holds, for a message."""
+    try:
+        return printable(repr(value), 60)
+    except RecursionError:  # as deep as a parser just follows
+        return "nested deeply"
+
+
 # ======================================================================================================================
 # Config: every knob once, with its default, its unit, its range and a line of doc.
 
@@ -1424,7 +1445,7 @@ def transform_of(folder: Path, tokenizer: Tokenizer) -> Literal["caseops", "none
     marked = has_markers(tokenizer.processor)
     require(
         stated in (None, "caseops") or (stated == "none" and not marked),
-        f"{folder / 'manifest.json'}: says that text was transformed by {str(stated)[:60]!r}, but "
+        f"{folder / 'manifest.json'}: says that text was transformed by {brief(stated)}, but "
         f"{'the tokenizer has pieces of CaseOps' if marked else 'no such transform is known'}; prepare the data again",
         DataError,
     )
@@ -1841,7 +1862,7 @@ def read_tensors(data: bytes, header: Mapping[str, Any], at: int, what: str) -> 
         # A limit for all tensors together, so that a small file cannot fill the memory.
         room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)
         for name, kind, shape, size in header["tensors"]:
-            require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
+            require(isinstance(name, str) and name not in tensors, f"tensor {brief(name)} comes twice")
             tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
             room -= tensors[name].nbytes
             at += size
@@ -1939,12 +1960,16 @@ class WeightAverage:
 class Trainer:
     """Model, optimizer, weight average and progress: all that training changes, and all that a checkpoint holds."""
 
-    def __init__(self, model: GPT, run: RunConfig, dist: Dist, provenance: Mapping[str, Any]):
-        """`provenance` says what the artifact and every checkpoint come from: tokenizer and held-out text."""
+    def __init__(
+        self, model: GPT, run: RunConfig, dist: Dist, provenance: Mapping[str, Any], training_shards: str = ""
+    ):
+        """`provenance` says what the artifact and every checkpoint come from: tokenizer and held-out text.
+        `training_shards` is the digest of the shards, which only checkpoints need: batches are known by number."""
         self.model = model
         self.run = run
         self.dist = dist
         self.provenance = provenance
+        self.training_shards = training_shards
         self.optimizer = MuonAdam(model, run, dist)
         self.average = WeightAverage(model, run.ema_horizon_frac)
 
@@ -1962,8 +1987,7 @@ class Trainer:
     def spend(self, progress: float) -> None:
         """Note that the fraction `progress` of the budget is spent; the average takes in the last step."""
         if self.step:
-            spent = progress - self.progress
-            self.average.update(max(0.0, spent))  # the budget of a resumed run may be larger than before
+            self.average.update(progress - self.progress)
         self.progress = progress
 
     def forward_backward(self, micro_batch: MicroBatch, looping: bool) -> Tensor:
@@ -2016,34 +2040,73 @@ class Trainer:
             "kind": "checkpoint",
             "model": dataclasses.asdict(self.model.config),
             **self.provenance,
+            "training_shards": self.training_shards,
             "train_batch_tokens": self.run.train_batch_tokens,
             "train_row_tokens": self.run.train_row_tokens,
         }
 
     def save_checkpoint(self, path: Path, seconds: float) -> None:
         """Write a checkpoint. Every rank must call this; rank 0 writes."""
-        meta = self.identity() | {"step": self.step, "progress": self.progress, "seconds": seconds}
+        meta = self.identity() | {"step": self.step, "seconds": seconds}
         state = self.state()
         if self.dist.main:
             write_atomically(path, [pack(meta, state, level=None)])
         self.dist.barrier()
 
     def load_checkpoint(self, path: str) -> None:
-        meta, state = unpack(read_on_main(path, self.dist), path)
-        for key, ours in self.identity().items():
-            require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
+        """Go on from a checkpoint of the same network, data and batches. Raises DataError, and changes nothing then.
 
-        found = {name: t.shape for name, t in state.items()}
-        expected = {name: t.shape for name, t in self.state().items()}
-        require(found == expected, f"RESUME={path}: its tensors are not those of this run", DataError)
-        with untrusted(path):
-            step = int(meta["step"])
-            progress = float(meta["progress"])
-            seconds = float(meta["seconds"])
+        What is spent of the budget is not read: `train` measures it by this run's own budget."""
+        data = read_on_main(path, self.dist)
+        header, at = read_header(data, path)
+        meta = header["meta"]
+        for name, ours in self.identity().items():
+            theirs = meta.get(name)
+            if theirs != ours:
+                raise DataError(f"RESUME={path}: its {name} is {difference(theirs, ours)}")
+
+        step, seconds = checked_progress(meta, self.run, path)
+
+        expected = {name: (t.dtype, t.shape) for name, t in self.state().items()}
+        require_layout(expected, table_layout(header, path), path)
+        state = read_tensors(data, header, at, path)
+        for name, t in state.items():
+            require(bool(t.isfinite().all()), f"RESUME={path}: {name} holds values that are not finite", DataError)
+            squared = name.startswith("optimizer.exp_avg_sq.")
+            require(not squared or bool((t >= 0).all()), f"RESUME={path}: {name} holds negative squares", DataError)
 
         self.load_state(state, step)
-        self.progress = progress
         self.seconds_before = seconds
+
+
+MAX_STEP = 10**9  # of a checkpoint, where ITERATIONS sets no limit
+
+
+def checked_progress(meta: Mapping[str, Any], run: RunConfig, path: str) -> tuple[int, float]:
+    """Steps and seconds of training that a checkpoint says it has behind it. Raises DataError."""
+    step = meta.get("step")
+    seconds = meta.get("seconds")
+    limit = f"ITERATIONS={run.iterations}" if run.iterations else f"{MAX_STEP}"
+    require(
+        type(step) is int and 0 <= step <= (run.iterations or MAX_STEP),
+        f"RESUME={path}: its step is {brief(step)}, expected a whole number from 0 to {limit}",
+        DataError,
+    )
+    require(
+        type(seconds) in {int, float} and 0 <= seconds <= MAX_KNOB,
+        f"RESUME={path}: its seconds are {brief(seconds)}, expected a number from 0 to {MAX_KNOB:g}",
+        DataError,
+    )
+    return step, float(seconds)
+
+
+def difference(theirs: Any, ours: Any) -> str:
+    """What a file says and what was expected, in a few words; of tables, the first entry that differs."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        names = sorted(theirs.keys() | ours.keys())
+        name = next(n for n in names if n not in theirs or n not in ours or theirs[n] != ours[n])
+        return f"another: {printable(name, 60)} is {brief(theirs.get(name))}, not {brief(ours.get(name))}"
+    return f"{brief(theirs)}, not {brief(ours)}"
 
 
 def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[MicroBatch]:
@@ -2115,6 +2178,7 @@ def train(
     history = []
     loss = torch.zeros(())
     check_loss = DivergenceCheck(stream.vocab_size)
+    trainer.progress = progress_at(run, trainer.step, trainer.seconds_before, reserve)
     logged_at = trainer.seconds_before
     saved_at = trainer.seconds_before
 
@@ -2419,10 +2483,15 @@ def expected_layout(config: ModelConfig) -> Layout:
 
 def check_layout(config: ModelConfig, found: Layout, what: str) -> None:
     """Names, types and shapes must be those that `quantise` stores of this network. Raises DataError."""
-    expected = expected_layout(config)
+    require_layout(expected_layout(config), found, what)
+
+
+def require_layout(expected: Layout, found: Layout, what: str) -> None:
+    """A file must hold these tensors and no others. Raises DataError, which names the first that differs."""
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        raise DataError(f"{what}: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
+        name = wrong[0]
+        raise DataError(f"{what}: {printable(name, 60)} is {found.get(name)}, expected {expected.get(name)}")
 
 
 @torch.no_grad()
@@ -3685,19 +3754,24 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
     """The configuration of the network in an artifact, checked like the environment's. Raises DataError.
 
     An artifact may be older than a field of ModelConfig: the field then says what its absence means (see `knob`)."""
-    require(meta.get("kind") == "artifact", f"{what}: of kind {meta.get('kind')!r}, expected an artifact", DataError)
+    require(
+        meta.get("kind") == "artifact", f"{what}: of kind {brief(meta.get('kind'))}, expected an artifact", DataError
+    )
     values = meta.get("model")
     kinds = get_type_hints(ModelConfig)
     try:
-        require(isinstance(values, dict), f"it is {str(values)[:60]!r}, expected a table")
+        require(isinstance(values, dict), f"it is {brief(values)}, expected a table")
         unknown = ", ".join(sorted(values.keys() - kinds.keys()))
-        require(not unknown, f"{unknown[:60]}: unknown here, written by a newer version; use that version to read it")
+        require(
+            not unknown,
+            f"{printable(unknown, 60)}: unknown here, written by a newer version; use that version to read it",
+        )
 
         checked = {}
         for f in fields(ModelConfig):
             value = values.get(f.name, f.metadata["absent"])
             require(value is not None, f"{f.name} is missing")
-            require(type(value) in {int, kinds[f.name]}, f"{f.name} is {str(value)[:60]!r}")
+            require(type(value) in {int, kinds[f.name]}, f"{f.name} is {brief(value)}")
             checked[f.name] = parse_knob(f.name.upper(), str(value), kinds[f.name], f.metadata)
         return ModelConfig(**checked)
     except ConfigError as error:
@@ -3730,8 +3804,8 @@ def table_layout(header: Mapping[str, Any], what: str) -> Layout:
     with untrusted(what):
         found: Layout = {}
         for name, kind, shape, _ in header["tensors"]:
-            require(isinstance(name, str) and name not in found, f"tensor {str(name)[:60]!r} comes twice")
-            require(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"{name[:60]}: not a shape")
+            require(isinstance(name, str) and name not in found, f"tensor {brief(name)} comes twice")
+            require(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"{brief(name)}: not a shape")
             found[name] = STORED_TYPES[kind], torch.Size(shape)
         return found
 
@@ -3757,15 +3831,19 @@ def make_trainer(setup: Setup, held_out: Documents) -> Trainer:
         "holdout_tokens": run.holdout_tokens,
         "holdout": hashlib.sha256(held_out.tokens.astype("<u2").tobytes()).hexdigest(),
     }
-    return Trainer(model, run, setup.dist, provenance)
+    shards = hashlib.sha256(repr(describe_shards(setup.stream)).encode()).hexdigest()
+    return Trainer(model, run, setup.dist, provenance, shards)
 
 
 def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents) -> float:
-    """Compile and time, before the clock starts, all that training and packing will do; then start from the initial
-    weights, or from the checkpoint RESUME -> seconds to reserve for what follows training."""
+    """Compile and time, before the clock starts, all that training and packing will do; leave the trainer with the
+    initial weights, or at the checkpoint RESUME -> seconds to reserve for what follows training."""
     run = setup.run
+    if run.resume:
+        trainer.load_checkpoint(run.resume)  # first, so that a bad one is refused before minutes of compilation
     batch = random_batch(run, setup.model.vocab_size, setup.dist)
-    initial_state = trainer.copy_state()
+    step = trainer.step
+    state = trainer.copy_state()
 
     warm_up(trainer, batch)
     calibrate(trainer.model, [batch[:1]], setup.dist)  # refuses a matrix without input before training is paid for
@@ -3778,9 +3856,7 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents) -> flo
             f"quantising and packing take {reserve:.1f} s of them; raise it",
         )
 
-    trainer.load_state(initial_state, step=0)
-    if run.resume:
-        trainer.load_checkpoint(run.resume)
+    trainer.load_state(state, step)
     return reserve
 
 
@@ -4855,7 +4931,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run_experiment(check_only=arguments == ["--check-setup"])
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -70,6 +70,7 @@ try:
 
     from train_gpt import (
         BOS,
+        MOST_OF_AN_ERROR,
         SHARD_HEADER_INTS,
         SHARD_MAGIC,
         SHARD_VERSION,
@@ -79,6 +80,7 @@ try:
         contest_bytes,
         has_markers,
         piece_bytes,
+        printable,
         read_shard,
         write_atomically,
     )
@@ -90,8 +92,6 @@ except ModuleNotFoundError as error:
 # ======================================================================================================================
 # Command line
 
-MAX_MESSAGE = 4000  # characters
-
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, 2 for an error that the user can mend, 130 when interrupted."""
@@ -99,23 +99,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        print(f"prepare: {printable(str(error))}", file=sys.stderr)
+        print(f"prepare: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr)
         return 2
     except OSError as error:
         disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "; free some space, or choose another --out" if disk_is_full else ""
-        print(printable(f"prepare: {error.filename or args.out}: {error.strerror or error}{hint}"), file=sys.stderr)
+        message = f"prepare: {error.filename or args.out}: {error.strerror or error}{hint}"
+        print(printable(message, MOST_OF_AN_ERROR), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare: interrupted; a download can be resumed, nothing else is left behind", file=sys.stderr)
         return 130
     return 0
-
-
-def printable(text: str) -> str:
-    """Text that may come from a file or a server, without anything that a terminal would obey, at a bounded length."""
-    safe = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return safe if len(safe) <= MAX_MESSAGE else safe[:MAX_MESSAGE] + "..."
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -528,7 +528,11 @@ BAD = {  # environment, what happens to the data folder, what the message must h
     "tampered artifact": ({"ARTIFACT": "data/a.ptz"}, lambda f: damage(f / "a.ptz", flip), ["a.ptz", "damaged"]),
     "unreadable artifact": ({"ARTIFACT": "data/b.ptz"}, unchanged, ["b.ptz", "No such file"]),
     "artifact of another kind": ({"ARTIFACT": f"data/{VAL}"}, unchanged, [VAL, "not a file of this program"]),
-    "checkpoint that is none": ({"RESUME": "data/a.ptz"}, unchanged, ["a.ptz", "its kind is artifact, not checkpoint"]),
+    "checkpoint that is none": (
+        {"RESUME": "data/a.ptz"},
+        unchanged,
+        ["a.ptz", "its kind is 'artifact', not 'checkpoint'"],
+    ),
     "size limit": ({"ARTIFACT_BYTES": "1000"}, unchanged, ["ARTIFACT_BYTES=1000"]),
 }
 AS_A_PROCESS = ["unknown knob", "truncated", "tampered artifact"]

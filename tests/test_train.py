@@ -307,7 +307,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):
     resumed = new_trainer(settings())
     warm_up(resumed)
     resumed.load_checkpoint(str(path))
-    assert resumed.step == 4 and resumed.progress == 0.5 and resumed.seconds_before > 0
+    assert resumed.step == 4 and resumed.seconds_before > 0
     assert go(resumed)[0] == go(whole)[0][4:]
     assert differing(resumed.copy_state(), whole.copy_state()) == []
     assert resumed.optimizer.steps_done == whole.optimizer.steps_done == 8
@@ -372,6 +372,100 @@ def test_a_damaged_checkpoint_is_refused(settings, tmp_path, damage):
     with pytest.raises(g.DataError, match=str(path)):
         trainer.load_checkpoint(str(path))
     assert differing(before, trainer.copy_state()) == []
+
+
+FORGED = {  # what is changed in the table and the tensors of a checkpoint, whose checksum is then right again
+    "no step": ({"step": None}, {}, "its step is None"),
+    "a step that is text": ({"step": "4"}, {}, "its step is '4'"),
+    "a step that is a fraction": ({"step": 4.5}, {}, "its step is 4.5"),
+    "a step that is true": ({"step": True}, {}, "its step is True"),
+    "a step before the first": ({"step": -1}, {}, "its step is -1, expected a whole number from 0 to ITERATIONS=8"),
+    "a step after the last": ({"step": 9}, {}, "its step is 9, expected a whole number from 0 to ITERATIONS=8"),
+    "a step over every number": ({"step": 10**400}, {}, "its step is 1000.* characters"),
+    "no seconds": ({"seconds": None}, {}, "its seconds are None"),
+    "seconds that are text": ({"seconds": "1"}, {}, "its seconds are '1'"),
+    "seconds that are no number": ({"seconds": math.nan}, {}, "its seconds are nan"),
+    "seconds without end": ({"seconds": math.inf}, {}, "its seconds are inf"),
+    "seconds before the first": ({"seconds": -1.0}, {}, "its seconds are -1.0"),
+    "seconds over every number": ({"seconds": 10**400}, {}, "its seconds are 1000"),
+    "another kind": ({"kind": "artifact"}, {}, "its kind is 'artifact', not 'checkpoint'"),
+    "a network that is none": ({"model": [1]}, {}, r"its model is \[1\], not "),
+    "a network with a field more": (
+        {"model": dataclasses.asdict(TINY_MODEL) | {"x\x1b": None}},
+        {},
+        r"its model is another: x\\x1b is None, not None",
+    ),
+    "a network of another width": (
+        {"model": dataclasses.asdict(TINY_MODEL) | {"model_dim": 64}},
+        {},
+        "its model is another: model_dim is 64, not 32",
+    ),
+    "another tokenizer": ({"tokenizer": "\x1b[2J"}, {}, r"its tokenizer is '\\x1b\[2J', not 'hash'"),
+    "other training shards": ({"training_shards": "x"}, {}, "its training_shards is 'x', not ''"),
+    "a tensor is missing": ({}, {"model.embed": None}, "model.embed is None"),
+    "a tensor too many": ({}, {"extra": torch.zeros(1)}, "extra is .*expected None"),
+    "a tensor that is flat": ({}, {"model.embed": torch.zeros(64 * 32)}, "model.embed is "),
+    "a tensor of another type": ({}, {"model.embed": torch.zeros(64, 32).half()}, "model.embed is .*float16"),
+    "a tensor of integers": ({}, {"model.embed": torch.zeros(64, 32, dtype=torch.int8)}, "model.embed is .*int8"),
+    "a weight that is no number": ({}, {"model.embed": torch.full((64, 32), math.nan)}, "model.embed holds"),
+    "an average without end": ({}, {"average.0": torch.full((64, 32), math.inf)}, "average.0 holds"),
+    "a moment that is no number": ({}, {"optimizer.exp_avg.0": torch.full((64, 32), math.nan)}, "exp_avg.0 holds"),
+    "squares below zero": ({}, {"optimizer.exp_avg_sq.0": torch.full((64, 32), -1.0)}, "negative squares"),
+}
+
+
+def forge(path: Path, meta: dict, tensors: dict, level: int | None = None) -> None:
+    """Change these entries of a checkpoint; None takes a tensor out."""
+    old_meta, old = g.unpack(path.read_bytes(), "it")
+    kept = {name: t for name, t in (old | tensors).items() if t is not None}
+    path.write_bytes(g.pack(old_meta | meta, kept, level))
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_checkpoint_edited_by_hand_is_refused(settings, tmp_path, case):
+    meta, tensors, message = FORGED[case]
+    path = tmp_path / "run.ckpt"
+    trainer = new_trainer(settings())
+    trainer.save_checkpoint(path, seconds=1.0)
+    forge(path, meta, tensors)
+    before = trainer.copy_state()
+    with pytest.raises(g.DataError, match=message) as error:
+        trainer.load_checkpoint(str(path))
+    assert str(path) in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 600
+    assert differing(before, trainer.copy_state()) == [] and trainer.step == trainer.optimizer.steps_done == 0
+
+
+def test_tensors_of_a_checkpoint_are_compared_before_they_are_unpacked(settings, tmp_path, monkeypatch):
+    path = tmp_path / "run.ckpt"
+    trainer = new_trainer(settings())
+    trainer.save_checkpoint(path, seconds=1.0)
+    forge(path, {}, {"extra": torch.zeros(1 << 20)}, level=19)
+    monkeypatch.setattr(g, "read_tensor", lambda *_: pytest.fail("a tensor was unpacked"))
+    with pytest.raises(g.DataError, match="extra is"):
+        trainer.load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("progress", [0.0, 7.0, -1e9, math.nan, "much", None])
+def test_what_a_checkpoint_says_of_the_budget_is_not_believed(settings, tmp_path, progress):
+    """It decided how much of the average was forgotten."""
+    path = tmp_path / "run.ckpt"
+    interrupted(settings, path)
+    whole = new_trainer(settings())
+    resumed = new_trainer(settings())
+    forge(path, {"progress": progress}, {})
+    resumed.load_checkpoint(str(path))
+    assert go(resumed)[0] == go(whole)[0][4:]
+    assert differing(resumed.copy_state(), whole.copy_state()) == []
+
+
+def test_a_smaller_budget_does_not_drive_the_average_away(settings, tmp_path):
+    path = tmp_path / "run.ckpt"
+    interrupted(settings, path)
+    trainer = new_trainer(settings(iterations=4))
+    trainer.load_checkpoint(str(path))
+    before = [v.clone() for v in trainer.average.values]
+    assert go(trainer)[0] == []  # its four steps are done
+    assert all(torch.equal(v, w) for v, w in zip(trainer.average.values, before, strict=True))
 
 
 # ---- when to stop -----------------------------------------------------------
