@@ -458,6 +458,46 @@ def test_what_a_checkpoint_says_of_the_budget_is_not_believed(settings, tmp_path
     assert differing(resumed.copy_state(), whole.copy_state()) == []
 
 
+def test_a_checkpoint_is_read_before_anything_is_compiled_and_survives_the_warm_up(settings, tmp_path, monkeypatch):
+    """A bad one was refused after minutes of compilation."""
+    path = tmp_path / "run.ckpt"
+    interrupted(settings, path)
+    run = settings(resume=str(path), holdout_tokens=300)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, g.Dist())
+    setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, stream)
+    expected = new_trainer(run)
+    expected.load_checkpoint(str(path))
+    trainer = new_trainer(run)
+    g.prepare_training(trainer, setup, stream.held_out())
+    assert trainer.step == trainer.optimizer.steps_done == 4
+    assert trainer.seconds_before == expected.seconds_before
+    assert differing(trainer.copy_state(), expected.copy_state()) == []
+
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(g, "warm_up", lambda *_: pytest.fail("it was warmed up"))
+    with pytest.raises(g.DataError, match="damaged or cut short"):
+        g.prepare_training(new_trainer(run), setup, stream.held_out())
+
+
+def test_a_checkpoint_goes_on_with_its_own_training_shards(settings, write_shard, tmp_path, train_tokenizer):
+    run = settings()
+    data = Path(run.data_path)
+    (data / "tokenizer.model").write_bytes(train_tokenizer())
+    write_shard(data / "fineweb_val_000000.bin", [g.BOS, 5, 6])
+    run = dataclasses.replace(run, tokenizer_path=str(data / "tokenizer.model"))
+    path = tmp_path / "run.ckpt"
+
+    def trainer() -> g.Trainer:
+        setup = g.make_setup(TINY_MODEL, run, g.Dist())
+        return g.make_trainer(setup, setup.stream.held_out())
+
+    trainer().save_checkpoint(path, seconds=1.0)
+    trainer().load_checkpoint(str(path))
+    write_shard(data / "fineweb_train_000002.bin", [g.BOS] * 99)
+    with pytest.raises(g.DataError, match="its training_shards is "):
+        trainer().load_checkpoint(str(path))
+
+
 def test_a_smaller_budget_does_not_drive_the_average_away(settings, tmp_path):
     path = tmp_path / "run.ckpt"
     interrupted(settings, path)
