@@ -1011,9 +1011,31 @@ def torchrun_number(env: Mapping[str, str], name: str, default: int, low: int, h
     return int(text)
 
 
+class LogFile:
+    """A file that grows by lines. What cannot be written waits in memory for the next line: a full disk may have room
+    again by then."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        # Unbuffered, and one write per line: a run that is killed leaves whole lines.
+        self.file = open(path, "wb", buffering=0)  # noqa: SIM115, open for the whole run
+        self.waiting = b""
+
+    def append(self, line: str) -> None:
+        """Raises OSError if the line, or one before it, is not in the file."""
+        self.waiting += line.encode("utf-8", "backslashreplace") + b"\n"
+        while self.waiting:
+            written = self.file.write(self.waiting)
+            self.waiting = self.waiting[written:]
+        self.path.stat()  # a deleted file takes every line, and nobody will find them
+
+
 class Log:
     """What a run reports: lines for people, on the screen and in logs/<RUN_ID>.txt, and the same values as events for
-    programs, one strict JSON object a line, in logs/<RUN_ID>.events.jsonl. Only rank 0 has files and a screen."""
+    programs, one strict JSON object a line, in logs/<RUN_ID>.events.jsonl. Only rank 0 has files and a screen.
+
+    A line that cannot be written is a warning, once for each place, and not the end of the run."""
 
     def __init__(self, path: Path | None = None, screen: Callable[[str], None] | None = None):
         """`path` is the file of lines; the file of events lies beside it."""
@@ -1021,17 +1043,19 @@ class Log:
         self.lines_file = None
         self.events_file = None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.lines_file = open(path, "w", encoding="utf-8")  # noqa: SIM115, open for the whole run
-            # Unbuffered, and one write per event: a run that is killed leaves whole lines.
-            self.events_file = open(path.with_suffix(".events.jsonl"), "wb", buffering=0)  # noqa: SIM115
+            self.lines_file = LogFile(path)
+            self.events_file = LogFile(path.with_suffix(".events.jsonl"))
+        self.failed: set[str] = set()  # places where a line could not be written
+        self.untold: list[str] = []  # warnings about them, told when the line that failed is done with
+        self.warnings: set[str] = set()
 
     def line(self, text: str, screen: bool = True) -> None:
         """Text for people that is no event."""
         if self.screen is not None and screen:
-            self.screen(text)
+            self._write(self.screen, text, "the screen")
         if self.lines_file is not None:
-            print(text, file=self.lines_file, flush=True)
+            self._write(self.lines_file.append, text, str(self.lines_file.path))
+        self._tell()
 
     def event(self, event: str, template: str = "", /, **values: Any) -> None:
         """Report an event. The line for people is `template`, formatted with the values; without one there is none.
@@ -1042,9 +1066,29 @@ class Log:
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in values.items()
             }
-            self.events_file.write(json.dumps({"event": event, **finite}, allow_nan=False).encode() + b"\n")
+            text = json.dumps({"event": event, **finite}, allow_nan=False)
+            self._write(self.events_file.append, text, str(self.events_file.path))
         if template:
             self.line(template.format(**values))
+        self._tell()
+
+    def warn(self, text: str) -> None:
+        """Report what is no reason to end the run; the same text only once."""
+        if text not in self.warnings:
+            self.warnings.add(text)
+            self.event("warning", "warning: {text}", text=text)
+
+    def _write(self, write: Callable[[str], None], text: str, place: str) -> None:
+        try:
+            write(text)
+        except (OSError, ValueError) as error:  # ValueError: a screen that is closed, or whose encoding lacks a letter
+            if place not in self.failed:
+                self.failed.add(place)
+                self.untold.append(printable(f"{place}: a line cannot be written: {error}; the run goes on"))
+
+    def _tell(self) -> None:
+        while self.untold:
+            self.warn(self.untold.pop())
 
 
 def print_now(text: str) -> None:
@@ -4869,7 +4913,16 @@ def run_experiment(check_only: bool) -> None:
         report_overruns(run, result, log)
         result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
         report(result, watch, log, LOGS / f"{run_id}.json")
+        let_go_of_screen()
     dist.close()
+
+
+def let_go_of_screen() -> None:
+    """Drop lines that the screen does not take: they would end Python with status 120, though the files are whole."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report_overruns(run: RunConfig, result: Mapping[str, Any], log: Log) -> None:

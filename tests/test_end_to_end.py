@@ -272,6 +272,19 @@ def test_a_world_that_does_not_divide_the_batch_gets_the_nearest_that_it_does(ro
     assert g.split_batch(g.RunConfig(train_batch_tokens=nearest * 64, train_row_tokens=64), world)
 
 
+def test_a_run_whose_output_nobody_reads_any_more_ends_well(tmp_path):
+    """`… | head -1` ended it, before there was an artifact."""
+    folder = Folder(tmp_path)
+    with started(folder, ALONE, RUN_ID="unseen") as process:
+        wait_for(process, "devices: ")
+        process.stdout.close()
+        process.stdout = None  # what `started` would read to its end
+        assert process.wait(timeout=120) == 0
+    lines = (tmp_path / "logs" / "unseen.txt").read_text().splitlines()
+    assert lines[-1].startswith("result ") and folder.artifact("unseen").exists()
+    assert [line for line in lines if line.startswith("warning: the screen: a line cannot be written: ")] != []
+
+
 # ---- again, elsewhere, and on two ranks -------------------------------------
 
 

@@ -69,6 +69,7 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
     "lossy": {"bytes_kept": whole, "val_bpb_kept": number},
     "score": {"artifact": text, "static_bpb": number, "val_bpb": optional(number)},
     "over_limit": {"clock": one_of("training", "evaluation"), "over_seconds": number, "limit_seconds": number},
+    "warning": {"text": text},
     "phase": {"name": text, "seconds": number, "clock": one_of("training", "evaluation", "-")},
     "result": {},  # the whole result, which has kinds of its own: tools/results.py
 }
@@ -161,6 +162,7 @@ TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, th
         "eval_s:{eval_s:.0f} eta_s:{eta_s:.0f}",
     ),
     "lossy": ("this tokenizer is lossy: over the {bytes_kept} bytes that survive it, val_bpb is {val_bpb_kept:.5f}",),
+    "warning": ("warning: {text}",),
     "phase": ("phase {name:26} {seconds:9.2f} s   clock: {clock}",),
 }
 SHOWN = (  # of a result, in its line, where the result has them
