@@ -1131,16 +1131,25 @@ class Stopwatch:
         return sum(self.seconds.get(name, 0.0) for name in names)
 
 
-TRAINING_CLOCK = ("train", "choose", "calibrate", "quantise", "pack")  # from the first real batch to the packed file
+TRAINING_CLOCK = (
+    "train",
+    "checkpoint",
+    "choose",
+    "calibrate",
+    "quantise",
+    "pack",
+)  # from the first real batch to the packed file
 EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from opening the artifact to the final score
 
 
-def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
+def write_atomically(path: Path | str, chunks: Iterable[bytes], parents: bool = False) -> None:
     """Write to a temporary file beside `path`, then rename it: a reader sees the whole file or none, and an interrupted
-    write leaves nothing behind."""
+    write leaves nothing behind. With `parents`, a folder that is missing is made. Raises UserError."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        if parents and not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as out:
             out.writelines(chunks)
             out.flush()
@@ -1149,7 +1158,8 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; free some disk or write elsewhere") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, there may be nothing to remove
+            partial.unlink(missing_ok=True)
 
 
 def read_on_main(path: str | Path, dist: Dist) -> bytes:
@@ -2024,6 +2034,7 @@ class Trainer:
         self.step = 0
         self.progress = 0.0
         self.seconds_before = 0.0  # training time of the runs that this one continues
+        self.finished = False  # the checkpoint that this run continues is of a training that was over
 
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
@@ -2056,32 +2067,34 @@ class Trainer:
         self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
         return self.dist.all_reduce(loss)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors that what follows training needs, by name; they share memory with what they describe."""
+        weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        return weights | {f"average.{i}": values for i, values in enumerate(self.average.values)}
+
     def state(self) -> dict[str, Tensor]:
         """All tensors that training changes, by name; most of them share memory with what they describe."""
-        state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for i, values in enumerate(self.average.values):
-            state[f"average.{i}"] = values
-        for name, t in self.optimizer.state().items():
-            state[f"optimizer.{name}"] = t
-        return state
+        return self.weights() | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
 
     def copy_state(self) -> dict[str, Tensor]:
         return {name: t.clone() for name, t in self.state().items()}
 
     @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, t in self.weights().items():
+            t.copy_(weights[name])
+
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Take over what `state()` gave after `step` steps."""
-        for name, t in self.state().items():
-            if not name.startswith("optimizer."):
-                t.copy_(state[name])
+        self.load_weights(state)
         of_optimizer = {name.removeprefix("optimizer."): t for name, t in state.items()}
         self.optimizer.load_state(of_optimizer, step)
         self.step = step
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, finished: bool = False) -> dict[str, Any]:
         """What a run must share with the one that it continues."""
         return {
-            "kind": "checkpoint",
+            "kind": FINISHED if finished else "checkpoint",
             "model": dataclasses.asdict(self.model.config),
             **self.provenance,
             "training_shards": self.training_shards,
@@ -2089,13 +2102,20 @@ class Trainer:
             "train_row_tokens": self.run.train_row_tokens,
         }
 
-    def save_checkpoint(self, path: Path, seconds: float) -> None:
-        """Write a checkpoint. Every rank must call this; rank 0 writes."""
-        meta = self.identity() | {"step": self.step, "seconds": seconds}
-        state = self.state()
+    def save_checkpoint(self, path: Path, seconds: float, finished: bool = False) -> None:
+        """Write a checkpoint: all that training changes, or, where it is finished, all that the rest needs, which is
+        less. Every rank must call this; rank 0 writes. Raises UserError, on every rank, if that fails."""
+        meta = self.identity(finished) | {"step": self.step, "seconds": seconds}
+        state = self.weights() if finished else self.state()
+        problem = ""
         if self.dist.main:
-            write_atomically(path, [pack(meta, state, level=None)])
-        self.dist.barrier()
+            try:
+                require_room(path, sum(t.nbytes for t in state.values()), self.run)
+                write_atomically(path, [pack(meta, state, level=None)], parents=True)
+            except (UserError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: no memory, says torch
+                problem = printable(str(error) or type(error).__name__)
+        problem = self.dist.broadcast_bytes(problem.encode()).decode()
+        require(not problem, problem, UserError)
 
     def load_checkpoint(self, path: str) -> None:
         """Go on from a checkpoint of the same network, data and batches. Raises DataError, and changes nothing then.
@@ -2104,14 +2124,16 @@ class Trainer:
         data = read_on_main(path, self.dist)
         header, at = read_header(data, path)
         meta = header["meta"]
-        for name, ours in self.identity().items():
+        finished = meta.get("kind") == FINISHED
+        for name, ours in self.identity(finished).items():
             theirs = meta.get(name)
             if theirs != ours:
                 raise DataError(f"RESUME={path}: its {name} is {difference(theirs, ours)}")
 
         step, seconds = checked_progress(meta, self.run, path)
 
-        expected = {name: (t.dtype, t.shape) for name, t in self.state().items()}
+        needed = self.weights() if finished else self.state()
+        expected = {name: (t.dtype, t.shape) for name, t in needed.items()}
         require_layout(expected, table_layout(header, path), path)
         state = read_tensors(data, header, at, path)
         for name, t in state.items():
@@ -2119,10 +2141,16 @@ class Trainer:
             squared = name.startswith("optimizer.exp_avg_sq.")
             require(not squared or bool((t >= 0).all()), f"RESUME={path}: {name} holds negative squares", DataError)
 
-        self.load_state(state, step)
+        if finished:
+            self.load_weights(state)
+            self.step = step
+        else:
+            self.load_state(state, step)
+        self.finished = finished
         self.seconds_before = seconds
 
 
+FINISHED = "checkpoint of a finished training"
 MAX_STEP = 10**9  # of a checkpoint, where ITERATIONS sets no limit
 
 
@@ -2142,6 +2170,28 @@ def checked_progress(meta: Mapping[str, Any], run: RunConfig, path: str) -> tupl
         DataError,
     )
     return step, float(seconds)
+
+
+def require_room(path: Path, size: int, run: RunConfig) -> None:
+    """Refuse a checkpoint of `size` bytes that would leave no room for the artifact, which matters more."""
+    folder = path.parent if path.parent.exists() else Path()
+    room = shutil.disk_usage(folder).free >= size + artifact_room(run)
+    require(room, f"{path}: the disk has no room for {size >> 20} MiB beside the artifact; free some", UserError)
+
+
+def artifact_room(run: RunConfig) -> int:
+    """Bytes of disk that the artifact, its temporary file, and log and results beside it need at most."""
+    return 3 * run.artifact_bytes
+
+
+def save_or_warn(trainer: Trainer, path: Path, seconds: float, log: Log, finished: bool = False) -> bool:
+    """Write a checkpoint -> whether it is on the disk. If not, a warning is enough: the training itself is well."""
+    try:
+        trainer.save_checkpoint(path, seconds, finished)
+    except UserError as error:
+        log.warn(f"no checkpoint is written: {error}")
+        return False
+    return True
 
 
 def difference(theirs: Any, ours: Any) -> str:
@@ -2233,7 +2283,7 @@ def train(
         (seconds,) = trainer.dist.broadcast(seconds_now())  # the ranks must agree on when to stop
         trainer.spend(progress_at(run, trainer.step, seconds, reserve))
         if run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds:
-            trainer.save_checkpoint(checkpoint, seconds)
+            save_or_warn(trainer, checkpoint, seconds, log)
             saved_at = seconds
         if trainer.progress >= 1.0:
             break
@@ -3677,7 +3727,7 @@ def check_setup(setup: Setup) -> None:
     """Refuse what cannot be run: too little disk, an unsuitable GPU, a limit of bytes that no model could meet."""
     run = setup.run
     free = shutil.disk_usage(LOGS if LOGS.exists() else ".").free  # logs/ may be a link to another disk
-    need = 3 * run.artifact_bytes
+    need = artifact_room(run)
     if run.checkpoint_seconds:
         need += 600 << 20
     require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some disk", UserError)
@@ -3879,12 +3929,14 @@ def make_trainer(setup: Setup, held_out: Documents) -> Trainer:
     return Trainer(model, run, setup.dist, provenance, shards)
 
 
-def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents) -> float:
+def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: Log) -> float:
     """Compile and time, before the clock starts, all that training and packing will do; leave the trainer with the
     initial weights, or at the checkpoint RESUME -> seconds to reserve for what follows training."""
     run = setup.run
     if run.resume:
         trainer.load_checkpoint(run.resume)  # first, so that a bad one is refused before minutes of compilation
+        if trainer.finished:
+            return 0.0
     batch = random_batch(run, setup.model.vocab_size, setup.dist)
     step = trainer.step
     state = trainer.copy_state()
@@ -3893,7 +3945,7 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents) -> flo
     calibrate(trainer.model, [batch[:1]], setup.dist)  # refuses a matrix without input before training is paid for
     reserve = 0.0
     if run.max_wallclock_seconds:
-        reserve = dry_run(trainer, batch, setup, held_out)
+        reserve = dry_run(trainer, batch, setup, held_out, log)
         require(
             reserve < run.max_wallclock_seconds,
             f"MAX_WALLCLOCK_SECONDS={run.max_wallclock_seconds:g}: "
@@ -3904,7 +3956,7 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents) -> flo
     return reserve
 
 
-def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_out: Documents) -> float:
+def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_out: Documents, log: Log) -> float:
     """Do what follows training, with random tokens and the weights of the warm-up: this compiles the scoring of
     validation, too -> seconds to reserve."""
     run = setup.run
@@ -3912,6 +3964,11 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
     model = trainer.model
 
     watch = Stopwatch(dist)
+    checkpoint = LOGS / f".dry-run.{os.getpid()}.partial"  # a name that an interrupted run cleans up
+    with watch.phase("checkpoint"):
+        save_or_warn(trainer, checkpoint, 0.0, log, finished=True)
+    remove(checkpoint, log)
+
     with watch.phase("calibrate"):
         hessians = calibrate(model, [batch], dist)
     make_artifact(model, hessians, run, dist, watch, trainer.provenance, Log())
@@ -3922,7 +3979,8 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
         with watch.phase(phase):
             score_all_static(model, setup, docs=blank)
 
-    seconds = watch.total("calibrate") * run.gptq_calibration_batches
+    seconds = watch.total("checkpoint")
+    seconds += watch.total("calibrate") * run.gptq_calibration_batches
     seconds += 2 * watch.total("choose", "quantise", "pack")  # two tries to fit the bytes; two sets of weights to score
     return dist.all_reduce_max(1.15 * seconds + 0.5)
 
@@ -3949,14 +4007,15 @@ def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log
 
 
 def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
-    """From random weights to an artifact on the disk -> what the result says about it."""
+    """From random weights, or those of a checkpoint, to an artifact on the disk -> what the result says about it."""
     run = setup.run
     stream = setup.stream
+    checkpoint = path.with_suffix(".ckpt")
 
     with watch.phase("set-up"):
         held_out = stream.held_out()
         trainer = make_trainer(setup, held_out)
-        reserve = prepare_training(trainer, setup, held_out)
+        reserve = prepare_training(trainer, setup, held_out, log)
         setup.dist.finish_kernels()
         setup.dist.barrier()
     line = "set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing"
@@ -3966,8 +4025,81 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict
         looping = trainer.looping(trainer.progress)
         return score_all_static(trainer.model, setup, looping).bits_per_byte
 
-    with watch.phase("train"):
-        history = train(trainer, stream, log, watch, reserve, validate, checkpoint=path.with_suffix(".ckpt"))
+    history = []
+    weights_file = run.resume
+    if not trainer.finished:
+        with watch.phase("train"):
+            history = train(trainer, stream, log, watch, reserve, validate, checkpoint)
+        with watch.phase("checkpoint"):
+            seconds = trainer.seconds_before + watch.total(*TRAINING_CLOCK)
+            kept = save_or_warn(trainer, checkpoint, seconds, log, finished=True)
+        weights_file = str(checkpoint) if kept else ""
+    with how_to_go_on(trainer, setup, log, run.run_id or path.stem, weights_file):
+        readout = read_out_and_pack(trainer, setup, held_out, log, watch, path)
+    if setup.dist.main:
+        remove(checkpoint, log)
+
+    train_tokens = trainer.step * run.train_batch_tokens
+    return {
+        "steps": trainer.step,
+        "train_tokens": train_tokens,
+        "epochs": train_tokens / stream.total,
+        **readout,
+        "history": history,
+        "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK),
+    }
+
+
+@contextlib.contextmanager
+def how_to_go_on(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_file: str) -> Iterator[None]:
+    """Whatever ends what follows training, the message says how to repeat that alone. `weights_file` is a checkpoint of
+    the trained weights; empty if there is none."""
+    if not weights_file:
+        yield
+        return
+
+    line = "step {step}: the trained weights are in {file} ({bytes} bytes); RESUME={file} goes on from here"
+    size = sum(t.nbytes for t in trainer.weights().values())
+    log.event("trained", line, step=trainer.step, file=weights_file, bytes=size)
+    command = command_line(setup, RESUME=weights_file, RUN_ID=run_id)
+    with advice(f"the trained weights are in {weights_file}; this goes on from them: {command}"):
+        yield
+
+
+@contextlib.contextmanager
+def advice(text: str) -> Iterator[None]:
+    """Whatever exception leaves the block carries this advice, which ends the message that people see."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(text)
+        raise
+
+
+def command_line(setup: Setup, **changes: str) -> str:
+    """This run with other knobs, for a shell in the same folder: what differs from the defaults, and the start."""
+    defaults = settings(ModelConfig(), RunConfig(ttt_params=setup.run.ttt_params))  # on which other defaults depend
+    defaults["TTT_PARAMS"] = RunConfig().ttt_params
+    knobs = changes | {name: v for name, v in settings(setup.model, setup.run).items() if name not in changes}
+    words = [f"{name}={shlex.quote(value)}" for name, value in knobs.items() if value != defaults.get(name)]
+    words.append(shlex.quote(sys.executable))
+    if setup.dist.world > 1:
+        words.append(f"-m torch.distributed.run --standalone --nproc_per_node={setup.dist.world}")
+    return " ".join([*words, shlex.quote(__file__)])
+
+
+def remove(path: Path, log: Log) -> None:
+    """Remove a file that is no longer needed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warn(printable(f"{path}: cannot be removed: {error.strerror}"))
+
+
+def read_out_and_pack(
+    trainer: Trainer, setup: Setup, held_out: Documents, log: Log, watch: Stopwatch, path: Path
+) -> dict[str, Any]:
+    """From trained weights to an artifact on the disk -> what the result says about the weights that it holds."""
     with watch.phase("validate"):
         last_bpb = score_all_static(trainer.model, setup).bits_per_byte
     with watch.phase("choose"):
@@ -3980,18 +4112,7 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict
         line = "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}"
         log.event("before_quantisation", line, prequant_bpb=prequant_bpb, last_bpb=last_bpb)
         pack_weights(trainer, setup, log, watch, path)
-
-    train_tokens = trainer.step * run.train_batch_tokens
-    return {
-        "steps": trainer.step,
-        "train_tokens": train_tokens,
-        "epochs": train_tokens / stream.total,
-        "last_bpb": last_bpb,
-        "readout": weights_used,
-        "prequant_bpb": prequant_bpb,
-        "history": history,
-        "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK),
-    }
+    return {"last_bpb": last_bpb, "readout": weights_used, "prequant_bpb": prequant_bpb}
 
 
 def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, path: Path) -> None:
@@ -4004,7 +4125,7 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
     artifact = make_artifact(trainer.model, hessians, run, dist, watch, trainer.provenance, log)
     with watch.phase("pack"):
         if dist.main:
-            write_atomically(path, [artifact])
+            write_atomically(path, [artifact], parents=True)
         dist.barrier()
 
 
@@ -4971,6 +5092,12 @@ def install_signal_handlers(grace_s: float = 3.0) -> None:
     threading.Thread(target=end_after_grace, daemon=True).start()
 
 
+def print_advice(error: BaseException) -> None:
+    """What `advice` gave the exception on its way."""
+    for note in vars(error).get("__notes__", []):
+        print(printable(note, most=1 << 16), file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str]) -> int:
     """-> exit status: 0; 2 for what a user can fix; 130 when interrupted."""
     if arguments in (["--help"], ["-h"]):
@@ -4985,9 +5112,11 @@ def main(arguments: Sequence[str]) -> int:
         run_experiment(check_only=arguments == ["--check-setup"])
     except (UserError, OSError) as error:
         print(f"error: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
+        print_advice(error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr, flush=True)
+        print_advice(error)
         return INTERRUPTED
     return 0
 

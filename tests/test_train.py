@@ -1,8 +1,11 @@
 """Training learns, repeats bit by bit, goes on from a checkpoint as if never interrupted, and stops in time."""
 
 import dataclasses
+import errno
 import gc
 import math
+import os
+import shutil
 import time
 import weakref
 from pathlib import Path
@@ -129,12 +132,14 @@ def rank_main(rank: int, folder: str, run: g.RunConfig) -> None:
     trainer = new_trainer(run, g.Dist(rank, 2))
     warm_up(trainer)
     losses, _ = go(trainer, checkpoint=Path(folder, "two.ckpt"))
+    assert not g.save_or_warn(trainer, Path(folder, "a file", "two.ckpt"), 1.0, g.Log()), "on no rank"
     torch.save((losses, trainer.copy_state()), f"{folder}/{rank}.pt")
     trainer.dist.close()
 
 
 def test_two_ranks_train_as_one(settings, tmp_path):
     run = settings(checkpoint_seconds=1e-6)
+    (tmp_path / "a file").touch()
     mp.spawn(rank_main, args=(str(tmp_path), run), nprocs=2)
     (losses, state), (losses_there, state_there) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert losses == losses_there and differing(state, state_there) == []
@@ -167,8 +172,9 @@ def test_warming_up_trains_and_loading_the_state_leaves_no_trace_of_it(settings)
     assert not any(p.grad.any() for p in trainer.model.parameters())
 
 
-def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, monkeypatch):
+def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, monkeypatch, tmp_path):
     """Weights as they are at first, with matrices of zeros, would pack in less time than trained ones."""
+    monkeypatch.chdir(tmp_path)
     run = settings(max_wallclock_seconds=100.0, holdout_tokens=300)
     trainer = new_trainer(run)
     seen = []
@@ -178,13 +184,13 @@ def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, mo
     stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
     setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
 
-    reserve = g.prepare_training(trainer, setup, stream.held_out())
+    reserve = g.prepare_training(trainer, setup, stream.held_out(), g.Log())
     assert 0.5 < reserve < 100 and len(seen) == 1 and differing(before, seen[0]) != []
     assert differing(before, trainer.copy_state()) == []
 
     tight = setup._replace(run=dataclasses.replace(run, max_wallclock_seconds=0.4))
     with pytest.raises(g.ConfigError, match="MAX_WALLCLOCK_SECONDS=0.4: quantising and packing take"):
-        g.prepare_training(trainer, tight, stream.held_out())
+        g.prepare_training(trainer, tight, stream.held_out(), g.Log())
 
 
 def test_training_is_the_same_with_and_without_warm_up(settings):
@@ -468,7 +474,7 @@ def test_a_checkpoint_is_read_before_anything_is_compiled_and_survives_the_warm_
     expected = new_trainer(run)
     expected.load_checkpoint(str(path))
     trainer = new_trainer(run)
-    g.prepare_training(trainer, setup, stream.held_out())
+    g.prepare_training(trainer, setup, stream.held_out(), g.Log())
     assert trainer.step == trainer.optimizer.steps_done == 4
     assert trainer.seconds_before == expected.seconds_before
     assert differing(trainer.copy_state(), expected.copy_state()) == []
@@ -476,7 +482,7 @@ def test_a_checkpoint_is_read_before_anything_is_compiled_and_survives_the_warm_
     path.write_bytes(path.read_bytes()[:-1])
     monkeypatch.setattr(g, "warm_up", lambda *_: pytest.fail("it was warmed up"))
     with pytest.raises(g.DataError, match="damaged or cut short"):
-        g.prepare_training(new_trainer(run), setup, stream.held_out())
+        g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
 
 
 def test_a_checkpoint_goes_on_with_its_own_training_shards(settings, write_shard, tmp_path, train_tokenizer):
@@ -506,6 +512,110 @@ def test_a_smaller_budget_does_not_drive_the_average_away(settings, tmp_path):
     before = [v.clone() for v in trainer.average.values]
     assert go(trainer)[0] == []  # its four steps are done
     assert all(torch.equal(v, w) for v, w in zip(trainer.average.values, before, strict=True))
+
+
+def no_room(monkeypatch, path: Path) -> Path:
+    usage = shutil.disk_usage(path.parent)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    return path
+
+
+def full_disk(monkeypatch, path: Path) -> Path:
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    return path
+
+
+def no_folder(monkeypatch, path: Path) -> Path:
+    path.touch()
+    return path / "run.ckpt"
+
+
+def no_memory(monkeypatch, path: Path) -> Path:
+    def full(*given, **named):
+        raise MemoryError
+
+    monkeypatch.setattr(g, "pack", full)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (no_room, "the disk has no room for 0 MiB beside the artifact"),
+        (full_disk, "No space left on device"),
+        (no_folder, "Not a directory"),
+        (no_memory, "MemoryError"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_one_warning_and_training_goes_on(
+    settings, tmp_path, monkeypatch, fault, reason
+):
+    expected = go(new_trainer(settings()))[0]
+    shown = []
+    path = fault(monkeypatch, tmp_path / "run.ckpt")
+    trainer = new_trainer(settings(checkpoint_seconds=1e-6))
+    assert go(trainer, checkpoint=path, log=g.Log(screen=shown.append))[0] == expected
+    (warning,) = [line for line in shown if line.startswith("warning: ")]
+    assert warning.startswith("warning: no checkpoint is written: ") and reason in warning
+    assert list(tmp_path.glob(".*")) == [] and not path.exists()
+
+
+def test_a_folder_of_checkpoints_that_was_deleted_is_made_again(settings, tmp_path):
+    trainer = new_trainer(settings())
+    trainer.save_checkpoint(tmp_path / "logs" / "run.ckpt", seconds=1.0)
+    assert (tmp_path / "logs" / "run.ckpt").exists()
+
+
+def test_a_checkpoint_of_a_finished_training_holds_all_that_follows_and_no_more(settings, tmp_path):
+    path = tmp_path / "run.ckpt"
+    trainer = new_trainer(settings())
+    go(trainer)
+    trainer.save_checkpoint(path, seconds=3.0, finished=True)
+    resumed = new_trainer(settings())
+    resumed.load_checkpoint(str(path))
+    assert resumed.finished and resumed.step == 8 and resumed.seconds_before == 3.0
+    assert differing(resumed.weights(), trainer.weights()) == []
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    assert 2 * weights < path.stat().st_size < 2 * weights + 5000
+
+    trainer.save_checkpoint(path, seconds=3.0)
+    resumed.load_checkpoint(str(path))
+    assert not resumed.finished
+    for kind, name in ((g.FINISHED, "optimizer"), ("checkpoint of another kind", "its kind is ")):
+        forge(path, {"kind": kind}, {})
+        with pytest.raises(g.DataError, match=name):
+            resumed.load_checkpoint(str(path))
+
+
+def test_a_finished_training_is_not_warmed_up_again(settings, tmp_path, monkeypatch):
+    path = tmp_path / "run.ckpt"
+    trainer = new_trainer(settings())
+    trainer.save_checkpoint(path, seconds=3.0, finished=True)
+    monkeypatch.setattr(g, "warm_up", lambda *_: pytest.fail("it was warmed up"))
+    run = settings(resume=str(path), max_wallclock_seconds=1.0)  # no more than what follows training may take
+    setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, None)
+    assert g.prepare_training(trainer, setup, None, g.Log()) == 0.0 and trainer.finished
+
+
+def test_the_dry_run_writes_a_checkpoint_whose_seconds_are_reserved(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = settings(max_wallclock_seconds=100.0, holdout_tokens=300)
+    trainer = new_trainer(run)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
+    setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+    plain = trainer.save_checkpoint
+
+    def slow(path: Path, seconds: float, finished: bool) -> None:
+        assert finished
+        plain(path, seconds, finished)
+        time.sleep(2.0)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", slow)
+    assert g.prepare_training(trainer, setup, stream.held_out(), g.Log()) > 1.15 * 2.0 + 0.5
+    assert list((tmp_path / "logs").iterdir()) == []
 
 
 # ---- when to stop -----------------------------------------------------------

@@ -53,6 +53,7 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
         "train_s": number,
         "eta_s": signed,
     },
+    "trained": {"step": whole, "file": text, "bytes": whole},
     "validate": {"step": whole, "val_bpb": optional(number)},
     "readout": {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
     "before_quantisation": {"prequant_bpb": number, "last_bpb": number},
@@ -147,6 +148,7 @@ TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, th
         "step:{step} loss:{loss:.4f} progress:{progress:.3f} loop:{loop} "
         "tokens_per_s:{tokens_per_s:.0f} epoch:{epoch:.2f} train_s:{train_s:.1f} eta_s:{eta_s:.0f}",
     ),
+    "trained": ("step {step}: the trained weights are in {file} ({bytes} bytes); RESUME={file} goes on from here",),
     "validate": ("step:{step} val_bpb:{val_bpb:.5f} (last iterate, without adaptation)",),
     "readout": ("{documents} held-out documents: average {average:.5f}, last {last:.5f} nats a token",),
     "before_quantisation": (
