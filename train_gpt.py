@@ -36,6 +36,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -1131,15 +1132,9 @@ class Stopwatch:
         return sum(self.seconds.get(name, 0.0) for name in names)
 
 
-TRAINING_CLOCK = (
-    "train",
-    "checkpoint",
-    "choose",
-    "calibrate",
-    "quantise",
-    "pack",
-)  # from the first real batch to the packed file
-EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from opening the artifact to the final score
+# From the first real batch to the packed file, and from opening the artifact to the final score
+TRAINING_CLOCK = ("train", "checkpoint", "choose", "calibrate", "quantise", "pack")
+EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")
 
 
 def write_atomically(path: Path | str, chunks: Iterable[bytes], parents: bool = False) -> None:
@@ -2650,8 +2645,9 @@ def make_artifact(
     )
 
 
+@functools.cache
 def code() -> bytes:
-    """The source that is counted: this file as it stands."""
+    """The source that is counted: this file, read once. It may be edited or gone when a long training ends."""
     return Path(__file__).read_bytes()
 
 

@@ -580,6 +580,21 @@ def test_a_folder_that_is_deleted_meanwhile_does_not_lose_the_training(in_proces
     assert status == 0 and Path("logs/deleted.ptz").exists() and Path("logs/deleted.json").exists()
 
 
+def test_a_source_that_is_edited_meanwhile_is_counted_as_it_ran(tmp_path, monkeypatch):
+    """Another size would have been reported than that of the source in the log; without the file there was no
+    artifact."""
+    copy = tmp_path / "train_gpt.py"
+    shutil.copy(SCRIPT, copy)
+    monkeypatch.setattr(g, "__file__", str(copy))
+    g.code.cache_clear()
+    try:
+        source = g.code()
+        copy.unlink()
+        assert g.code() == source == SCRIPT.read_bytes()
+    finally:
+        g.code.cache_clear()
+
+
 def test_a_checkpoint_of_another_name_stays(in_process, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(g, "make_artifact", raising(g.UserError("too large")))
