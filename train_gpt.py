@@ -4064,11 +4064,12 @@ def how_to_go_on(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_
 
 @contextlib.contextmanager
 def advice(text: str) -> Iterator[None]:
-    """Whatever exception leaves the block carries this advice, which ends the message that people see."""
+    """Whatever exception leaves the block carries this advice, if there is any: it ends the message that people see."""
     try:
         yield
     except BaseException as error:
-        error.add_note(text)
+        if text:
+            error.add_note(text)
         raise
 
 
@@ -4125,8 +4126,8 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
         dist.barrier()
 
 
-def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
-    """Read an artifact from the disk and score it -> what the result says about it."""
+def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict[str, Any], bytes]:
+    """Read an artifact from the disk and score it -> what the result says about it, and the file of all documents."""
     run = setup.run
     docs = setup.validation
 
@@ -4144,11 +4145,9 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) 
     table.require_finite(
         "test-time training diverged; lower TTT_LR, TTT_LORA_ALPHA or TTT_EPOCHS, or set TTT_GRAD_CLIP"
     )
-    if setup.dist.main:
-        write_documents(LOGS / f"{run_id}.docs.npz", table, static)
     log_scores(setup, log, path, table, static)
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
-    return {
+    result = {
         "val_bpb": table.bits_per_byte,
         "val_loss": table.nats_per_token,
         "static_bpb": static.bits_per_byte,
@@ -4161,10 +4160,11 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) 
         "degraded_documents": evaluation.degraded,
         "eval_seconds": watch.total(*EVALUATION_CLOCK),
     }
+    return result, documents_file(table, static)
 
 
-def write_documents(path: Path, table: ScoreTable, static: ScoreTable) -> None:
-    """The score of every document, in the order of the validation set, for comparing runs."""
+def documents_file(table: ScoreTable, static: ScoreTable) -> bytes:
+    """The score of every document, in the order of the validation set, for comparing runs: the bytes of an .npz."""
     out = io.BytesIO()
     np.savez_compressed(
         out,
@@ -4175,7 +4175,7 @@ def write_documents(path: Path, table: ScoreTable, static: ScoreTable) -> None:
         updates=table.updates.astype(np.int64),
         validation=np.array(table.docs.sha256()),
     )
-    write_atomically(path, [out.getvalue()])
+    return out.getvalue()
 
 
 def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: ScoreTable) -> None:
@@ -4215,8 +4215,9 @@ SHOWN_IN_RESULT_LINE = (
 ).split()
 
 
-def report(result: Mapping[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
-    """Log the seconds of every phase and the result, and write the result as JSON."""
+def report(result: Mapping[str, Any], documents: bytes, watch: Stopwatch, log: Log, path: Path) -> None:
+    """Log the seconds of every phase and the result; then write the result as JSON, `path`, and the file of documents
+    beside it. Raises UserError if one cannot be written: the result is on the screen all the same."""
     for name, seconds in watch.seconds.items():
         clock = "-"
         if name in TRAINING_CLOCK:
@@ -4233,7 +4234,18 @@ def report(result: Mapping[str, Any], watch: Stopwatch, log: Log, path: Path) ->
         elif key in result:
             line += f" {key}:{{{key}}}"
     log.event("result", line, **result)
-    write_atomically(path, [json.dumps(result, indent=1, allow_nan=False).encode()])
+
+    problems = []
+    files = {
+        path.with_suffix(".docs.npz"): documents,
+        path: json.dumps(result, indent=1, allow_nan=False).encode(),  # last: who finds it finds the others
+    }
+    for file, content in files.items():
+        try:
+            write_atomically(file, [content], parents=True)
+        except UserError as error:
+            problems.append(str(error))
+    require(not problems, f"{'; '.join(problems)}; the result is the last line above", UserError)
 
 
 def prepare_torch(run: RunConfig, device: torch.device) -> None:
@@ -5017,19 +5029,24 @@ def run_experiment(check_only: bool) -> None:
 
     result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
     result["knobs"] = settings(setup.model, run)
+    how_to_score = ""
     if run.artifact:
         artifact = Path(run.artifact)
     else:
         artifact = LOGS / f"{run_id}.ptz"
         result |= train_and_pack(setup, log, watch, artifact)
-    result |= evaluate(setup, log, watch, artifact, run_id)
+        command = command_line(setup, ARTIFACT=str(artifact), RESUME="", RUN_ID="")  # under a name of its own
+        how_to_score = f"the artifact is in {artifact}; this scores it: {command}"
+    with advice(how_to_score):
+        scores, documents = evaluate(setup, log, watch, artifact)
+    result |= scores
     if dist.main:  # other machines have no artifact
         result |= describe_artifact(artifact)
         result |= {"versions": versions(), "artifact_parts": part_bytes(artifact)}
         result |= {"world_size": dist.world, "device": device_name(dist.device)}
         report_overruns(run, result, log)
         result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
-        report(result, watch, log, LOGS / f"{run_id}.json")
+        report(result, documents, watch, log, LOGS / f"{run_id}.json")
         let_go_of_screen()
     dist.close()
 

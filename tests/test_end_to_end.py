@@ -558,7 +558,7 @@ def test_an_error_of_the_program_itself_says_how_to_go_on_too(in_process, monkey
     assert "RESUME=logs/lost.ckpt RUN_ID=lost " in note and Path("logs/lost.ckpt").exists()
 
 
-def test_a_disk_that_takes_no_checkpoint_does_not_end_a_run(first, in_process, monkeypatch, capsys):
+def test_a_disk_that_takes_no_checkpoint_does_not_end_a_run(first, in_process, monkeypatch):
     full_disk_for(".ckpt", monkeypatch)
     status, err = in_process(RUN_ID="crowded")
     lines = Path("logs/crowded.txt").read_text().splitlines()
@@ -578,6 +578,30 @@ def test_a_folder_that_is_deleted_meanwhile_does_not_lose_the_training(in_proces
     monkeypatch.setattr(g, "choose_weights", choose)
     status, _ = in_process(RUN_ID="deleted")
     assert status == 0 and Path("logs/deleted.ptz").exists() and Path("logs/deleted.json").exists()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".docs.npz"])
+def test_a_result_that_cannot_be_written_is_on_the_screen_and_the_status_is_2(in_process, monkeypatch, suffix):
+    """Without room for the scores of documents, the result was neither on the screen nor in a file."""
+    full_disk_for(suffix, monkeypatch)
+    status, err = in_process(RUN_ID="unwritten")
+    assert status == 2
+    problem = f"error: logs/unwritten{suffix}: cannot be written: No space left on device"
+    assert err == f"{problem}; the result is the last line above\n"
+    assert Path("logs/unwritten.txt").read_text().splitlines()[-1].startswith("result val_bpb:")
+    written = {p.name.removeprefix("unwritten") for p in Path("logs").iterdir()}
+    assert written == {".txt", ".events.jsonl", ".ptz", ".json", ".docs.npz"} - {suffix}
+
+
+def test_what_fails_after_the_artifact_is_written_says_how_to_score_it(in_process, monkeypatch):
+    monkeypatch.setattr(g, "load_artifact", raising(g.UserError("no memory")))
+    status, err = in_process(RUN_ID="unscored")
+    said, hint = err.splitlines()
+    assert status == 2 and said == "error: no memory"
+    assert hint.startswith(
+        "the artifact is in logs/unscored.ptz; this scores it: ARTIFACT=logs/unscored.ptz VOCAB_SIZE="
+    )
+    assert "RUN_ID" not in hint and not Path("logs/unscored.ckpt").exists()
 
 
 def test_a_source_that_is_edited_meanwhile_is_counted_as_it_ran(tmp_path, monkeypatch):
