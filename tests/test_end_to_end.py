@@ -136,7 +136,7 @@ EVENTS = {  # of a run on a CPU in which nothing special happens, in order: thei
     "set_up": {"seconds", "reserve_seconds"},
     "step": {"step", "loss", "progress", "loop", "tokens_per_s", "epoch", "train_s", "eta_s"},
     "trained": {"step", "file", "bytes"},
-    "readout": {"documents", "average", "last", "readout"},
+    "readout": {"documents", "last", "half", "average", "readout"},
     "before_quantisation": {"prequant_bpb", "last_bpb"},
     "pack": {"attempt", "clip_scale", "artifact_bytes", "entropy_bytes"},
     "score": {"artifact", "static_bpb", "val_bpb"},
@@ -188,6 +188,13 @@ def test_the_result_adds_up(first):
         "first.ptz",
         "first.txt",
     ]
+
+
+def test_the_weights_that_score_best_on_held_out_text_are_read_out(first):
+    (event,) = [event for event in first.events if event["event"] == "readout"]
+    nats = {name: event[name] for name in ("last", "half", "average")}
+    assert len(set(nats.values())) == 3 and event["documents"] > 0
+    assert first.result["readout"] == event["readout"] == min(nats, key=nats.get)
 
 
 def test_the_model_learns_and_test_time_training_helps(first):

@@ -618,6 +618,51 @@ def test_the_dry_run_writes_a_checkpoint_whose_seconds_are_reserved(settings, tm
     assert list((tmp_path / "logs").iterdir()) == []
 
 
+# ---- which weights are read out ---------------------------------------------
+
+
+@pytest.mark.parametrize("best", ["last", "half", "average"])
+def test_the_readout_is_what_scores_best_on_held_out_text(settings, monkeypatch, tmp_path, best):
+    run = settings(holdout_tokens=300)
+    trainer = new_trainer(run)
+    trainer.average.values[0].add_(1.0)
+    (own, averaged) = (trainer.average.params[0].mean().item(), trainer.average.values[0].mean().item())
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
+    held_out = stream.held_out()
+    setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+
+    def score(model, setup, looping=True, docs=None) -> g.ScoreTable:
+        """The nearer the weights are to those of `best`, the better."""
+        weight = (trainer.average.params[0].mean().item() - own) / (averaged - own)
+        table = g.ScoreTable(docs)
+        table.nats[:] = 1 + abs(weight - g.READOUTS[best])
+        return table
+
+    monkeypatch.setattr(g, "score_all_static", score)
+    assert g.choose_weights(trainer, setup, held_out, g.Log(tmp_path / "run.txt")) == best
+    (event,) = read_events(tmp_path / "run.events.jsonl")
+    assert event["readout"] == best == min(g.READOUTS, key=lambda name: event[name])
+
+
+def test_without_held_out_text_half_of_the_average_is_read_out(settings):
+    run = settings(holdout_tokens=0)
+    trainer = new_trainer(run)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
+    setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+    assert g.choose_weights(trainer, setup, stream.held_out(), g.Log()) == "half"
+
+
+def test_the_time_to_score_every_readout_is_reserved(settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = settings(max_wallclock_seconds=100.0, holdout_tokens=300)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, g.Dist())
+    setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, stream)
+    monkeypatch.setattr(g, "make_artifact", lambda *given, **named: b"")
+    monkeypatch.setattr(g, "score_all_static", lambda *given, **named: time.sleep(1.0))
+    reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
+    assert 1.15 * 3.0 + 0.5 < reserve < 1.15 * 4.0 + 0.5
+
+
 # ---- when to stop -----------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
+import string
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -55,7 +56,13 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
     },
     "trained": {"step": whole, "file": text, "bytes": whole},
     "validate": {"step": whole, "val_bpb": optional(number)},
-    "readout": {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
+    "readout": {
+        "documents": whole,
+        "last": number,
+        "half": number,
+        "average": number,
+        "readout": one_of("last", "half", "average"),
+    },
     "before_quantisation": {"prequant_bpb": number, "last_bpb": number},
     "damping": {"damping": number},
     "pack": {"attempt": whole, "clip_scale": number, "artifact_bytes": whole, "entropy_bytes": number},
@@ -73,6 +80,9 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
     "warning": {"text": text},
     "phase": {"name": text, "seconds": number, "clock": one_of("training", "evaluation", "-")},
     "result": {},  # the whole result, which has kinds of its own: tools/results.py
+}
+EARLIER_FIELDS = {  # event -> what it had before, in logs that are kept
+    "readout": {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
 }
 
 
@@ -108,6 +118,9 @@ def parse_event(line: bytes) -> Event:
 
     event = Event(values.pop("event"), values)
     fields = FIELDS.get(event.name)
+    earlier = EARLIER_FIELDS.get(event.name)
+    if earlier and values.keys() == earlier.keys():
+        fields = earlier
     if fields:
         wrong = missing_or_wrong(values, fields)
         unknown = [name for name in values if name not in fields]
@@ -150,7 +163,10 @@ TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, th
     ),
     "trained": ("step {step}: the trained weights are in {file} ({bytes} bytes); RESUME={file} goes on from here",),
     "validate": ("step:{step} val_bpb:{val_bpb:.5f} (last iterate, without adaptation)",),
-    "readout": ("{documents} held-out documents: average {average:.5f}, last {last:.5f} nats a token",),
+    "readout": (
+        "{documents} held-out documents: last {last:.5f}, half {half:.5f}, average {average:.5f} nats a token",
+        "{documents} held-out documents: average {average:.5f}, last {last:.5f} nats a token",
+    ),
     "before_quantisation": (
         "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}",
     ),
@@ -207,7 +223,15 @@ def wordings_of(event: Event) -> list[str]:
     if event.name in SPECIAL:
         return [SPECIAL[event.name](event.values) + "\n"]
     shown = {name: math.nan if value is None else value for name, value in event.values.items()}
-    return [template.format(**shown) + "\n" for template in TEMPLATES.get(event.name, ())]
+    return [
+        template.format(**shown) + "\n"
+        for template in TEMPLATES.get(event.name, ())
+        if names_in(template) <= shown.keys()
+    ]
+
+
+def names_in(template: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name}
 
 
 def settings_and_versions(values: Mapping[str, Any]) -> str:
