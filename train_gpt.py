@@ -8,7 +8,8 @@ Train a small GPT, pack it into 16 MB, read it back and score it in bits per byt
     ARTIFACT=logs/RUN.ptz python train_gpt.py                 score an artifact; no training data needed
 
 A run leaves logs/<RUN_ID>.txt (its source, settings, progress and result), .events.jsonl (progress and result, for
-programs), .json (the result), .docs.npz (the score of every document) and .ptz (the artifact).
+programs), .json (the result), .docs.npz (the score of every document) and .ptz (the artifact). Until the artifact is
+written, .ckpt holds the trained weights.
 
 The rooms of this file, in order; `run_experiment` at the very end walks through them:
 
@@ -36,6 +37,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -90,6 +92,27 @@ class DataError(UserError):
 def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> None:
     if not ok:
         raise error(message)
+
+
+MOST_SHOWN = 600  # characters of a line that is not ours
+MOST_OF_AN_ERROR = 4_000  # characters
+
+
+def printable(text: str, most: int = MOST_SHOWN, kept: str = "") -> str:
+    """Text that is not ours, safe to show in one line: what would end the line, move the cursor, or is no character at
+    all becomes an escape, except for characters in `kept`, and the middle of a long text is left out."""
+    if len(text) > most:
+        half = most // 2
+        text = f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
+def brief(value: Any) -> str:
+    """What a file holds, for a message."""
+    try:
+        return printable(repr(value), 60)
+    except RecursionError:  # as deep as a parser just follows
+        return "nested deeply"
 
 
 # ======================================================================================================================
@@ -203,7 +226,7 @@ class RunConfig:
     artifact: str = knob("", "an existing artifact to evaluate, without training")
     artifact_bytes: int = knob(16_000_000, "limit on this file and the packed model together", unit="bytes", low=1)
     checkpoint_seconds: float = knob(0.0, "training time between checkpoints, 0 = none", unit="s", low=0)
-    resume: str = knob("", "a checkpoint to continue from")
+    resume: str = knob("", "a checkpoint to continue from; that of a finished training is packed")
     compile: int = knob(1, "1 = compile and capture CUDA graphs on a GPU, 0 = run eagerly", low=0, high=1)
 
     iterations: int = knob(0, "training steps, 0 = as many as the time allows", group="Budget", unit="steps", low=0)
@@ -990,9 +1013,31 @@ def torchrun_number(env: Mapping[str, str], name: str, default: int, low: int, h
     return int(text)
 
 
+class LogFile:
+    """A file that grows by lines. What cannot be written waits in memory for the next line: a full disk may have room
+    again by then."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        # Unbuffered, and one write per line: a run that is killed leaves whole lines.
+        self.file = open(path, "wb", buffering=0)  # noqa: SIM115, open for the whole run
+        self.waiting = b""
+
+    def append(self, line: str) -> None:
+        """Raises OSError if the line, or one before it, is not in the file."""
+        self.waiting += line.encode("utf-8", "backslashreplace") + b"\n"
+        while self.waiting:
+            written = self.file.write(self.waiting)
+            self.waiting = self.waiting[written:]
+        self.path.stat()  # a deleted file takes every line, and nobody will find them
+
+
 class Log:
     """What a run reports: lines for people, on the screen and in logs/<RUN_ID>.txt, and the same values as events for
-    programs, one strict JSON object a line, in logs/<RUN_ID>.events.jsonl. Only rank 0 has files and a screen."""
+    programs, one strict JSON object a line, in logs/<RUN_ID>.events.jsonl. Only rank 0 has files and a screen.
+
+    A line that cannot be written is a warning, once for each place, and not the end of the run."""
 
     def __init__(self, path: Path | None = None, screen: Callable[[str], None] | None = None):
         """`path` is the file of lines; the file of events lies beside it."""
@@ -1000,17 +1045,19 @@ class Log:
         self.lines_file = None
         self.events_file = None
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.lines_file = open(path, "w", encoding="utf-8")  # noqa: SIM115, open for the whole run
-            # Unbuffered, and one write per event: a run that is killed leaves whole lines.
-            self.events_file = open(path.with_suffix(".events.jsonl"), "wb", buffering=0)  # noqa: SIM115
+            self.lines_file = LogFile(path)
+            self.events_file = LogFile(path.with_suffix(".events.jsonl"))
+        self.failed: set[str] = set()  # places where a line could not be written
+        self.untold: list[str] = []  # warnings about them, told when the line that failed is done with
+        self.warnings: set[str] = set()
 
     def line(self, text: str, screen: bool = True) -> None:
         """Text for people that is no event."""
         if self.screen is not None and screen:
-            self.screen(text)
+            self._write(self.screen, text, "the screen")
         if self.lines_file is not None:
-            print(text, file=self.lines_file, flush=True)
+            self._write(self.lines_file.append, text, str(self.lines_file.path))
+        self._tell()
 
     def event(self, event: str, template: str = "", /, **values: Any) -> None:
         """Report an event. The line for people is `template`, formatted with the values; without one there is none.
@@ -1021,9 +1068,29 @@ class Log:
                 name: None if isinstance(value, float) and not math.isfinite(value) else value
                 for name, value in values.items()
             }
-            self.events_file.write(json.dumps({"event": event, **finite}, allow_nan=False).encode() + b"\n")
+            text = json.dumps({"event": event, **finite}, allow_nan=False)
+            self._write(self.events_file.append, text, str(self.events_file.path))
         if template:
             self.line(template.format(**values))
+        self._tell()
+
+    def warn(self, text: str) -> None:
+        """Report what is no reason to end the run; the same text only once."""
+        if text not in self.warnings:
+            self.warnings.add(text)
+            self.event("warning", "warning: {text}", text=text)
+
+    def _write(self, write: Callable[[str], None], text: str, place: str) -> None:
+        try:
+            write(text)
+        except (OSError, ValueError) as error:  # ValueError: a screen that is closed, or whose encoding lacks a letter
+            if place not in self.failed:
+                self.failed.add(place)
+                self.untold.append(printable(f"{place}: a line cannot be written: {error}; the run goes on"))
+
+    def _tell(self) -> None:
+        while self.untold:
+            self.warn(self.untold.pop())
 
 
 def print_now(text: str) -> None:
@@ -1066,16 +1133,19 @@ class Stopwatch:
         return sum(self.seconds.get(name, 0.0) for name in names)
 
 
-TRAINING_CLOCK = ("train", "choose", "calibrate", "quantise", "pack")  # from the first real batch to the packed file
-EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")  # from opening the artifact to the final score
+# From the first real batch to the packed file, and from opening the artifact to the final score
+TRAINING_CLOCK = ("train", "checkpoint", "choose", "calibrate", "quantise", "pack")
+EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")
 
 
-def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
+def write_atomically(path: Path | str, chunks: Iterable[bytes], parents: bool = False) -> None:
     """Write to a temporary file beside `path`, then rename it: a reader sees the whole file or none, and an interrupted
-    write leaves nothing behind."""
+    write leaves nothing behind. With `parents`, a folder that is missing is made. Raises UserError."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        if parents and not path.parent.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as out:
             out.writelines(chunks)
             out.flush()
@@ -1084,7 +1154,8 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes]) -> None:
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}; free some disk or write elsewhere") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written, there may be nothing to remove
+            partial.unlink(missing_ok=True)
 
 
 def read_on_main(path: str | Path, dist: Dist) -> bytes:
@@ -1434,7 +1505,7 @@ def transform_of(folder: Path, tokenizer: Tokenizer) -> Literal["caseops", "none
     marked = has_markers(tokenizer.processor)
     require(
         stated in (None, "caseops") or (stated == "none" and not marked),
-        f"{folder / 'manifest.json'}: says that text was transformed by {str(stated)[:60]!r}, but "
+        f"{folder / 'manifest.json'}: says that text was transformed by {brief(stated)}, but "
         f"{'the tokenizer has pieces of CaseOps' if marked else 'no such transform is known'}; prepare the data again",
         DataError,
     )
@@ -1851,7 +1922,7 @@ def read_tensors(data: bytes, header: Mapping[str, Any], at: int, what: str) -> 
         # A limit for all tensors together, so that a small file cannot fill the memory.
         room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)
         for name, kind, shape, size in header["tensors"]:
-            require(isinstance(name, str) and name not in tensors, f"tensor {name!r} comes twice")
+            require(isinstance(name, str) and name not in tensors, f"tensor {brief(name)} comes twice")
             tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
             room -= tensors[name].nbytes
             at += size
@@ -1936,11 +2007,12 @@ class WeightAverage:
         torch._foreach_lerp_(self.values, self.params, 1.0 - keep)
 
     @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """Inside, the model holds the average; afterwards, its own weights again."""
+    def applied(self, weight: float = 1.0) -> Iterator[None]:
+        """Inside, the model holds `weight` of the average and 1 - `weight` of its own weights (1 and 0: exactly the one
+        or the other); afterwards, its own weights again."""
         weights = [p.clone() for p in self.params]
         try:
-            torch._foreach_copy_(self.params, self.values)
+            torch._foreach_lerp_(self.params, self.values, weight)
             yield
         finally:
             torch._foreach_copy_(self.params, weights)
@@ -1949,12 +2021,16 @@ class WeightAverage:
 class Trainer:
     """Model, optimizer, weight average and progress: all that training changes, and all that a checkpoint holds."""
 
-    def __init__(self, model: GPT, run: RunConfig, dist: Dist, provenance: Mapping[str, Any]):
-        """`provenance` says what the artifact and every checkpoint come from: tokenizer and held-out text."""
+    def __init__(
+        self, model: GPT, run: RunConfig, dist: Dist, provenance: Mapping[str, Any], training_shards: str = ""
+    ):
+        """`provenance` says what the artifact and every checkpoint come from: tokenizer and held-out text.
+        `training_shards` is the digest of the shards, which only checkpoints need: batches are known by number."""
         self.model = model
         self.run = run
         self.dist = dist
         self.provenance = provenance
+        self.training_shards = training_shards
         self.optimizer = MuonAdam(model, run, dist)
         self.average = WeightAverage(model, run.ema_horizon_frac)
 
@@ -1965,6 +2041,7 @@ class Trainer:
         self.step = 0
         self.progress = 0.0
         self.seconds_before = 0.0  # training time of the runs that this one continues
+        self.finished = False  # the checkpoint that this run continues is of a training that was over
 
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
@@ -1972,8 +2049,7 @@ class Trainer:
     def spend(self, progress: float) -> None:
         """Note that the fraction `progress` of the budget is spent; the average takes in the last step."""
         if self.step:
-            spent = progress - self.progress
-            self.average.update(max(0.0, spent))  # the budget of a resumed run may be larger than before
+            self.average.update(progress - self.progress)
         self.progress = progress
 
     def forward_backward(self, micro_batch: MicroBatch, looping: bool) -> Tensor:
@@ -1998,62 +2074,140 @@ class Trainer:
         self.optimizer.step(lr_at(progress, self.run), momentum_at(progress, self.run))
         return self.dist.all_reduce(loss)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors that what follows training needs, by name; they share memory with what they describe."""
+        weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        return weights | {f"average.{i}": values for i, values in enumerate(self.average.values)}
+
     def state(self) -> dict[str, Tensor]:
         """All tensors that training changes, by name; most of them share memory with what they describe."""
-        state = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for i, values in enumerate(self.average.values):
-            state[f"average.{i}"] = values
-        for name, t in self.optimizer.state().items():
-            state[f"optimizer.{name}"] = t
-        return state
+        return self.weights() | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
 
     def copy_state(self) -> dict[str, Tensor]:
         return {name: t.clone() for name, t in self.state().items()}
 
     @torch.no_grad()
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        for name, t in self.weights().items():
+            t.copy_(weights[name])
+
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
         """Take over what `state()` gave after `step` steps."""
-        for name, t in self.state().items():
-            if not name.startswith("optimizer."):
-                t.copy_(state[name])
+        self.load_weights(state)
         of_optimizer = {name.removeprefix("optimizer."): t for name, t in state.items()}
         self.optimizer.load_state(of_optimizer, step)
         self.step = step
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self, finished: bool = False) -> dict[str, Any]:
         """What a run must share with the one that it continues."""
         return {
-            "kind": "checkpoint",
+            "kind": FINISHED if finished else "checkpoint",
             "model": dataclasses.asdict(self.model.config),
             **self.provenance,
+            "training_shards": self.training_shards,
             "train_batch_tokens": self.run.train_batch_tokens,
             "train_row_tokens": self.run.train_row_tokens,
         }
 
-    def save_checkpoint(self, path: Path, seconds: float) -> None:
-        """Write a checkpoint. Every rank must call this; rank 0 writes."""
-        meta = self.identity() | {"step": self.step, "progress": self.progress, "seconds": seconds}
-        state = self.state()
+    def save_checkpoint(self, path: Path, seconds: float, finished: bool = False) -> None:
+        """Write a checkpoint: all that training changes, or, where it is finished, all that the rest needs, which is
+        less. Every rank must call this; rank 0 writes. Raises UserError, on every rank, if that fails."""
+        meta = self.identity(finished) | {"step": self.step, "seconds": seconds}
+        state = self.weights() if finished else self.state()
+        problem = ""
         if self.dist.main:
-            write_atomically(path, [pack(meta, state, level=None)])
-        self.dist.barrier()
+            try:
+                require_room(path, sum(t.nbytes for t in state.values()), self.run)
+                write_atomically(path, [pack(meta, state, level=None)], parents=True)
+            except (UserError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: no memory, says torch
+                problem = printable(str(error) or type(error).__name__)
+        problem = self.dist.broadcast_bytes(problem.encode()).decode()
+        require(not problem, problem, UserError)
 
     def load_checkpoint(self, path: str) -> None:
-        meta, state = unpack(read_on_main(path, self.dist), path)
-        for key, ours in self.identity().items():
-            require(meta.get(key) == ours, f"RESUME={path}: its {key} is {meta.get(key)}, not {ours}", DataError)
+        """Go on from a checkpoint of the same network, data and batches. Raises DataError, and changes nothing then.
 
-        found = {name: t.shape for name, t in state.items()}
-        expected = {name: t.shape for name, t in self.state().items()}
-        require(found == expected, f"RESUME={path}: its tensors are not those of this run", DataError)
-        with untrusted(path):
-            step = int(meta["step"])
-            progress = float(meta["progress"])
-            seconds = float(meta["seconds"])
+        What is spent of the budget is not read: `train` measures it by this run's own budget."""
+        data = read_on_main(path, self.dist)
+        header, at = read_header(data, path)
+        meta = header["meta"]
+        finished = meta.get("kind") == FINISHED
+        for name, ours in self.identity(finished).items():
+            theirs = meta.get(name)
+            if theirs != ours:
+                raise DataError(f"RESUME={path}: its {name} is {difference(theirs, ours)}")
 
-        self.load_state(state, step)
-        self.progress = progress
+        step, seconds = checked_progress(meta, self.run, path)
+
+        needed = self.weights() if finished else self.state()
+        expected = {name: (t.dtype, t.shape) for name, t in needed.items()}
+        require_layout(expected, table_layout(header, path), path)
+        state = read_tensors(data, header, at, path)
+        for name, t in state.items():
+            require(bool(t.isfinite().all()), f"RESUME={path}: {name} holds values that are not finite", DataError)
+            squared = name.startswith("optimizer.exp_avg_sq.")
+            require(not squared or bool((t >= 0).all()), f"RESUME={path}: {name} holds negative squares", DataError)
+
+        if finished:
+            self.load_weights(state)
+            self.step = step
+        else:
+            self.load_state(state, step)
+        self.finished = finished
         self.seconds_before = seconds
+
+
+FINISHED = "checkpoint of a finished training"
+MAX_STEP = 10**9  # of a checkpoint, where ITERATIONS sets no limit
+
+
+def checked_progress(meta: Mapping[str, Any], run: RunConfig, path: str) -> tuple[int, float]:
+    """Steps and seconds of training that a checkpoint says it has behind it. Raises DataError."""
+    step = meta.get("step")
+    seconds = meta.get("seconds")
+    limit = f"ITERATIONS={run.iterations}" if run.iterations else f"{MAX_STEP}"
+    require(
+        type(step) is int and 0 <= step <= (run.iterations or MAX_STEP),
+        f"RESUME={path}: its step is {brief(step)}, expected a whole number from 0 to {limit}",
+        DataError,
+    )
+    require(
+        type(seconds) in {int, float} and 0 <= seconds <= MAX_KNOB,
+        f"RESUME={path}: its seconds are {brief(seconds)}, expected a number from 0 to {MAX_KNOB:g}",
+        DataError,
+    )
+    return step, float(seconds)
+
+
+def require_room(path: Path, size: int, run: RunConfig) -> None:
+    """Refuse a checkpoint of `size` bytes that would leave no room for the artifact, which matters more."""
+    folder = path.parent if path.parent.exists() else Path()
+    room = shutil.disk_usage(folder).free >= size + artifact_room(run)
+    require(room, f"{path}: the disk has no room for {size >> 20} MiB beside the artifact; free some", UserError)
+
+
+def artifact_room(run: RunConfig) -> int:
+    """Bytes of disk that the artifact, its temporary file, and log and results beside it need at most."""
+    return 3 * run.artifact_bytes
+
+
+def save_or_warn(trainer: Trainer, path: Path, seconds: float, log: Log, finished: bool = False) -> bool:
+    """Write a checkpoint -> whether it is on the disk. If not, a warning is enough: the training itself is well."""
+    try:
+        trainer.save_checkpoint(path, seconds, finished)
+    except UserError as error:
+        log.warn(f"no checkpoint is written: {error}")
+        return False
+    return True
+
+
+def difference(theirs: Any, ours: Any) -> str:
+    """What a file says and what was expected, in a few words; of tables, the first entry that differs."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        names = sorted(theirs.keys() | ours.keys())
+        name = next(n for n in names if n not in theirs or n not in ours or theirs[n] != ours[n])
+        return f"another: {printable(name, 60)} is {brief(theirs.get(name))}, not {brief(ours.get(name))}"
+    return f"{brief(theirs)}, not {brief(ours)}"
 
 
 def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[MicroBatch]:
@@ -2125,6 +2279,7 @@ def train(
     history = []
     loss = torch.zeros(())
     check_loss = DivergenceCheck(stream.vocab_size)
+    trainer.progress = progress_at(run, trainer.step, trainer.seconds_before, reserve)
     logged_at = trainer.seconds_before
     saved_at = trainer.seconds_before
 
@@ -2135,7 +2290,7 @@ def train(
         (seconds,) = trainer.dist.broadcast(seconds_now())  # the ranks must agree on when to stop
         trainer.spend(progress_at(run, trainer.step, seconds, reserve))
         if run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds:
-            trainer.save_checkpoint(checkpoint, seconds)
+            save_or_warn(trainer, checkpoint, seconds, log)
             saved_at = seconds
         if trainer.progress >= 1.0:
             break
@@ -2429,10 +2584,15 @@ def expected_layout(config: ModelConfig) -> Layout:
 
 def check_layout(config: ModelConfig, found: Layout, what: str) -> None:
     """Names, types and shapes must be those that `quantise` stores of this network. Raises DataError."""
-    expected = expected_layout(config)
+    require_layout(expected_layout(config), found, what)
+
+
+def require_layout(expected: Layout, found: Layout, what: str) -> None:
+    """A file must hold these tensors and no others. Raises DataError, which names the first that differs."""
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        raise DataError(f"{what}: {wrong[0]} is {found.get(wrong[0])}, expected {expected.get(wrong[0])}")
+        name = wrong[0]
+        raise DataError(f"{what}: {printable(name, 60)} is {found.get(name)}, expected {expected.get(name)}")
 
 
 @torch.no_grad()
@@ -2497,8 +2657,9 @@ def make_artifact(
     )
 
 
+@functools.cache
 def code() -> bytes:
-    """The source that is counted: this file as it stands."""
+    """The source that is counted: this file, read once. It may be edited or gone when a long training ends."""
     return Path(__file__).read_bytes()
 
 
@@ -3574,7 +3735,7 @@ def check_setup(setup: Setup) -> None:
     """Refuse what cannot be run: too little disk, an unsuitable GPU, a limit of bytes that no model could meet."""
     run = setup.run
     free = shutil.disk_usage(LOGS if LOGS.exists() else ".").free  # logs/ may be a link to another disk
-    need = 3 * run.artifact_bytes
+    need = artifact_room(run)
     if run.checkpoint_seconds:
         need += 600 << 20
     require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some disk", UserError)
@@ -3695,19 +3856,24 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
     """The configuration of the network in an artifact, checked like the environment's. Raises DataError.
 
     An artifact may be older than a field of ModelConfig: the field then says what its absence means (see `knob`)."""
-    require(meta.get("kind") == "artifact", f"{what}: of kind {meta.get('kind')!r}, expected an artifact", DataError)
+    require(
+        meta.get("kind") == "artifact", f"{what}: of kind {brief(meta.get('kind'))}, expected an artifact", DataError
+    )
     values = meta.get("model")
     kinds = get_type_hints(ModelConfig)
     try:
-        require(isinstance(values, dict), f"it is {str(values)[:60]!r}, expected a table")
+        require(isinstance(values, dict), f"it is {brief(values)}, expected a table")
         unknown = ", ".join(sorted(values.keys() - kinds.keys()))
-        require(not unknown, f"{unknown[:60]}: unknown here, written by a newer version; use that version to read it")
+        require(
+            not unknown,
+            f"{printable(unknown, 60)}: unknown here, written by a newer version; use that version to read it",
+        )
 
         checked = {}
         for f in fields(ModelConfig):
             value = values.get(f.name, f.metadata["absent"])
             require(value is not None, f"{f.name} is missing")
-            require(type(value) in {int, kinds[f.name]}, f"{f.name} is {str(value)[:60]!r}")
+            require(type(value) in {int, kinds[f.name]}, f"{f.name} is {brief(value)}")
             checked[f.name] = parse_knob(f.name.upper(), str(value), kinds[f.name], f.metadata)
         return ModelConfig(**checked)
     except ConfigError as error:
@@ -3740,8 +3906,8 @@ def table_layout(header: Mapping[str, Any], what: str) -> Layout:
     with untrusted(what):
         found: Layout = {}
         for name, kind, shape, _ in header["tensors"]:
-            require(isinstance(name, str) and name not in found, f"tensor {str(name)[:60]!r} comes twice")
-            require(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"{name[:60]}: not a shape")
+            require(isinstance(name, str) and name not in found, f"tensor {brief(name)} comes twice")
+            require(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"{brief(name)}: not a shape")
             found[name] = STORED_TYPES[kind], torch.Size(shape)
         return found
 
@@ -3767,34 +3933,38 @@ def make_trainer(setup: Setup, held_out: Documents) -> Trainer:
         "holdout_tokens": run.holdout_tokens,
         "holdout": hashlib.sha256(held_out.tokens.astype("<u2").tobytes()).hexdigest(),
     }
-    return Trainer(model, run, setup.dist, provenance)
+    shards = hashlib.sha256(repr(describe_shards(setup.stream)).encode()).hexdigest()
+    return Trainer(model, run, setup.dist, provenance, shards)
 
 
-def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents) -> float:
-    """Compile and time, before the clock starts, all that training and packing will do; then start from the initial
-    weights, or from the checkpoint RESUME -> seconds to reserve for what follows training."""
+def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: Log) -> float:
+    """Compile and time, before the clock starts, all that training and packing will do; leave the trainer with the
+    initial weights, or at the checkpoint RESUME -> seconds to reserve for what follows training."""
     run = setup.run
+    if run.resume:
+        trainer.load_checkpoint(run.resume)  # first, so that a bad one is refused before minutes of compilation
+        if trainer.finished:
+            return 0.0
     batch = random_batch(run, setup.model.vocab_size, setup.dist)
-    initial_state = trainer.copy_state()
+    step = trainer.step
+    state = trainer.copy_state()
 
     warm_up(trainer, batch)
     calibrate(trainer.model, [batch[:1]], setup.dist)  # refuses a matrix without input before training is paid for
     reserve = 0.0
     if run.max_wallclock_seconds:
-        reserve = dry_run(trainer, batch, setup, held_out)
+        reserve = dry_run(trainer, batch, setup, held_out, log)
         require(
             reserve < run.max_wallclock_seconds,
             f"MAX_WALLCLOCK_SECONDS={run.max_wallclock_seconds:g}: "
             f"quantising and packing take {reserve:.1f} s of them; raise it",
         )
 
-    trainer.load_state(initial_state, step=0)
-    if run.resume:
-        trainer.load_checkpoint(run.resume)
+    trainer.load_state(state, step)
     return reserve
 
 
-def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_out: Documents) -> float:
+def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_out: Documents, log: Log) -> float:
     """Do what follows training, with random tokens and the weights of the warm-up: this compiles the scoring of
     validation, too -> seconds to reserve."""
     run = setup.run
@@ -3802,6 +3972,11 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
     model = trainer.model
 
     watch = Stopwatch(dist)
+    checkpoint = LOGS / f".dry-run.{os.getpid()}.partial"  # a name that an interrupted run cleans up
+    with watch.phase("checkpoint"):
+        save_or_warn(trainer, checkpoint, 0.0, log, finished=True)
+    remove(checkpoint, log)
+
     with watch.phase("calibrate"):
         hessians = calibrate(model, [batch], dist)
     make_artifact(model, hessians, run, dist, watch, trainer.provenance, Log())
@@ -3812,41 +3987,53 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
         with watch.phase(phase):
             score_all_static(model, setup, docs=blank)
 
-    seconds = watch.total("calibrate") * run.gptq_calibration_batches
-    seconds += 2 * watch.total("choose", "quantise", "pack")  # two tries to fit the bytes; two sets of weights to score
+    seconds = watch.total("checkpoint")
+    seconds += watch.total("calibrate") * run.gptq_calibration_batches
+    seconds += len(READOUTS) * watch.total("choose")
+    seconds += 2 * watch.total("quantise", "pack")  # two tries to fit the bytes
     return dist.all_reduce_max(1.15 * seconds + 0.5)
 
 
-def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log) -> str:
-    """ "average" or "last": which weights score better on the held-out text; the average if there is none."""
-    if not len(held_out):
-        return "average"
-    targets = len(held_out.tokens) - 1
-    last = score_all_static(trainer.model, setup, docs=held_out).nats.sum() / targets
-    with trainer.average.applied():
-        average = score_all_static(trainer.model, setup, docs=held_out).nats.sum() / targets
+# What an artifact may hold: how much of the average, beside the last weights
+READOUTS = {"last": 0.0, "half": 0.5, "average": 1.0}
 
-    weights_used = "average" if average <= last else "last"
+
+def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log) -> str:
+    """Which of READOUTS scores best on the held-out text.
+
+    If there is none, "half": it was the best of the three in each of five races, and where it is not, as in much
+    shorter or longer runs, it is better than the worse of the other two (EXPERIMENTS.md, section 24)."""
+    if not len(held_out):
+        return "half"
+    nats = {}  # a token
+    for name, weight in READOUTS.items():
+        with trainer.average.applied(weight):
+            table = score_all_static(trainer.model, setup, docs=held_out)
+        nats[name] = table.nats.sum() / (len(held_out.tokens) - 1)
+
+    best = min(nats, key=lambda name: nats[name])
     log.event(
         "readout",
-        "{documents} held-out documents: average {average:.5f}, last {last:.5f} nats a token",
+        "{documents} held-out documents: last {last:.5f}, half {half:.5f}, average {average:.5f} nats a token",
         documents=len(held_out),
-        average=average,
-        last=last,
-        readout=weights_used,
+        last=nats["last"],
+        half=nats["half"],
+        average=nats["average"],
+        readout=best,
     )
-    return weights_used
+    return best
 
 
 def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
-    """From random weights to an artifact on the disk -> what the result says about it."""
+    """From random weights, or those of a checkpoint, to an artifact on the disk -> what the result says about it."""
     run = setup.run
     stream = setup.stream
+    checkpoint = path.with_suffix(".ckpt")
 
     with watch.phase("set-up"):
         held_out = stream.held_out()
         trainer = make_trainer(setup, held_out)
-        reserve = prepare_training(trainer, setup, held_out)
+        reserve = prepare_training(trainer, setup, held_out, log)
         setup.dist.finish_kernels()
         setup.dist.barrier()
     line = "set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing"
@@ -3856,13 +4043,87 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict
         looping = trainer.looping(trainer.progress)
         return score_all_static(trainer.model, setup, looping).bits_per_byte
 
-    with watch.phase("train"):
-        history = train(trainer, stream, log, watch, reserve, validate, checkpoint=path.with_suffix(".ckpt"))
+    history = []
+    weights_file = run.resume
+    if not trainer.finished:
+        with watch.phase("train"):
+            history = train(trainer, stream, log, watch, reserve, validate, checkpoint)
+        with watch.phase("checkpoint"):
+            seconds = trainer.seconds_before + watch.total(*TRAINING_CLOCK)
+            kept = save_or_warn(trainer, checkpoint, seconds, log, finished=True)
+        weights_file = str(checkpoint) if kept else ""
+    with how_to_go_on(trainer, setup, log, run.run_id or path.stem, weights_file):
+        readout = read_out_and_pack(trainer, setup, held_out, log, watch, path)
+    if setup.dist.main:
+        remove(checkpoint, log)
+
+    train_tokens = trainer.step * run.train_batch_tokens
+    return {
+        "steps": trainer.step,
+        "train_tokens": train_tokens,
+        "epochs": train_tokens / stream.total,
+        **readout,
+        "history": history,
+        "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK),
+    }
+
+
+@contextlib.contextmanager
+def how_to_go_on(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_file: str) -> Iterator[None]:
+    """Whatever ends what follows training, the message says how to repeat that alone. `weights_file` is a checkpoint of
+    the trained weights; empty if there is none."""
+    if not weights_file:
+        yield
+        return
+
+    line = "step {step}: the trained weights are in {file} ({bytes} bytes); RESUME={file} goes on from here"
+    size = sum(t.nbytes for t in trainer.weights().values())
+    log.event("trained", line, step=trainer.step, file=weights_file, bytes=size)
+    command = command_line(setup, RESUME=weights_file, RUN_ID=run_id)
+    with advice(f"the trained weights are in {weights_file}; this goes on from them: {command}"):
+        yield
+
+
+@contextlib.contextmanager
+def advice(text: str) -> Iterator[None]:
+    """Whatever exception leaves the block carries this advice, if there is any: it ends the message that people see."""
+    try:
+        yield
+    except BaseException as error:
+        if text:
+            error.add_note(text)
+        raise
+
+
+def command_line(setup: Setup, **changes: str) -> str:
+    """This run with other knobs, for a shell in the same folder: what differs from the defaults, and the start."""
+    defaults = settings(ModelConfig(), RunConfig(ttt_params=setup.run.ttt_params))  # on which other defaults depend
+    defaults["TTT_PARAMS"] = RunConfig().ttt_params
+    knobs = changes | {name: v for name, v in settings(setup.model, setup.run).items() if name not in changes}
+    words = [f"{name}={shlex.quote(value)}" for name, value in knobs.items() if value != defaults.get(name)]
+    words.append(shlex.quote(sys.executable))
+    if setup.dist.world > 1:
+        words.append(f"-m torch.distributed.run --standalone --nproc_per_node={setup.dist.world}")
+    return " ".join([*words, shlex.quote(__file__)])
+
+
+def remove(path: Path, log: Log) -> None:
+    """Remove a file that is no longer needed."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warn(printable(f"{path}: cannot be removed: {error.strerror}"))
+
+
+def read_out_and_pack(
+    trainer: Trainer, setup: Setup, held_out: Documents, log: Log, watch: Stopwatch, path: Path
+) -> dict[str, Any]:
+    """From trained weights to an artifact on the disk -> what the result says about the weights that it holds."""
     with watch.phase("validate"):
         last_bpb = score_all_static(trainer.model, setup).bits_per_byte
     with watch.phase("choose"):
         weights_used = choose_weights(trainer, setup, held_out, log)
-    with trainer.average.applied() if weights_used == "average" else contextlib.nullcontext():
+    with trainer.average.applied(READOUTS[weights_used]):
         with watch.phase("validate"):
             table = score_all_static(trainer.model, setup)
             prequant_bpb = table.bits_per_byte
@@ -3870,18 +4131,7 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict
         line = "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}"
         log.event("before_quantisation", line, prequant_bpb=prequant_bpb, last_bpb=last_bpb)
         pack_weights(trainer, setup, log, watch, path)
-
-    train_tokens = trainer.step * run.train_batch_tokens
-    return {
-        "steps": trainer.step,
-        "train_tokens": train_tokens,
-        "epochs": train_tokens / stream.total,
-        "last_bpb": last_bpb,
-        "readout": weights_used,
-        "prequant_bpb": prequant_bpb,
-        "history": history,
-        "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK),
-    }
+    return {"last_bpb": last_bpb, "readout": weights_used, "prequant_bpb": prequant_bpb}
 
 
 def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, path: Path) -> None:
@@ -3894,12 +4144,12 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
     artifact = make_artifact(trainer.model, hessians, run, dist, watch, trainer.provenance, log)
     with watch.phase("pack"):
         if dist.main:
-            write_atomically(path, [artifact])
+            write_atomically(path, [artifact], parents=True)
         dist.barrier()
 
 
-def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) -> dict[str, Any]:
-    """Read an artifact from the disk and score it -> what the result says about it."""
+def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict[str, Any], bytes]:
+    """Read an artifact from the disk and score it -> what the result says about it, and the file of all documents."""
     run = setup.run
     docs = setup.validation
 
@@ -3917,11 +4167,9 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) 
     table.require_finite(
         "test-time training diverged; lower TTT_LR, TTT_LORA_ALPHA or TTT_EPOCHS, or set TTT_GRAD_CLIP"
     )
-    if setup.dist.main:
-        write_documents(LOGS / f"{run_id}.docs.npz", table, static)
     log_scores(setup, log, path, table, static)
     independent = not run.ttt_enabled or (run.ttt_scope == "document" and evaluation.degraded == 0)
-    return {
+    result = {
         "val_bpb": table.bits_per_byte,
         "val_loss": table.nats_per_token,
         "static_bpb": static.bits_per_byte,
@@ -3935,10 +4183,11 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path, run_id: str) 
         "degraded_documents": evaluation.degraded,
         "eval_seconds": watch.total(*EVALUATION_CLOCK),
     }
+    return result, documents_file(table, static)
 
 
-def write_documents(path: Path, table: ScoreTable, static: ScoreTable) -> None:
-    """The score of every document, in the order of the validation set, for comparing runs."""
+def documents_file(table: ScoreTable, static: ScoreTable) -> bytes:
+    """The score of every document, in the order of the validation set, for comparing runs: the bytes of an .npz."""
     out = io.BytesIO()
     np.savez_compressed(
         out,
@@ -3949,7 +4198,7 @@ def write_documents(path: Path, table: ScoreTable, static: ScoreTable) -> None:
         updates=table.updates.astype(np.int64),
         validation=np.array(table.docs.sha256()),
     )
-    write_atomically(path, [out.getvalue()])
+    return out.getvalue()
 
 
 def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: ScoreTable) -> None:
@@ -3999,8 +4248,9 @@ SHOWN_IN_RESULT_LINE = (
 ).split()
 
 
-def report(result: Mapping[str, Any], watch: Stopwatch, log: Log, path: Path) -> None:
-    """Log the seconds of every phase and the result, and write the result as JSON."""
+def report(result: Mapping[str, Any], documents: bytes, watch: Stopwatch, log: Log, path: Path) -> None:
+    """Log the seconds of every phase and the result; then write the result as JSON, `path`, and the file of documents
+    beside it. Raises UserError if one cannot be written: the result is on the screen all the same."""
     for name, seconds in watch.seconds.items():
         clock = "-"
         if name in TRAINING_CLOCK:
@@ -4017,7 +4267,18 @@ def report(result: Mapping[str, Any], watch: Stopwatch, log: Log, path: Path) ->
         elif key in result:
             line += f" {key}:{{{key}}}"
     log.event("result", line, **result)
-    write_atomically(path, [json.dumps(result, indent=1, allow_nan=False).encode()])
+
+    problems = []
+    files = {
+        path.with_suffix(".docs.npz"): documents,
+        path: json.dumps(result, indent=1, allow_nan=False).encode(),  # last: who finds it finds the others
+    }
+    for file, content in files.items():
+        try:
+            write_atomically(file, [content], parents=True)
+        except UserError as error:
+            problems.append(str(error))
+    require(not problems, f"{'; '.join(problems)}; the result is the last line above", UserError)
 
 
 def prepare_torch(run: RunConfig, device: torch.device) -> None:
@@ -4801,20 +5062,34 @@ def run_experiment(check_only: bool) -> None:
 
     result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
     result["knobs"] = settings(setup.model, run)
+    how_to_score = ""
     if run.artifact:
         artifact = Path(run.artifact)
     else:
         artifact = LOGS / f"{run_id}.ptz"
         result |= train_and_pack(setup, log, watch, artifact)
-    result |= evaluate(setup, log, watch, artifact, run_id)
+        command = command_line(setup, ARTIFACT=str(artifact), RESUME="", RUN_ID="")  # under a name of its own
+        how_to_score = f"the artifact is in {artifact}; this scores it: {command}"
+    with advice(how_to_score):
+        scores, documents = evaluate(setup, log, watch, artifact)
+    result |= scores
     if dist.main:  # other machines have no artifact
         result |= describe_artifact(artifact)
         result |= {"versions": versions(), "artifact_parts": part_bytes(artifact)}
         result |= {"world_size": dist.world, "device": device_name(dist.device)}
         report_overruns(run, result, log)
         result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
-        report(result, watch, log, LOGS / f"{run_id}.json")
+        report(result, documents, watch, log, LOGS / f"{run_id}.json")
+        let_go_of_screen()
     dist.close()
+
+
+def let_go_of_screen() -> None:
+    """Drop lines that the screen does not take: they would end Python with status 120, though the files are whole."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def report_overruns(run: RunConfig, result: Mapping[str, Any], log: Log) -> None:
@@ -4863,6 +5138,12 @@ def install_signal_handlers(grace_s: float = 3.0) -> None:
     threading.Thread(target=end_after_grace, daemon=True).start()
 
 
+def print_advice(error: BaseException) -> None:
+    """What `advice` gave the exception on its way."""
+    for note in vars(error).get("__notes__", []):
+        print(printable(note, most=1 << 16), file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str]) -> int:
     """-> exit status: 0; 2 for what a user can fix; 130 when interrupted."""
     if arguments in (["--help"], ["-h"]):
@@ -4876,10 +5157,12 @@ def main(arguments: Sequence[str]) -> int:
     try:
         run_experiment(check_only=arguments == ["--check-setup"])
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
+        print_advice(error)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr, flush=True)
+        print_advice(error)
         return INTERRUPTED
     return 0
 

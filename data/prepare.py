@@ -67,12 +67,12 @@ try:
     import torch
     import zstandard
 
-    from tools.artifact import MOST_OF_AN_ERROR, end_in_a_line
+    from tools.artifact import end_in_a_line
     from tools.processes import ends_with_its_parent
-    from tools.values import printable
     from train_gpt import (
         BOS,
         MARKERS,
+        MOST_OF_AN_ERROR,
         SHARD_HEADER_INTS,
         SHARD_MAGIC,
         SHARD_VERSION,
@@ -82,6 +82,7 @@ try:
         contest_bytes,
         has_markers,
         piece_bytes,
+        printable,
         read_shard,
         write_atomically,
     )
@@ -108,8 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "; free some space, or choose another --out" if disk_is_full else ""
-        message = f"{error.filename or args.out}: {error.strerror or error}{hint}"
-        print(f"prepare: {printable(message, MOST_OF_AN_ERROR)}", file=sys.stderr)
+        message = f"prepare: {error.filename or args.out}: {error.strerror or error}{hint}"
+        print(printable(message, MOST_OF_AN_ERROR), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare: interrupted; a download can be resumed, nothing else is left behind", file=sys.stderr)

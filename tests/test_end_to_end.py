@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -133,7 +135,8 @@ EVENTS = {  # of a run on a CPU in which nothing special happens, in order: thei
     "limits": {"train_seconds", "eval_seconds"},
     "set_up": {"seconds", "reserve_seconds"},
     "step": {"step", "loss", "progress", "loop", "tokens_per_s", "epoch", "train_s", "eta_s"},
-    "readout": {"documents", "average", "last", "readout"},
+    "trained": {"step", "file", "bytes"},
+    "readout": {"documents", "last", "half", "average", "readout"},
     "before_quantisation": {"prequant_bpb", "last_bpb"},
     "pack": {"attempt", "clip_scale", "artifact_bytes", "entropy_bytes"},
     "score": {"artifact", "static_bpb", "val_bpb"},
@@ -185,6 +188,13 @@ def test_the_result_adds_up(first):
         "first.ptz",
         "first.txt",
     ]
+
+
+def test_the_weights_that_score_best_on_held_out_text_are_read_out(first):
+    (event,) = [event for event in first.events if event["event"] == "readout"]
+    nats = {name: event[name] for name in ("last", "half", "average")}
+    assert len(set(nats.values())) == 3 and event["documents"] > 0
+    assert first.result["readout"] == event["readout"] == min(nats, key=nats.get)
 
 
 def test_the_model_learns_and_test_time_training_helps(first):
@@ -270,6 +280,19 @@ def test_a_world_that_does_not_divide_the_batch_gets_the_nearest_that_it_does(ro
     with pytest.raises(g.ConfigError, match=f"nearest valid batch is {nearest * 64}$"):
         g.split_batch(run, world)
     assert g.split_batch(g.RunConfig(train_batch_tokens=nearest * 64, train_row_tokens=64), world)
+
+
+def test_a_run_whose_output_nobody_reads_any_more_ends_well(tmp_path):
+    """`… | head -1` ended it, before there was an artifact."""
+    folder = Folder(tmp_path)
+    with started(folder, ALONE, RUN_ID="unseen") as process:
+        wait_for(process, "devices: ")
+        process.stdout.close()
+        process.stdout = None  # what `started` would read to its end
+        assert process.wait(timeout=120) == 0
+    lines = (tmp_path / "logs" / "unseen.txt").read_text().splitlines()
+    assert lines[-1].startswith("result ") and folder.artifact("unseen").exists()
+    assert [line for line in lines if line.startswith("warning: the screen: a line cannot be written: ")] != []
 
 
 # ---- again, elsewhere, and on two ranks -------------------------------------
@@ -434,6 +457,182 @@ def test_torchrun_refuses_a_batch_that_two_ranks_cannot_share(tmp_path):
     done = Folder(tmp_path).run(command=TWO_RANKS, TRAIN_BATCH_TOKENS=192)
     assert done.returncode != 0
     assert "TRAIN_BATCH_TOKENS=192 is 3 rows" in done.stderr and "nearest valid batch is 256" in done.stderr
+
+
+# ---- between the last step and the artifact ---------------------------------
+
+
+@pytest.fixture
+def in_process(tmp_path, monkeypatch, capsys):
+    """in_process(**knobs): a run in this process, where functions can be replaced -> its exit status and stderr."""
+    folder = Folder(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(g, "install_signal_handlers", lambda: None)  # they would outlive the run
+    monkeypatch.setattr(g, "prepare_torch", lambda run, device: None)  # so would what it sets
+
+    def run(**knobs) -> tuple[int, str]:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            for name, value in folder.environment(**knobs).items():
+                patch.setenv(name, value)
+            status = g.main([])
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def full_disk_for(suffix: str, monkeypatch) -> None:
+    """No file of that kind can be written."""
+    plain = g.write_atomically
+
+    def write(path, chunks, parents=False):
+        g.require(not str(path).endswith(suffix), f"{path}: cannot be written: No space left on device", g.UserError)
+        plain(path, chunks, parents)
+
+    monkeypatch.setattr(g, "write_atomically", write)
+
+
+def raising(error: BaseException):
+    def fail(*given, **named):
+        raise error
+
+    return fail
+
+
+LOST = {  # what ends a run after its last step; exit status and first line on stderr
+    "a Cholesky": (
+        lambda patch: patch.setattr(g, "gptq", raising(g.UserError("not positive"))),
+        2,
+        "error: not positive",
+    ),
+    "a score": (lambda patch: patch.setattr(g, "choose_weights", raising(g.UserError("astray"))), 2, "error: astray"),
+    "a full disk": (lambda patch: full_disk_for(".ptz", patch), 2, "error: logs/lost.ptz: cannot be written"),
+    "Ctrl-C": (lambda patch: patch.setattr(g, "make_artifact", raising(KeyboardInterrupt())), 130, "interrupted"),
+}
+
+
+ADVICE = "the trained weights are in logs/lost.ckpt; this goes on from them: "
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_what_fails_after_the_last_step_leaves_the_trained_weights(first, in_process, monkeypatch, case):
+    """And RESUME gives the artifact that the run would have given."""
+    break_it, expected, message = LOST[case]
+    with monkeypatch.context() as patch:
+        break_it(patch)
+        status, err = in_process(RUN_ID="lost")
+    said, hint = err.splitlines()
+    assert status == expected and said.startswith(message)
+    assert hint.startswith(ADVICE + "RESUME=logs/lost.ckpt RUN_ID=lost ")
+    logs = Path("logs")
+    assert sorted(p.name for p in logs.iterdir()) == ["lost.ckpt", "lost.events.jsonl", "lost.txt"]
+
+    status, err = in_process(RUN_ID="lost", RESUME="logs/lost.ckpt")
+    assert (status, err) == (0, "") and not (logs / "lost.ckpt").exists()
+    assert (logs / "lost.ptz").read_bytes() == first.folder.artifact().read_bytes()
+    result = json.loads((logs / "lost.json").read_text())
+    for key in ("steps", "train_tokens", "readout", "last_bpb", "prequant_bpb", "val_bpb"):
+        assert result[key] == first.result[key], key
+
+
+def test_the_command_that_goes_on_can_be_pasted_into_a_shell(first, in_process, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "make_artifact", raising(g.UserError("too large")))
+        _, err = in_process(RUN_ID="lost")
+    command = ["bash", "-c", err.splitlines()[1].removeprefix(ADVICE)]
+    done = subprocess.run(command, env=MACHINE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Path("logs/lost.ptz").read_bytes() == first.folder.artifact().read_bytes()
+
+
+def test_the_command_names_what_differs_from_the_defaults_alone():
+    run = g.RunConfig(data_path="my data", ttt_params="full", resume="a.ckpt")
+    setup = g.Setup(TINY_MODEL, run, g.Dist(world=2), None, None, None)
+    words = shlex.split(g.command_line(setup, ARTIFACT="a.ptz", RESUME=""))
+    assert words[0] == "ARTIFACT=a.ptz" and {"DATA_PATH=my data", "TTT_PARAMS=full", "VOCAB_SIZE=64"} < set(words)
+    assert not [word for word in words if word.startswith(("RESUME=", "SEED=", "TTT_LR="))]
+    start = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {SCRIPT}"
+    assert words[-6:] == start.split()
+
+
+def test_an_error_of_the_program_itself_says_how_to_go_on_too(in_process, monkeypatch):
+    """Below its traceback, where Python shows the notes of an exception."""
+    monkeypatch.setattr(g, "calibrate", raising(ZeroDivisionError("a bug")))
+    monkeypatch.setattr(g, "prepare_training", lambda *given: 0.0)
+    with pytest.raises(ZeroDivisionError) as error:
+        in_process(RUN_ID="lost")
+    (note,) = error.value.__notes__
+    assert "RESUME=logs/lost.ckpt RUN_ID=lost " in note and Path("logs/lost.ckpt").exists()
+
+
+def test_a_disk_that_takes_no_checkpoint_does_not_end_a_run(first, in_process, monkeypatch):
+    full_disk_for(".ckpt", monkeypatch)
+    status, err = in_process(RUN_ID="crowded")
+    lines = Path("logs/crowded.txt").read_text().splitlines()
+    assert status == 0 and lines[-1].startswith("result ") and err == ""
+    warning = "warning: no checkpoint is written: logs/crowded.ckpt: cannot be written: No space left on device"
+    assert lines.count(warning) == 1
+    assert Path("logs/crowded.ptz").read_bytes() == first.folder.artifact().read_bytes()
+
+
+def test_a_folder_that_is_deleted_meanwhile_does_not_lose_the_training(in_process, monkeypatch):
+    plain = g.choose_weights
+
+    def choose(*given):
+        shutil.rmtree("logs")
+        return plain(*given)
+
+    monkeypatch.setattr(g, "choose_weights", choose)
+    status, _ = in_process(RUN_ID="deleted")
+    assert status == 0 and Path("logs/deleted.ptz").exists() and Path("logs/deleted.json").exists()
+
+
+@pytest.mark.parametrize("suffix", [".json", ".docs.npz"])
+def test_a_result_that_cannot_be_written_is_on_the_screen_and_the_status_is_2(in_process, monkeypatch, suffix):
+    """Without room for the scores of documents, the result was neither on the screen nor in a file."""
+    full_disk_for(suffix, monkeypatch)
+    status, err = in_process(RUN_ID="unwritten")
+    assert status == 2
+    problem = f"error: logs/unwritten{suffix}: cannot be written: No space left on device"
+    assert err == f"{problem}; the result is the last line above\n"
+    assert Path("logs/unwritten.txt").read_text().splitlines()[-1].startswith("result val_bpb:")
+    written = {p.name.removeprefix("unwritten") for p in Path("logs").iterdir()}
+    assert written == {".txt", ".events.jsonl", ".ptz", ".json", ".docs.npz"} - {suffix}
+
+
+def test_what_fails_after_the_artifact_is_written_says_how_to_score_it(in_process, monkeypatch):
+    monkeypatch.setattr(g, "load_artifact", raising(g.UserError("no memory")))
+    status, err = in_process(RUN_ID="unscored")
+    said, hint = err.splitlines()
+    assert status == 2 and said == "error: no memory"
+    assert hint.startswith(
+        "the artifact is in logs/unscored.ptz; this scores it: ARTIFACT=logs/unscored.ptz VOCAB_SIZE="
+    )
+    assert "RUN_ID" not in hint and not Path("logs/unscored.ckpt").exists()
+
+
+def test_a_source_that_is_edited_meanwhile_is_counted_as_it_ran(tmp_path, monkeypatch):
+    """Another size would have been reported than that of the source in the log; without the file there was no
+    artifact."""
+    copy = tmp_path / "train_gpt.py"
+    shutil.copy(SCRIPT, copy)
+    monkeypatch.setattr(g, "__file__", str(copy))
+    g.code.cache_clear()
+    try:
+        source = g.code()
+        copy.unlink()
+        assert g.code() == source == SCRIPT.read_bytes()
+    finally:
+        g.code.cache_clear()
+
+
+def test_a_checkpoint_of_another_name_stays(in_process, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "make_artifact", raising(g.UserError("too large")))
+        in_process(RUN_ID="lost")
+    status, _ = in_process(RUN_ID="other", RESUME="logs/lost.ckpt")
+    assert status == 0 and Path("logs/other.ptz").exists()
+    assert sorted(p.name for p in Path("logs").glob("*.ckpt")) == ["lost.ckpt"]
 
 
 # ---- interruption -----------------------------------------------------------

@@ -64,3 +64,12 @@ def test_a_number_that_is_not_finite_is_null_and_reads_nan():
 def test_a_line_that_is_no_event_is_refused_with_its_number(line):
     with pytest.raises(DataError, match="a run: line 2 of the events: "):
         read_events(b'{"event": "later", "x": [1]}\n' + line + b"\n", "a run")
+
+
+def test_an_event_may_have_the_fields_that_it_had_in_logs_that_are_kept():
+    """Before half of the average was tried, and its line with it."""
+    values = b'"documents": 3, "average": 2.5, "last": 2.75, "readout": '
+    (event,) = read_events(b'{"event": "readout", ' + values + b'"average"}\n', "a run")
+    assert wordings_of(event) == ["3 held-out documents: average 2.50000, last 2.75000 nats a token\n"]
+    with pytest.raises(DataError, match="readout is 'half', which no run writes"):
+        read_events(b'{"event": "readout", ' + values + b'"half"}\n', "a run")

@@ -1,7 +1,10 @@
 """The log of a run: lines for people, events for programs, from the same values."""
 
+import errno
 import json
 import math
+import os
+import shutil
 
 import pytest
 from conftest import read_events
@@ -80,3 +83,85 @@ def test_a_second_run_of_a_name_begins_both_files_anew(path, events_path):
     Log(path).event("step", "{step}", step=1)
     Log(path).event("step", "{step}", step=2)
     assert path.read_text() == "2\n" and read_events(events_path) == [{"event": "step", "step": 2}]
+
+
+# ---- a run is worth more than its log ---------------------------------------
+
+
+def full(text):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Crowded:
+    """A file on a disk that has room for some bytes, and then for none, until it is freed."""
+
+    def __init__(self, file, room: int):
+        self.file = file
+        self.room = room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            full(data)
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+
+@pytest.mark.parametrize("which", ["lines_file", "events_file"])
+def test_a_full_disk_is_one_warning_and_what_waited_is_written_when_there_is_room(path, events_path, which):
+    """It ended the run, with status 2."""
+    shown = []
+    log = Log(path, screen=shown.append)
+    file = getattr(log, which)
+    file.file = Crowded(file.file, room=10)  # half a line
+    for step in range(3):
+        log.event("step", "a line for people, of step {step}", step=step)
+    assert len(shown) == 4 and shown[0] == "a line for people, of step 0"
+    assert (
+        shown[1]
+        == f"warning: {file.path}: a line cannot be written: [Errno 28] No space left on device; the run goes on"
+    )
+    file.file.room = 10**6
+    log.event("step", "a line for people, of step {step}", step=3)
+    assert path.read_text().splitlines() == shown
+    assert [event["event"] for event in read_events(events_path)] == ["step", "warning", "step", "step", "step"]
+
+
+def test_a_folder_that_was_deleted_is_a_warning(path):
+    """The system takes lines of a deleted file, and nobody finds them."""
+    shown = []
+    log = Log(path, screen=shown.append)
+    shutil.rmtree(path.parent)
+    for step in range(2):
+        log.event("step", "step {step}", step=step)
+    assert [line for line in shown if not line.startswith("warning: ")] == ["step 0", "step 1"]
+    assert len(shown) == 4 and all("No such file" in line for line in shown if line.startswith("warning: "))
+
+
+def gone(text):
+    raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@pytest.mark.parametrize("screen", [full, gone, lambda text: text.encode("ascii")], ids=["full", "gone", "ASCII"])
+def test_a_screen_that_takes_no_line_is_a_warning_in_the_file(path, screen):
+    """Nobody reads the other end of a pipe any more, a redirected output is on a full disk, or has no é."""
+    log = Log(path, screen=screen)
+    for step in range(2):
+        log.line(f"é {step}")
+    lines = path.read_text().splitlines()
+    assert [lines[0], lines[2:]] == ["é 0", ["é 1"]]
+    assert lines[1].startswith("warning: the screen: a line cannot be written: ")
+
+
+def test_a_warning_is_given_once(path, events_path):
+    log = Log(path)
+    for text in ("one", "other", "one"):
+        log.warn(text)
+    assert path.read_text() == "warning: one\nwarning: other\n"
+    assert read_events(events_path)[1] == {"event": "warning", "text": "other"}
+
+
+def test_a_line_with_what_is_no_character_is_written_all_the_same(path):
+    """As a path may hold."""
+    Log(path).line("a\udcff")
+    assert path.read_text() == "a\\udcff\n"

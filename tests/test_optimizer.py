@@ -333,6 +333,20 @@ def test_without_a_horizon_the_average_is_the_last_weight():
     assert averaged(7, 0.0) == 1.0
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_a_part_of_the_average_is_applied(weight):
+    model = a_model()
+    average = g.WeightAverage(model, 0.1)
+    for p in model.parameters():
+        p.data += torch.randn(p.shape)
+    last = [p.detach().clone() for p in model.parameters()]
+    with average.applied(weight):
+        for p, w, v in zip(model.parameters(), last, average.values, strict=True):
+            torch.testing.assert_close(p.detach(), (1 - weight) * w + weight * v)
+            assert weight != 0.0 or torch.equal(p, w)
+            assert weight != 1.0 or torch.equal(p, v)
+
+
 def test_applying_the_average_restores_exactly():
     model = a_model()
     average = g.WeightAverage(model, 0.1)

@@ -509,6 +509,7 @@ def unchanged(folder) -> None:
     """The data folder stays as it is."""
 
 
+TERMINAL = "\x1b[2J\nresult val_bpb:0.9"
 VAL = "fineweb_val_000000.bin"
 TRAIN = "fineweb_train_000001.bin"
 BAD = {  # environment, what happens to the data folder, what the message must hold
@@ -528,7 +529,16 @@ BAD = {  # environment, what happens to the data folder, what the message must h
     "tampered artifact": ({"ARTIFACT": "data/a.ptz"}, lambda f: damage(f / "a.ptz", flip), ["a.ptz", "damaged"]),
     "unreadable artifact": ({"ARTIFACT": "data/b.ptz"}, unchanged, ["b.ptz", "No such file"]),
     "artifact of another kind": ({"ARTIFACT": f"data/{VAL}"}, unchanged, [VAL, "not a file of this program"]),
-    "checkpoint that is none": ({"RESUME": "data/a.ptz"}, unchanged, ["a.ptz", "its kind is artifact, not checkpoint"]),
+    "names that a terminal obeys": (
+        {"ARTIFACT": "data/c.ptz"},
+        lambda f: (f / "c.ptz").write_bytes(forged(meta={"kind": "artifact", "model": {TERMINAL: 1}})),
+        ["c.ptz", r"\x1b[2J\nresult"],
+    ),
+    "checkpoint that is none": (
+        {"RESUME": "data/a.ptz"},
+        unchanged,
+        ["a.ptz", "its kind is 'artifact', not 'checkpoint'"],
+    ),
     "size limit": ({"ARTIFACT_BYTES": "1000"}, unchanged, ["ARTIFACT_BYTES=1000"]),
 }
 AS_A_PROCESS = ["unknown knob", "truncated", "tampered artifact"]
@@ -544,6 +554,7 @@ def whole_folder(tiny_data, tmp_path, meta, stored):
 def assert_clear(status: int, out: str, err: str, mentioned: list[str]) -> None:
     assert status == 2, err
     assert err.startswith("error: ") and len(err.splitlines()) == 1 and "Traceback" not in out + err
+    assert err.removesuffix("\n").isprintable()
     assert all(part in err for part in mentioned), err
 
 

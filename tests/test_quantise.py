@@ -406,7 +406,7 @@ def test_it_is_refused_before_training(tiny_data, tiny_config, tiny_run, monkeyp
     held_out = setup.stream.held_out()
     trainer = g.make_trainer(setup, held_out)
     with pytest.raises(g.UserError, match=r"no input of blocks\.0\.mlp\.up\.weight, .*: the forward pass never calls"):
-        g.prepare_training(trainer, setup, held_out)
+        g.prepare_training(trainer, setup, held_out, g.Log())
 
 
 def test_an_input_that_is_always_zero_is_no_reason_to_refuse():

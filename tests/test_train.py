@@ -1,8 +1,11 @@
 """Training learns, repeats bit by bit, goes on from a checkpoint as if never interrupted, and stops in time."""
 
 import dataclasses
+import errno
 import gc
 import math
+import os
+import shutil
 import time
 import weakref
 from pathlib import Path
@@ -129,12 +132,14 @@ def rank_main(rank: int, folder: str, run: g.RunConfig) -> None:
     trainer = new_trainer(run, g.Dist(rank, 2))
     warm_up(trainer)
     losses, _ = go(trainer, checkpoint=Path(folder, "two.ckpt"))
+    assert not g.save_or_warn(trainer, Path(folder, "a file", "two.ckpt"), 1.0, g.Log()), "on no rank"
     torch.save((losses, trainer.copy_state()), f"{folder}/{rank}.pt")
     trainer.dist.close()
 
 
 def test_two_ranks_train_as_one(settings, tmp_path):
     run = settings(checkpoint_seconds=1e-6)
+    (tmp_path / "a file").touch()
     mp.spawn(rank_main, args=(str(tmp_path), run), nprocs=2)
     (losses, state), (losses_there, state_there) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert losses == losses_there and differing(state, state_there) == []
@@ -167,8 +172,9 @@ def test_warming_up_trains_and_loading_the_state_leaves_no_trace_of_it(settings)
     assert not any(p.grad.any() for p in trainer.model.parameters())
 
 
-def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, monkeypatch):
+def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, monkeypatch, tmp_path):
     """Weights as they are at first, with matrices of zeros, would pack in less time than trained ones."""
+    monkeypatch.chdir(tmp_path)
     run = settings(max_wallclock_seconds=100.0, holdout_tokens=300)
     trainer = new_trainer(run)
     seen = []
@@ -178,13 +184,13 @@ def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, mo
     stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
     setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
 
-    reserve = g.prepare_training(trainer, setup, stream.held_out())
+    reserve = g.prepare_training(trainer, setup, stream.held_out(), g.Log())
     assert 0.5 < reserve < 100 and len(seen) == 1 and differing(before, seen[0]) != []
     assert differing(before, trainer.copy_state()) == []
 
     tight = setup._replace(run=dataclasses.replace(run, max_wallclock_seconds=0.4))
     with pytest.raises(g.ConfigError, match="MAX_WALLCLOCK_SECONDS=0.4: quantising and packing take"):
-        g.prepare_training(trainer, tight, stream.held_out())
+        g.prepare_training(trainer, tight, stream.held_out(), g.Log())
 
 
 def test_training_is_the_same_with_and_without_warm_up(settings):
@@ -307,7 +313,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(settings, tmp_path):
     resumed = new_trainer(settings())
     warm_up(resumed)
     resumed.load_checkpoint(str(path))
-    assert resumed.step == 4 and resumed.progress == 0.5 and resumed.seconds_before > 0
+    assert resumed.step == 4 and resumed.seconds_before > 0
     assert go(resumed)[0] == go(whole)[0][4:]
     assert differing(resumed.copy_state(), whole.copy_state()) == []
     assert resumed.optimizer.steps_done == whole.optimizer.steps_done == 8
@@ -372,6 +378,289 @@ def test_a_damaged_checkpoint_is_refused(settings, tmp_path, damage):
     with pytest.raises(g.DataError, match=str(path)):
         trainer.load_checkpoint(str(path))
     assert differing(before, trainer.copy_state()) == []
+
+
+FORGED = {  # what is changed in the table and the tensors of a checkpoint, whose checksum is then right again
+    "no step": ({"step": None}, {}, "its step is None"),
+    "a step that is text": ({"step": "4"}, {}, "its step is '4'"),
+    "a step that is a fraction": ({"step": 4.5}, {}, "its step is 4.5"),
+    "a step that is true": ({"step": True}, {}, "its step is True"),
+    "a step before the first": ({"step": -1}, {}, "its step is -1, expected a whole number from 0 to ITERATIONS=8"),
+    "a step after the last": ({"step": 9}, {}, "its step is 9, expected a whole number from 0 to ITERATIONS=8"),
+    "a step over every number": ({"step": 10**400}, {}, "its step is 1000.* characters"),
+    "no seconds": ({"seconds": None}, {}, "its seconds are None"),
+    "seconds that are text": ({"seconds": "1"}, {}, "its seconds are '1'"),
+    "seconds that are no number": ({"seconds": math.nan}, {}, "its seconds are nan"),
+    "seconds without end": ({"seconds": math.inf}, {}, "its seconds are inf"),
+    "seconds before the first": ({"seconds": -1.0}, {}, "its seconds are -1.0"),
+    "seconds over every number": ({"seconds": 10**400}, {}, "its seconds are 1000"),
+    "another kind": ({"kind": "artifact"}, {}, "its kind is 'artifact', not 'checkpoint'"),
+    "a network that is none": ({"model": [1]}, {}, r"its model is \[1\], not "),
+    "a network with a field more": (
+        {"model": dataclasses.asdict(TINY_MODEL) | {"x\x1b": None}},
+        {},
+        r"its model is another: x\\x1b is None, not None",
+    ),
+    "a network of another width": (
+        {"model": dataclasses.asdict(TINY_MODEL) | {"model_dim": 64}},
+        {},
+        "its model is another: model_dim is 64, not 32",
+    ),
+    "another tokenizer": ({"tokenizer": "\x1b[2J"}, {}, r"its tokenizer is '\\x1b\[2J', not 'hash'"),
+    "other training shards": ({"training_shards": "x"}, {}, "its training_shards is 'x', not ''"),
+    "a tensor is missing": ({}, {"model.embed": None}, "model.embed is None"),
+    "a tensor too many": ({}, {"extra": torch.zeros(1)}, "extra is .*expected None"),
+    "a tensor that is flat": ({}, {"model.embed": torch.zeros(64 * 32)}, "model.embed is "),
+    "a tensor of another type": ({}, {"model.embed": torch.zeros(64, 32).half()}, "model.embed is .*float16"),
+    "a tensor of integers": ({}, {"model.embed": torch.zeros(64, 32, dtype=torch.int8)}, "model.embed is .*int8"),
+    "a weight that is no number": ({}, {"model.embed": torch.full((64, 32), math.nan)}, "model.embed holds"),
+    "an average without end": ({}, {"average.0": torch.full((64, 32), math.inf)}, "average.0 holds"),
+    "a moment that is no number": ({}, {"optimizer.exp_avg.0": torch.full((64, 32), math.nan)}, "exp_avg.0 holds"),
+    "squares below zero": ({}, {"optimizer.exp_avg_sq.0": torch.full((64, 32), -1.0)}, "negative squares"),
+}
+
+
+def forge(path: Path, meta: dict, tensors: dict, level: int | None = None) -> None:
+    """Change these entries of a checkpoint; None takes a tensor out."""
+    old_meta, old = g.unpack(path.read_bytes(), "it")
+    kept = {name: t for name, t in (old | tensors).items() if t is not None}
+    path.write_bytes(g.pack(old_meta | meta, kept, level))
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_checkpoint_edited_by_hand_is_refused(settings, tmp_path, case):
+    meta, tensors, message = FORGED[case]
+    path = tmp_path / "run.ckpt"
+    trainer = new_trainer(settings())
+    trainer.save_checkpoint(path, seconds=1.0)
+    forge(path, meta, tensors)
+    before = trainer.copy_state()
+    with pytest.raises(g.DataError, match=message) as error:
+        trainer.load_checkpoint(str(path))
+    assert str(path) in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 600
+    assert differing(before, trainer.copy_state()) == [] and trainer.step == trainer.optimizer.steps_done == 0
+
+
+def test_tensors_of_a_checkpoint_are_compared_before_they_are_unpacked(settings, tmp_path, monkeypatch):
+    path = tmp_path / "run.ckpt"
+    trainer = new_trainer(settings())
+    trainer.save_checkpoint(path, seconds=1.0)
+    forge(path, {}, {"extra": torch.zeros(1 << 20)}, level=19)
+    monkeypatch.setattr(g, "read_tensor", lambda *_: pytest.fail("a tensor was unpacked"))
+    with pytest.raises(g.DataError, match="extra is"):
+        trainer.load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize("progress", [0.0, 7.0, -1e9, math.nan, "much", None])
+def test_what_a_checkpoint_says_of_the_budget_is_not_believed(settings, tmp_path, progress):
+    """It decided how much of the average was forgotten."""
+    path = tmp_path / "run.ckpt"
+    interrupted(settings, path)
+    whole = new_trainer(settings())
+    resumed = new_trainer(settings())
+    forge(path, {"progress": progress}, {})
+    resumed.load_checkpoint(str(path))
+    assert go(resumed)[0] == go(whole)[0][4:]
+    assert differing(resumed.copy_state(), whole.copy_state()) == []
+
+
+def test_a_checkpoint_is_read_before_anything_is_compiled_and_survives_the_warm_up(settings, tmp_path, monkeypatch):
+    """A bad one was refused after minutes of compilation."""
+    path = tmp_path / "run.ckpt"
+    interrupted(settings, path)
+    run = settings(resume=str(path), holdout_tokens=300)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, g.Dist())
+    setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, stream)
+    expected = new_trainer(run)
+    expected.load_checkpoint(str(path))
+    trainer = new_trainer(run)
+    g.prepare_training(trainer, setup, stream.held_out(), g.Log())
+    assert trainer.step == trainer.optimizer.steps_done == 4
+    assert trainer.seconds_before == expected.seconds_before
+    assert differing(trainer.copy_state(), expected.copy_state()) == []
+
+    path.write_bytes(path.read_bytes()[:-1])
+    monkeypatch.setattr(g, "warm_up", lambda *_: pytest.fail("it was warmed up"))
+    with pytest.raises(g.DataError, match="damaged or cut short"):
+        g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
+
+
+def test_a_checkpoint_goes_on_with_its_own_training_shards(settings, write_shard, tmp_path, train_tokenizer):
+    run = settings()
+    data = Path(run.data_path)
+    (data / "tokenizer.model").write_bytes(train_tokenizer())
+    write_shard(data / "fineweb_val_000000.bin", [g.BOS, 5, 6])
+    run = dataclasses.replace(run, tokenizer_path=str(data / "tokenizer.model"))
+    path = tmp_path / "run.ckpt"
+
+    def trainer() -> g.Trainer:
+        setup = g.make_setup(TINY_MODEL, run, g.Dist())
+        return g.make_trainer(setup, setup.stream.held_out())
+
+    trainer().save_checkpoint(path, seconds=1.0)
+    trainer().load_checkpoint(str(path))
+    write_shard(data / "fineweb_train_000002.bin", [g.BOS] * 99)
+    with pytest.raises(g.DataError, match="its training_shards is "):
+        trainer().load_checkpoint(str(path))
+
+
+def test_a_smaller_budget_does_not_drive_the_average_away(settings, tmp_path):
+    path = tmp_path / "run.ckpt"
+    interrupted(settings, path)
+    trainer = new_trainer(settings(iterations=4))
+    trainer.load_checkpoint(str(path))
+    before = [v.clone() for v in trainer.average.values]
+    assert go(trainer)[0] == []  # its four steps are done
+    assert all(torch.equal(v, w) for v, w in zip(trainer.average.values, before, strict=True))
+
+
+def no_room(monkeypatch, path: Path) -> Path:
+    usage = shutil.disk_usage(path.parent)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    return path
+
+
+def full_disk(monkeypatch, path: Path) -> Path:
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    return path
+
+
+def no_folder(monkeypatch, path: Path) -> Path:
+    path.touch()
+    return path / "run.ckpt"
+
+
+def no_memory(monkeypatch, path: Path) -> Path:
+    def full(*given, **named):
+        raise MemoryError
+
+    monkeypatch.setattr(g, "pack", full)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (no_room, "the disk has no room for 0 MiB beside the artifact"),
+        (full_disk, "No space left on device"),
+        (no_folder, "Not a directory"),
+        (no_memory, "MemoryError"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_written_is_one_warning_and_training_goes_on(
+    settings, tmp_path, monkeypatch, fault, reason
+):
+    expected = go(new_trainer(settings()))[0]
+    shown = []
+    path = fault(monkeypatch, tmp_path / "run.ckpt")
+    trainer = new_trainer(settings(checkpoint_seconds=1e-6))
+    assert go(trainer, checkpoint=path, log=g.Log(screen=shown.append))[0] == expected
+    (warning,) = [line for line in shown if line.startswith("warning: ")]
+    assert warning.startswith("warning: no checkpoint is written: ") and reason in warning
+    assert list(tmp_path.glob(".*")) == [] and not path.exists()
+
+
+def test_a_folder_of_checkpoints_that_was_deleted_is_made_again(settings, tmp_path):
+    trainer = new_trainer(settings())
+    trainer.save_checkpoint(tmp_path / "logs" / "run.ckpt", seconds=1.0)
+    assert (tmp_path / "logs" / "run.ckpt").exists()
+
+
+def test_a_checkpoint_of_a_finished_training_holds_all_that_follows_and_no_more(settings, tmp_path):
+    path = tmp_path / "run.ckpt"
+    trainer = new_trainer(settings())
+    go(trainer)
+    trainer.save_checkpoint(path, seconds=3.0, finished=True)
+    resumed = new_trainer(settings())
+    resumed.load_checkpoint(str(path))
+    assert resumed.finished and resumed.step == 8 and resumed.seconds_before == 3.0
+    assert differing(resumed.weights(), trainer.weights()) == []
+    weights = sum(p.nbytes for p in trainer.model.parameters())
+    assert 2 * weights < path.stat().st_size < 2 * weights + 5000
+
+    trainer.save_checkpoint(path, seconds=3.0)
+    resumed.load_checkpoint(str(path))
+    assert not resumed.finished
+    for kind, name in ((g.FINISHED, "optimizer"), ("checkpoint of another kind", "its kind is ")):
+        forge(path, {"kind": kind}, {})
+        with pytest.raises(g.DataError, match=name):
+            resumed.load_checkpoint(str(path))
+
+
+def test_a_finished_training_is_not_warmed_up_again(settings, tmp_path, monkeypatch):
+    path = tmp_path / "run.ckpt"
+    trainer = new_trainer(settings())
+    trainer.save_checkpoint(path, seconds=3.0, finished=True)
+    monkeypatch.setattr(g, "warm_up", lambda *_: pytest.fail("it was warmed up"))
+    run = settings(resume=str(path), max_wallclock_seconds=1.0)  # no more than what follows training may take
+    setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, None)
+    assert g.prepare_training(trainer, setup, None, g.Log()) == 0.0 and trainer.finished
+
+
+def test_the_dry_run_writes_a_checkpoint_whose_seconds_are_reserved(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = settings(max_wallclock_seconds=100.0, holdout_tokens=300)
+    trainer = new_trainer(run)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
+    setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+    plain = trainer.save_checkpoint
+
+    def slow(path: Path, seconds: float, finished: bool) -> None:
+        assert finished
+        plain(path, seconds, finished)
+        time.sleep(2.0)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", slow)
+    assert g.prepare_training(trainer, setup, stream.held_out(), g.Log()) > 1.15 * 2.0 + 0.5
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+# ---- which weights are read out ---------------------------------------------
+
+
+@pytest.mark.parametrize("best", ["last", "half", "average"])
+def test_the_readout_is_what_scores_best_on_held_out_text(settings, monkeypatch, tmp_path, best):
+    run = settings(holdout_tokens=300)
+    trainer = new_trainer(run)
+    trainer.average.values[0].add_(1.0)
+    (own, averaged) = (trainer.average.params[0].mean().item(), trainer.average.values[0].mean().item())
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
+    held_out = stream.held_out()
+    setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+
+    def score(model, setup, looping=True, docs=None) -> g.ScoreTable:
+        """The nearer the weights are to those of `best`, the better."""
+        weight = (trainer.average.params[0].mean().item() - own) / (averaged - own)
+        table = g.ScoreTable(docs)
+        table.nats[:] = 1 + abs(weight - g.READOUTS[best])
+        return table
+
+    monkeypatch.setattr(g, "score_all_static", score)
+    assert g.choose_weights(trainer, setup, held_out, g.Log(tmp_path / "run.txt")) == best
+    (event,) = read_events(tmp_path / "run.events.jsonl")
+    assert event["readout"] == best == min(g.READOUTS, key=lambda name: event[name])
+
+
+def test_without_held_out_text_half_of_the_average_is_read_out(settings):
+    run = settings(holdout_tokens=0)
+    trainer = new_trainer(run)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
+    setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+    assert g.choose_weights(trainer, setup, stream.held_out(), g.Log()) == "half"
+
+
+def test_the_time_to_score_every_readout_is_reserved(settings, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = settings(max_wallclock_seconds=100.0, holdout_tokens=300)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, g.Dist())
+    setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, stream)
+    monkeypatch.setattr(g, "make_artifact", lambda *given, **named: b"")
+    monkeypatch.setattr(g, "score_all_static", lambda *given, **named: time.sleep(1.0))
+    reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
+    assert 1.15 * 3.0 + 0.5 < reserve < 1.15 * 4.0 + 0.5
 
 
 # ---- when to stop -----------------------------------------------------------

@@ -82,7 +82,6 @@ def find_artifact(given: str | None) -> Path:
     return found[-1]
 
 
-MOST_OF_AN_ERROR = 4_000  # characters
 CUT_OFF = 141  # exit status where nobody reads the output any more, as of a program that SIGPIPE ends
 
 
@@ -100,7 +99,7 @@ def end_in_a_line(work: Callable[[], int]) -> int:
         drop_what_nobody_reads()
         return CUT_OFF
     except (train_gpt.UserError, OSError) as error:
-        print(f"error: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
+        print(f"error: {printable(str(error), train_gpt.MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
+import string
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -53,8 +54,15 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
         "train_s": number,
         "eta_s": signed,
     },
+    "trained": {"step": whole, "file": text, "bytes": whole},
     "validate": {"step": whole, "val_bpb": optional(number)},
-    "readout": {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
+    "readout": {
+        "documents": whole,
+        "last": number,
+        "half": number,
+        "average": number,
+        "readout": one_of("last", "half", "average"),
+    },
     "before_quantisation": {"prequant_bpb": number, "last_bpb": number},
     "damping": {"damping": number},
     "pack": {"attempt": whole, "clip_scale": number, "artifact_bytes": whole, "entropy_bytes": number},
@@ -70,8 +78,12 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
     "excess": {"excess_bytes": whole, "val_bpb_exact": number},
     "score": {"artifact": text, "static_bpb": number, "val_bpb": optional(number)},
     "over_limit": {"clock": one_of("training", "evaluation"), "over_seconds": number, "limit_seconds": number},
+    "warning": {"text": text},
     "phase": {"name": text, "seconds": number, "clock": one_of("training", "evaluation", "-")},
     "result": {},  # the whole result, which has kinds of its own: tools/results.py
+}
+EARLIER_FIELDS = {  # event -> what it had before, in logs that are kept
+    "readout": {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
 }
 
 
@@ -107,6 +119,9 @@ def parse_event(line: bytes) -> Event:
 
     event = Event(values.pop("event"), values)
     fields = FIELDS.get(event.name)
+    earlier = EARLIER_FIELDS.get(event.name)
+    if earlier and values.keys() == earlier.keys():
+        fields = earlier
     if fields:
         wrong = missing_or_wrong(values, fields)
         unknown = [name for name in values if name not in fields]
@@ -147,8 +162,12 @@ TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, th
         "step:{step} loss:{loss:.4f} progress:{progress:.3f} loop:{loop} "
         "tokens_per_s:{tokens_per_s:.0f} epoch:{epoch:.2f} train_s:{train_s:.1f} eta_s:{eta_s:.0f}",
     ),
+    "trained": ("step {step}: the trained weights are in {file} ({bytes} bytes); RESUME={file} goes on from here",),
     "validate": ("step:{step} val_bpb:{val_bpb:.5f} (last iterate, without adaptation)",),
-    "readout": ("{documents} held-out documents: average {average:.5f}, last {last:.5f} nats a token",),
+    "readout": (
+        "{documents} held-out documents: last {last:.5f}, half {half:.5f}, average {average:.5f} nats a token",
+        "{documents} held-out documents: average {average:.5f}, last {last:.5f} nats a token",
+    ),
     "before_quantisation": (
         "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}",
     ),
@@ -166,6 +185,7 @@ TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, th
         "this tokenizer has spaces inside pieces, for which the contest's formula counts {excess_bytes} bytes too "
         "many: without these, val_bpb is {val_bpb_exact:.5f}",
     ),
+    "warning": ("warning: {text}",),
     "phase": ("phase {name:26} {seconds:9.2f} s   clock: {clock}",),
 }
 SHOWN = (  # of a result, in its line, where the result has them
@@ -208,7 +228,15 @@ def wordings_of(event: Event) -> list[str]:
     if event.name in SPECIAL:
         return [SPECIAL[event.name](event.values) + "\n"]
     shown = {name: math.nan if value is None else value for name, value in event.values.items()}
-    return [template.format(**shown) + "\n" for template in TEMPLATES.get(event.name, ())]
+    return [
+        template.format(**shown) + "\n"
+        for template in TEMPLATES.get(event.name, ())
+        if names_in(template) <= shown.keys()
+    ]
+
+
+def names_in(template: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(template) if name}
 
 
 def settings_and_versions(values: Mapping[str, Any]) -> str:

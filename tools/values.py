@@ -6,21 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-MOST_SHOWN = 600  # characters of a line that is not ours
+from train_gpt import MOST_SHOWN, printable  # noqa: F401  it is the tools' as well as the entry's
+
 MOST_NAMES = 1_000  # in a table
 LONGEST_NAME = 200
 LARGEST = 1e18  # no score, time or size that a run measures comes near
 
 Kind = Callable[[Any], bool]  # says whether a value is of a kind
-
-
-def printable(text: str, most: int = MOST_SHOWN, kept: str = "") -> str:
-    """Text that is not ours, safe to show in one line: what would end the line, move the cursor, or is no character at
-    all becomes an escape, except for characters in `kept`, and the middle of a long text is left out."""
-    if len(text) > most:
-        half = most // 2
-        text = f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
-    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 def whole(value: Any) -> bool:
