@@ -1184,14 +1184,18 @@ def find_shards(folder: str, kind: str) -> list[Path]:
 
 
 def manifest_value(folder: Path, *keys: str) -> Any:
-    """An entry of a prepared folder's manifest.json; None if there is no such file or entry."""
-    try:
-        value = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for key in keys:
-            value = value[key]
-        return value
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    """An entry of a prepared folder's manifest.json; None if there is no such file or entry. Raises DataError for a
+    file that is no JSON: without it, nothing would tell whether the folder is what was prepared."""
+    path = folder / "manifest.json"
+    if not path.exists():
         return None
+    try:
+        value = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {brief(str(error))}; prepare the data again") from None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 # ---- Tokenizer ----
@@ -1253,6 +1257,8 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     else:
         raise DataError(f"{run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH")
 
+    # The manifest may name anything, and a device or a pipe might never end.
+    require(os.path.isfile(path) or not os.path.exists(path), f"{path}: not a file; set TOKENIZER_PATH", DataError)
     blob = read_file(path, "; set TOKENIZER_PATH")
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -1862,7 +1868,8 @@ def read_tensors(data: bytes, header: Mapping[str, Any], at: int, what: str) -> 
         # A limit for all tensors together, so that a small file cannot fill the memory.
         room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)
         for name, kind, shape, size in header["tensors"]:
-            require(isinstance(name, str) and name not in tensors, f"tensor {brief(name)} comes twice")
+            if not isinstance(name, str) or name in tensors:
+                raise ValueError(f"tensor {brief(name)} comes twice")
             tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
             room -= tensors[name].nbytes
             at += size
@@ -3804,8 +3811,10 @@ def table_layout(header: Mapping[str, Any], what: str) -> Layout:
     with untrusted(what):
         found: Layout = {}
         for name, kind, shape, _ in header["tensors"]:
-            require(isinstance(name, str) and name not in found, f"tensor {brief(name)} comes twice")
-            require(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"{brief(name)}: not a shape")
+            if not isinstance(name, str) or name in found:
+                raise ValueError(f"tensor {brief(name)} comes twice")
+            if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+                raise ValueError(f"{brief(name)}: not a shape")
             found[name] = STORED_TYPES[kind], torch.Size(shape)
         return found
 
