@@ -1807,6 +1807,7 @@ DIGEST_BYTES = 16
 MAX_HEADER_BYTES = 1 << 24
 MAX_UNPACKED_BYTES = 1 << 31
 MAX_DIMENSIONS = 4
+MAX_TENSORS = 1 << 17  # checkpoints of 1,024 blocks have half as many; a header of 16 MB could list a million
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 
@@ -1848,6 +1849,8 @@ def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
         start = len(CONTAINER_MAGIC) + 4
         end = start + int.from_bytes(body[start - 4 : start], "little")
         header = json.loads(decompress(body[start:end], MAX_HEADER_BYTES))
+        count = len(header["tensors"])
+        require(count <= MAX_TENSORS, f"{count} tensors are listed, at most {MAX_TENSORS} are expected")
         require(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
         require(isinstance(header["meta"], dict), "meta is not a table")
         require(end + sum(size for _, _, _, size in header["tensors"]) == len(body), "sizes do not add up")

@@ -139,6 +139,7 @@ UNSIZED = dict(write_content_size=False)
 F4 = bytes(4)
 FORGED = {
     "a shape of 400,000 dimensions": forged([["a", "i1", [1] * 400_000, 1]], b"x"),
+    "more tensors than any network has": forged([[f"{i}", "f4", [0], 0] for i in range((1 << 17) + 1)]),
     "no header": seal(b""),
     "the header is no frame": seal(b"{}"),
     "the header is not JSON": seal(frame(b"{")),

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -615,6 +616,19 @@ def test_no_later_frame_is_lost(tmp_path, suffix):
             list(prepare.read_batches([prepare.SourceFile(str(path))]))
     path.write_bytes(b"")
     with pytest.raises(train_gpt.DataError, match="empty, which no compressed file is"):
+        list(prepare.read_batches([prepare.SourceFile(str(path))]))
+
+
+def test_no_frame_gets_more_memory_than_its_limit(tmp_path):
+    """A .xz of a hundred bytes may ask for 4 GiB to refer back to."""
+    content = bytearray(lzma.compress(LINES))
+    header = slice(12, 12 + 4 * (content[12] + 1) - 4)  # of the first block; its checksum follows
+    assert content[14] == 0x21  # LZMA2, whose one property, two bytes on, says how much
+    content[16] = 40
+    content[header.stop : header.stop + 4] = zlib.crc32(content[header]).to_bytes(4, "little")
+    path = tmp_path / "a.xz"
+    path.write_bytes(content)
+    with pytest.raises(train_gpt.DataError, match="Memory usage limit exceeded"):
         list(prepare.read_batches([prepare.SourceFile(str(path))]))
 
 
