@@ -3816,8 +3816,9 @@ def table_layout(header: Mapping[str, Any], what: str) -> Layout:
         for name, kind, shape, _ in header["tensors"]:
             if not isinstance(name, str) or name in found:
                 raise ValueError(f"tensor {brief(name)} comes twice")
-            if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-                raise ValueError(f"{brief(name)}: not a shape")
+            sides = shape if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
+            if not all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in sides):  # torch cannot show larger
+                raise ValueError(f"{brief(name)}: {brief(shape)} is not a shape")
             found[name] = STORED_TYPES[kind], torch.Size(shape)
         return found
 

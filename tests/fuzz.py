@@ -216,6 +216,18 @@ def forge_row(chance: random.Random, header: dict[str, Any], blobs: list[bytes])
     table[i] = edited(chance, table[i])
 
 
+SIDES = (0, 1, 2, -1, 1.0, True, None, "1", 2**31, 2**62, 2**63, 10**400)
+
+
+def forge_shape(chance: random.Random, header: dict[str, Any], blobs: list[bytes]) -> None:
+    *_, shape, _ = chance.choice(header["tensors"])
+    shape.insert(chance.randrange(len(shape) + 1), chance.choice(SIDES))
+    if chance.random() < 0.7:
+        del shape[chance.randrange(len(shape))]
+    if chance.random() < 0.1:
+        shape *= 100_000
+
+
 def forge_values(chance: random.Random, header: dict[str, Any], blobs: list[bytes]) -> None:
     i = chance.randrange(len(blobs))
     blobs[i] = other_values(chance, blobs[i], header["zstd"])
@@ -267,7 +279,7 @@ def add_empty_rows(chance: random.Random, header: dict[str, Any], blobs: list[by
 
 
 FORGERIES = (
-    *(forge_meta, forge_row, forge_values, forge_blob),
+    *(forge_meta, forge_row, forge_shape, forge_values, forge_blob),
     *(swap_blobs, swap_column, copy_row, drop_row, add_empty_rows),
 )
 

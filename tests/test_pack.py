@@ -585,6 +585,13 @@ def test_bad_input_is_refused_with_what_was_found(whole_folder, tiny_env, tmp_pa
     assert not list(tmp_path.rglob("*.partial")) and not list((tmp_path / "logs").glob("*.json"))
 
 
+@pytest.mark.parametrize("side", [1 << 63, 10**400, -1, 1.0, None, "1"])
+def test_a_shape_of_the_table_is_one_of_this_world(side):
+    """torch keeps a number that it cannot print."""
+    with pytest.raises(DataError, match="^x.ptz: .* is not a shape"):
+        train_gpt.table_layout({"tensors": [["embed", "i1", [32, side], 0]]}, "x.ptz")
+
+
 def test_tensors_are_compared_with_the_network_before_they_are_unpacked(setup, meta, stored, tmp_path, monkeypatch):
     """An artifact of 84 kB could claim gigabytes."""
     path = write_artifact(tmp_path, meta, stored | {"extra": torch.zeros(1).half()})
