@@ -1,7 +1,7 @@
 """
 Files from outside, damaged and forged by the thousand: each is refused in a sentence, or read to the same effect.
 
-    python tests/fuzz.py                            every kind of file, in full: ten minutes
+    python tests/fuzz.py                            every kind of file, in full: eleven minutes
     python tests/fuzz.py artifacts shards           these kinds
     python tests/fuzz.py artifacts --only 1234      one case again, with its traceback
 
