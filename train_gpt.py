@@ -1234,14 +1234,18 @@ def find_shards(folder: str, kind: str) -> list[Path]:
 
 
 def manifest_value(folder: Path, *keys: str) -> Any:
-    """An entry of a prepared folder's manifest.json; None if there is no such file or entry."""
-    try:
-        value = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for key in keys:
-            value = value[key]
-        return value
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    """An entry of a prepared folder's manifest.json; None if there is no such file or entry. Raises DataError for a
+    file that is no JSON: without it, nothing would tell whether the folder is what was prepared."""
+    path = folder / "manifest.json"
+    if not path.exists():
         return None
+    try:
+        value = json.loads(read_file(path))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged: {brief(str(error))}; prepare the data again") from None
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 # ---- Tokenizer ----
@@ -1306,6 +1310,8 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     else:
         raise DataError(f"{run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH")
 
+    # The manifest may name anything, and a device or a pipe might never end.
+    require(os.path.isfile(path) or not os.path.exists(path), f"{path}: not a file; set TOKENIZER_PATH", DataError)
     blob = read_file(path, "; set TOKENIZER_PATH")
     processor = sentencepiece.SentencePieceProcessor()
     try:
@@ -1861,6 +1867,7 @@ DIGEST_BYTES = 16
 MAX_HEADER_BYTES = 1 << 24
 MAX_UNPACKED_BYTES = 1 << 31
 MAX_DIMENSIONS = 4
+MAX_TENSORS = 1 << 17  # checkpoints of 1,024 blocks have half as many; a header of 16 MB could list a million
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
 TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 
@@ -1902,6 +1909,8 @@ def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
         start = len(CONTAINER_MAGIC) + 4
         end = start + int.from_bytes(body[start - 4 : start], "little")
         header = json.loads(decompress(body[start:end], MAX_HEADER_BYTES))
+        count = len(header["tensors"])
+        require(count <= MAX_TENSORS, f"{count} tensors are listed, at most {MAX_TENSORS} are expected")
         require(all(isinstance(size, int) and size >= 0 for _, _, _, size in header["tensors"]), "sizes are wrong")
         require(isinstance(header["meta"], dict), "meta is not a table")
         require(end + sum(size for _, _, _, size in header["tensors"]) == len(body), "sizes do not add up")
@@ -1922,7 +1931,8 @@ def read_tensors(data: bytes, header: Mapping[str, Any], at: int, what: str) -> 
         # A limit for all tensors together, so that a small file cannot fill the memory.
         room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)
         for name, kind, shape, size in header["tensors"]:
-            require(isinstance(name, str) and name not in tensors, f"tensor {brief(name)} comes twice")
+            if not isinstance(name, str) or name in tensors:
+                raise ValueError(f"tensor {brief(name)} comes twice")
             tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
             room -= tensors[name].nbytes
             at += size
@@ -3906,8 +3916,11 @@ def table_layout(header: Mapping[str, Any], what: str) -> Layout:
     with untrusted(what):
         found: Layout = {}
         for name, kind, shape, _ in header["tensors"]:
-            require(isinstance(name, str) and name not in found, f"tensor {brief(name)} comes twice")
-            require(isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS, f"{brief(name)}: not a shape")
+            if not isinstance(name, str) or name in found:
+                raise ValueError(f"tensor {brief(name)} comes twice")
+            sides = shape if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
+            if not all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in sides):  # torch cannot show larger
+                raise ValueError(f"{brief(name)}: {brief(shape)} is not a shape")
             found[name] = STORED_TYPES[kind], torch.Size(shape)
         return found
 

@@ -535,19 +535,21 @@ def parse_line(line: bytes, where: str) -> str:
     return text
 
 
-class ZstdFile(io.RawIOBase):
-    """Decompresses frames one after another, with windows of up to 2 GB (zstd --long=31).
+class FramesFile(io.RawIOBase):
+    """Decompresses frames one after another, to the end of the file.
 
-    The library's own reader takes a file that ends within a frame for a whole one.
+    The libraries' own readers are silent about lost text: that of zstandard takes a file that ends within a frame for a
+    whole one, and those of bz2 and lzma ignore whatever follows the first frame and cannot be read.
     """
 
-    INPUT_BYTES = 4096  # at a time: each four of them may stand for 128 KB
+    INPUT_BYTES = 4096  # at a time: four of them may stand for 128 KB in a zstd frame
 
-    def __init__(self, raw: BinaryIO):
+    def __init__(self, raw: BinaryIO, new_frame: Callable[[], Any]):
+        """`new_frame` gives an object with decompress(bytes), eof and unused_data."""
         super().__init__()
         self.raw = raw
-        self.library = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self.frame: zstandard.ZstdDecompressionObj | None = None
+        self.new_frame = new_frame
+        self.frame: Any = None
         self.input = b""
         self.output = memoryview(b"")
 
@@ -561,7 +563,7 @@ class ZstdFile(io.RawIOBase):
                 if self.frame:
                     raise EOFError("the file ends within a compressed frame")
                 return 0
-            self.frame = self.frame or self.library.decompressobj()
+            self.frame = self.frame or self.new_frame()
             self.output = memoryview(self.frame.decompress(self.input))
             self.input = b""
             if self.frame.eof:
@@ -573,21 +575,30 @@ class ZstdFile(io.RawIOBase):
         return count
 
 
+MAX_WINDOW_BYTES = 1 << 31  # of the text that a frame may refer back to, as zstd --long=31 writes it
+
+
 def open_zstandard(raw: BinaryIO) -> io.BufferedReader:
-    return io.BufferedReader(ZstdFile(raw), BATCH_BYTES)
+    library = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW_BYTES)
+    return io.BufferedReader(FramesFile(raw, library.decompressobj), BATCH_BYTES)
 
 
-def open_xz(raw: BinaryIO) -> BinaryIO:
+def open_bz2(raw: BinaryIO) -> io.BufferedReader:
+    return io.BufferedReader(FramesFile(raw, bz2.BZ2Decompressor), BATCH_BYTES)
+
+
+def open_xz(raw: BinaryIO) -> io.BufferedReader:
     if lzma is None:
         raise ImportError("this Python was built without lzma")
-    return lzma.open(raw)
+    new_frame = functools.partial(lzma.LZMADecompressor, memlimit=MAX_WINDOW_BYTES)
+    return io.BufferedReader(FramesFile(raw, new_frame), BATCH_BYTES)
 
 
 Decompressor = Callable[[BinaryIO], Any]
-DECOMPRESSORS: dict[str, Decompressor] = {".gz": gzip.open, ".bz2": bz2.open, ".zst": open_zstandard, ".xz": open_xz}
+DECOMPRESSORS: dict[str, Decompressor] = {".gz": gzip.open, ".bz2": open_bz2, ".zst": open_zstandard, ".xz": open_xz}
 COMPRESSED = {  # by how a file begins, whatever its name
     b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
+    b"BZh": open_bz2,
     b"\x28\xb5\x2f\xfd": open_zstandard,
     b"\xfd7zXZ\0": open_xz,
 }
@@ -629,6 +640,8 @@ def find_layers(path: str) -> list[Decompressor]:
         for start, kind in NOT_READ.items():
             if head.startswith(start):
                 raise DataError(f"{path}: {kind}; give JSONL in UTF-8, plain or as .gz, .bz2, .zst or .xz")
+        if not head and not layers and Path(path).suffix.lower() in DECOMPRESSORS:
+            raise DataError(f"{path}: empty, which no compressed file is; fetch or write it again")
         if head[257:262] == b"ustar":
             raise DataError(f"{path}: a tar archive; unpack it and give the files in it")
 
@@ -1590,10 +1603,11 @@ def find_prepared(final: Path, parameters: dict) -> dict | None:
             manifest["parameters"] == parameters
             and all((final / file["file"]).stat().st_size == file["bytes"] for file in files)
             and {path.name for path in final.glob("fineweb_*.bin")} == {file["file"] for file in files}
+            and (final / tokenizer["path"]).is_file()  # a device would never end
             and file_sha256(final / tokenizer["path"]) == tokenizer["sha256"]
             and summary(manifest) != []
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
         return None
     return manifest if is_same else None
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 from concurrent.futures import Future
 from pathlib import Path
@@ -218,7 +219,26 @@ def test_a_folder_that_names_no_tokenizer_is_refused(tiny_data, tiny_run, manife
     if manifest is not None:
         (tiny_data / "manifest.json").write_text(manifest, encoding="latin-1")
     message = refusal(train_gpt.load_tokenizer, tiny_run(), VOCAB)
-    assert str(tiny_data) in message and "TOKENIZER_PATH" in message
+    assert str(tiny_data) in message and ("TOKENIZER_PATH" in message or "manifest.json: damaged" in message)
+
+
+@pytest.mark.parametrize("manifest", ["", "{", "\xff", "[" * 10**5])
+def test_a_damaged_manifest_is_refused_though_a_tokenizer_is_named(tiny_data, tiny_run, manifest):
+    """It was taken for none, and no checksum that it lists was compared."""
+    tokenizer = train_gpt.load_tokenizer(tiny_run(), VOCAB)
+    (tiny_data / "manifest.json").write_text(manifest, encoding="latin-1")
+    assert "manifest.json: damaged: " in refusal(train_gpt.load_validation, str(tiny_data), VOCAB, tokenizer)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_a_tokenizer_is_read_from_a_file(tiny_data, tiny_run, kind):
+    """The manifest may name anything; a device never ends."""
+    path = tiny_data / "x"
+    if kind == "pipe":
+        os.mkfifo(path)
+    named = {"device": "/dev/zero", "pipe": "x", "folder": "."}[kind]
+    (tiny_data / "manifest.json").write_text(json.dumps({"tokenizer": {"path": named}}))
+    assert "not a file; set TOKENIZER_PATH" in refusal(train_gpt.load_tokenizer, tiny_run(), VOCAB)
 
 
 @pytest.mark.parametrize("content", [b"", b"no model", bytes(1000), None])

@@ -139,6 +139,7 @@ UNSIZED = dict(write_content_size=False)
 F4 = bytes(4)
 FORGED = {
     "a shape of 400,000 dimensions": forged([["a", "i1", [1] * 400_000, 1]], b"x"),
+    "more tensors than any network has": forged([[f"{i}", "f4", [0], 0] for i in range((1 << 17) + 1)]),
     "no header": seal(b""),
     "the header is no frame": seal(b"{}"),
     "the header is not JSON": seal(frame(b"{")),
@@ -582,6 +583,13 @@ def test_bad_input_is_refused_with_what_was_found(whole_folder, tiny_env, tmp_pa
         torch.use_deterministic_algorithms(deterministic)
     assert_clear(status, *capsys.readouterr(), mentioned)
     assert not list(tmp_path.rglob("*.partial")) and not list((tmp_path / "logs").glob("*.json"))
+
+
+@pytest.mark.parametrize("side", [1 << 63, 10**400, -1, 1.0, None, "1"])
+def test_a_shape_of_the_table_is_one_of_this_world(side):
+    """torch keeps a number that it cannot print."""
+    with pytest.raises(DataError, match="^x.ptz: .* is not a shape"):
+        train_gpt.table_layout({"tensors": [["embed", "i1", [32, side], 0]]}, "x.ptz")
 
 
 def test_tensors_are_compared_with_the_network_before_they_are_unpacked(setup, meta, stored, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -602,8 +603,11 @@ LINES = b'"one"\n"two"\n'
         ("a.zst", b"\x50\x2a\x4d\x18\x04\0\0\0skip" + zstandard.compress(LINES)),
         ("a.jsonl", zstandard.compress(LINES)),
         ("a.json", LINES[:-1]),
+        ("a.bz2", bz2.compress(LINES[:6]) + bz2.compress(LINES[6:])),
+        ("a.xz", lzma.compress(LINES[:6]) + lzma.compress(LINES[6:])),
+        ("a.zst", zstandard.compress(LINES[:6]) + zstandard.compress(LINES[6:])),
     ],
-    ids=range(10),  # packed files hold the time
+    ids=range(13),  # packed files hold the time
 )
 def test_compression_is_known_by_content(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -637,6 +641,34 @@ def test_a_frame_that_breaks_off_between_lines_is_noticed(tmp_path):
     path = tmp_path / "a.zst"
     path.write_bytes(compressor.compress(LINES) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
     with pytest.raises(train_gpt.DataError, match="ends within a compressed frame"):
+        list(prepare.read_batches([prepare.SourceFile(str(path))]))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst", ".xz"])
+def test_no_later_frame_is_lost(tmp_path, suffix):
+    """What followed the first frame of a .bz2 or .xz and was damaged was ignored, as were empty files."""
+    compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress, ".xz": lzma.compress}[suffix]
+    path = tmp_path / f"a{suffix}"
+    more = compress(LINES * 99)
+    for later in (more[:-1], more[: len(more) // 2], more[:3], b"?", b"x" + more, more + b"?"):
+        path.write_bytes(compress(LINES) + later)
+        with pytest.raises(train_gpt.DataError, match="fetch or write the file again"):
+            list(prepare.read_batches([prepare.SourceFile(str(path))]))
+    path.write_bytes(b"")
+    with pytest.raises(train_gpt.DataError, match="empty, which no compressed file is"):
+        list(prepare.read_batches([prepare.SourceFile(str(path))]))
+
+
+def test_no_frame_gets_more_memory_than_its_limit(tmp_path):
+    """A .xz of a hundred bytes may ask for 4 GiB to refer back to."""
+    content = bytearray(lzma.compress(LINES))
+    header = slice(12, 12 + 4 * (content[12] + 1) - 4)  # of the first block; its checksum follows
+    assert content[14] == 0x21  # LZMA2, whose one property, two bytes on, says how much
+    content[16] = 40
+    content[header.stop : header.stop + 4] = zlib.crc32(content[header]).to_bytes(4, "little")
+    path = tmp_path / "a.xz"
+    path.write_bytes(content)
+    with pytest.raises(train_gpt.DataError, match="Memory usage limit exceeded"):
         list(prepare.read_batches([prepare.SourceFile(str(path))]))
 
 
@@ -699,6 +731,12 @@ def small(model_file, tmp_path):
     return [text, "--tokenizer", model, "--val-fraction", 0.3, "--out", out], out / "datasets" / "jsonl"
 
 
+def change_manifest(folder: Path, change) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_a_finished_preparation_is_used_again(small, capsys):
     arguments, folder = small
     assert run(*arguments) == 0
@@ -712,6 +750,10 @@ def test_a_finished_preparation_is_used_again(small, capsys):
         lambda: shutil.copy(folder / "fineweb_train_000000.bin", folder / "fineweb_train_000001.bin"),
         lambda: (folder.parent.parent / "tokenizers" / "jsonl.model").write_bytes(b"other"),
         lambda: (folder / "manifest.json").write_text("[]"),
+        lambda: change_manifest(folder, lambda m: m["splits"]["val"].update(documents="many")),
+        lambda: change_manifest(folder, lambda m: m["splits"]["val"].pop("contest_bytes")),
+        lambda: change_manifest(folder, lambda m: m["splits"]["train"].update(tokens=0)),
+        lambda: change_manifest(folder, lambda m: m["tokenizer"].update(path="/dev/zero")),
         lambda: write_lines(Path(arguments[0]), TEXTS[1:]),
     ):
         spoil()

@@ -231,8 +231,12 @@ def held_out_by(artifact: str) -> tuple[train_gpt.ModelConfig, int, str]:
     SHA-256 of those documents."""
     header, _ = train_gpt.read_header(train_gpt.read_file(artifact), artifact)
     held = header["meta"].get("holdout_tokens", 0)
-    why = f"{artifact}: held no training documents back (holdout_tokens is {held!r}): it may have learned them; "
-    require(type(held) is int and held > 0, why + "train again with HOLDOUT_TOKENS, or use --on validation", DataError)
+    require(
+        type(held) is int and held > 0,
+        f"{artifact}: held no training documents back (holdout_tokens is {train_gpt.brief(held)}): it may have learned "
+        "them; train again with HOLDOUT_TOKENS, or use --on validation",
+        DataError,
+    )
     return train_gpt.stored_config(header["meta"], artifact), held, header["meta"].get("holdout")
 
 
