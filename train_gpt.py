@@ -1215,15 +1215,45 @@ def read_shard(path: Path | str) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
-def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Raise DataError if a token lies outside the vocabulary: the embedding would be read out of bounds."""
-    largest = int(tokens.max(initial=0))
+def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int, start: int = 0) -> None:
+    """Raise DataError if a token lies outside the vocabulary: the embedding would be read out of bounds.
+
+    Tokens (n,) begin at position `start` of the shard `path`.
+    """
+    if tokens.max(initial=0) < vocab_size:
+        return
+    first = int(np.argmax(tokens >= vocab_size))
+    raise DataError(
+        f"{path}: token {tokens[first]} at position {start + first}, but VOCAB_SIZE={vocab_size} allows 0 to "
+        f"{vocab_size - 1}: another tokenizer made this shard, or it is damaged; prepare the data again, or set "
+        "VOCAB_SIZE and TOKENIZER_PATH to those of this shard"
+    )
+
+
+SAMPLED_PLACES = 64  # of a shard
+SAMPLED_TOKENS = 64  # at each place
+
+
+def sample_shard(shard: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Some 4,000 tokens of a shard, from its first to its last -> (position, tokens there) of each place.
+
+    Enough to notice a shard of other text or of another tokenizer, and cheap: 64 pages are read from the disk.
+    """
+    places = np.linspace(0, max(0, len(shard) - SAMPLED_TOKENS), SAMPLED_PLACES, dtype=np.int64)
+    return [(start, shard[start : start + SAMPLED_TOKENS]) for start in np.unique(places).tolist()]
+
+
+def check_shard(path: Path, shard: np.ndarray, vocab_size: int, listed: Mapping[str, Any]) -> None:
+    """Compare a training shard with the manifest's entry for it, and a sample of its tokens with the vocabulary: a run
+    should not end at the step that meets the first foreign token. Raises DataError."""
+    count = listed.get("tokens", len(shard))
     require(
-        largest < vocab_size,
-        f"{path}: token {largest} >= VOCAB_SIZE={vocab_size}: another tokenizer made this shard; "
-        "set VOCAB_SIZE, or prepare the data again",
+        count == len(shard),
+        f"{path}: {len(shard)} tokens, but {str(count)[:20]} by the manifest: of other data; prepare the data again",
         DataError,
     )
+    for start, tokens in sample_shard(shard):
+        check_vocabulary(path, tokens, vocab_size, start)
 
 
 def find_shards(folder: str, kind: str) -> list[Path]:
@@ -1442,7 +1472,7 @@ def read_sidecars(folder: str, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
     None if the folder has no side-car and its manifest lists none: then the contest's formula counts. One that is
     missing may not be replaced by the formula: it would count the pieces that mark capitals as bytes of text.
     """
-    paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
+    paths = [sidecar_of(path) for path in shards]
     expected = manifest_value(Path(folder), "splits", "val", "sidecars")
     if not expected and not any(path.exists() for path in paths):
         return None
@@ -1457,6 +1487,10 @@ def read_sidecars(folder: str, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
     return np.concatenate(counts)
 
 
+def sidecar_of(shard: Path) -> Path:
+    return shard.with_name(shard.name.replace("_val_", "_val_bytes_"))
+
+
 def check_digests(folder: Path, tokenizer: Tokenizer) -> None:
     """The tokenizer, the validation shards and their side-cars must be those that the manifest describes: one flipped
     bit in a side-car, or another tokenizer of the same size, would change the score and say nothing."""
@@ -1467,6 +1501,9 @@ def check_digests(folder: Path, tokenizer: Tokenizer) -> None:
         f"{str(expected)[:12]}…: name that tokenizer with TOKENIZER_PATH, or prepare the data again",
         DataError,
     )
+    shards = find_shards(str(folder), "val")
+    check_listed(folder, "val", "shards", shards)
+    check_listed(folder, "val", "sidecars", [path for path in map(sidecar_of, shards) if path.exists()])
     for name, digest in listed_digests(folder).items():
         found = hashlib.sha256(read_file(folder / name, "; prepare the data again")).hexdigest()
         require(
@@ -1479,14 +1516,33 @@ def check_digests(folder: Path, tokenizer: Tokenizer) -> None:
 
 def listed_digests(folder: Path) -> dict[str, str]:
     """{name: SHA-256} of the validation shards and side-cars that a folder's manifest lists."""
-    digests: dict[str, str] = {}
-    for kind in ("shards", "sidecars"):
-        listed = manifest_value(folder, "splits", "val", kind)
-        for entry in listed if isinstance(listed, list) else []:
-            match entry:
-                case {"file": str(name), "sha256": str(digest)} if Path(name).name == name:
-                    digests[name] = digest
-    return digests
+    listed = listed_files(folder, "val", "shards") | listed_files(folder, "val", "sidecars")
+    return {name: entry["sha256"] for name, entry in listed.items() if isinstance(entry.get("sha256"), str)}
+
+
+def listed_files(folder: Path, split: str, kind: str) -> dict[str, dict[str, Any]]:
+    """{name: entry} of the shards or side-cars of a split that a folder's manifest lists."""
+    listed = manifest_value(folder, "splits", split, kind)
+    files: dict[str, dict[str, Any]] = {}
+    for entry in listed if isinstance(listed, list) else []:
+        match entry:
+            case {"file": str(name)} if Path(name).name == name:
+                files[name] = entry
+    return files
+
+
+def check_listed(folder: Path, split: str, kind: str, paths: Iterable[Path]) -> None:
+    """Where a manifest lists the shards of a split, there may be no other ones, and no other side-cars. Raises
+    DataError."""
+    if not listed_files(folder, split, "shards"):
+        return
+    listed = listed_files(folder, split, kind)
+    for path in paths:
+        require(
+            path.name in listed,
+            f"{path}: the manifest lists {kind}, but not this one: of other data; remove it, or prepare the data again",
+            DataError,
+        )
 
 
 MARKERS = frozenset("\ue001\ue002\ue003\ue004")  # with which CaseOps spells capitals
@@ -1613,6 +1669,7 @@ class TrainingStream:
 
         self.paths = find_shards(run.data_path, "train")
         self.shards = [read_shard(path) for path in self.paths]
+        self.check_shards()
         sizes = [len(shard) for shard in self.shards]
         self.shard_ends = np.cumsum(sizes)
         self.shard_starts = self.shard_ends - sizes
@@ -1632,6 +1689,15 @@ class TrainingStream:
             f"more than a row, TRAIN_ROW_TOKENS={run.train_row_tokens}: prepare more data or lower these",
             DataError,
         )
+
+    def check_shards(self) -> None:
+        """Raise DataError for a shard that is not the manifest's, or whose sample leaves the vocabulary. What the
+        sample misses, `read` finds when it is used."""
+        folder = Path(self.run.data_path)
+        check_listed(folder, "train", "shards", self.paths)
+        listed = listed_files(folder, "train", "shards")
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            check_shard(path, shard, self.vocab_size, listed.get(path.name, {}))
 
     def batch(self, number: int) -> list[MicroBatch]:
         """This rank's micro-batches of a batch, grad_accum_steps of them. The next batch is loaded meanwhile."""
@@ -1663,8 +1729,9 @@ class TrainingStream:
         while count > 0:
             i = int(np.searchsorted(self.shard_ends, position, side="right"))
             available = min(count, self.total - position)
-            part = self.shards[i][position - self.shard_starts[i] :][:available]
-            check_vocabulary(self.paths[i], part, self.vocab_size)
+            start = int(position - self.shard_starts[i])
+            part = self.shards[i][start : start + available]
+            check_vocabulary(self.paths[i], part, self.vocab_size, start)
             parts.append(part)
             count -= len(part)
             position = (position + len(part)) % self.total
@@ -1673,8 +1740,11 @@ class TrainingStream:
     def held_out(self) -> Documents:
         """The whole documents among the held-out tokens. Their text's bytes are unknown: a token counts as one."""
         parts = []
-        for shard, start in zip(self.shards, self.shard_starts, strict=True):
-            parts.append(shard[max(0, self.total - start) :])
+        for path, shard, shard_start in zip(self.paths, self.shards, self.shard_starts.tolist(), strict=True):
+            start = max(0, self.total - shard_start)
+            part = shard[start:]
+            check_vocabulary(path, part, self.vocab_size, start)
+            parts.append(part)
         text = np.concatenate(parts)
 
         starts = np.flatnonzero(text == BOS)
@@ -1682,7 +1752,6 @@ class TrainingStream:
             text = text[starts[0] : starts[-1]]
         else:
             text = text[:0]
-        check_vocabulary(self.paths[-1], text, self.vocab_size)
         return split_documents(text, np.ones(len(text), np.int64))
 
 
@@ -3718,8 +3787,11 @@ def describe_shards(stream: TrainingStream | None) -> list[tuple[str, int, list[
     """Name, size and some tokens of every training shard."""
     if stream is None:
         return []
-    shards = zip(stream.paths, stream.shards, strict=True)
-    return [(path.name, len(shard), shard[:: max(1, len(shard) // 64)].tolist()) for path, shard in shards]
+    described = []
+    for path, shard in zip(stream.paths, stream.shards, strict=True):
+        sample = np.concatenate([tokens for _, tokens in sample_shard(shard)])
+        described.append((path.name, len(shard), sample.tolist()))
+    return described
 
 
 def predicted_bytes(model: GPT, run: RunConfig) -> float:

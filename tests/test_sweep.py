@@ -100,6 +100,13 @@ def test_a_hold_out_that_cannot_be_made_is_refused(tiny_data, tmp_path, held, wo
     assert not (tmp_path / "held").exists()
 
 
+def test_a_held_out_token_of_another_tokenizer_is_named_with_its_shard(tiny_data, tmp_path, write_shard):
+    path = tiny_data / "fineweb_train_000002.bin"
+    write_shard(path, [*train_gpt.read_shard(path)[:-5].tolist(), 64, 3, 3, 3, 3])
+    with pytest.raises(train_gpt.DataError, match=f"{path}: token 64 at position 695"):
+        make_holdout(tiny_data, tokenizer_of(tiny_data), HELD, tmp_path / "held")
+
+
 def test_bytes_of_transformed_text_are_not_guessed(tiny_data, tmp_path, write_shard):
     write_shard(tiny_data / "fineweb_val_bytes_000000.bin", [1])
     with pytest.raises(train_gpt.DataError, match="how its text was transformed"):
