@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -901,19 +902,39 @@ def compile_parts(model: GPT) -> None:
 # Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
 
 
+def together(method: Callable) -> Callable:
+    """For methods of Dist in which all ranks take part: where one fails since another rank has died, the watch ends the
+    run and says which. If all ranks live, the error is raised."""
+
+    @functools.wraps(method)
+    def call(self: Dist, *values: Any) -> Any:
+        try:
+            return method(self, *values)
+        except RuntimeError:
+            if self.watch is not None:
+                self.watch.wait_for_verdict()
+            raise
+
+    return call
+
+
 class Dist:
     """The ranks of a run. GPU tensors travel by NCCL; decisions go by gloo from host to host, so that no rank waits for
     its GPU to take one."""
+
+    MEETING_S = 300  # from the first rank to the last, which may have to read torch from a slow disk
 
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
         self.rank = rank
         self.world = world
         self.device = torch.device(device)
         self.main = rank == 0
+        self.hosts = [platform.node()] * world  # by rank
+        self.watch: RankWatch | None = None
 
     @classmethod
     def from_env(cls, device: str, env: Mapping[str, str] = os.environ) -> Dist:
-        """Join the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or stand alone."""
+        """One of the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or the only one."""
         use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         require(not use_gpu or torch.cuda.is_available(), "DEVICE=cuda, but torch sees no GPU: use DEVICE=cpu or auto")
         world = torchrun_number(env, "WORLD_SIZE", default=1, low=1, high=MAX_RANKS)
@@ -933,16 +954,52 @@ class Dist:
             )
             torch.cuda.set_device(local_rank)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS sums in no fixed order
-        if world > 1:
-            torch_dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
         return cls(rank, world, f"cuda:{local_rank}" if use_gpu else "cpu")
 
+    def join(self, on_loss: Callable[[str], None] | None = None) -> None:
+        """Meet the other ranks. Raises UserError if one does not come.
+
+        From then on until `close`, a thread notices within seconds that another rank has died, whatever this one is
+        doing, and calls `on_loss` with a line that says which. NCCL would wait for minutes, and a rank that scores
+        documents hears nothing of the others until the end.
+        """
+        if self.world == 1:
+            return
+        patience = datetime.timedelta(seconds=self.MEETING_S)
+        try:
+            store, _, _ = next(torch_dist.rendezvous("env://", self.rank, self.world, timeout=patience))
+            store.set(f"host of rank {self.rank}", platform.node())
+            self.hosts = [store.get(f"host of rank {rank}").decode() for rank in range(self.world)]
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            torch_dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise UserError(
+                f"rank {self.rank} of {self.world} does not meet the others within {self.MEETING_S} s: {reason}; see "
+                "whether one of them has ended, and whether MASTER_ADDR and MASTER_PORT are those of rank 0"
+            ) from error
+        if on_loss is not None:
+            longest = datetime.timedelta(seconds=4 * RankWatch.SILENCE_S)
+            group = torch_dist.new_group(backend="gloo", timeout=longest)  # of its own: the main thread uses the other
+            self.watch = RankWatch(self, group, on_loss)
+
+    def send(self, number: int, to: int, group: Any) -> None:
+        torch_dist.isend(torch.tensor(number), to, group).wait()
+
+    def receive(self, source: int, group: Any, seconds: float) -> int:
+        """Raises RuntimeError if that rank is gone, or says nothing for so long."""
+        number = torch.tensor(0)
+        torch_dist.irecv(number, source, group).wait(datetime.timedelta(seconds=seconds))
+        return int(number)
+
+    @together
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
             torch_dist.all_reduce(x)
         return x
 
+    @together
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum (n, ...) over ranks and keep this rank's n / world rows."""
         if self.world == 1 or not x.is_cuda:  # gloo has no reduce-scatter
@@ -951,6 +1008,7 @@ class Dist:
         torch_dist.reduce_scatter_tensor(out, x)
         return out
 
+    @together
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, ...) of every rank -> (n * world, ...) on all."""
         if self.world == 1:
@@ -959,6 +1017,7 @@ class Dist:
         torch_dist.all_gather_into_tensor(out, x.contiguous())
         return out
 
+    @together
     def broadcast(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -966,6 +1025,7 @@ class Dist:
             torch_dist.broadcast(numbers, src=0)
         return numbers.tolist()
 
+    @together
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
         if self.world == 1:
@@ -982,6 +1042,7 @@ class Dist:
         everyone = self.all_gather(torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
         return [part.numpy().tobytes() for part in everyone.chunk(self.world)]
 
+    @together
     def all_reduce_max(self, value: float) -> float:
         """The largest of the ranks' numbers, on every rank."""
         number = torch.tensor(value, dtype=torch.float64)
@@ -997,8 +1058,81 @@ class Dist:
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
+        """Leave, once all ranks do."""
+        if self.watch is not None:
+            self.watch.stop()
         if self.world > 1:
             torch_dist.destroy_process_group()
+
+
+class RankWatch:
+    """A thread on every rank. Again and again the others send rank 0 a word and wait for its answer, so that whoever is
+    gone, or silent for long, is missed soon: when a process ends, by whatever means, its connections close."""
+
+    PAUSE_S = 0.5  # between two rounds
+    SILENCE_S = 120.0  # after which a rank counts as lost; a machine may stop for a while, as when it is moved
+    GRACE_S = 1.0  # for a rank that meets the same error as the lost one, and says so itself
+
+    # What rank 0 answers, if not the number of a lost rank.
+    GO_ON = -1
+    ALL_LEAVE = -2
+
+    def __init__(self, dist: Dist, group: Any, on_loss: Callable[[str], None]):
+        self.dist = dist
+        self.group = group
+        self.on_loss = on_loss
+        self.leaving = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="watch of the ranks", daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Return when all ranks have called this."""
+        self.leaving.set()
+        self.thread.join()
+
+    def wait_for_verdict(self) -> None:
+        """Give the watch the time to notice that a rank is lost."""
+        self.thread.join(4 * (self.PAUSE_S + self.GRACE_S))
+
+    def _run(self) -> None:
+        verdict = self.GO_ON
+        while verdict == self.GO_ON:
+            verdict = self._ask_rank_0() if self.dist.rank else self._ask_the_others()
+        if verdict != self.ALL_LEAVE:
+            time.sleep(self.GRACE_S)
+            self.on_loss(f"rank {verdict} on {self.dist.hosts[verdict]} ended or stopped answering; {WHERE_TO_LOOK}")
+
+    def _ask_rank_0(self) -> int:
+        try:
+            self.dist.send(int(self.leaving.is_set()), 0, self.group)
+            return self.dist.receive(0, self.group, 3 * self.SILENCE_S)  # it may be waiting for another rank
+        except RuntimeError:
+            return 0
+
+    def _ask_the_others(self) -> int:
+        self.leaving.wait(self.PAUSE_S)
+        verdict = self.ALL_LEAVE if self.leaving.is_set() else self.GO_ON
+        heard = []
+        for rank in range(1, self.dist.world):
+            patience = self.SILENCE_S if verdict < 0 else self.PAUSE_S
+            try:
+                leaves = self.dist.receive(rank, self.group, patience)
+                heard.append(rank)
+                if verdict == self.ALL_LEAVE and not leaves:
+                    verdict = self.GO_ON
+            except RuntimeError:
+                verdict = rank if verdict < 0 else verdict
+
+        for rank in heard:
+            with contextlib.suppress(RuntimeError):  # the next round will miss it
+                self.dist.send(verdict, rank, self.group)
+        return verdict
+
+
+WHERE_TO_LOOK = (
+    "its own message is above, or on the screen of its machine; where there is none it was killed, perhaps for want of "
+    "memory (dmesg)"
+)
 
 
 TORCHRUN = "torchrun sets this; start with torchrun, or without it and with these variables unset"
@@ -3731,7 +3865,6 @@ def describe_knobs() -> str:
 
 
 LOGS = Path("logs")
-INTERRUPTED = 130  # exit status of Ctrl-C
 
 
 class Setup(NamedTuple):
@@ -3770,16 +3903,16 @@ def check_ranks_agree(setup: Setup) -> None:
         "validation set": setup.validation.sha256().encode(),
         "training shards": repr(describe_shards(setup.stream)).encode(),
     }
-    host = platform.node().encode()[:64].ljust(64)
     digests = b"".join(hashlib.sha256(content).digest() for content in compared.values())
-    everyone = setup.dist.gather_bytes(host + digests)
+    everyone = setup.dist.gather_bytes(digests)
+    hosts = setup.dist.hosts
     for rank, theirs in enumerate(everyone):
         for i, what in enumerate(compared):
-            begin = 64 + 32 * i
+            begin = 32 * i
             require(
                 theirs[begin : begin + 32] == everyone[0][begin : begin + 32],
-                f"rank {rank} on {theirs[:64].decode(errors='replace').strip()} has other {what} than rank 0 on "
-                f"{everyone[0][:64].decode(errors='replace').strip()}: start all machines with the same {what}",
+                f"rank {rank} on {hosts[rank]} has other {what} than rank 0 on {hosts[0]}: "
+                f"start all machines with the same {what}",
             )
 
 
@@ -5113,10 +5246,12 @@ class CUDAGraphs:
 # Main: the run in one page, signals and exit status.
 
 
-def run_experiment(check_only: bool) -> None:
+def run_experiment(check_only: bool, ending: Ending) -> None:
     """Read the settings and check them; train, quantise and pack; read the artifact back, score it and report."""
     model_config, run = read_env()
     dist = Dist.from_env(run.device)
+    ending.world = dist.world
+    dist.join(ending.after_a_loss)
     prepare_torch(run, dist.device)
     watch = Stopwatch(dist)
     run_id = choose_run_id(run, dist)
@@ -5189,11 +5324,59 @@ def open_log(run_id: str, dist: Dist, write_files: bool) -> Log:
     return Log(LOGS / f"{run_id}.txt" if write_files else None, screen=print_now)
 
 
-def install_signal_handlers(grace_s: float = 3.0) -> None:
-    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt. A rank that waits in a collective never runs Python's handler,
-    so after `grace_s` a thread ends the process, whatever it is doing."""
+INTERRUPTED = 130  # exit status of Ctrl-C
+RANK_LOST = 3  # exit status
+
+
+class Ending:
+    """How the process ends. The main thread, the one that watches the ranks and the one that a signal wakes may all
+    come to its end at once: the first says why, in one line."""
+
+    def __init__(self):
+        self.world = 1  # ranks of the run
+        self.loss = ""  # which rank is lost
+        self.begun = False  # then signals interrupt nothing any more
+        self.first = threading.Lock()
+
+    def say(self, line: str) -> None:
+        """Say why the process ends, unless that has been said."""
+        self.begun = True
+        if self.first.acquire(blocking=False):
+            print(line, file=sys.stderr, flush=True)
+
+    def exit_now(self, status: int) -> None:
+        """End the process, whatever its threads are waiting for."""
+        for partial in LOGS.rglob(f".*.{os.getpid()}.partial"):
+            partial.unlink(missing_ok=True)
+        os._exit(status)
+
+    def after_a_loss(self, line: str) -> None:
+        """Interrupt the main thread, for the one that watches the ranks."""
+        self.loss = line
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_a_signal(self, number: int = signal.SIGINT) -> int:
+        """Say what interrupts the process -> exit status."""
+        if self.loss:
+            self.say(f"error: {self.loss}")
+            return RANK_LOST
+        if number == signal.SIGTERM and self.world > 1:
+            self.say(f"error: ended by SIGTERM, as by torchrun once a rank has failed; {WHERE_TO_LOOK}")
+        else:
+            self.say("interrupted")
+        return INTERRUPTED
+
+
+def install_signal_handlers(ending: Ending, grace_s: float = 3.0) -> None:
+    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt, with the signal's number. A rank that waits in a collective
+    never runs Python's handler, so after `grace_s` a thread ends the process, whatever it is doing."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        if not ending.begun:
+            raise KeyboardInterrupt(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, interrupt)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -5203,9 +5386,7 @@ def install_signal_handlers(grace_s: float = 3.0) -> None:
         while number not in (signal.SIGINT, signal.SIGTERM):
             number = os.read(reader, 1)[0]  # the C handler writes the signal's number, even while Python is blocked
         time.sleep(grace_s)
-        for partial in LOGS.rglob(f".*.{os.getpid()}.partial"):
-            partial.unlink(missing_ok=True)
-        os._exit(INTERRUPTED)
+        ending.exit_now(ending.after_a_signal(number))
 
     threading.Thread(target=end_after_grace, daemon=True).start()
 
@@ -5217,7 +5398,8 @@ def print_advice(error: BaseException) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """-> exit status: 0; 2 for what a user can fix; 130 when interrupted."""
+    """-> exit status: 0; 1 for an error of the program; 2 for what a user can fix; 3 when another rank was lost; 130
+    when interrupted."""
     if arguments in (["--help"], ["-h"]):
         print(describe_knobs())
         return 0
@@ -5225,17 +5407,31 @@ def main(arguments: Sequence[str]) -> int:
         print(f"unknown argument {arguments[0]!r}; settings are environment variables, see --help", file=sys.stderr)
         return 2
 
-    install_signal_handlers()
+    ending = Ending()
+    install_signal_handlers(ending)
     try:
-        run_experiment(check_only=arguments == ["--check-setup"])
+        status = run_to_the_end(arguments == ["--check-setup"], ending)
+    except KeyboardInterrupt as interruption:  # also while an error was about to be reported
+        status = ending.after_a_signal(*interruption.args)
+        print_advice(interruption)
+    ending.begun = True
+    if status and ending.world > 1:
+        ending.exit_now(status)  # the interpreter's own way would wait for threads, and these for other ranks
+    return status
+
+
+def run_to_the_end(check_only: bool, ending: Ending) -> int:
+    """Run, and report an error -> exit status."""
+    try:
+        run_experiment(check_only, ending)
     except (UserError, OSError) as error:
-        print(f"error: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
+        ending.say(f"error: {printable(str(error), MOST_OF_AN_ERROR)}")
         print_advice(error)
         return 2
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr, flush=True)
-        print_advice(error)
-        return INTERRUPTED
+    except Exception:
+        ending.begun = True
+        sys.excepthook(*sys.exc_info())  # as if it was not caught
+        return 1
     return 0
 
 

@@ -240,7 +240,7 @@ def test_ranks_whose_clocks_differ_name_their_files_alike(tmp_path, monkeypatch)
     for name, value in Folder(tmp_path).environment().items():
         monkeypatch.setenv(name, value)
     with pytest.raises(g.UserError, match="far enough"):
-        g.run_experiment(check_only=False)
+        g.run_experiment(check_only=False, ending=g.Ending())
     start = time.strftime("%Y%m%d_%H%M%S", time.localtime(0))
     assert [path.name for path in named] == [f"{start}.ptz"]
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [f"{start}.events.jsonl", f"{start}.txt"]
@@ -678,6 +678,39 @@ def test_ctrl_c_ends_everything_soon_and_leaves_no_half_written_file(tmp_path, c
     assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["cut.ckpt", "cut.events.jsonl", "cut.txt"]
     steps = [event for event in read_events(tmp_path / "logs" / "cut.events.jsonl") if event["event"] == "step"]
     assert [event["step"] for event in steps[:3]] == [2, 4, 6][: len(steps)] and len(steps) >= 2
+
+
+def rank_of(process: subprocess.Popen, rank: int) -> int:
+    """The process of a rank that torchrun has started."""
+    (task,) = Path(f"/proc/{process.pid}/task").glob(str(process.pid))
+    for child in (task / "children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun has no rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize(
+    "moment, knobs",
+    [
+        ("step:4 ", dict(ITERATIONS=100_000)),
+        ("before quantisation", dict(GPTQ_CALIBRATION_BATCHES=1000)),
+        ("pack 1", dict(TTT_EPOCHS=64)),
+    ],
+    ids=["training", "quantising", "evaluation"],
+)
+def test_when_a_rank_is_killed_the_other_ends_soon_with_one_line(tmp_path, moment, knobs, killed):
+    with started(Folder(tmp_path), TWO_RANKS, RUN_ID="lost", **knobs) as process:
+        wait_for(process, moment)
+        os.kill(rank_of(process, killed), signal.SIGKILL)
+        began = time.perf_counter()
+        output, _ = process.communicate(timeout=60)
+        assert time.perf_counter() - began < 15 and process.returncode != 0
+    ours = [line for line in output.splitlines() if line.startswith(("error: ", "interrupted", "[rank"))]
+    assert len(ours) == 1 and "its own message is above" in ours[0] and "want of memory" in ours[0], output
+    before = output.partition("torch/distributed/run.py")[0]  # torchrun ends with a report, and a traceback of its own
+    assert "gloo" not in before and "NCCL" not in before
 
 
 @pytest.mark.slow

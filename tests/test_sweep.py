@@ -212,6 +212,20 @@ def test_a_failing_combination_is_reported_and_the_rest_goes_on(stand_in, capsys
     assert "every combination failed, the first: planted failure" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "output, reason",
+    [
+        ("a warning\nerror: no disk\nerror: rank 1 ended\n====\n", "no disk"),
+        ("Traceback:\nZeroDivisionError\n\n", "ZeroDivisionError"),
+        ("", "exit status 7, no message"),
+    ],
+)
+def test_a_run_fails_for_the_reason_that_was_told_first(tmp_path, output, reason):
+    """What the other ranks say of it later is no reason."""
+    (tmp_path / "x.err").write_text(output)
+    assert sweep.reason_of(tmp_path / "x.err", 7) == reason
+
+
 def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, capsys):
     stand_in.makes("0.1")
     stand_in.makes("0.25")

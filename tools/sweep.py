@@ -468,10 +468,13 @@ def conclude(job: Job, status: int) -> None:
 
 
 def reason_of(path: Path, status: int) -> str:
-    """The last line of an error output that begins with `error: `, else its last line at all."""
+    """The first line of an error output that begins with `error: `, else its last line at all. Where a rank of a run
+    fails, the others say later that it did."""
     lines = [line for line in train_gpt.read_file(path).decode("utf-8", "replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or [f"exit status {status}, no message"])[-1]
+    if errors:
+        return errors[0]
+    return lines[-1] if lines else f"exit status {status}, no message"
 
 
 class Screen:
