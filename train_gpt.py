@@ -38,6 +38,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import fcntl
 import functools
 import hashlib
 import io
@@ -4086,12 +4087,16 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
 
 
 def load_artifact(path: Path, setup: Setup) -> GPT:
-    """The model that a file holds, built from that file alone. Raises DataError.
+    """The model that a file holds, built from that file alone. Raises DataError."""
+    return unpack_artifact(read_on_main(path, setup.dist), path, setup)
+
+
+def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
+    """The model in the content of a file. Raises DataError.
 
     The table of tensors is compared with the configuration before anything is unpacked: a small file can claim tensors
     of gigabytes, and a short header a network of any size."""
     what = str(path)
-    data = read_on_main(path, setup.dist)
     header, at = read_header(data, what)
     config = stored_config(header["meta"], what)
     tokenizer = str(header["meta"].get("tokenizer"))
@@ -4359,7 +4364,9 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict
     docs = setup.validation
 
     with watch.phase("unpack"):
-        model = load_artifact(path, setup)
+        data = read_on_main(path, setup.dist)
+        model = unpack_artifact(data, path, setup)
+        require(model.config == setup.model, f"{path}: was replaced meanwhile; score it again", DataError)
         evaluation = Evaluation(model, docs, run, setup.dist, log, lambda: watch.total(*EVALUATION_CLOCK))
     with watch.phase("evaluate: warm-up"):
         evaluation.warm_up()
@@ -4387,6 +4394,7 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict
         "doc_independent": int(independent),
         "degraded_documents": evaluation.degraded,
         "eval_seconds": watch.total(*EVALUATION_CLOCK),
+        "artifact_sha256": hashlib.sha256(data).hexdigest(),
     }
     return result, documents_file(table, static)
 
@@ -4436,14 +4444,19 @@ def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: Sc
     log.event("score", line, artifact=str(path), static_bpb=static.bits_per_byte, val_bpb=val_bpb)
 
 
-def describe_artifact(path: Path) -> dict[str, Any]:
-    """What the result says about the file."""
+def describe_artifact(path: Path, sha256: str) -> dict[str, Any]:
+    """What the result says about the file, whose SHA-256 must be that of what was scored: another run may have replaced
+    it meanwhile. Raises DataError."""
     data = read_file(path)
+    require(
+        hashlib.sha256(data).hexdigest() == sha256,
+        f"{path}: was replaced while it was scored, so that there is no result; score it again",
+        DataError,
+    )
     return {
         "artifact_bytes": len(data),
         "code_bytes": len(code()),
         "total_bytes": len(data) + len(code()),
-        "artifact_sha256": hashlib.sha256(data).hexdigest(),
     }
 
 
@@ -5247,14 +5260,27 @@ class CUDAGraphs:
 
 
 def run_experiment(check_only: bool, ending: Ending) -> None:
-    """Read the settings and check them; train, quantise and pack; read the artifact back, score it and report."""
+    """Read the settings, meet the other ranks, and do the experiment as the only run of this RUN_ID."""
     model_config, run = read_env()
     dist = Dist.from_env(run.device)
     ending.world = dist.world
     dist.join(ending.after_a_loss)
     prepare_torch(run, dist.device)
-    watch = Stopwatch(dist)
     run_id = choose_run_id(run, dist)
+
+    with contextlib.ExitStack() as stack:
+        if dist.main and check_only:
+            require_free(run_id)
+        elif dist.main:
+            ending.leftovers.append(stack.enter_context(reserve_run_id(run_id)))
+            stack.callback(ending.leftovers.clear)
+        do_experiment(model_config, run, dist, run_id, check_only)
+        dist.close()
+
+
+def do_experiment(model_config: ModelConfig, run: RunConfig, dist: Dist, run_id: str, check_only: bool) -> None:
+    """Check the settings; train, quantise and pack; read the artifact back, score it and report."""
+    watch = Stopwatch(dist)
 
     with watch.phase("load"):
         setup = make_setup(model_config, run, dist)
@@ -5264,7 +5290,6 @@ def run_experiment(check_only: bool, ending: Ending) -> None:
     describe_run(setup, run_id, log)
     describe_setup(setup, log)
     if check_only:
-        dist.close()
         return
 
     result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
@@ -5281,14 +5306,13 @@ def run_experiment(check_only: bool, ending: Ending) -> None:
         scores, documents = evaluate(setup, log, watch, artifact)
     result |= scores
     if dist.main:  # other machines have no artifact
-        result |= describe_artifact(artifact)
+        result |= describe_artifact(artifact, result["artifact_sha256"])
         result |= {"versions": versions(), "artifact_parts": part_bytes(artifact)}
         result |= {"world_size": dist.world, "device": device_name(dist.device)}
         report_overruns(run, result, log)
         result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
         report(result, documents, watch, log, LOGS / f"{run_id}.json")
         let_go_of_screen()
-    dist.close()
 
 
 def let_go_of_screen() -> None:
@@ -5318,6 +5342,59 @@ def choose_run_id(run: RunConfig, dist: Dist) -> str:
     return run.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(now))
 
 
+@contextlib.contextmanager
+def reserve_run_id(run_id: str) -> Iterator[Path]:
+    """Inside, no other process runs under this RUN_ID: two would write one log, and one could score the other's
+    artifact. Raises ConfigError if one does. -> the file that is locked and then removed.
+
+    The system takes the lock back when this process ends, by whatever means, and no child inherits it. The file that a
+    killed process leaves behind is in nobody's way: the next run of this name takes it over.
+    """
+    path = LOGS / f"{run_id}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = lock_file(path, run_id)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)  # before the lock is given back: afterwards the file may be another run's
+        os.close(handle)
+
+
+def require_free(run_id: str) -> None:
+    """Raise ConfigError if a process runs under this RUN_ID. Writes nothing."""
+    path = LOGS / f"{run_id}.lock"
+    if path.exists():
+        os.close(lock_file(path, run_id))
+
+
+def lock_file(path: Path, run_id: str) -> int:
+    """Open and lock a file -> its descriptor. Raises ConfigError if another process, here or on another machine that
+    shares the folder, has locked it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = re.match(rb"process \d+ on [\w.-]+", os.pread(handle, 200, 0))
+            os.close(handle)
+            raise ConfigError(
+                f"RUN_ID={run_id} is in use: {holder[0].decode() if holder else 'another process'} runs under it "
+                f"({path} is locked); wait for it, end it, or set another RUN_ID"
+            ) from None
+        except OSError as error:  # not all file systems have locks
+            print(
+                f"warning: {path} cannot be locked: {error.strerror}; do not run RUN_ID={run_id} twice", file=sys.stderr
+            )
+            return handle
+
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # of a file that its last owner has removed meanwhile
+
+
 def open_log(run_id: str, dist: Dist, write_files: bool) -> Log:
     if not dist.main:
         return Log()
@@ -5336,6 +5413,7 @@ class Ending:
         self.world = 1  # ranks of the run
         self.loss = ""  # which rank is lost
         self.begun = False  # then signals interrupt nothing any more
+        self.leftovers: list[Path] = []  # files to remove
         self.first = threading.Lock()
 
     def say(self, line: str) -> None:
@@ -5346,8 +5424,8 @@ class Ending:
 
     def exit_now(self, status: int) -> None:
         """End the process, whatever its threads are waiting for."""
-        for partial in LOGS.rglob(f".*.{os.getpid()}.partial"):
-            partial.unlink(missing_ok=True)
+        for path in (*LOGS.rglob(f".*.{os.getpid()}.partial"), *self.leftovers):
+            path.unlink(missing_ok=True)
         os._exit(status)
 
     def after_a_loss(self, line: str) -> None:

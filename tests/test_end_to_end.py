@@ -680,6 +680,25 @@ def test_ctrl_c_ends_everything_soon_and_leaves_no_half_written_file(tmp_path, c
     assert [event["step"] for event in steps[:3]] == [2, 4, 6][: len(steps)] and len(steps) >= 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [ALONE, TWO_RANKS], ids=["one process", "torchrun"])
+def test_a_second_run_of_the_same_name_is_refused_and_leaves_the_first_alone(first, command):
+    """Two wrote one log, and one scored the artifact of the other."""
+    folder, logs, name = first.folder, first.folder.path / "logs", f"twice_{len(command)}"
+    with started(folder, command, ITERATIONS=100_000, RUN_ID=name) as process:
+        wait_for(process, "step:4 ")
+        own = process.pid if command == ALONE else rank_of(process, 0)
+        for arguments, knobs in (((), dict(ARTIFACT="logs/first.ptz")), (("--check-setup",), {})):
+            refused = folder.run(*arguments, RUN_ID=name, **knobs)
+            assert refused.returncode == 2 and refused.stdout == ""
+            assert f"error: RUN_ID={name} is in use: process {own} on {platform.node()}" in refused.stderr
+        wait_for(process, "step:")
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=30)
+    assert sorted(path.name for path in logs.glob(f"{name}*")) == [f"{name}.events.jsonl", f"{name}.txt"]
+    assert [event["event"] for event in read_events(logs / f"{name}.events.jsonl")].count("run") == 1
+
+
 def rank_of(process: subprocess.Popen, rank: int) -> int:
     """The process of a rank that torchrun has started."""
     (task,) = Path(f"/proc/{process.pid}/task").glob(str(process.pid))

@@ -116,10 +116,12 @@ def test_bytes_of_transformed_text_are_not_guessed(tiny_data, tmp_path, write_sh
 # ---- sweeps of a stand-in ---------------------------------------------------
 
 STAND_IN = """
-import hashlib, json, os, pathlib, shutil, sys, time
+import fcntl, hashlib, json, os, pathlib, shutil, sys, time
 
 lr, source = os.environ["TTT_LR"], pathlib.Path(__file__).read_bytes()
 out = pathlib.Path("logs", os.environ["RUN_ID"])
+lock = open(out.with_suffix(".lock"), "w")
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 with open("started", "a") as started:
     print(lr, os.environ.get("SEED", "-"), os.environ.get("CUDA_VISIBLE_DEVICES", "-"), file=started)
 out.with_suffix(".txt").write_bytes(source)
@@ -266,23 +268,23 @@ def test_a_run_ends_with_the_sweep_that_was_killed(stand_in, monkeypatch, capsys
     job = sweep.Job(
         {}, {}, run_id=str(path.relative_to("logs" if not path.is_absolute() else Path("logs").resolve()))[:-4]
     )
-    os.close(sweep.lock_name(job))  # no run holds its name any more
+    sweep.remove_leftovers(job)  # no run holds its name any more
     (stand_in.folder / "go on").touch()
     assert sweep.main(["TTT_LR=0.25"]) == 0 and len(stand_in.started()) == 2
 
 
 def test_where_a_run_outlives_its_sweep_its_name_stays_taken(stand_in, monkeypatch):
     """As it may where a system cannot be asked to end it."""
-    (stand_in.folder / "logs").mkdir()
     job = sweep.Job({}, {}, run_id="x")
-    handle = sweep.lock_name(job)
-    with subprocess.Popen(["sleep", "60"], pass_fds=(handle,)) as process:
-        os.close(handle)
+    with train_gpt.reserve_run_id("x"):
+        log = stand_in.folder / "logs/x.txt"
+        log.write_text("of the run that goes on")
         monkeypatch.setattr(sweep, "STOP_SECONDS", 0.2)
-        with pytest.raises(train_gpt.UserError, match="x: a run of an earlier sweep still goes on"):
-            sweep.lock_name(job)
-        process.kill()
-    os.close(sweep.lock_name(job))
+        with pytest.raises(train_gpt.UserError, match=f"RUN_ID=x is in use: process {os.getpid()} on "):
+            sweep.remove_leftovers(job)
+        assert log.exists()
+    sweep.remove_leftovers(job)
+    assert not log.exists()
 
 
 def wait_for(find, seconds: float = 30.0):
