@@ -98,13 +98,19 @@ def waits(dist: g.Dist) -> None:
     dist.barrier()
 
 
+def is_stuck(dist: g.Dist) -> None:
+    """As in a kernel that waits for another GPU: signals do not interrupt it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    time.sleep(60)
+
+
 def names(line: str, rank: int) -> bool:
     """Whether an output is one line, which says that this rank was lost and where to look."""
     pattern = rf"error: rank {rank} on \S+ ended or stopped answering; its own message is above, or on .*\n"
     return re.fullmatch(pattern, line) is not None
 
 
-@pytest.mark.parametrize("meanwhile", [is_busy, waits])
+@pytest.mark.parametrize("meanwhile", [is_busy, waits, is_stuck])
 @pytest.mark.parametrize("lost", [0, 1])
 def test_the_other_rank_ends_with_one_line_when_one_is_killed(ranks, lost, meanwhile):
     def experiment(dist: g.Dist) -> None:
@@ -115,6 +121,19 @@ def test_the_other_rank_ends_with_one_line_when_one_is_killed(ranks, lost, meanw
     ranks.start(experiment)
     other = ranks.ended(1 - lost)
     assert other.status == g.RANK_LOST and names(other.output, lost), other.output
+
+
+@pytest.mark.parametrize("meanwhile", [is_busy, waits])
+def test_the_line_is_followed_by_the_advice_of_what_was_going_on(ranks, meanwhile):
+    def experiment(dist: g.Dist) -> None:
+        if dist.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with g.advice("the trained weights are in x.ckpt"):
+            meanwhile(dist)
+
+    ranks.start(experiment)
+    line, advice = ranks.ended(0).output.splitlines(keepends=True)
+    assert names(line, 1) and advice == "the trained weights are in x.ckpt\n"
 
 
 def test_all_others_name_the_same_rank(ranks):

@@ -171,6 +171,7 @@ def stand_in(tmp_path, tiny_data, tiny_config, tiny_run, monkeypatch) -> StandIn
     (tmp_path / "entry.py").write_text(STAND_IN)
     monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "entry.py"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "code", Path("entry.py").read_bytes)  # anew whenever it is asked for
     return StandIn(tmp_path)
 
 
