@@ -36,7 +36,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
+import fcntl
 import functools
 import hashlib
 import io
@@ -901,19 +903,39 @@ def compile_parts(model: GPT) -> None:
 # Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
 
 
+def together(method: Callable) -> Callable:
+    """For methods of Dist in which all ranks take part: where one fails since another rank has died, the watch ends the
+    run and says which. If all ranks live, the error is raised."""
+
+    @functools.wraps(method)
+    def call(self: Dist, *values: Any) -> Any:
+        try:
+            return method(self, *values)
+        except RuntimeError:
+            if self.watch is not None:
+                self.watch.wait_for_verdict()
+            raise
+
+    return call
+
+
 class Dist:
     """The ranks of a run. GPU tensors travel by NCCL; decisions go by gloo from host to host, so that no rank waits for
     its GPU to take one."""
+
+    MEETING_S = 300  # from the first rank to the last, which may have to read torch from a slow disk
 
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
         self.rank = rank
         self.world = world
         self.device = torch.device(device)
         self.main = rank == 0
+        self.hosts = [platform.node()] * world  # by rank
+        self.watch: RankWatch | None = None
 
     @classmethod
     def from_env(cls, device: str, env: Mapping[str, str] = os.environ) -> Dist:
-        """Join the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or stand alone."""
+        """One of the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or the only one."""
         use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         require(not use_gpu or torch.cuda.is_available(), "DEVICE=cuda, but torch sees no GPU: use DEVICE=cpu or auto")
         world = torchrun_number(env, "WORLD_SIZE", default=1, low=1, high=MAX_RANKS)
@@ -933,16 +955,52 @@ class Dist:
             )
             torch.cuda.set_device(local_rank)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, cuBLAS sums in no fixed order
-        if world > 1:
-            torch_dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo")
         return cls(rank, world, f"cuda:{local_rank}" if use_gpu else "cpu")
 
+    def join(self, on_loss: Callable[[str], None] | None = None) -> None:
+        """Meet the other ranks. Raises UserError if one does not come.
+
+        From then on until `close`, a thread notices within seconds that another rank has died, whatever this one is
+        doing, and calls `on_loss` with a line that says which. NCCL would wait for minutes, and a rank that scores
+        documents hears nothing of the others until the end.
+        """
+        if self.world == 1:
+            return
+        patience = datetime.timedelta(seconds=self.MEETING_S)
+        try:
+            store, _, _ = next(torch_dist.rendezvous("env://", self.rank, self.world, timeout=patience))
+            store.set(f"host of rank {self.rank}", platform.node())
+            self.hosts = [store.get(f"host of rank {rank}").decode() for rank in range(self.world)]
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            torch_dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0][:200]
+            raise UserError(
+                f"rank {self.rank} of {self.world} does not meet the others within {self.MEETING_S} s: {reason}; see "
+                "whether one of them has ended, and whether MASTER_ADDR and MASTER_PORT are those of rank 0"
+            ) from error
+        if on_loss is not None:
+            longest = datetime.timedelta(seconds=4 * RankWatch.SILENCE_S)
+            group = torch_dist.new_group(backend="gloo", timeout=longest)  # of its own: the main thread uses the other
+            self.watch = RankWatch(self, group, on_loss)
+
+    def send(self, number: int, to: int, group: Any) -> None:
+        torch_dist.isend(torch.tensor(number), to, group).wait()
+
+    def receive(self, source: int, group: Any, seconds: float) -> int:
+        """Raises RuntimeError if that rank is gone, or says nothing for so long."""
+        number = torch.tensor(0)
+        torch_dist.irecv(number, source, group).wait(datetime.timedelta(seconds=seconds))
+        return int(number)
+
+    @together
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
             torch_dist.all_reduce(x)
         return x
 
+    @together
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum (n, ...) over ranks and keep this rank's n / world rows."""
         if self.world == 1 or not x.is_cuda:  # gloo has no reduce-scatter
@@ -951,6 +1009,7 @@ class Dist:
         torch_dist.reduce_scatter_tensor(out, x)
         return out
 
+    @together
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, ...) of every rank -> (n * world, ...) on all."""
         if self.world == 1:
@@ -959,6 +1018,7 @@ class Dist:
         torch_dist.all_gather_into_tensor(out, x.contiguous())
         return out
 
+    @together
     def broadcast(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -966,6 +1026,7 @@ class Dist:
             torch_dist.broadcast(numbers, src=0)
         return numbers.tolist()
 
+    @together
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
         if self.world == 1:
@@ -982,6 +1043,7 @@ class Dist:
         everyone = self.all_gather(torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
         return [part.numpy().tobytes() for part in everyone.chunk(self.world)]
 
+    @together
     def all_reduce_max(self, value: float) -> float:
         """The largest of the ranks' numbers, on every rank."""
         number = torch.tensor(value, dtype=torch.float64)
@@ -997,8 +1059,81 @@ class Dist:
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
+        """Leave, once all ranks do."""
+        if self.watch is not None:
+            self.watch.stop()
         if self.world > 1:
             torch_dist.destroy_process_group()
+
+
+class RankWatch:
+    """A thread on every rank. Again and again the others send rank 0 a word and wait for its answer, so that whoever is
+    gone, or silent for long, is missed soon: when a process ends, by whatever means, its connections close."""
+
+    PAUSE_S = 0.5  # between two rounds
+    SILENCE_S = 120.0  # after which a rank counts as lost; a machine may stop for a while, as when it is moved
+    GRACE_S = 1.0  # for a rank that meets the same error as the lost one, and says so itself
+
+    # What rank 0 answers, if not the number of a lost rank.
+    GO_ON = -1
+    ALL_LEAVE = -2
+
+    def __init__(self, dist: Dist, group: Any, on_loss: Callable[[str], None]):
+        self.dist = dist
+        self.group = group
+        self.on_loss = on_loss
+        self.leaving = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="watch of the ranks", daemon=True)
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Return when all ranks have called this."""
+        self.leaving.set()
+        self.thread.join()
+
+    def wait_for_verdict(self) -> None:
+        """Give the watch the time to notice that a rank is lost."""
+        self.thread.join(4 * (self.PAUSE_S + self.GRACE_S))
+
+    def _run(self) -> None:
+        verdict = self.GO_ON
+        while verdict == self.GO_ON:
+            verdict = self._ask_rank_0() if self.dist.rank else self._ask_the_others()
+        if verdict != self.ALL_LEAVE:
+            time.sleep(self.GRACE_S)
+            self.on_loss(f"rank {verdict} on {self.dist.hosts[verdict]} ended or stopped answering; {WHERE_TO_LOOK}")
+
+    def _ask_rank_0(self) -> int:
+        try:
+            self.dist.send(int(self.leaving.is_set()), 0, self.group)
+            return self.dist.receive(0, self.group, 3 * self.SILENCE_S)  # it may be waiting for another rank
+        except RuntimeError:
+            return 0
+
+    def _ask_the_others(self) -> int:
+        self.leaving.wait(self.PAUSE_S)
+        verdict = self.ALL_LEAVE if self.leaving.is_set() else self.GO_ON
+        heard = []
+        for rank in range(1, self.dist.world):
+            patience = self.SILENCE_S if verdict < 0 else self.PAUSE_S
+            try:
+                leaves = self.dist.receive(rank, self.group, patience)
+                heard.append(rank)
+                if verdict == self.ALL_LEAVE and not leaves:
+                    verdict = self.GO_ON
+            except RuntimeError:
+                verdict = rank if verdict < 0 else verdict
+
+        for rank in heard:
+            with contextlib.suppress(RuntimeError):  # the next round will miss it
+                self.dist.send(verdict, rank, self.group)
+        return verdict
+
+
+WHERE_TO_LOOK = (
+    "its own message is above, or on the screen of its machine; where there is none it was killed, perhaps for want of "
+    "memory (dmesg)"
+)
 
 
 TORCHRUN = "torchrun sets this; start with torchrun, or without it and with these variables unset"
@@ -1215,15 +1350,45 @@ def read_shard(path: Path | str) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
-def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int) -> None:
-    """Raise DataError if a token lies outside the vocabulary: the embedding would be read out of bounds."""
-    largest = int(tokens.max(initial=0))
+def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int, start: int = 0) -> None:
+    """Raise DataError if a token lies outside the vocabulary: the embedding would be read out of bounds.
+
+    Tokens (n,) begin at position `start` of the shard `path`.
+    """
+    if tokens.max(initial=0) < vocab_size:
+        return
+    first = int(np.argmax(tokens >= vocab_size))
+    raise DataError(
+        f"{path}: token {tokens[first]} at position {start + first}, but VOCAB_SIZE={vocab_size} allows 0 to "
+        f"{vocab_size - 1}: another tokenizer made this shard, or it is damaged; prepare the data again, or set "
+        "VOCAB_SIZE and TOKENIZER_PATH to those of this shard"
+    )
+
+
+SAMPLED_PLACES = 64  # of a shard
+SAMPLED_TOKENS = 64  # at each place
+
+
+def sample_shard(shard: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """Some 4,000 tokens of a shard, from its first to its last -> (position, tokens there) of each place.
+
+    Enough to notice a shard of other text or of another tokenizer, and cheap: 64 pages are read from the disk.
+    """
+    places = np.linspace(0, max(0, len(shard) - SAMPLED_TOKENS), SAMPLED_PLACES, dtype=np.int64)
+    return [(start, shard[start : start + SAMPLED_TOKENS]) for start in np.unique(places).tolist()]
+
+
+def check_shard(path: Path, shard: np.ndarray, vocab_size: int, listed: Mapping[str, Any]) -> None:
+    """Compare a training shard with the manifest's entry for it, and a sample of its tokens with the vocabulary: a run
+    should not end at the step that meets the first foreign token. Raises DataError."""
+    count = listed.get("tokens", len(shard))
     require(
-        largest < vocab_size,
-        f"{path}: token {largest} >= VOCAB_SIZE={vocab_size}: another tokenizer made this shard; "
-        "set VOCAB_SIZE, or prepare the data again",
+        count == len(shard),
+        f"{path}: {len(shard)} tokens, but {str(count)[:20]} by the manifest: of other data; prepare the data again",
         DataError,
     )
+    for start, tokens in sample_shard(shard):
+        check_vocabulary(path, tokens, vocab_size, start)
 
 
 def find_shards(folder: str, kind: str) -> list[Path]:
@@ -1448,7 +1613,7 @@ def read_sidecars(folder: str, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
     None if the folder has no side-car and its manifest lists none: then the contest's formula counts. One that is
     missing may not be replaced by the formula: it would count the pieces that mark capitals as bytes of text.
     """
-    paths = [path.with_name(path.name.replace("_val_", "_val_bytes_")) for path in shards]
+    paths = [sidecar_of(path) for path in shards]
     expected = manifest_value(Path(folder), "splits", "val", "sidecars")
     if not expected and not any(path.exists() for path in paths):
         return None
@@ -1463,6 +1628,10 @@ def read_sidecars(folder: str, shards: Mapping[Path, np.ndarray]) -> np.ndarray 
     return np.concatenate(counts)
 
 
+def sidecar_of(shard: Path) -> Path:
+    return shard.with_name(shard.name.replace("_val_", "_val_bytes_"))
+
+
 def check_digests(folder: Path, tokenizer: Tokenizer) -> None:
     """The tokenizer, the validation shards and their side-cars must be those that the manifest describes: one flipped
     bit in a side-car, or another tokenizer of the same size, would change the score and say nothing."""
@@ -1473,6 +1642,9 @@ def check_digests(folder: Path, tokenizer: Tokenizer) -> None:
         f"{str(expected)[:12]}…: name that tokenizer with TOKENIZER_PATH, or prepare the data again",
         DataError,
     )
+    shards = find_shards(str(folder), "val")
+    check_listed(folder, "val", "shards", shards)
+    check_listed(folder, "val", "sidecars", [path for path in map(sidecar_of, shards) if path.exists()])
     for name, digest in listed_digests(folder).items():
         found = hashlib.sha256(read_file(folder / name, "; prepare the data again")).hexdigest()
         require(
@@ -1485,14 +1657,33 @@ def check_digests(folder: Path, tokenizer: Tokenizer) -> None:
 
 def listed_digests(folder: Path) -> dict[str, str]:
     """{name: SHA-256} of the validation shards and side-cars that a folder's manifest lists."""
-    digests: dict[str, str] = {}
-    for kind in ("shards", "sidecars"):
-        listed = manifest_value(folder, "splits", "val", kind)
-        for entry in listed if isinstance(listed, list) else []:
-            match entry:
-                case {"file": str(name), "sha256": str(digest)} if Path(name).name == name:
-                    digests[name] = digest
-    return digests
+    listed = listed_files(folder, "val", "shards") | listed_files(folder, "val", "sidecars")
+    return {name: entry["sha256"] for name, entry in listed.items() if isinstance(entry.get("sha256"), str)}
+
+
+def listed_files(folder: Path, split: str, kind: str) -> dict[str, dict[str, Any]]:
+    """{name: entry} of the shards or side-cars of a split that a folder's manifest lists."""
+    listed = manifest_value(folder, "splits", split, kind)
+    files: dict[str, dict[str, Any]] = {}
+    for entry in listed if isinstance(listed, list) else []:
+        match entry:
+            case {"file": str(name)} if Path(name).name == name:
+                files[name] = entry
+    return files
+
+
+def check_listed(folder: Path, split: str, kind: str, paths: Iterable[Path]) -> None:
+    """Where a manifest lists the shards of a split, there may be no other ones, and no other side-cars. Raises
+    DataError."""
+    if not listed_files(folder, split, "shards"):
+        return
+    listed = listed_files(folder, split, kind)
+    for path in paths:
+        require(
+            path.name in listed,
+            f"{path}: the manifest lists {kind}, but not this one: of other data; remove it, or prepare the data again",
+            DataError,
+        )
 
 
 MARKERS = frozenset("\ue001\ue002\ue003\ue004")  # with which CaseOps spells capitals
@@ -1619,6 +1810,7 @@ class TrainingStream:
 
         self.paths = find_shards(run.data_path, "train")
         self.shards = [read_shard(path) for path in self.paths]
+        self.check_shards()
         sizes = [len(shard) for shard in self.shards]
         self.shard_ends = np.cumsum(sizes)
         self.shard_starts = self.shard_ends - sizes
@@ -1638,6 +1830,15 @@ class TrainingStream:
             f"more than a row, TRAIN_ROW_TOKENS={run.train_row_tokens}: prepare more data or lower these",
             DataError,
         )
+
+    def check_shards(self) -> None:
+        """Raise DataError for a shard that is not the manifest's, or whose sample leaves the vocabulary. What the
+        sample misses, `read` finds when it is used."""
+        folder = Path(self.run.data_path)
+        check_listed(folder, "train", "shards", self.paths)
+        listed = listed_files(folder, "train", "shards")
+        for path, shard in zip(self.paths, self.shards, strict=True):
+            check_shard(path, shard, self.vocab_size, listed.get(path.name, {}))
 
     def batch(self, number: int) -> list[MicroBatch]:
         """This rank's micro-batches of a batch, grad_accum_steps of them. The next batch is loaded meanwhile."""
@@ -1669,8 +1870,9 @@ class TrainingStream:
         while count > 0:
             i = int(np.searchsorted(self.shard_ends, position, side="right"))
             available = min(count, self.total - position)
-            part = self.shards[i][position - self.shard_starts[i] :][:available]
-            check_vocabulary(self.paths[i], part, self.vocab_size)
+            start = int(position - self.shard_starts[i])
+            part = self.shards[i][start : start + available]
+            check_vocabulary(self.paths[i], part, self.vocab_size, start)
             parts.append(part)
             count -= len(part)
             position = (position + len(part)) % self.total
@@ -1679,8 +1881,11 @@ class TrainingStream:
     def held_out(self) -> Documents:
         """The whole documents among the held-out tokens. Their text's bytes are unknown: a token counts as one."""
         parts = []
-        for shard, start in zip(self.shards, self.shard_starts, strict=True):
-            parts.append(shard[max(0, self.total - start) :])
+        for path, shard, shard_start in zip(self.paths, self.shards, self.shard_starts.tolist(), strict=True):
+            start = max(0, self.total - shard_start)
+            part = shard[start:]
+            check_vocabulary(path, part, self.vocab_size, start)
+            parts.append(part)
         text = np.concatenate(parts)
 
         starts = np.flatnonzero(text == BOS)
@@ -1688,7 +1893,6 @@ class TrainingStream:
             text = text[starts[0] : starts[-1]]
         else:
             text = text[:0]
-        check_vocabulary(self.paths[-1], text, self.vocab_size)
         return split_documents(text, np.ones(len(text), np.int64))
 
 
@@ -3672,7 +3876,6 @@ def describe_knobs() -> str:
 
 
 LOGS = Path("logs")
-INTERRUPTED = 130  # exit status of Ctrl-C
 
 
 class Setup(NamedTuple):
@@ -3711,16 +3914,16 @@ def check_ranks_agree(setup: Setup) -> None:
         "validation set": setup.validation.sha256().encode(),
         "training shards": repr(describe_shards(setup.stream)).encode(),
     }
-    host = platform.node().encode()[:64].ljust(64)
     digests = b"".join(hashlib.sha256(content).digest() for content in compared.values())
-    everyone = setup.dist.gather_bytes(host + digests)
+    everyone = setup.dist.gather_bytes(digests)
+    hosts = setup.dist.hosts
     for rank, theirs in enumerate(everyone):
         for i, what in enumerate(compared):
-            begin = 64 + 32 * i
+            begin = 32 * i
             require(
                 theirs[begin : begin + 32] == everyone[0][begin : begin + 32],
-                f"rank {rank} on {theirs[:64].decode(errors='replace').strip()} has other {what} than rank 0 on "
-                f"{everyone[0][:64].decode(errors='replace').strip()}: start all machines with the same {what}",
+                f"rank {rank} on {hosts[rank]} has other {what} than rank 0 on {hosts[0]}: "
+                f"start all machines with the same {what}",
             )
 
 
@@ -3728,8 +3931,11 @@ def describe_shards(stream: TrainingStream | None) -> list[tuple[str, int, list[
     """Name, size and some tokens of every training shard."""
     if stream is None:
         return []
-    shards = zip(stream.paths, stream.shards, strict=True)
-    return [(path.name, len(shard), shard[:: max(1, len(shard) // 64)].tolist()) for path, shard in shards]
+    described = []
+    for path, shard in zip(stream.paths, stream.shards, strict=True):
+        sample = np.concatenate([tokens for _, tokens in sample_shard(shard)])
+        described.append((path.name, len(shard), sample.tolist()))
+    return described
 
 
 def predicted_bytes(model: GPT, run: RunConfig) -> float:
@@ -3891,12 +4097,16 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
 
 
 def load_artifact(path: Path, setup: Setup) -> GPT:
-    """The model that a file holds, built from that file alone. Raises DataError.
+    """The model that a file holds, built from that file alone. Raises DataError."""
+    return unpack_artifact(read_on_main(path, setup.dist), path, setup)
+
+
+def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
+    """The model in the content of a file. Raises DataError.
 
     The table of tensors is compared with the configuration before anything is unpacked: a small file can claim tensors
     of gigabytes, and a short header a network of any size."""
     what = str(path)
-    data = read_on_main(path, setup.dist)
     header, at = read_header(data, what)
     config = stored_config(header["meta"], what)
     tokenizer = str(header["meta"].get("tokenizer"))
@@ -4167,7 +4377,9 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict
     docs = setup.validation
 
     with watch.phase("unpack"):
-        model = load_artifact(path, setup)
+        data = read_on_main(path, setup.dist)
+        model = unpack_artifact(data, path, setup)
+        require(model.config == setup.model, f"{path}: was replaced meanwhile; score it again", DataError)
         evaluation = Evaluation(model, docs, run, setup.dist, log, lambda: watch.total(*EVALUATION_CLOCK))
     with watch.phase("evaluate: warm-up"):
         evaluation.warm_up()
@@ -4195,6 +4407,7 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict
         "doc_independent": int(independent),
         "degraded_documents": evaluation.degraded,
         "eval_seconds": watch.total(*EVALUATION_CLOCK),
+        "artifact_sha256": hashlib.sha256(data).hexdigest(),
     }
     return result, documents_file(table, static)
 
@@ -4244,14 +4457,19 @@ def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: Sc
     log.event("score", line, artifact=str(path), static_bpb=static.bits_per_byte, val_bpb=val_bpb)
 
 
-def describe_artifact(path: Path) -> dict[str, Any]:
-    """What the result says about the file."""
+def describe_artifact(path: Path, sha256: str) -> dict[str, Any]:
+    """What the result says about the file, whose SHA-256 must be that of what was scored: another run may have replaced
+    it meanwhile. Raises DataError."""
     data = read_file(path)
+    require(
+        hashlib.sha256(data).hexdigest() == sha256,
+        f"{path}: was replaced while it was scored, so that there is no result; score it again",
+        DataError,
+    )
     return {
         "artifact_bytes": len(data),
         "code_bytes": len(code()),
         "total_bytes": len(data) + len(code()),
-        "artifact_sha256": hashlib.sha256(data).hexdigest(),
     }
 
 
@@ -5054,13 +5272,28 @@ class CUDAGraphs:
 # Main: the run in one page, signals and exit status.
 
 
-def run_experiment(check_only: bool) -> None:
-    """Read the settings and check them; train, quantise and pack; read the artifact back, score it and report."""
+def run_experiment(check_only: bool, ending: Ending) -> None:
+    """Read the settings, meet the other ranks, and do the experiment as the only run of this RUN_ID."""
     model_config, run = read_env()
     dist = Dist.from_env(run.device)
+    ending.world = dist.world
+    dist.join(ending.after_a_loss)
     prepare_torch(run, dist.device)
-    watch = Stopwatch(dist)
     run_id = choose_run_id(run, dist)
+
+    with contextlib.ExitStack() as stack:
+        if dist.main and check_only:
+            require_free(run_id)
+        elif dist.main:
+            ending.leftovers.append(stack.enter_context(reserve_run_id(run_id)))
+            stack.callback(ending.leftovers.clear)
+        do_experiment(model_config, run, dist, run_id, check_only)
+        dist.close()
+
+
+def do_experiment(model_config: ModelConfig, run: RunConfig, dist: Dist, run_id: str, check_only: bool) -> None:
+    """Check the settings; train, quantise and pack; read the artifact back, score it and report."""
+    watch = Stopwatch(dist)
 
     with watch.phase("load"):
         setup = make_setup(model_config, run, dist)
@@ -5070,7 +5303,6 @@ def run_experiment(check_only: bool) -> None:
     describe_run(setup, run_id, log)
     describe_setup(setup, log)
     if check_only:
-        dist.close()
         return
 
     result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
@@ -5087,14 +5319,13 @@ def run_experiment(check_only: bool) -> None:
         scores, documents = evaluate(setup, log, watch, artifact)
     result |= scores
     if dist.main:  # other machines have no artifact
-        result |= describe_artifact(artifact)
+        result |= describe_artifact(artifact, result["artifact_sha256"])
         result |= {"versions": versions(), "artifact_parts": part_bytes(artifact)}
         result |= {"world_size": dist.world, "device": device_name(dist.device)}
         report_overruns(run, result, log)
         result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
         report(result, documents, watch, log, LOGS / f"{run_id}.json")
         let_go_of_screen()
-    dist.close()
 
 
 def let_go_of_screen() -> None:
@@ -5124,17 +5355,119 @@ def choose_run_id(run: RunConfig, dist: Dist) -> str:
     return run.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(now))
 
 
+@contextlib.contextmanager
+def reserve_run_id(run_id: str) -> Iterator[Path]:
+    """Inside, no other process runs under this RUN_ID: two would write one log, and one could score the other's
+    artifact. Raises ConfigError if one does. -> the file that is locked and then removed.
+
+    The system takes the lock back when this process ends, by whatever means, and no child inherits it. The file that a
+    killed process leaves behind is in nobody's way: the next run of this name takes it over.
+    """
+    path = LOGS / f"{run_id}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = lock_file(path, run_id)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)  # before the lock is given back: afterwards the file may be another run's
+        os.close(handle)
+
+
+def require_free(run_id: str) -> None:
+    """Raise ConfigError if a process runs under this RUN_ID. Writes nothing."""
+    path = LOGS / f"{run_id}.lock"
+    if path.exists():
+        os.close(lock_file(path, run_id))
+
+
+def lock_file(path: Path, run_id: str) -> int:
+    """Open and lock a file -> its descriptor. Raises ConfigError if another process, here or on another machine that
+    shares the folder, has locked it."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = re.match(rb"process \d+ on [\w.-]+", os.pread(handle, 200, 0))
+            os.close(handle)
+            raise ConfigError(
+                f"RUN_ID={run_id} is in use: {holder[0].decode() if holder else 'another process'} runs under it "
+                f"({path} is locked); wait for it, end it, or set another RUN_ID"
+            ) from None
+        except OSError as error:  # not all file systems have locks
+            print(
+                f"warning: {path} cannot be locked: {error.strerror}; do not run RUN_ID={run_id} twice", file=sys.stderr
+            )
+            return handle
+
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
+        os.close(handle)  # of a file that its last owner has removed meanwhile
+
+
 def open_log(run_id: str, dist: Dist, write_files: bool) -> Log:
     if not dist.main:
         return Log()
     return Log(LOGS / f"{run_id}.txt" if write_files else None, screen=print_now)
 
 
-def install_signal_handlers(grace_s: float = 3.0) -> None:
-    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt. A rank that waits in a collective never runs Python's handler,
-    so after `grace_s` a thread ends the process, whatever it is doing."""
+INTERRUPTED = 130  # exit status of Ctrl-C
+RANK_LOST = 3  # exit status
+
+
+class Ending:
+    """How the process ends. The main thread, the one that watches the ranks and the one that a signal wakes may all
+    come to its end at once: the first says why, in one line."""
+
+    def __init__(self):
+        self.world = 1  # ranks of the run
+        self.loss = ""  # which rank is lost
+        self.begun = False  # then signals interrupt nothing any more
+        self.leftovers: list[Path] = []  # files to remove
+        self.first = threading.Lock()
+
+    def say(self, line: str) -> None:
+        """Say why the process ends, unless that has been said."""
+        self.begun = True
+        if self.first.acquire(blocking=False):
+            print(line, file=sys.stderr, flush=True)
+
+    def exit_now(self, status: int) -> None:
+        """End the process, whatever its threads are waiting for."""
+        for path in (*LOGS.rglob(f".*.{os.getpid()}.partial"), *self.leftovers):
+            path.unlink(missing_ok=True)
+        os._exit(status)
+
+    def after_a_loss(self, line: str) -> None:
+        """Interrupt the main thread, for the one that watches the ranks."""
+        self.loss = line
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def after_a_signal(self, number: int = signal.SIGINT) -> int:
+        """Say what interrupts the process -> exit status."""
+        if self.loss:
+            self.say(f"error: {self.loss}")
+            return RANK_LOST
+        if number == signal.SIGTERM and self.world > 1:
+            self.say(f"error: ended by SIGTERM, as by torchrun once a rank has failed; {WHERE_TO_LOOK}")
+        else:
+            self.say("interrupted")
+        return INTERRUPTED
+
+
+def install_signal_handlers(ending: Ending, grace_s: float = 3.0) -> None:
+    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt, with the signal's number. A rank that waits in a collective
+    never runs Python's handler, so after `grace_s` a thread ends the process, whatever it is doing."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        if not ending.begun:
+            raise KeyboardInterrupt(number)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, interrupt)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -5144,9 +5477,7 @@ def install_signal_handlers(grace_s: float = 3.0) -> None:
         while number not in (signal.SIGINT, signal.SIGTERM):
             number = os.read(reader, 1)[0]  # the C handler writes the signal's number, even while Python is blocked
         time.sleep(grace_s)
-        for partial in LOGS.rglob(f".*.{os.getpid()}.partial"):
-            partial.unlink(missing_ok=True)
-        os._exit(INTERRUPTED)
+        ending.exit_now(ending.after_a_signal(number))
 
     threading.Thread(target=end_after_grace, daemon=True).start()
 
@@ -5158,7 +5489,8 @@ def print_advice(error: BaseException) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """-> exit status: 0; 2 for what a user can fix; 130 when interrupted."""
+    """-> exit status: 0; 1 for an error of the program; 2 for what a user can fix; 3 when another rank was lost; 130
+    when interrupted."""
     if arguments in (["--help"], ["-h"]):
         print(describe_knobs())
         return 0
@@ -5166,17 +5498,31 @@ def main(arguments: Sequence[str]) -> int:
         print(f"unknown argument {arguments[0]!r}; settings are environment variables, see --help", file=sys.stderr)
         return 2
 
-    install_signal_handlers()
+    ending = Ending()
+    install_signal_handlers(ending)
     try:
-        run_experiment(check_only=arguments == ["--check-setup"])
+        status = run_to_the_end(arguments == ["--check-setup"], ending)
+    except KeyboardInterrupt as interruption:  # also while an error was about to be reported
+        status = ending.after_a_signal(*interruption.args)
+        print_advice(interruption)
+    ending.begun = True
+    if status and ending.world > 1:
+        ending.exit_now(status)  # the interpreter's own way would wait for threads, and these for other ranks
+    return status
+
+
+def run_to_the_end(check_only: bool, ending: Ending) -> int:
+    """Run, and report an error -> exit status."""
+    try:
+        run_experiment(check_only, ending)
     except (UserError, OSError) as error:
-        print(f"error: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
+        ending.say(f"error: {printable(str(error), MOST_OF_AN_ERROR)}")
         print_advice(error)
         return 2
-    except KeyboardInterrupt as error:
-        print("interrupted", file=sys.stderr, flush=True)
-        print_advice(error)
-        return INTERRUPTED
+    except Exception:
+        ending.begun = True
+        sys.excepthook(*sys.exc_info())  # as if it was not caught
+        return 1
     return 0
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -111,7 +112,7 @@ def test_shards_come_in_order_and_without_side_cars(tmp_path, write_shard):
         ([BOS, BOS, BOS], ()),  # documents, but no text: nothing to divide by
         ([7, 8, BOS, 9], ("begin with BOS", "[7, 8, 1, 9]")),
         ([7, 8, 9], ("begin with BOS",)),
-        ([BOS, 5, VOCAB], ("token 64", "VOCAB_SIZE=64", "another tokenizer")),
+        ([BOS, 5, VOCAB], ("token 64 at position 2", "VOCAB_SIZE=64", "another tokenizer")),
         ([BOS, 5, 65535], ("token 65535",)),
     ],
 )
@@ -484,13 +485,64 @@ def test_empty_shards_among_others_do_no_harm(tiny_data, tiny_run, write_shard):
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
 
 
-def test_a_training_token_outside_the_vocabulary_is_refused_with_its_shard(tiny_data, tiny_run, write_shard):
+@pytest.mark.parametrize("place", [0, -1, "everywhere", "one in a hundred"])
+def test_a_shard_of_another_tokenizer_is_refused_at_the_start(tiny_data, tiny_run, write_shard, place):
+    """A token outside the vocabulary ended the training at step 14 of 60."""
     path = tiny_data / "fineweb_train_000001.bin"
-    write_shard(path, [*train_gpt.read_shard(path)[:-1].tolist(), VOCAB])
+    tokens = np.random.default_rng(0).integers(2, VOCAB, 200_000)
+    if place == "everywhere":
+        tokens += VOCAB
+    elif place == "one in a hundred":
+        tokens[np.random.default_rng(1).random(len(tokens)) < 0.01] = VOCAB
+    else:
+        tokens[place] = VOCAB
+    write_shard(path, tokens.tolist())
+    message = refusal(TrainingStream, tiny_run(), VOCAB, Dist())
+    position = int(message.partition("at position ")[2].partition(",")[0])
+    assert f"{path}: token {tokens[position]} at position {position}, but VOCAB_SIZE=64 allows 0 to 63" in message
+
+
+def test_a_training_token_that_no_sample_meets_is_refused_when_it_is_used(tiny_data, tiny_run, write_shard):
+    path = tiny_data / "fineweb_train_000001.bin"
+    tokens = np.full(100_000, 5)
+    tokens[1000] = VOCAB
+    assert all(not start <= 1000 < start + len(part) for start, part in train_gpt.sample_shard(tokens))
+    write_shard(path, tokens.tolist())
     stream = TrainingStream(tiny_run(), VOCAB, Dist())
     stream.batch(0)
-    message = refusal(lambda: [stream.batch(i) for i in (1, 2, 3)])
-    assert str(path) in message and "token 64" in message and "VOCAB_SIZE=64" in message
+    message = refusal(lambda: [stream.batch(i) for i in range(1, 7)])
+    assert f"{path}: token 64 at position 1000" in message and "VOCAB_SIZE=64" in message
+
+
+def test_a_held_out_token_outside_the_vocabulary_is_named_with_its_own_shard(tiny_data, tiny_run, write_shard):
+    path = tiny_data / "fineweb_train_000001.bin"
+    tokens = np.full(100_000, 5)
+    tokens[-1000] = VOCAB
+    write_shard(path, tokens.tolist())
+    stream = TrainingStream(tiny_run(holdout_tokens=2000), VOCAB, Dist())
+    assert f"{path}: token 64 at position 99000" in refusal(stream.held_out)
+
+
+@given(size=st.integers(0, 20_000))
+@settings(max_examples=50)
+def test_a_sample_spans_a_shard_and_is_a_part_of_it(size):
+    shard = np.arange(size, dtype="<u2")
+    sample = train_gpt.sample_shard(shard)
+    positions = np.concatenate([start + np.arange(len(tokens)) for start, tokens in sample])
+    assert (np.concatenate([tokens for _, tokens in sample]) == shard[positions]).all()
+    assert set(positions.tolist()) >= {0, size - 1} or size == 0
+    assert len(np.unique(positions)) >= min(size, 4000)
+
+
+def test_a_sample_costs_little_of_a_large_shard(tmp_path):
+    """46 shards of 100 million tokens are looked at before every run."""
+    path = tmp_path / "large.bin"
+    with open(path, "wb") as file:
+        file.write(with_header((20240520, 1, 100_000_000), b""))
+        file.truncate(1024 + 200_000_000)  # a hole: nothing is written
+    begin = time.perf_counter()
+    train_gpt.check_shard(path, train_gpt.read_shard(path), VOCAB, {})
+    assert time.perf_counter() - begin < 0.5
 
 
 def test_a_damaged_training_shard_is_refused_at_the_start(tiny_data, tiny_run):
@@ -556,7 +608,8 @@ def test_the_manifests_entries_are_read(tiny_data):
 
 
 def sealed(folder: Path) -> Path:
-    """A folder whose manifest names the SHA-256 of its tokenizer, its validation shard and a side-car."""
+    """A folder whose manifest names the SHA-256 of its tokenizer, its validation shard and a side-car, and the sizes of
+    its training shards."""
     tokens = train_gpt.read_shard(folder / "fineweb_val_000000.bin")
     header = (folder / "fineweb_val_000000.bin").read_bytes()[:1024]
     (folder / "fineweb_val_bytes_000000.bin").write_bytes(header + np.ones(len(tokens), "<u2").tobytes())
@@ -566,7 +619,10 @@ def sealed(folder: Path) -> Path:
 
     tokenizer = entry("tokenizer.model")
     val = {"shards": [entry("fineweb_val_000000.bin")], "sidecars": [entry("fineweb_val_bytes_000000.bin")]}
-    manifest = {"tokenizer": {"path": tokenizer["file"], "sha256": tokenizer["sha256"]}, "splits": {"val": val}}
+    training = {path.name: len(train_gpt.read_shard(path)) for path in folder.glob("fineweb_train_*.bin")}
+    train = {"shards": [{"file": name, "tokens": tokens} for name, tokens in training.items()]}
+    splits = {"val": val, "train": train}
+    manifest = {"tokenizer": {"path": tokenizer["file"], "sha256": tokenizer["sha256"]}, "splits": splits}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -580,6 +636,29 @@ def test_a_flipped_bit_is_refused(tiny_data, tiny_run, name):
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"{name}: its SHA-256 is .*the manifest says"):
         load(tiny_run())
+
+
+@pytest.mark.parametrize("name", ["fineweb_val_000001.bin", "fineweb_val_bytes_000000.bin"])
+def test_validation_files_that_the_manifest_does_not_list_are_refused(tiny_data, tiny_run, write_shard, name):
+    """They would change the score, and the manifest's own files would still have their SHA-256."""
+    manifest = json.loads((sealed(tiny_data) / "manifest.json").read_text())
+    manifest["splits"]["val"]["sidecars"] = []
+    (tiny_data / "manifest.json").write_text(json.dumps(manifest))
+    if "bytes" not in name:
+        (tiny_data / "fineweb_val_bytes_000000.bin").unlink()
+        load(tiny_run())
+        write_shard(tiny_data / name, [BOS, 5, 6])
+    assert f"{tiny_data / name}: the manifest lists" in refusal(load, tiny_run())
+
+
+def test_a_training_shard_that_is_not_the_manifests_is_refused(tiny_data, tiny_run, write_shard):
+    sealed(tiny_data)
+    TrainingStream(tiny_run(), VOCAB, Dist())
+    added = write_shard(tiny_data / "fineweb_train_000003.bin", [BOS, 5, 6])
+    assert f"{added}: the manifest lists shards, but not this one" in refusal(TrainingStream, tiny_run(), VOCAB, Dist())
+    added.unlink()
+    replaced = write_shard(tiny_data / "fineweb_train_000001.bin", [BOS] * 299)
+    assert f"{replaced}: 299 tokens, but 300 by the manifest" in refusal(TrainingStream, tiny_run(), VOCAB, Dist())
 
 
 def test_another_tokenizer_of_the_same_size_is_refused(tiny_data, tiny_run, train_tokenizer):

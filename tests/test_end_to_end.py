@@ -240,7 +240,7 @@ def test_ranks_whose_clocks_differ_name_their_files_alike(tmp_path, monkeypatch)
     for name, value in Folder(tmp_path).environment().items():
         monkeypatch.setenv(name, value)
     with pytest.raises(g.UserError, match="far enough"):
-        g.run_experiment(check_only=False)
+        g.run_experiment(check_only=False, ending=g.Ending())
     start = time.strftime("%Y%m%d_%H%M%S", time.localtime(0))
     assert [path.name for path in named] == [f"{start}.ptz"]
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [f"{start}.events.jsonl", f"{start}.txt"]
@@ -467,7 +467,7 @@ def in_process(tmp_path, monkeypatch, capsys):
     """in_process(**knobs): a run in this process, where functions can be replaced -> its exit status and stderr."""
     folder = Folder(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(g, "install_signal_handlers", lambda: None)  # they would outlive the run
+    monkeypatch.setattr(g, "install_signal_handlers", lambda ending: None)  # they would outlive the run
     monkeypatch.setattr(g, "prepare_torch", lambda run, device: None)  # so would what it sets
 
     def run(**knobs) -> tuple[int, str]:
@@ -559,9 +559,9 @@ def test_an_error_of_the_program_itself_says_how_to_go_on_too(in_process, monkey
     """Below its traceback, where Python shows the notes of an exception."""
     monkeypatch.setattr(g, "calibrate", raising(ZeroDivisionError("a bug")))
     monkeypatch.setattr(g, "prepare_training", lambda *given: 0.0)
-    with pytest.raises(ZeroDivisionError) as error:
-        in_process(RUN_ID="lost")
-    (note,) = error.value.__notes__
+    status, err = in_process(RUN_ID="lost")
+    *_, error, note = err.splitlines()
+    assert status == 1 and "Traceback" in err and error == "ZeroDivisionError: a bug"
     assert "RESUME=logs/lost.ckpt RUN_ID=lost " in note and Path("logs/lost.ckpt").exists()
 
 
@@ -601,7 +601,7 @@ def test_a_result_that_cannot_be_written_is_on_the_screen_and_the_status_is_2(in
 
 
 def test_what_fails_after_the_artifact_is_written_says_how_to_score_it(in_process, monkeypatch):
-    monkeypatch.setattr(g, "load_artifact", raising(g.UserError("no memory")))
+    monkeypatch.setattr(g, "unpack_artifact", raising(g.UserError("no memory")))
     status, err = in_process(RUN_ID="unscored")
     said, hint = err.splitlines()
     assert status == 2 and said == "error: no memory"
@@ -678,6 +678,58 @@ def test_ctrl_c_ends_everything_soon_and_leaves_no_half_written_file(tmp_path, c
     assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["cut.ckpt", "cut.events.jsonl", "cut.txt"]
     steps = [event for event in read_events(tmp_path / "logs" / "cut.events.jsonl") if event["event"] == "step"]
     assert [event["step"] for event in steps[:3]] == [2, 4, 6][: len(steps)] and len(steps) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [ALONE, TWO_RANKS], ids=["one process", "torchrun"])
+def test_a_second_run_of_the_same_name_is_refused_and_leaves_the_first_alone(first, command):
+    """Two wrote one log, and one scored the artifact of the other."""
+    folder, logs, name = first.folder, first.folder.path / "logs", f"twice_{len(command)}"
+    with started(folder, command, ITERATIONS=100_000, RUN_ID=name) as process:
+        wait_for(process, "step:4 ")
+        own = process.pid if command == ALONE else rank_of(process, 0)
+        for arguments, knobs in (((), dict(ARTIFACT="logs/first.ptz")), (("--check-setup",), {})):
+            refused = folder.run(*arguments, RUN_ID=name, **knobs)
+            assert refused.returncode == 2 and refused.stdout == ""
+            assert f"error: RUN_ID={name} is in use: process {own} on {platform.node()}" in refused.stderr
+        wait_for(process, "step:")
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=30)
+    assert sorted(path.name for path in logs.glob(f"{name}*")) == [f"{name}.events.jsonl", f"{name}.txt"]
+    assert [event["event"] for event in read_events(logs / f"{name}.events.jsonl")].count("run") == 1
+
+
+def rank_of(process: subprocess.Popen, rank: int) -> int:
+    """The process of a rank that torchrun has started."""
+    (task,) = Path(f"/proc/{process.pid}/task").glob(str(process.pid))
+    for child in (task / "children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"torchrun has no rank {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize(
+    "moment, knobs",
+    [
+        ("step:4 ", dict(ITERATIONS=100_000)),
+        ("before quantisation", dict(GPTQ_CALIBRATION_BATCHES=1000)),
+        ("pack 1", dict(TTT_EPOCHS=64)),
+    ],
+    ids=["training", "quantising", "evaluation"],
+)
+def test_when_a_rank_is_killed_the_other_ends_soon_with_one_line(tmp_path, moment, knobs, killed):
+    with started(Folder(tmp_path), TWO_RANKS, RUN_ID="lost", **knobs) as process:
+        wait_for(process, moment)
+        os.kill(rank_of(process, killed), signal.SIGKILL)
+        began = time.perf_counter()
+        output, _ = process.communicate(timeout=60)
+        assert time.perf_counter() - began < 15 and process.returncode != 0
+    ours = [line for line in output.splitlines() if line.startswith(("error: ", "interrupted", "[rank"))]
+    assert len(ours) == 1 and "its own message is above" in ours[0] and "want of memory" in ours[0], output
+    before = output.partition("torch/distributed/run.py")[0]  # torchrun ends with a report, and a traceback of its own
+    assert "gloo" not in before and "NCCL" not in before
 
 
 @pytest.mark.slow

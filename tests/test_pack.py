@@ -573,7 +573,9 @@ def test_bad_input_is_refused_with_what_was_found(whole_folder, tiny_env, tmp_pa
     env, change, mentioned = BAD[case]
     change(whole_folder)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_gpt, "install_signal_handlers", lambda: None)  # it would take over this process's signals
+    monkeypatch.setattr(
+        train_gpt, "install_signal_handlers", lambda ending: None
+    )  # it would take over this process's signals
     for name, value in tiny_env(CUBLAS_WORKSPACE_CONFIG=":4096:8", **env).items():
         monkeypatch.setenv(name, value)
     deterministic = torch.are_deterministic_algorithms_enabled()

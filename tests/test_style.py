@@ -81,7 +81,7 @@ def test_knobs_whose_names_other_objects_have_too_are_read(tiny_data, tiny_confi
     monkeypatch.setattr(train_gpt, "read_env", lambda: (noting(tiny_config), noting(tiny_run())))
     monkeypatch.setattr(train_gpt, "settings", lambda *configs: {})  # it reads them all
     monkeypatch.setattr(train_gpt, "prepare_torch", lambda run, device: None)  # it would change torch for other tests
-    train_gpt.run_experiment(check_only=True)
+    train_gpt.run_experiment(check_only=True, ending=train_gpt.Ending())
     assert SHARED - read == set() and len(read) < len(KNOBS)
 
 

@@ -100,6 +100,13 @@ def test_a_hold_out_that_cannot_be_made_is_refused(tiny_data, tmp_path, held, wo
     assert not (tmp_path / "held").exists()
 
 
+def test_a_held_out_token_of_another_tokenizer_is_named_with_its_shard(tiny_data, tmp_path, write_shard):
+    path = tiny_data / "fineweb_train_000002.bin"
+    write_shard(path, [*train_gpt.read_shard(path)[:-5].tolist(), 64, 3, 3, 3, 3])
+    with pytest.raises(train_gpt.DataError, match=f"{path}: token 64 at position 695"):
+        make_holdout(tiny_data, tokenizer_of(tiny_data), HELD, tmp_path / "held")
+
+
 def test_bytes_of_transformed_text_are_not_guessed(tiny_data, tmp_path, write_shard):
     write_shard(tiny_data / "fineweb_val_bytes_000000.bin", [1])
     with pytest.raises(train_gpt.DataError, match="how its text was transformed"):
@@ -109,10 +116,12 @@ def test_bytes_of_transformed_text_are_not_guessed(tiny_data, tmp_path, write_sh
 # ---- sweeps of a stand-in ---------------------------------------------------
 
 STAND_IN = """
-import hashlib, json, os, pathlib, shutil, sys, time
+import fcntl, hashlib, json, os, pathlib, shutil, sys, time
 
 lr, source = os.environ["TTT_LR"], pathlib.Path(__file__).read_bytes()
 out = pathlib.Path("logs", os.environ["RUN_ID"])
+lock = open(out.with_suffix(".lock"), "w")
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 with open("started", "a") as started:
     print(lr, os.environ.get("SEED", "-"), os.environ.get("CUDA_VISIBLE_DEVICES", "-"), file=started)
 out.with_suffix(".txt").write_bytes(source)
@@ -162,6 +171,7 @@ def stand_in(tmp_path, tiny_data, tiny_config, tiny_run, monkeypatch) -> StandIn
     (tmp_path / "entry.py").write_text(STAND_IN)
     monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "entry.py"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "code", Path("entry.py").read_bytes)  # anew whenever it is asked for
     return StandIn(tmp_path)
 
 
@@ -205,6 +215,20 @@ def test_a_failing_combination_is_reported_and_the_rest_goes_on(stand_in, capsys
     assert "every combination failed, the first: planted failure" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "output, reason",
+    [
+        ("a warning\nerror: no disk\nerror: rank 1 ended\n====\n", "no disk"),
+        ("Traceback:\nZeroDivisionError\n\n", "ZeroDivisionError"),
+        ("", "exit status 7, no message"),
+    ],
+)
+def test_a_run_fails_for_the_reason_that_was_told_first(tmp_path, output, reason):
+    """What the other ranks say of it later is no reason."""
+    (tmp_path / "x.err").write_text(output)
+    assert sweep.reason_of(tmp_path / "x.err", 7) == reason
+
+
 def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, capsys):
     stand_in.makes("0.1")
     stand_in.makes("0.25")
@@ -245,23 +269,23 @@ def test_a_run_ends_with_the_sweep_that_was_killed(stand_in, monkeypatch, capsys
     job = sweep.Job(
         {}, {}, run_id=str(path.relative_to("logs" if not path.is_absolute() else Path("logs").resolve()))[:-4]
     )
-    os.close(sweep.lock_name(job))  # no run holds its name any more
+    sweep.remove_leftovers(job)  # no run holds its name any more
     (stand_in.folder / "go on").touch()
     assert sweep.main(["TTT_LR=0.25"]) == 0 and len(stand_in.started()) == 2
 
 
 def test_where_a_run_outlives_its_sweep_its_name_stays_taken(stand_in, monkeypatch):
     """As it may where a system cannot be asked to end it."""
-    (stand_in.folder / "logs").mkdir()
     job = sweep.Job({}, {}, run_id="x")
-    handle = sweep.lock_name(job)
-    with subprocess.Popen(["sleep", "60"], pass_fds=(handle,)) as process:
-        os.close(handle)
+    with train_gpt.reserve_run_id("x"):
+        log = stand_in.folder / "logs/x.txt"
+        log.write_text("of the run that goes on")
         monkeypatch.setattr(sweep, "STOP_SECONDS", 0.2)
-        with pytest.raises(train_gpt.UserError, match="x: a run of an earlier sweep still goes on"):
-            sweep.lock_name(job)
-        process.kill()
-    os.close(sweep.lock_name(job))
+        with pytest.raises(train_gpt.UserError, match=f"RUN_ID=x is in use: process {os.getpid()} on "):
+            sweep.remove_leftovers(job)
+        assert log.exists()
+    sweep.remove_leftovers(job)
+    assert not log.exists()
 
 
 def wait_for(find, seconds: float = 30.0):

@@ -31,6 +31,7 @@ def open_artifact(path: Path | str, changes: Mapping[str, str] | None = None) ->
     env["ARTIFACT"] = str(path)
     config, run = train_gpt.read_env(env)
     dist = train_gpt.Dist.from_env(run.device)
+    dist.join()
     setup = train_gpt.make_setup(config, run, dist)
     model = train_gpt.load_artifact(path, setup)
     return Opened(env, setup, model)

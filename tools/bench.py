@@ -268,6 +268,7 @@ def main() -> int:
     options = parser.parse_args()
     model_config, run = g.read_env()
     dist = g.Dist.from_env(run.device)
+    dist.join()
     g.prepare_torch(run, dist.device)
     if not dist.main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints

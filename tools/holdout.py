@@ -19,6 +19,7 @@ from train_gpt import (
     ConfigError,
     DataError,
     Tokenizer,
+    check_vocabulary,
     find_shards,
     manifest_value,
     read_file,
@@ -42,7 +43,8 @@ def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder
     )
     paths = find_shards(str(source), "train")
     transform = known_transform(source, tokenizer)
-    documents = whole_documents(last_tokens(paths, holdout_tokens), holdout_tokens)
+    stretch = last_tokens(paths, holdout_tokens, tokenizer.processor.get_piece_size())
+    documents = whole_documents(stretch, holdout_tokens)
     facts = {
         "holdout_tokens": holdout_tokens,
         "documents": int((documents == BOS).sum()),
@@ -82,13 +84,16 @@ def known_transform(source: Path, tokenizer: Tokenizer) -> str:
     return transform
 
 
-def last_tokens(paths: list[Path], count: int) -> np.ndarray:
-    """The last `count` tokens of consecutive shards, (count,) uint16."""
+def last_tokens(paths: list[Path], count: int, vocab_size: int) -> np.ndarray:
+    """The last `count` tokens of consecutive shards, (count,) uint16. Raises DataError where there are fewer, and for
+    one outside the vocabulary."""
     parts = []
     missing = count
     for path in reversed(paths):
         shard = read_shard(path)
-        parts.append(shard[max(0, len(shard) - missing) :])
+        start = max(0, len(shard) - missing)
+        check_vocabulary(path, shard[start:], vocab_size, start)
+        parts.append(shard[start:])
         missing -= len(parts[-1])
         if not missing:
             return np.concatenate(parts[::-1])

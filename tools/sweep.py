@@ -289,7 +289,6 @@ class Running(NamedTuple):
     slot: str | None
     started_at: float
     events: GrowingEvents
-    name_lock: int  # descriptor, see `lock_name`
 
 
 class GrowingEvents:
@@ -369,13 +368,11 @@ class Sweep:
 
     def start(self, job: Job) -> None:
         slot = self.free.pop(0)
-        name_lock = lock_name(job)
+        remove_leftovers(job)
         program = [sys.executable]
         if self.gpus > 1:
             program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
         env = job.env if slot is None else job.env | {"CUDA_VISIBLE_DEVICES": slot}
-        for suffix in (".json", ".docs.npz", ".events.jsonl", ".txt"):  # of an attempt that was cut off
-            job.file(suffix).unlink(missing_ok=True)
         with open(job.file(".err"), "wb") as errors:
             process = subprocess.Popen(
                 [*program, train_gpt.__file__],
@@ -383,13 +380,12 @@ class Sweep:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
-                pass_fds=(name_lock,),
                 preexec_fn=ends_with_its_parent(),
             )
         job.state = "running"
         job.at = "starting"
         events = GrowingEvents(job.file(".events.jsonl"))
-        self.running.append(Running(job, process, slot, time.monotonic(), events, name_lock))
+        self.running.append(Running(job, process, slot, time.monotonic(), events))
 
     def look_after(self, one: Running) -> None:
         """Read its events; when it has ended, see what came of it and free its place."""
@@ -400,7 +396,6 @@ class Sweep:
             return
         self.running.remove(one)
         self.free.append(one.slot)
-        free_name(one)
         self.took.append(time.monotonic() - one.started_at)
         conclude(one.job, status)
 
@@ -427,31 +422,25 @@ class Sweep:
                     end(process)
         for one in self.running:
             one.process.wait()
-            free_name(one)
             one.job.file(".err").unlink(missing_ok=True)
             for partial in one.job.file("").parent.glob(".*.partial"):
                 partial.unlink()
 
 
-def lock_name(job: Job) -> int:
-    """Take the name of a job's run -> a descriptor, which the run inherits: should this process be killed and the run
-    go on, its name stays taken until it ends. Raises UserError where that is so after STOP_SECONDS."""
-    handle = os.open(job.file(".lock"), os.O_RDWR | os.O_CREAT, 0o644)
+def remove_leftovers(job: Job) -> None:
+    """Remove what an attempt that was cut off has left. Its run may outlive a sweep that was killed: it is waited for.
+    Raises UserError if it still goes on after STOP_SECONDS."""
     deadline = time.monotonic() + STOP_SECONDS
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return handle
-        except BlockingIOError:
+            with train_gpt.reserve_run_id(job.run_id):
+                for suffix in (".json", ".docs.npz", ".events.jsonl", ".txt"):
+                    job.file(suffix).unlink(missing_ok=True)
+            return
+        except UserError:
             if time.monotonic() > deadline:
-                os.close(handle)
-                raise UserError(f"{job.run_id}: a run of an earlier sweep still goes on; end it first") from None
+                raise
             time.sleep(0.1)
-
-
-def free_name(one: Running) -> None:
-    one.job.file(".lock").unlink(missing_ok=True)
-    os.close(one.name_lock)
 
 
 def conclude(job: Job, status: int) -> None:
@@ -472,10 +461,13 @@ def conclude(job: Job, status: int) -> None:
 
 
 def reason_of(path: Path, status: int) -> str:
-    """The last line of an error output that begins with `error: `, else its last line at all."""
+    """The first line of an error output that begins with `error: `, else its last line at all. Where a rank of a run
+    fails, the others say later that it did."""
     lines = [line for line in train_gpt.read_file(path).decode("utf-8", "replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (errors or lines or [f"exit status {status}, no message"])[-1]
+    if errors:
+        return errors[0]
+    return lines[-1] if lines else f"exit status {status}, no message"
 
 
 class Screen:
