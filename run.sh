@@ -19,6 +19,7 @@ usage() {
   ./run.sh sweep ...    rank combinations of knobs on held-out training text: TTT_LR=5e-5,1e-4 [--eval ARTIFACT]
   ./run.sh compare A B  where two runs differ, document by document
   ./run.sh plot RUN...  pictures of finished runs, into logs/plots/
+  ./run.sh packing CKPT what packing costs a network, and what each part of the quantiser is worth
   ./run.sh record ...   train and score every seed, audit, and write records/...: NAME --seeds 42,0,1234 --what TEXT
   ./run.sh check ...    after `record`: every number of a record folder against its logs; with its artifact, the score
   ./run.sh bench ...    speed on this machine: steps, kernels against their references, where the time goes
@@ -251,7 +252,7 @@ main() {
     check-setup) start_job --check-setup ;;
     data) run_python data/prepare.py "$@" ;;
     prove | compress | decompress | sample | check) run_python -m "tools.$command" "$@" ;;
-    compare | plot | bench) run_tool "$command" "$@" ;;
+    compare | plot | packing | bench) run_tool "$command" "$@" ;;
     sweep | record) run_tool_on_jobs "$command" "$@" ;;
     test) run_tests "$@" ;;
     small-job-defaults) small_job_defaults ;; # for tools, not for people

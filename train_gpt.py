@@ -18,9 +18,10 @@ The rooms of this file, in order; `run_experiment` at the very end walks through
     Distributed and log         ranks, log, stopwatch, files
     Data                        shards, tokenizer, documents, training batches
     Optimizer                   Muon and AdamW
+    Entropy coder               rANS: integers in as many bits as their frequencies ask for
     Container                   the file format of artifacts and checkpoints
     Training                    schedules, training step, checkpoints, warm-up, training loop
-    Quantiser                   GPTQ, and the fit to the limit of bytes
+    Quantiser                   calibration, GPTQ along a trellis, and the fit to the limit of bytes
     Scoring                     bits per byte without adaptation
     Test-time training          bits per byte with adaptation
     Set-up and report           read and check the settings; train and pack; evaluate; report
@@ -263,14 +264,12 @@ class RunConfig:
     ema_horizon_frac: float = knob(0.06, "part of the budget over which weights are averaged, 0 = none", low=0, high=1)
     enable_looping_at: float = knob(0.35, "fraction of the budget after which the loop runs", low=0, high=0.9)
 
-    gptq_calibration_batches: int = knob(4, "training batches to calibrate on", group="Quantisation", low=1)
-    gptq_damping: float = knob(0.01, "added to the Hessian's diagonal, as a fraction of its mean", low=1e-6)
-    matrix_bits: int = knob(6, "width of the integers of matrices", unit="bits", low=2, high=8)
-    embed_bits: int = knob(7, "width of the integers of the embedding", unit="bits", low=2, high=8)
-    attn_clip_sigmas: float = knob(13.0, "range of attention matrices, in standard deviations of a row", low=1)
-    mlp_clip_sigmas: float = knob(11.5, "range of MLP matrices, in standard deviations of a row", low=1)
-    embed_clip_sigmas: float = knob(14.0, "range of the embedding, in standard deviations of a row", low=1)
-    quant_clip_floor: float = knob(6.0, "narrowest range that the fit to ARTIFACT_BYTES may choose", low=1)
+    gptq_calibration_batches: int = knob(1, "training batches to calibrate on", group="Quantisation", low=1)
+    gptq_damping: float = knob(0.02, "added to the Hessian's diagonal, as a fraction of its mean", low=1e-6)
+    trellis_states: Literal["auto", "0", "8", "32"] = knob(
+        "auto",
+        "states of the trellis along which integers are chosen; 0 = round to nearest, auto = by the model's size",
+    )
 
     eval_seq_len: int = knob(2048, "longest context in evaluation", group="Evaluation", unit="tokens", low=8)
     eval_stride: int = knob(512, "new tokens per window after the first, in packed rows", unit="tokens", low=1)
@@ -567,6 +566,21 @@ class Linear(nn.Module):
         return y + (correction if scale is None else correction * scale.to(x.dtype))
 
 
+class JointProjection(nn.Module):
+    """Several matrices (out, in), multiplied with one input by one product; a module, so that hooks see it."""
+
+    def forward(self, x: Tensor, weights: Sequence[Tensor], loras: Sequence[LoRA | None]) -> Tensor:
+        """(B, T, in) -> outputs side by side (B, T, sum of out)"""
+        y = F.linear(x, torch.cat(weights).to(x.dtype))
+        if all(lora is None for lora in loras):
+            return y
+        corrections = [
+            x.new_zeros(*x.shape[:-1], len(weight)) if lora is None else lora(x)
+            for weight, lora in zip(weights, loras, strict=True)
+        ]
+        return y + torch.cat(corrections, -1)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with QK norm, partial RoPE, XSA and a gate for each head's output."""
 
@@ -579,6 +593,7 @@ class Attention(nn.Module):
         self.k = Linear(c.model_dim, c.kv_dim)
         self.v = Linear(c.model_dim, c.kv_dim)
         self.o = Linear(c.model_dim, c.model_dim)
+        self.project = JointProjection()
         self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
         self.gate = nn.Parameter(torch.zeros(c.num_heads, c.attn_gate_width)) if c.attn_gate_width else None
 
@@ -587,7 +602,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Normalised input (B, T, D), its first columns (B, T, gate_width), scale of the outputs (D,)
         -> (B, T, D), and new keys and values as `attention_reference` gives them."""
-        qkv = self.project(x, lora)
+        weights = [self.q.weight, self.k.weight, self.v.weight]
+        qkv = self.project(x, weights, [lora.q, lora.k, lora.v])
         gate = None
         if self.gate is not None:
             gate = (self.gate_scale * F.linear(gate_input, self.gate.to(x.dtype))).sigmoid()  # (B, T, H)
@@ -596,19 +612,6 @@ class Attention(nn.Module):
         else:
             y, new_kv = attention_reference(qkv, self.q_gain, gate, rope, context, self.heads)
         return self.o(y, lora.o, scale), new_kv
-
-    def project(self, x: Tensor, lora: LayerLoRA) -> Tensor:
-        """(B, T, D) -> queries, keys and values side by side (B, T, (H + 2 K) h), by one product of three matrices."""
-        weights = [self.q.weight, self.k.weight, self.v.weight]
-        qkv = F.linear(x, torch.cat(weights).to(x.dtype))
-        adapters = [lora.q, lora.k, lora.v]
-        if lora.q is None and lora.k is None and lora.v is None:
-            return qkv
-        corrections = [
-            x.new_zeros(*x.shape[:-1], len(weight)) if adapter is None else adapter(x)
-            for weight, adapter in zip(weights, adapters, strict=True)
-        ]
-        return qkv + torch.cat(corrections, -1)
 
     def fused(self, qkv: Tensor, gate: Tensor | None, rope: Rope, segments: Segments) -> Tensor:
         """`attention_reference` on one packed row, by kernels."""
@@ -716,17 +719,26 @@ class Skip(nn.Module):
         return torch.lerp(weight.to(x.dtype) * saved, x, gate.sigmoid().to(x.dtype))
 
 
+class Lookup(nn.Module):
+    """Rows of the embedding matrix, one for each token; a module, so that hooks see it."""
+
+    def forward(self, tokens: Tensor, embedding: Tensor) -> Tensor:
+        """(B, T), (V, D) -> (B, T, D)"""
+        return F.embedding(tokens, embedding)
+
+
 class TokenEmbedding(nn.Module):
     """Normalised embeddings of tokens; a gate adds ("smears") the embedding of the token before."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
+        self.lookup = Lookup()
         self.smear = nn.Parameter(torch.zeros(c.smear_width)) if c.smear_width else None
         self.smear_gain = nn.Parameter(torch.zeros(1)) if c.smear_width else None
 
     def forward(self, tokens: Tensor, positions: Tensor, embedding: Tensor, dtype: torch.dtype) -> Tensor:
         """Tokens (B, T), positions within their segments (T,), embedding matrix (V, D) -> (B, T, D)"""
-        e = F.embedding(tokens, embedding)
+        e = self.lookup(tokens, embedding)
         if self.smear is not None:
             gate = self.smear_gain * (e[..., : len(self.smear)] @ self.smear).sigmoid()
             gate = gate * ((tokens != BOS) & (positions > 0))  # nothing leaks into a document, nor into a segment
@@ -1742,6 +1754,14 @@ def make_micro_batch(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray
     )
 
 
+def split_rows(batch: MicroBatch, row_tokens: int) -> Iterator[MicroBatch]:
+    """A micro-batch of whole rows -> one for each row."""
+    for start in range(0, batch.tokens.size(1), row_tokens):
+        row = slice(start, start + row_tokens)
+        positions, ends = batch.segments
+        yield MicroBatch(batch.tokens[:, row], batch.targets[:, row], Segments(positions[row], ends[row] - start))
+
+
 def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
     """Where attention restarts in consecutive rows: at every row, at every BOS, and seq_len tokens after each.
 
@@ -2057,6 +2077,209 @@ class MuonAdam:
 
 
 # ======================================================================================================================
+# Entropy coder: integers in as many bits as their frequencies ask for, the same bits on every machine.
+#
+# rANS (Duda 2013, arXiv 1311.2540): one number, the state, holds all symbols coded so far. A symbol of frequency f out
+# of M makes the state M / f times as large, so it costs log2(M / f) bits. Symbols leave the state in reverse order:
+# therefore the encoder begins with the last one. Whenever the state would pass 32 bits, its low 16 leave as a word.
+#
+# Here many states, the lanes, advance side by side and share one stream of words (Giesen 2014, arXiv 1402.3392). A call
+# is cut into slices of as many symbols as there are lanes, and symbol i of a slice belongs to lane i.
+#
+#   number of lanes (2 bytes; all numbers are little-endian)
+#   state of every lane, from which the decoder starts (4 each)
+#   words in the order in which the decoder reads them (2 each)
+
+
+PROBABILITY_BITS = 14  # rounded to 12 bits, the frequencies of Gaussian integers cost 0.05 %, to 14 bits 0.01 %
+FREQUENCY_SUM = 1 << PROBABILITY_BITS
+WORD_BITS = 16
+LOWEST_STATE = 1 << WORD_BITS  # of a state between symbols: so a symbol moves at most one word
+MAX_LANES = 1024  # each costs 3 bytes; with fewer of them, numpy's overhead for a call outweighs its work
+SYMBOLS_PER_LANE = 4096  # at least, so that lanes do not weigh on a short stream
+
+
+class FrequencyTables:
+    """How frequent every symbol is in every context: `frequencies` (T, A) int64 for T contexts and symbols 0 to A - 1,
+    at most FREQUENCY_SUM of them. A row, the table of a context, sums to FREQUENCY_SUM, or is zero where the context
+    never occurs."""
+
+    def __init__(self, frequencies: np.ndarray):
+        self.frequencies = frequencies
+        self.in_use = frequencies.any(1)
+
+    @classmethod
+    def from_counts(cls, counts: np.ndarray) -> FrequencyTables:
+        """The tables with which symbols that occur so often, (T, A) int64, take the fewest bits."""
+        return cls(np.stack([nearest_frequencies(row) for row in counts.astype(np.int64)]))
+
+    def starts(self) -> np.ndarray:
+        """Sum of the frequencies before each symbol (T, A) int64. The symbol owns the slots from there on, as many as
+        its frequency, of the FREQUENCY_SUM slots of its table."""
+        return self.frequencies.cumsum(1) - self.frequencies
+
+    def to_bytes(self) -> bytes:
+        """A zstd frame of all low bytes, then all high bytes: most of them are zero."""
+        planes = self.frequencies.astype("<u2").view(np.uint8).reshape(-1, 2).T
+        return zstandard.ZstdCompressor(level=22).compress(planes.tobytes())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, tables: int, alphabet: int) -> FrequencyTables:
+        """What `to_bytes` made of so many tables of so many symbols. Raises DataError."""
+        size = 2 * tables * alphabet
+        with untrusted("frequency tables"):
+            raw = decompress(data, size)
+            require(len(raw) == size, f"{len(raw)} bytes for {tables} tables of {alphabet} symbols")
+        low, high = np.frombuffer(raw, np.uint8).astype(np.int64).reshape(2, tables, alphabet)
+        frequencies = low + 256 * high
+
+        sums = frequencies.sum(1)
+        for table in np.flatnonzero((sums != 0) & (sums != FREQUENCY_SUM)):
+            expected = f"expected {FREQUENCY_SUM}, or 0 where a table is not in use"
+            raise DataError(f"frequency tables: the sum of table {table} is {sums[table]}, {expected}")
+        return cls(frequencies)
+
+
+def nearest_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Frequencies (A,) int64 that sum to FREQUENCY_SUM, at least 1 for every symbol that occurs, as nearly proportional
+    to counts (A,) int64 as that allows; all zero if there are none."""
+    total = int(counts.sum())
+    if total == 0:
+        return np.zeros_like(counts)
+    frequencies = np.maximum((counts * FREQUENCY_SUM + total // 2) // total, counts > 0)
+    while (missing := FREQUENCY_SUM - int(frequencies.sum())) != 0:
+        largest = np.argsort(-frequencies, kind="stable")[: abs(missing)]  # a slot more or less matters least to them
+        frequencies[largest] += np.sign(missing)
+        frequencies = np.maximum(frequencies, counts > 0)
+    return frequencies
+
+
+def all_below(numbers: np.ndarray, end: int) -> bool:
+    """Whether all are at least 0 and below `end`."""
+    return numbers.size == 0 or (int(numbers.min()) >= 0 and int(numbers.max()) < end)
+
+
+class RansEncoder:
+    """put() symbols with their contexts, in calls of any size, then finish()."""
+
+    def __init__(self, tables: FrequencyTables):
+        # (T, A): the frequency of a symbol, above 16 bits that hold its start.
+        self.intervals = (tables.frequencies << 16 | tables.starts()).astype(np.uint32)
+        self.calls: list[np.ndarray] = []
+
+    def put(self, symbols: np.ndarray, contexts: np.ndarray) -> None:
+        """Symbols (n,), each in its context (n,); integers of any type. Raises ValueError where the context's table
+        does not have the symbol."""
+        if symbols.ndim != 1 or symbols.shape != contexts.shape:
+            raise ValueError(f"shapes {symbols.shape} and {contexts.shape}: expected one dimension and one length")
+        symbols = symbols.astype(np.int64, casting="same_kind")  # refuses what is no integer
+        contexts = contexts.astype(np.int64, casting="same_kind")
+        tables, alphabet = self.intervals.shape
+        if not all_below(symbols, alphabet) or not all_below(contexts, tables):
+            raise ValueError(f"a symbol or a context is out of range: there are {tables} tables of {alphabet} symbols")
+
+        intervals = self.intervals.ravel().take(contexts * alphabet + symbols)
+        for i in np.flatnonzero(intervals >> 16 == 0):
+            raise ValueError(f"symbol {symbols[i]} has no frequency in the table of context {contexts[i]}")
+        self.calls.append(intervals)
+
+    def finish(self) -> bytes:
+        """The stream of all that was put."""
+        sizes = [len(call) for call in self.calls]
+        lanes = max(1, min(MAX_LANES, sum(sizes) // SYMBOLS_PER_LANE, max(sizes, default=0)))
+        states = np.full(lanes, LOWEST_STATE, np.uint32)
+        words = []
+        for call in reversed(self.calls):
+            for start in reversed(range(0, len(call), lanes)):
+                words.append(encode_slice(states, call[start : start + lanes]))
+        return b"".join([lanes.to_bytes(2, "little"), states.astype("<u4").tobytes(), *reversed(words)])
+
+
+def encode_slice(states: np.ndarray, intervals: np.ndarray) -> bytes:
+    """Put a symbol into each of the first states, in place. -> the words that had to leave before, by lane"""
+    states = states[: len(intervals)]
+    frequencies = intervals >> 16
+    starts = intervals & 0xFFFF
+
+    full = np.flatnonzero(states >> (32 - PROBABILITY_BITS) >= frequencies)  # the next state would pass 32 bits
+    leaving = states[full]
+    states[full] = leaving >> WORD_BITS
+
+    # The next state is (state // f) * M + start + state % f; this is the same with one division.
+    states += states // frequencies * (FREQUENCY_SUM - frequencies) + starts
+    return leaving.astype("<u2").tobytes()  # the low 16 bits
+
+
+class RansDecoder:
+    """take() the symbols of each put(), in the same order, then finish(). The contexts of a call may depend on the
+    symbols of earlier calls.
+
+    A damaged stream is either noticed, at the latest by finish(), or it is the intact stream of other symbols, which
+    the checksum of a container notices. It causes no more work than the symbols that are asked for."""
+
+    def __init__(self, data: bytes, tables: FrequencyTables):
+        """A stream and the tables that it was encoded with. Raises DataError where no stream can begin like this."""
+        lanes = int.from_bytes(data[:2], "little")
+        end = 2 + 4 * lanes
+        require(1 <= lanes <= MAX_LANES, f"coded symbols: {lanes} lanes, expected 1 to {MAX_LANES}", DataError)
+        require(len(data) >= end and len(data) % 2 == 0, f"coded symbols: cut short, {len(data)} bytes", DataError)
+        self.states = np.frombuffer(data[2:end], "<u4").astype(np.uint32)
+        self.words = np.frombuffer(data[end:], "<u2")
+        self.words_read = 0
+        require(bool((self.states >= LOWEST_STATE).all()), "coded symbols: a state is too small", DataError)
+
+        # By slot: its symbol, and the frequency of that, above 16 bits that hold the slot's place in it. Table t begins
+        # at slot t * FREQUENCY_SUM, since those that are not in use have slots as well.
+        frequencies = tables.frequencies.copy()
+        frequencies[~tables.in_use, 0] = FREQUENCY_SUM
+        count, alphabet = frequencies.shape
+        symbols = np.tile(np.arange(alphabet, dtype=np.int16), count)
+        first_places = ((frequencies << 16) - tables.starts()).ravel()
+        slots = np.tile(np.arange(FREQUENCY_SUM), count)
+
+        self.in_use = tables.in_use
+        self.symbols = np.repeat(symbols, frequencies.ravel())
+        self.intervals = (np.repeat(first_places, frequencies.ravel()) + slots).astype(np.uint32)
+
+    def take(self, contexts: np.ndarray) -> np.ndarray:
+        """The next symbols (n,) int16, each in its context (n,), integers of any type. Raises DataError where a context
+        has no table, and where the stream ends early."""
+        contexts = contexts.astype(np.int64, casting="same_kind")
+        possible = all_below(contexts, len(self.in_use)) and bool(self.in_use[contexts].all())
+        require(possible, "coded symbols: a context for which there is no table", DataError)
+        first_slots = contexts << PROBABILITY_BITS
+        symbols = np.empty(len(contexts), np.int16)
+        lanes = len(self.states)
+        for start in range(0, len(contexts), lanes):
+            self._take_slice(first_slots[start : start + lanes], symbols[start : start + lanes])
+        return symbols
+
+    def _take_slice(self, first_slots: np.ndarray, symbols: np.ndarray) -> None:
+        """Take a symbol out of each of the first states, then read a word for those that became too small."""
+        states = self.states[: len(symbols)]
+        slots = first_slots + (states & (FREQUENCY_SUM - 1))
+        self.symbols.take(slots, out=symbols, mode="clip")  # no slot is out of range: "clip" only avoids a copy
+        intervals = self.intervals.take(slots, mode="clip")
+
+        # state // M * f + place
+        states >>= PROBABILITY_BITS
+        states *= intervals >> 16
+        states += intervals & 0xFFFF
+
+        small = np.flatnonzero(states < LOWEST_STATE)
+        end = self.words_read + len(small)
+        require(end <= len(self.words), "coded symbols: the stream ends early", DataError)
+        states[small] = states[small] << WORD_BITS | self.words[self.words_read : end]
+        self.words_read = end
+
+    def finish(self) -> None:
+        """Raises DataError unless exactly the symbols of the stream have been taken."""
+        left = len(self.words) - self.words_read
+        require(left == 0, f"coded symbols: {left} words are left over", DataError)
+        require(bool((self.states == LOWEST_STATE).all()), "coded symbols: the stream is damaged", DataError)
+
+
+# ======================================================================================================================
 # Container: one format for artifacts and checkpoints. It describes itself, is checksummed and is read without pickle.
 #
 #   magic (8 bytes)
@@ -2072,7 +2295,8 @@ MAX_HEADER_BYTES = 1 << 24
 MAX_UNPACKED_BYTES = 1 << 31
 MAX_DIMENSIONS = 4
 MAX_TENSORS = 1 << 17  # checkpoints of 1,024 blocks have half as many; a header of 16 MB could list a million
-STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8}
+STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8, "u1": torch.uint8}
+ALREADY_CODED = torch.uint8  # zstd would find nothing in them
 TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 
 
@@ -2082,7 +2306,7 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | No
 
     def tensor_bytes(t: Tensor) -> bytes:
         raw = t.detach().cpu().contiguous().numpy().tobytes()
-        if level is None:
+        if level is None or t.dtype == ALREADY_CODED:
             return raw
         return zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
 
@@ -2143,6 +2367,31 @@ def read_tensors(data: bytes, header: Mapping[str, Any], at: int, what: str) -> 
     return tensors
 
 
+Layout = dict[str, tuple[torch.dtype, torch.Size]]  # {name of a stored tensor: (type, shape)}
+
+
+def table_layout(header: Mapping[str, Any], what: str) -> Layout:
+    """Names, types and shapes that a container's header claims. Raises DataError."""
+    with untrusted(what):
+        found: Layout = {}
+        for name, kind, shape, _ in header["tensors"]:
+            if not isinstance(name, str) or name in found:
+                raise ValueError(f"tensor {brief(name)} comes twice")
+            sides = shape if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
+            if not all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in sides):  # torch cannot show larger
+                raise ValueError(f"{brief(name)}: {brief(shape)} is not a shape")
+            found[name] = STORED_TYPES[kind], torch.Size(shape)
+        return found
+
+
+def require_layout(expected: Layout, found: Layout, what: str) -> None:
+    """A file must hold these tensors and no others. Raises DataError, which names the first that differs."""
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise DataError(f"{what}: {printable(name, 60)} is {found.get(name)}, expected {expected.get(name)}")
+
+
 @contextlib.contextmanager
 def untrusted(what: str) -> Iterator[None]:
     """Whatever goes wrong inside is the fault of the file `what`: DataError."""
@@ -2156,7 +2405,7 @@ def decompress(frame: bytes, most: int) -> bytes:
     """A zstd frame of at most `most` bytes -> its content."""
     size = zstandard.get_frame_parameters(frame).content_size
     require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
-    return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size)
+    return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
 
 
 def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room: int) -> Tensor:
@@ -2166,7 +2415,7 @@ def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room
     require(all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in shape), f"shape {shape}")
     expected = math.prod(shape) * dtype.itemsize
     require(expected <= room, f"shape {shape} is too large")
-    raw = decompress(blob, expected) if compressed else blob
+    raw = decompress(blob, expected) if compressed and dtype != ALREADY_CODED else blob
     require(len(raw) == expected, f"{len(raw)} bytes for shape {shape}")
     if not expected:
         return torch.empty(shape, dtype=dtype)
@@ -2552,55 +2801,257 @@ def log_step(
 
 
 # ======================================================================================================================
-# Quantiser: GPTQ on the inputs of all ranks' calibration text. RowQuantiser alone knows how a matrix is stored.
+# Quantiser: matrices become integers that an entropy coder packs. One number, the same for the whole network, decides
+# how fine all steps are: each then follows from what errors of its weight do to the predictions.
 
 
-@torch.no_grad()
-def calibrate(model: GPT, batches: Iterable[Sequence[MicroBatch]], dist: Dist) -> dict[str, Tensor]:
-    """Hessians: the sum of x x^T over the inputs x of every matrix, over all layer passes and ranks: {name: (in, in)}.
-
-    Raises UserError for a matrix that saw no input, which GPTQ would store as zeros."""
-    matrices = {name: p for name, p in model.named_parameters() if param_role(name) != "scalar"}
-    modules = {name: input_module(name) for name in matrices}
-    sums = {modules[name]: torch.zeros(p.size(1), p.size(1), device=p.device) for name, p in matrices.items()}
-
-    def add(module: str, inputs: Tensor) -> None:
-        x = inputs.flatten(0, -2).float()
-        sums[module].addmm_(x.mT, x)
-
-    def hook_on(module: str) -> torch.utils.hooks.RemovableHandle:
-        def hook(_: nn.Module, args: tuple) -> None:
-            add(module, args[0])
-
-        return model.get_submodule(module).register_forward_pre_hook(hook)
-
-    hooks = [hook_on(module) for module in sums if module != "embed"]
-    with torch.compiler.set_stance("force_eager"):  # hooks do not fire in compiled code
-        for batch in batches:
-            for part in batch:
-                states, _ = model.hidden(part.tokens, part.segments)
-                add("embed", states)  # the embedding is quantised for its role as the output matrix
-    for handle in hooks:
-        handle.remove()
-
-    sums = {module: dist.all_reduce(total) for module, total in sums.items()}
-    silent = [name for name in matrices if not sums[modules[name]].any()]
-    require(
-        silent == [],
-        f"calibration saw no input of {', '.join(silent)}: the forward pass never calls the module that owns it; call "
-        "it, or name the parameter otherwise, so that param_role makes it a scalar",
-        UserError,
-    )
-    return {name: sums[modules[name]] for name in matrices}
+# ---- Calibration: what errors of a matrix cost ----
 
 
-def input_module(name: str) -> str:
-    """The module whose input a matrix is multiplied with. Attention multiplies q, k and v at once, and so sees their
-    input itself."""
-    if name == "embed":
-        return name
-    module = name.removesuffix(".weight")
-    return module.rpartition(".")[0] if module.endswith((".q", ".k", ".v")) else module
+class Sensitivity(NamedTuple):
+    """What an error E of a matrix (out, in) costs: about 1/2 sum_i rows[i] E[i] hessian E[i]^T nats a token, as KL
+    divergence from the predictions of the exact network.
+
+    Gradients of sampled labels give it: the Fisher information, with a factor for each row (Martens & Grosse 2015,
+    arXiv 1503.05671, restricted to the diagonal on the side of the outputs)."""
+
+    hessian: Tensor  # (in, in) fp32
+    rows: Tensor  # (out,) fp32, of mean 1
+    inputs: Tensor | None = None  # (in, in), mean of x x^T, for the embedding alone: see `MatrixPlan.row_octaves`
+
+
+class GradientSums:
+    """Sums over tokens for one matrix (out, in), from its inputs and from the gradients at its outputs."""
+
+    def __init__(self, shape: torch.Size, device: torch.device):
+        self.hessian = torch.zeros(shape[1], shape[1], device=device)
+        self.rows = torch.zeros(shape[0], device=device)
+        self.calls = 0  # forward passes that used the matrix
+
+    def add(self, x: Tensor, gradient: Tensor) -> None:
+        """Inputs (T, in), gradients (T, out)"""
+        squares = gradient.square()
+        self.rows += squares.sum(0)
+        weighted = x * squares.mean(1).sqrt()[:, None]
+        self.hessian.addmm_(weighted.mT, weighted)
+
+
+LOOPED_FACTOR = 1.5  # on what is measured of blocks that a loop passes repeatedly: their errors add up
+HEAD_CHUNK = 4096  # tokens whose logits are in memory at a time
+
+
+class Calibration:
+    """Gathers the sensitivity of every matrix from passes over text, forward and backward; the labels are samples of
+    the model's own predictions."""
+
+    def __init__(self, model: GPT, seed: int):
+        self.model = model
+        device = model.embed.device
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.tokens = 0
+        self.matrices = {
+            name: GradientSums(p.shape, device) for name, p in model.named_parameters() if param_role(name) == "matrix"
+        }
+        vocab, dim = model.embed.shape
+        self.head = GradientSums(model.embed.shape, device)  # the embedding as the output matrix
+        self.lookup = torch.zeros(dim, dim, device=device)  # sum of g g^T over gradients g of looked-up embeddings
+        self.inputs = torch.zeros(dim, dim, device=device)  # sum of x x^T over states x before the head
+        self.counts = torch.zeros(vocab, device=device)  # of tokens
+
+    def run(self, batches: Iterable[MicroBatch]) -> None:
+        """Add text. Activations of all of a micro-batch are in memory, uncompiled ones, which take more of it."""
+        requires_grad = {p: p.requires_grad for p in self.model.parameters()}
+        handles = [self.watch(name, module) for name, module in self.model.named_modules()]
+        try:
+            self.model.requires_grad_(False)  # gradients of weights are not needed
+            with torch.compiler.set_stance("force_eager"), torch.enable_grad():  # hooks do not fire in compiled code
+                for batch in batches:
+                    states, _ = self.model.hidden(batch.tokens, batch.segments)
+                    states.backward(self.head_gradient(states.detach().flatten(0, 1)).view_as(states))
+                    self.tokens += batch.tokens.numel()
+                    self.counts += batch.tokens.flatten().bincount(minlength=len(self.counts))
+        finally:
+            for p, required in requires_grad.items():
+                p.requires_grad_(required)
+            for handle in handles:
+                if handle is not None:
+                    handle.remove()
+
+    def watch(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle | None:
+        """Hook a module that multiplies by matrices, or looks up embeddings; None if it does neither."""
+        if isinstance(module, Lookup):
+            return module.register_forward_hook(self.lookup_hook)
+        if isinstance(module, JointProjection):
+            attention = name.rpartition(".")[0]
+            return module.register_forward_hook(self.product_hook([f"{attention}.{part}.weight" for part in "qkv"]))
+        if isinstance(module, Linear):
+            return module.register_forward_hook(self.product_hook([f"{name}.weight"]))
+        return None
+
+    def product_hook(self, names: list[str]) -> Callable[[nn.Module, tuple, Tensor], None]:
+        """A hook for a product of inputs (..., in) with these matrices, whose outputs lie side by side."""
+        sums = [self.matrices[name] for name in names]
+        widths = [len(s.rows) for s in sums]
+
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            x = args[0].detach()
+            scale = args[2] if isinstance(module, Linear) and len(args) > 2 else None
+
+            def add(gradient: Tensor) -> None:
+                if scale is not None:  # it is folded into the weight
+                    gradient = gradient * scale.to(gradient.dtype)
+                parts = gradient.flatten(0, -2).float().split(widths, -1)
+                for s, part in zip(sums, parts, strict=True):
+                    s.add(x.flatten(0, -2).float(), part)
+
+            for s in sums:
+                s.calls += 1
+            output.register_hook(add)
+
+        return hook
+
+    def lookup_hook(self, module: nn.Module, args: tuple, output: Tensor) -> None:
+        def add(gradient: Tensor) -> None:
+            g = gradient.flatten(0, -2).float()
+            self.lookup.addmm_(g.mT, g)
+
+        output.requires_grad_(True)  # the first tensor with a gradient: all that follows has one, too
+        output.register_hook(add)
+
+    @torch.no_grad()
+    def head_gradient(self, states: Tensor) -> Tensor:
+        """States before the head (T, D) -> the gradient there (T, D) of the loss with labels that the model draws.
+
+        With logits z, p their softmax and c the slope of the soft cap, the loss has the gradient c (p - onehot) at the
+        uncapped logits, and the expected second derivative c^2 p (1 - p) there."""
+        cap = self.model.head.cap
+        embedding = self.model.embed
+        gradients = []
+        for x in states.split(HEAD_CHUNK):
+            z = self.model.head.logits(x[None], embedding, None)[0]  # (chunk, V) fp32
+            slope = 1 - (z / cap).square() if cap else torch.ones_like(z)
+            p = z.softmax(-1)
+            labels = torch.multinomial(p, 1, generator=self.generator)
+            curvature = p * (1 - p) * slope.square()
+            x = x.float()
+            weighted = x * curvature.sum(1).sqrt()[:, None]
+            self.head.hessian.addmm_(weighted.mT, weighted)
+            self.head.rows += curvature.sum(0)
+            self.inputs.addmm_(x.mT, x)
+            p.scatter_add_(1, labels, torch.full_like(p[:, :1], -1.0))
+            gradients.append((p * slope) @ embedding)
+        return torch.cat(gradients).to(states.dtype)
+
+    def all_reduce(self, dist: Dist) -> None:
+        """Sum over ranks."""
+        for sums in (*self.matrices.values(), self.head):
+            dist.all_reduce(sums.hessian)
+            dist.all_reduce(sums.rows)
+        for total in (self.lookup, self.inputs, self.counts):
+            dist.all_reduce(total)
+        self.tokens = int(dist.all_reduce(torch.tensor(self.tokens)))
+
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """Of every matrix, by name. Raises UserError for one that no forward pass used."""
+        silent = [name for name, sums in self.matrices.items() if not sums.calls]
+        require(
+            silent == [],
+            f"calibration saw no input of {', '.join(silent)}: the forward pass never calls the module that owns it; "
+            "call it, or name the parameter otherwise, so that param_role makes it a scalar",
+            UserError,
+        )
+        fewest = min(sums.calls for sums in self.matrices.values())
+        found = {"embed": self.of_embedding()}
+        for name, sums in self.matrices.items():
+            factor = LOOPED_FACTOR if sums.calls > fewest else 1.0
+            rows = sums.rows / sums.rows.mean().clamp(min=1e-30)
+            found[name] = Sensitivity(factor * sums.hessian / self.tokens, rows)
+        return found
+
+    def of_embedding(self) -> Sensitivity:
+        """The embedding is used twice: as the output matrix, where a row counts as its token is predicted, and to look
+        tokens up, where a row counts as its token occurs."""
+        output = self.head.hessian / self.tokens
+        looked_up = self.lookup / self.tokens
+        total = output + looked_up
+        vocab = len(self.counts)
+        predicted = self.head.rows / self.head.rows.sum().clamp(min=1e-30)
+        counts = self.counts + 0.3  # a token that calibration never saw will occur, though rarely
+        rows = predicted * output.trace() + counts / counts.sum() * looked_up.trace()
+        return Sensitivity(total / vocab, vocab * rows / total.trace().clamp(min=1e-30), self.inputs / self.tokens)
+
+
+def calibrate(
+    model: GPT, batches: Iterable[Sequence[MicroBatch]], dist: Dist, run: RunConfig
+) -> dict[str, Sensitivity]:
+    """The sensitivity of every matrix, from the calibration text of all ranks: micro-batches of whole training rows.
+    Raises UserError for a matrix that no forward pass used."""
+    calibration = Calibration(model, run.seed * MAX_RANKS + dist.rank)
+    calibration.run(row for batch in batches for part in batch for row in split_rows(part, run.train_row_tokens))
+    calibration.all_reduce(dist)
+    return calibration.sensitivities()
+
+
+# ---- Steps: how fine each weight is stored ----
+
+EIGHTHS = (1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142136, 1.5422108, 1.6817929, 1.8340081)  # 2^(i / 8), in fp32
+GRID_LIMIT = 127  # of any number of a grid: 16 octaves
+
+
+class Grid(NamedTuple):
+    """Steps and deviations of the weights of a matrix (out, in), as whole eighths of an octave, so that they are small
+    to store and equal on every machine: entry (i, j) has the step 2^((row_steps[i] + column_steps[j]) / 8), and weights
+    there deviate by about 2^((row_sizes[i] + column_sizes[j]) / 8)."""
+
+    row_steps: np.ndarray  # (out,) int16
+    column_steps: np.ndarray  # (in,) int16
+    row_sizes: np.ndarray  # (out,) int16
+    column_sizes: np.ndarray  # (in,) int16
+
+    @property
+    def row_classes(self) -> np.ndarray:
+        """(out,) int16; the class of entry (i, j) is row_classes[i] + column_classes[j], its deviation in steps, in
+        eighths of an octave."""
+        return self.row_sizes - self.row_steps
+
+    @property
+    def column_classes(self) -> np.ndarray:
+        return self.column_sizes - self.column_steps
+
+
+def power_of_two(eighths: np.ndarray) -> np.ndarray:
+    """2^(n / 8) for integers n within 2 GRID_LIMIT -> fp32, the same bits on every machine."""
+    exponents = np.arange(-2 * GRID_LIMIT, 2 * GRID_LIMIT + 1)
+    table = np.ldexp(np.array(EIGHTHS, np.float32)[exponents % 8], exponents // 8).astype(np.float32)
+    return table[eighths + 2 * GRID_LIMIT]
+
+
+def to_eighths(octaves: Tensor) -> np.ndarray:
+    """Logarithms to base 2 -> int16 eighths of an octave, within GRID_LIMIT."""
+    return (8 * octaves).round().clamp(-GRID_LIMIT, GRID_LIMIT).to(torch.int16).cpu().numpy()
+
+
+def to_quarters(octaves: Tensor) -> np.ndarray:
+    """The same in even numbers of eighths."""
+    return 2 * (4 * octaves).round().clamp(-(GRID_LIMIT // 2), GRID_LIMIT // 2).to(torch.int16).cpu().numpy()
+
+
+def row_and_column_sizes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Deviations (out,) and (in,) whose outer product fits those of the weights (out, in)."""
+    columns = torch.ones_like(weight[0])
+    for _ in range(3):
+        rows = (weight / columns).square().mean(1).sqrt().clamp(min=1e-8)
+        columns = (weight / rows[:, None]).square().mean(0).sqrt().clamp(min=1e-4)
+    return rows, columns
+
+
+def lambert_w(y: Tensor) -> Tensor:
+    """W with W e^W = y for y >= 0, by Newton's method (Corless et al. 1996)."""
+    w = torch.log1p(y)
+    for _ in range(10):
+        e = w.exp()
+        w = w - (w * e - y) / (e * (w + 1))
+    return w
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -2622,253 +3073,614 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-def gptq(
-    weight: Tensor, hessian: Tensor, scale: Tensor, qmax: int, damping: float, block: int = 128
-) -> tuple[Tensor, float]:
-    """Integers q (r, c) int8 in +-qmax such that q * scale[:, None] does to the calibration inputs nearly what `weight`
-    (r, c) does, and the damping that it took. Columns are rounded one after another, and the error of each is spread
-    over those that follow.
+RARE_TOKEN_CAUTION = 10.0  # factor on the noise of their logits: see `MatrixPlan.row_octaves`
 
-    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), in the order of the falling diagonal of the Hessian (c, c)."""
-    order = hessian.diagonal().argsort(descending=True, stable=True)
-    w = weight.float()[:, order].clone()
-    h = hessian[order][:, order].clone()
-    dead = h.diagonal() == 0  # an input that is always zero: its weights have no effect
-    w[:, dead] = 0
-    h.diagonal()[dead] = 1
-    upper, damping = inverse_factor(h, damping)
 
-    q = torch.empty_like(w)
-    for start in range(0, w.size(1), block):
-        end = min(start + block, w.size(1))
+class MatrixPlan:
+    """One matrix, ready to be rounded: its steps up to the factor of the network, and the factor that spreads errors.
+
+    With U the upper Cholesky factor of the damped inverse Hessian, in the order in which columns are rounded, an error
+    e in column j costs (e / U_jj)^2 of what no later column can mend, times the weight b_i of its row. Equal costs for
+    equal bits ask for steps proportional to U_jj / sqrt(b_i)."""
+
+    def __init__(self, weight: Tensor, sensitivity: Sensitivity, damping: float, noise: float):
+        """`noise` is the variance of a rounding error, in squared steps."""
+        hessian = sensitivity.hessian
+        if not hessian.any():  # nothing that this matrix computes matters
+            hessian = torch.eye(len(hessian), device=hessian.device)
+        self.weight = weight
+        self.order = hessian.diagonal().argsort(descending=True, stable=True)
+        self.upper, self.damping = inverse_factor(hessian[self.order][:, self.order], damping)
+        column_octaves = torch.empty_like(weight[0])
+        column_octaves[self.order] = self.upper.diagonal().log2()
+        self.level = column_octaves.median()  # it goes to the rows, so that columns have small numbers
+        column_octaves -= self.level
+        self.column_steps = to_eighths(column_octaves)
+        self.rows = sensitivity.rows.clamp(min=1e-6)
+        row_sizes, column_sizes = row_and_column_sizes(weight)
+        self.row_sizes = to_quarters(row_sizes.log2())  # classes are no finer
+        self.column_sizes = to_quarters(column_sizes.log2())
+
+        # Finer ones would ask for integers that are too large, also after the errors of other columns were spread.
+        largest = (weight.abs() / column_octaves.exp2()).amax(1)
+        self.finest_row_octaves = (largest.clamp(min=1e-30) / (0.75 * LARGEST_INTEGER)).log2()
+
+        self.spread = 0.0
+        if sensitivity.inputs is not None:
+            inputs = sensitivity.inputs[self.order][:, self.order]
+            explained = (self.upper @ inputs @ self.upper.mT).trace()  # tr((H + damping)^-1 E[x x^T])
+            self.spread = RARE_TOKEN_CAUTION * noise * float(explained)
+
+    def row_octaves(self, octave: float) -> Tensor:
+        """log2 of the rows' part of the steps, (out,), where 2^octave is the factor of the network.
+
+        The cost of an error is quadratic only while it is small. Noise of variance v on the logit of a rare token of
+        probability P costs P (e^(v/2) - 1): minimising bits and that cost together, where v grows with the squared
+        step, bounds the steps of rare tokens by Lambert's W."""
+        octaves = octave + self.level - 0.5 * self.rows.log2()
+        if self.spread:
+            x = self.spread * 4.0**octave / self.rows
+            octaves = octaves + 0.5 * (2 * lambert_w(x / 2) / x).log2()
+        return octaves
+
+    def grid(self, octave: float) -> Grid:
+        row_octaves = torch.maximum(self.row_octaves(octave), self.finest_row_octaves)
+        return Grid(to_eighths(row_octaves), self.column_steps, self.row_sizes, self.column_sizes)
+
+
+# ---- Rounding: to nearest, or along a trellis ----
+
+TRELLISES = {8: (0o13, 0o4), 32: (0o45, 0o10)}  # {states: (h0, h1)}, parity checks
+SEGMENT = 512  # rows of a column that one path through the trellis covers
+# Below this class, weights deviate by less than a quarter of a step: a path would force odd integers on them.
+SILENT_CLASS = -16
+LARGEST_INTEGER = 4095  # columns of the embedding with large inputs have much finer steps than the others
+
+
+class Trellis(NamedTuple):
+    """Which integers may follow which, down a column: in a state, only even or only odd ones, and the integer decides
+    the next state. Integers that are allowed lie two steps apart, but a path is free to choose among states, so that
+    it comes nearer to the weights than rounding to a grid as coarse: it saves up to 0.2 bits a weight.
+
+    Entropy-coded trellis-coded quantisation (Marcellin & Fischer 1990; Fischer & Wang 1992) with Ungerboeck's codes
+    (1982) in systematic feedback form. 0 states: every integer may follow every other, which is rounding."""
+
+    states: int
+
+    @property
+    def noise(self) -> float:
+        """Variance of the rounding error, in squared steps."""
+        return 0.259 if self.states else 1 / 12
+
+    def advance(self, state: np.ndarray, bit: np.ndarray) -> np.ndarray:
+        """The state after `state` when the integer k had bit 1 of k as `bit`; arrays of uint8."""
+        h0, h1 = TRELLISES[self.states]
+        return (state >> 1) ^ ((state & 1) * (h0 >> 1)) ^ (bit * (h1 >> 1))
+
+    def predecessors(self) -> Tensor:
+        """(2, states) int64: from which state one comes to each state by an integer whose bit 1 is 0, and 1.
+
+        All that lead to a state have the parity that is the state's highest bit."""
+        h0, h1 = TRELLISES[self.states]
+        state = torch.arange(self.states)
+        parity = state // (self.states // 2)
+        came = [state ^ (parity * (h0 >> 1)) ^ (bit * (h1 >> 1)) for bit in (0, 1)]
+        return torch.stack([(s << 1 | parity) & (self.states - 1) for s in came])
+
+
+def nearest_in_coset(v: Tensor, coset: Tensor) -> Tensor:
+    """The integer nearest to v whose remainder by 4 is `coset`."""
+    return coset + 4 * torch.floor((v - coset) / 4 + 0.5)
+
+
+def viterbi_reference(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
+    """The allowed integers (n, L) fp32 whose squared distance to v (n, L) is least, for n columns of L rows; zeros
+    where `live` (n, L) is false, which leave the state alone. What `viterbi_kernel` computes.
+
+    Viterbi 1967: the cheapest path to each state, row by row, then back along the choices."""
+    n, L = v.shape
+    states = trellis.states
+    before = trellis.predecessors().to(v.device)  # (2, states)
+    parity = torch.arange(states, device=v.device) // (states // 2)  # of the integer that led to a state
+    cosets = torch.arange(4, device=v.device)
+    distance = (v[..., None] - nearest_in_coset(v[..., None], cosets)).square()  # (n, L, 4)
+
+    cost = torch.full((n, states), 1e30, device=v.device)
+    cost[:, 0] = 0.0
+    chosen = torch.zeros(L, n, states, dtype=torch.bool, device=v.device)
+    for i in range(L):
+        paths = [cost[:, before[bit]] + distance[:, i, parity + 2 * bit] for bit in (0, 1)]
+        chosen[i] = paths[1] < paths[0]
+        cost = torch.where(live[:, i, None], torch.minimum(*paths), cost)
+
+    integers = torch.zeros_like(v)
+    state = cost.argmin(1)
+    for i in reversed(range(L)):
+        bit = chosen[i].gather(1, state[:, None])[:, 0].long()
+        k = nearest_in_coset(v[:, i], parity[state] + 2 * bit)
+        integers[:, i] = torch.where(live[:, i], k, 0.0)
+        state = torch.where(live[:, i], before[bit, state], state)
+    return integers
+
+
+def round_columns(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
+    """Columns of matrices (n, out), in steps -> integers (n, out) fp32, of which every path covers SEGMENT rows."""
+    if not trellis.states:
+        return v.round()
+    n, rows = v.shape
+    padding = -rows % SEGMENT if rows > SEGMENT else 0
+    if padding:
+        v = F.pad(v, (0, padding))
+        live = F.pad(live, (0, padding))
+    length = min(rows, SEGMENT)
+    search = viterbi if use_kernels(v) else viterbi_reference
+    integers = search(v.reshape(-1, length).contiguous(), live.reshape(-1, length).contiguous(), trellis)
+    return integers.view(n, rows + padding)[:, :rows]
+
+
+def gptq(plans: Sequence[MatrixPlan], grids: Sequence[Grid], trellis: Trellis, block: int = 128) -> list[np.ndarray]:
+    """Integers (out, in) int16 of n matrices of one shape, which times their steps do to the calibration inputs nearly
+    what the weights do. Columns are rounded one after another, and the error of each is spread over those that follow.
+
+    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), in the order of the falling diagonal of the Hessian."""
+    device = plans[0].weight.device
+
+    def stack(parts: Iterable[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(list(parts))).to(device)
+
+    orders = [plan.order for plan in plans]
+    upper = torch.stack([plan.upper for plan in plans])  # (n, in, in)
+    w = torch.stack(
+        [plan.weight.float()[:, order].mT for plan, order in zip(plans, orders, strict=True)]
+    )  # (n, in, out)
+    row_steps = stack(power_of_two(grid.row_steps) for grid in grids)  # (n, out)
+    column_steps = stack(power_of_two(grid.column_steps) for grid in grids)  # (n, in)
+    column_steps = torch.stack([steps[order] for steps, order in zip(column_steps, orders, strict=True)])
+    row_classes = stack(grid.row_classes for grid in grids)
+    column_classes = torch.stack(
+        [torch.from_numpy(grid.column_classes).to(device)[order] for grid, order in zip(grids, orders, strict=True)]
+    )
+
+    integers = torch.empty(w.shape, dtype=torch.int16, device=device)
+    columns = w.size(1)
+    for start in range(0, columns, block):
+        end = min(start + block, columns)
         errors = torch.empty_like(w[:, start:end])
         for j in range(start, end):
-            q[:, j] = (w[:, j] / scale).round().clamp(-qmax, qmax)
-            error = (w[:, j] - q[:, j] * scale) / upper[j, j]
-            w[:, j:end].addr_(error, upper[j, j:end], alpha=-1)
+            steps = row_steps * column_steps[:, j, None]  # (n, out)
+            live = row_classes + column_classes[:, j, None] >= SILENT_CLASS
+            v = (w[:, j] / steps).clamp(3 - LARGEST_INTEGER, LARGEST_INTEGER - 3)  # a trellis may go up by 3
+            k = round_columns(v, live, trellis)
+            integers[:, j] = k.to(torch.int16)
+            error = (w[:, j] - k * steps) / upper[:, j, j, None]
             errors[:, j - start] = error
-        w[:, end:] -= errors @ upper[start:end, end:]
-    return q[:, order.argsort()].to(torch.int8), damping
+            w[:, j + 1 : end].baddbmm_(upper[:, j, j + 1 : end, None], error[:, None], alpha=-1)
+        w[:, end:].baddbmm_(upper[:, start:end, end:].mT, errors, alpha=-1)
+
+    natural = [k[order.argsort()].mT for k, order in zip(integers, orders, strict=True)]
+    return [k.cpu().contiguous().numpy() for k in natural]
 
 
-class RowQuantiser:
-    """How matrices are rounded and stored: integers in +-qmax, and a step for every row, chosen so that +-qmax stands
-    for +-clip standard deviations of the row.
-
-    A matrix NAME (out, in) is stored as NAME, its integers (in, out) int8, and NAME.scale, the steps (out,) fp16.
-    Integers are transposed, so that those of a column, which are similarly distributed, lie together for zstd. Nothing
-    else knows this layout: another quantiser is another class with these methods, which `Quantiser` then names."""
-
-    def __init__(self, run: RunConfig, clip_scale: float = 1.0):
-        self.run = run
-        self.largest_damping = run.gptq_damping  # that a matrix took
-        self.clip_scale = clip_scale  # common factor on the ranges of all matrices, by which the fit meets the bytes
-
-    # ---- the grid ----
-
-    def qmax(self, name: str) -> int:
-        bits = self.run.embed_bits if param_role(name) == "embedding" else self.run.matrix_bits
-        return 2 ** (bits - 1) - 1
-
-    def clip(self, name: str) -> float:
-        """Standard deviations of a row that +-qmax stands for."""
-        clip = self.run.attn_clip_sigmas
-        if param_role(name) == "embedding":
-            clip = self.run.embed_clip_sigmas
-        elif ".mlp." in name:
-            clip = self.run.mlp_clip_sigmas
-        return clip * self.clip_scale
-
-    def steps(self, name: str, weight: Tensor) -> Tensor:
-        """Step of every row (out,) fp16; at least the smallest normal fp16, so that no row divides by zero."""
-        steps = self.clip(name) * weight.float().std(1) / self.qmax(name)
-        return steps.clamp(2.0**-14, 65504).half()
-
-    # ---- what is stored ----
-
-    @staticmethod
-    def layout(name: str, shape: torch.Size) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """The stored tensors of a matrix of this shape: {name: (type, shape)}."""
-        return {name: (torch.int8, shape[::-1]), f"{name}.scale": (torch.float16, shape[:1])}
-
-    def encode(self, name: str, weight: Tensor, hessian: Tensor) -> dict[str, Tensor]:
-        """A matrix (out, in) and the Hessian of its inputs (in, in) -> its stored tensors."""
-        steps = self.steps(name, weight)
-        q, damping = gptq(weight, hessian, steps.float(), self.qmax(name), self.run.gptq_damping)
-        self.largest_damping = max(self.largest_damping, damping)
-        return {name: q.mT.contiguous(), f"{name}.scale": steps}
-
-    @staticmethod
-    def decode(name: str, stored: Mapping[str, Tensor]) -> Tensor:
-        """The stored tensors of a matrix -> the matrix (out, in) fp32."""
-        return stored[name].mT.float() * stored[f"{name}.scale"].float()[:, None]
-
-    @staticmethod
-    def kind_of(stored_name: str) -> str:
-        """Which kind of bytes a stored tensor is, for reports."""
-        if stored_name.endswith(".scale"):
-            return "scales"
-        role = param_role(stored_name)
-        if role != "matrix":
-            return role
-        return "mlp" if ".mlp." in stored_name else "attention"
-
-    # ---- what it costs ----
-
-    @staticmethod
-    def fixed_bytes(shape: torch.Size) -> int:
-        """Bytes of a matrix that no range changes."""
-        return 2 * shape[0]
-
-    def entropy_bytes(self, name: str, weight: Tensor) -> float:
-        """Bytes of a matrix at the entropy of its integers, which are rounded to nearest here, with its steps."""
-        qmax = self.qmax(name)
-        q = (weight / self.steps(name, weight).float()[:, None]).round().clamp(-qmax, qmax)
-        counts = (q + qmax).to(torch.int64).flatten().bincount(minlength=2 * qmax + 1)
-        p = counts.double() / weight.numel()
-        bits = float(-(p * p.clamp(min=1e-300).log2()).sum())
-        return bits * weight.numel() / 8 + self.fixed_bytes(weight.shape)
-
-    def gaussian_bytes(self, name: str, shape: torch.Size) -> float:
-        """The same for a matrix of Gaussian weights: an integer has log2(sqrt(2 pi e) qmax / clip) bits."""
-        bits = 2.047 - math.log2(self.clip(name) / self.qmax(name))
-        return shape.numel() * bits / 8 + self.fixed_bytes(shape)
+# ---- Storage: grids and integers as streams of the entropy coder ----
 
 
-Quantiser = RowQuantiser  # the one in use: all that follows asks it, and names no other
+class Matrices(NamedTuple):
+    """All matrices of a network as an artifact holds them, by name."""
+
+    integers: dict[str, np.ndarray]  # (out, in) int16
+    grids: dict[str, Grid]
+
+    def restore(self, name: str) -> Tensor:
+        """The matrix (out, in) fp32: integers times steps."""
+        grid = self.grids[name]
+        steps = power_of_two(grid.row_steps[:, None].astype(np.int64) + grid.column_steps)
+        return torch.from_numpy(self.integers[name] * steps)
 
 
-def entropy_bytes(weights: Mapping[str, Tensor], quantiser: Quantiser) -> float:
-    """Bytes of all these matrices, at the entropy of their integers."""
-    return sum(quantiser.entropy_bytes(name, w) for name, w in weights.items())
+Shapes = Mapping[str, tuple[int, int]]  # (out, in) of every matrix
+ALPHABET = 2 * LARGEST_INTEGER + 2  # symbols: integers, moved so that none is negative
+CLASSES = 48  # of integers, a quarter of an octave each, silent ones apart; the last holds all that deviate more
+CONTEXTS = 2 * CLASSES  # a table for each class and parity of the integer
 
 
-def fit_clip_scale(weights: Mapping[str, Tensor], run: RunConfig, budget: float) -> float:
-    """The smallest common factor on all ranges whose entropy fits the budget (bytes); no range goes below the floor."""
-    low = run.quant_clip_floor / min(run.attn_clip_sigmas, run.mlp_clip_sigmas, run.embed_clip_sigmas)
-    high = 64.0
-    if entropy_bytes(weights, Quantiser(run, low)) <= budget:
-        return low
-    for _ in range(14):
-        middle = math.sqrt(low * high)
-        if entropy_bytes(weights, Quantiser(run, middle)) <= budget:
-            high = middle
-        else:
-            low = middle
-    return high
+class Strip(NamedTuple):
+    """SEGMENT rows of a matrix, or what is left of them: what one path through the trellis covers, in each column."""
+
+    name: str
+    start: int  # its first row
 
 
-@torch.no_grad()
-def quantise(model: GPT, hessians: Mapping[str, Tensor], quantiser: Quantiser, dist: Dist) -> dict[str, Tensor]:
-    """What an artifact stores: every matrix as the quantiser encodes it, every scalar parameter as fp16. Ranks share
-    the work by matrix, largest first; what a rank does not encode it has as zeros, and the sum over ranks is exact."""
-    stored: dict[str, Tensor] = {}
-    by_size = sorted(model.named_parameters(), key=lambda item: -item[1].numel())
-    for i, (name, p) in enumerate(by_size):
-        if param_role(name) == "scalar":
-            stored[name] = p.detach().half()
-        elif i % dist.world == dist.rank:
-            stored |= quantiser.encode(name, p, hessians[name])
-        else:
-            for part, (dtype, shape) in quantiser.layout(name, p.shape).items():
-                stored[part] = torch.zeros(shape, dtype=dtype, device=p.device)
-
-    for name, p in by_size:
-        if param_role(name) != "scalar":
-            for part in quantiser.layout(name, p.shape):
-                stored[part] = dist.all_reduce(stored[part])
-    return dict(sorted(stored.items()))
+def strips_by_height(shapes: Shapes) -> dict[int, list[Strip]]:
+    """All strips of the matrices; those of one height are coded side by side, row by row."""
+    strips: dict[int, list[Strip]] = {}
+    for name in sorted(shapes):
+        rows = shapes[name][0]
+        for start in range(0, rows, SEGMENT):
+            strips.setdefault(min(SEGMENT, rows - start), []).append(Strip(name, start))
+    return dict(sorted(strips.items()))
 
 
-Layout = dict[str, tuple[torch.dtype, torch.Size]]  # {name of a stored tensor: (type, shape)}
+class Walk:
+    """Down the rows of strips of one height, side by side, for encoder and decoder alike: gives the context in which
+    each integer of a row is coded, and turns integers into symbols and back.
+
+    In a state of the trellis all integers are even, or all are odd: symbol s stands for 2 s + parity."""
+
+    def __init__(self, strips: Sequence[Strip], height: int, grids: Mapping[str, Grid], trellis: Trellis):
+        self.trellis = trellis
+        self.column_classes = np.concatenate([grids[strip.name].column_classes for strip in strips])  # (C,)
+        self.row_classes = np.stack(  # (height, strips)
+            [grids[strip.name].row_classes[strip.start : strip.start + height] for strip in strips], 1
+        )
+        widths = [len(grids[strip.name].column_classes) for strip in strips]
+        self.strip_of_column = np.repeat(np.arange(len(strips)), widths)  # (C,)
+        self.state = np.zeros(len(self.column_classes), np.uint8)  # of the trellis in every column
+        self.silent = np.zeros(len(self.column_classes), bool)
+
+    def contexts(self, row: int) -> np.ndarray:
+        """The contexts of the integers of a row (C,) int16; rows come one after another."""
+        classes = self.row_classes[row].take(self.strip_of_column) + self.column_classes
+        self.silent = classes < SILENT_CLASS
+        quarter_octaves = (classes - SILENT_CLASS) >> 1
+        contexts = 2 * np.clip(quarter_octaves + 1, 0, CLASSES - 1)
+        if self.trellis.states:
+            contexts[self.silent] = 0  # the path goes on below as if they were not there
+            contexts += np.where(self.silent, 0, self.state & 1)
+        return contexts
+
+    def to_symbols(self, integers: np.ndarray) -> np.ndarray:
+        """Integers of the row whose contexts were asked for last (C,) -> symbols (C,); the walk goes on behind them."""
+        if not self.trellis.states:
+            return integers + (LARGEST_INTEGER + 1)
+        halves = np.where(self.silent, 0, integers - (self.state & 1)) >> 1
+        self._go_on(halves)
+        return halves + (LARGEST_INTEGER + 1)
+
+    def to_integers(self, symbols: np.ndarray) -> np.ndarray:
+        """The inverse of `to_symbols`."""
+        halves = symbols - (LARGEST_INTEGER + 1)
+        if not self.trellis.states:
+            return halves
+        integers = np.where(self.silent, 0, 2 * halves + (self.state & 1))
+        self._go_on(halves)
+        return integers
+
+    def _go_on(self, halves: np.ndarray) -> None:
+        following = self.trellis.advance(self.state, (halves & 1).astype(np.uint8))
+        self.state = np.where(self.silent, self.state, following)
 
 
-def expected_layout(config: ModelConfig) -> Layout:
-    """What `quantise` stores of this network."""
-    with torch.device("meta"):  # takes no memory
-        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
-    expected: Layout = {}
-    for name, shape in shapes.items():
-        if param_role(name) == "scalar":
-            expected[name] = torch.float16, shape
-        else:
-            expected |= Quantiser.layout(name, shape)
-    return expected
+def integer_symbols(matrices: Matrices, trellis: Trellis) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The integers of all matrices as the encoder is given them, row by row: symbols (C,) and their contexts (C,)."""
+    shapes = {name: k.shape for name, k in matrices.integers.items()}
+    for height, strips in strips_by_height(shapes).items():
+        walk = Walk(strips, height, matrices.grids, trellis)
+        side_by_side = [matrices.integers[strip.name][strip.start : strip.start + height] for strip in strips]
+        for row, integers in enumerate(np.concatenate(side_by_side, 1)):
+            contexts = walk.contexts(row)
+            yield walk.to_symbols(integers).astype(np.int16), contexts
 
 
-def check_layout(config: ModelConfig, found: Layout, what: str) -> None:
-    """Names, types and shapes must be those that `quantise` stores of this network. Raises DataError."""
-    require_layout(expected_layout(config), found, what)
+def decode_integers(stream: bytes, tables: bytes, grids: Mapping[str, Grid], trellis: Trellis) -> dict[str, np.ndarray]:
+    """What `integer_symbols` gave, from its stream -> {name: (out, in) int16}. Raises DataError."""
+    decoder = RansDecoder(stream, FrequencyTables.from_bytes(tables, CONTEXTS, ALPHABET))
+    shapes = {name: (len(grid.row_steps), len(grid.column_steps)) for name, grid in grids.items()}
+    integers = {name: np.empty(shape, np.int16) for name, shape in shapes.items()}
+    for height, strips in strips_by_height(shapes).items():
+        walk = Walk(strips, height, grids, trellis)
+        rows = np.empty((height, len(walk.column_classes)), np.int16)
+        for row in range(height):
+            rows[row] = walk.to_integers(decoder.take(walk.contexts(row)))
+        ends = np.cumsum([shapes[strip.name][1] for strip in strips])[:-1]
+        for strip, part in zip(strips, np.split(rows, ends, 1), strict=True):
+            integers[strip.name][strip.start : strip.start + height] = part
+    decoder.finish()
+    return integers
 
 
-def require_layout(expected: Layout, found: Layout, what: str) -> None:
-    """A file must hold these tensors and no others. Raises DataError, which names the first that differs."""
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        raise DataError(f"{what}: {printable(name, 60)} is {found.get(name)}, expected {expected.get(name)}")
+PREFIX = "matrices."  # of the names of stored tensors
 
 
-@torch.no_grad()
-def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
-    """The model, filled with what `quantise` stored. Raises DataError, which names the file `what`."""
-    check_layout(model.config, {name: (t.dtype, t.shape) for name, t in stored.items()}, what)
-    for name, p in model.named_parameters():
-        p.copy_(stored[name] if param_role(name) == "scalar" else Quantiser.decode(name, stored))
-        require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
-    return model
+def encode_matrices(matrices: Matrices, trellis: Trellis) -> dict[str, Tensor]:
+    """What an artifact stores of all matrices: their grids, and their integers by the entropy coder."""
+    calls = list(integer_symbols(matrices, trellis))
+    pairs = np.concatenate([contexts.astype(np.int32) * ALPHABET + symbols for symbols, contexts in calls])
+    counts = np.bincount(pairs, minlength=CONTEXTS * ALPHABET)  # once: call by call, it would take seconds
+    tables = FrequencyTables.from_counts(counts.reshape(CONTEXTS, ALPHABET))
+    encoder = RansEncoder(tables)
+    for symbols, contexts in calls:
+        encoder.put(symbols, contexts)
+
+    stored = {
+        "integers": np.frombuffer(encoder.finish(), np.uint8),
+        "integer_tables": np.frombuffer(tables.to_bytes(), np.uint8),
+        "trellis": np.array([trellis.states], np.uint8),
+    }
+    for part in Grid._fields:
+        numbers = [getattr(matrices.grids[name], part) for name in sorted(matrices.grids)]
+        stored[part] = np.concatenate(numbers).astype(np.int8)
+    return {PREFIX + name: torch.from_numpy(array.copy()) for name, array in stored.items()}
+
+
+def layout_of_matrices(shapes: Shapes, found: Layout, what: str) -> Layout:
+    """What `encode_matrices` stores of matrices of these shapes, with coded integers of as many bytes as were
+    found. Raises DataError where so few cannot hold so many weights: a small file could claim a network of any size."""
+
+    def bytes_of(name: str) -> int:
+        _, shape = found.get(PREFIX + name, (None, torch.Size()))
+        return shape.numel()
+
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    require(
+        LEAST_BITS * weights <= 8 * bytes_of("integers") + SMALL_NETWORK,
+        f"{what}: its configuration has {weights} weights, which {bytes_of('integers')} bytes cannot hold",
+        DataError,
+    )
+    all_rows = sum(rows for rows, _ in shapes.values())
+    all_columns = sum(columns for _, columns in shapes.values())
+    layout = {"integers": bytes_of("integers"), "integer_tables": bytes_of("integer_tables"), "trellis": 1}
+    layout = {name: (torch.uint8, torch.Size([size])) for name, size in layout.items()}
+    for part, size in zip(Grid._fields, (all_rows, all_columns, all_rows, all_columns), strict=True):
+        layout[part] = torch.int8, torch.Size([size])
+    return {PREFIX + name: entry for name, entry in layout.items()}
+
+
+def decode_matrices(stored: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
+    """What `encode_matrices` stored of matrices of these shapes -> {name: (out, in) fp32}. Raises DataError."""
+    states = int(stored[PREFIX + "trellis"])
+    require(states == 0 or states in TRELLISES, f"a trellis of {states} states", DataError)
+    names = sorted(shapes)
+    parts = []  # of all grids, matrix by matrix
+    for part, side in zip(Grid._fields, (0, 1, 0, 1), strict=True):
+        ends = np.cumsum([shapes[name][side] for name in names])
+        numbers = stored[PREFIX + part].numpy().astype(np.int16)
+        require(int(np.abs(numbers).max()) <= GRID_LIMIT, f"{part} beyond {GRID_LIMIT}", DataError)
+        parts.append(np.split(numbers, ends[:-1]))
+    grids = {name: Grid(*numbers) for name, numbers in zip(names, zip(*parts, strict=True), strict=True)}
+
+    stream = stored[PREFIX + "integers"].numpy().tobytes()
+    tables = stored[PREFIX + "integer_tables"].numpy().tobytes()
+    integers = decode_integers(stream, tables, grids, Trellis(states))
+    matrices = Matrices(integers, grids)
+    return {name: matrices.restore(name) for name in shapes}
+
+
+# ---- The fit to the limit of bytes ----
+
+
+class Quantiser:
+    """Rounds all matrices of a network, as finely as a given factor of all steps says; see the room's beginning.
+
+    Ranks share the work: each prepares and rounds some matrices of every shape."""
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], sensitivities: Mapping[str, Sensitivity], run: RunConfig, dist: Dist
+    ):
+        self.dist = dist
+        self.weights = sum(w.numel() for w in weights.values())
+        self.trellis = Trellis(trellis_states(run, self.weights))
+        self.shapes = {name: tuple(weights[name].shape) for name in sorted(weights)}
+        by_shape: dict[tuple[int, int], list[str]] = {}
+        for name, shape in self.shapes.items():
+            by_shape.setdefault(shape, []).append(name)
+
+        # This rank's: {shape: {name: plan}}
+        self.plans = {
+            shape: {
+                name: MatrixPlan(weights[name], sensitivities[name], run.gptq_damping, self.trellis.noise)
+                for name in names[dist.rank :: dist.world]
+            }
+            for shape, names in by_shape.items()
+        }
+        damping = max((plan.damping for plans in self.plans.values() for plan in plans.values()), default=0.0)
+        self.largest_damping = dist.all_reduce_max(damping)
+
+    def round(self, octave: float) -> Matrices:
+        """All matrices, rounded where the factor of all steps is 2^octave; the same on every rank."""
+        grids = self.grids(octave)
+        rounded: dict[str, np.ndarray] = {}
+        for plans in self.plans.values():
+            if plans:
+                integers = gptq(list(plans.values()), [grids[name] for name in plans], self.trellis)
+                rounded |= zip(plans, integers, strict=True)
+        return Matrices(self._from_all_ranks(rounded, self.shapes), grids)
+
+    def grids(self, octave: float) -> dict[str, Grid]:
+        """The grids of all matrices where the factor of all steps is 2^octave; the same on every rank."""
+        own: dict[str, np.ndarray] = {}
+        for plans in self.plans.values():
+            for name, plan in plans.items():
+                own[name] = np.concatenate(plan.grid(octave))
+        everyone = self._from_all_ranks(own, {name: (2 * sum(shape),) for name, shape in self.shapes.items()})
+        return {
+            name: Grid(*np.split(everyone[name], np.cumsum([rows, columns, rows])))
+            for name, (rows, columns) in self.shapes.items()
+        }
+
+    def _from_all_ranks(self, own: Mapping[str, np.ndarray], shapes: Mapping[str, tuple]) -> dict[str, np.ndarray]:
+        """The arrays of small integers that each rank made, of these shapes -> all of them, int16, on every rank."""
+        flat = [own[name].ravel() if name in own else np.zeros(math.prod(shapes[name]), np.int16) for name in shapes]
+        total = torch.from_numpy(np.concatenate(flat).astype(np.int32)).to(self.dist.device)  # NCCL knows no int16
+        total = self.dist.all_reduce(total).cpu().numpy().astype(np.int16)
+        parts = np.split(total, np.cumsum([len(part) for part in flat])[:-1])
+        return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+
+    def first_guess(self, bits: float) -> float:
+        """The octave at which integers have so many bits on average, if weights are Gaussian and steps small: one whose
+        weight deviates by 2^c steps has c + log2(sqrt(2 pi e)) bits, and one less where a trellis excludes every other
+        integer."""
+        octave = -10.0
+        for _ in range(4):  # of steps that follow the octave but for those of rare tokens
+            excess = -bits + 0.5 * math.log2(2 * math.pi * math.e) - (self.trellis.states > 0)
+            for name, grid in self.grids(octave).items():
+                share = math.prod(self.shapes[name]) / self.weights
+                excess += share * (grid.row_classes.mean() + grid.column_classes.mean()) / 8
+            octave += excess
+        return octave
+
+
+TRELLIS_MIN_WEIGHTS = 8_000_000  # a smaller network has bits enough, and a CPU without a compiler is spared the search
+
+
+def trellis_states(run: RunConfig, weights: int) -> int:
+    """States of the trellis for a network of so many weights in matrices."""
+    if run.trellis_states == "auto":
+        return 32 if weights >= TRELLIS_MIN_WEIGHTS else 0
+    return int(run.trellis_states)
+
+
+# ---- The artifact ----
+
+ENOUGH_BITS = 6.0  # a weight, on average: finer steps would change nothing, even where ARTIFACT_BYTES has room for them
+LEAST_BITS = 1.0  # a weight: with fewer, the model is too large for the limit, or a file claims too large a model
+GRID_BYTES = 0.6  # about, of each row and column
+FIT = 0.9995  # of the limit is aimed at, so that the noise of rounding does not pass it
+FIT_TOLERANCE = 0.001  # of the limit may stay unused
+MAX_ROUNDINGS = 5  # the first follows a guess, the second usually fits
+
+
+class Budget(NamedTuple):
+    """Bytes of an artifact, without the code."""
+
+    limit: int
+    fixed: float  # about what all but the integers takes
+    weights: int  # numbers in matrices
+
+    @classmethod
+    def of(cls, model: GPT, run: RunConfig) -> Budget:
+        parameters = [(param_role(name), p) for name, p in model.named_parameters()]
+        scalars = sum(p.numel() for role, p in parameters if role == "scalar")
+        rows_and_columns = sum(sum(p.shape) for role, p in parameters if role != "scalar")
+        weights = sum(p.numel() for role, p in parameters if role != "scalar")
+        fixed = 2 * scalars + GRID_BYTES * rows_and_columns
+        return cls(run.artifact_bytes - len(code()), fixed, weights)
+
+    @property
+    def goal(self) -> float:
+        """What is aimed at: the limit, or less where finer steps would change nothing."""
+        return min(FIT * self.limit, self.fixed + ENOUGH_BITS * self.weights / 8)
+
+    def accepts(self, size: int) -> bool:
+        """Whether an artifact fits, and wastes little that it could use."""
+        return size <= self.limit and (size >= (1 - FIT_TOLERANCE) * self.limit or self.goal < FIT * self.limit)
+
+    @property
+    def least(self) -> float:
+        """With a limit below this, the model is too large."""
+        return self.fixed + LEAST_BITS * self.weights / 8
 
 
 def make_artifact(
     model: GPT,
-    hessians: Mapping[str, Tensor],
+    sensitivities: Mapping[str, Sensitivity],
     run: RunConfig,
     dist: Dist,
     watch: Stopwatch,
     provenance: Mapping[str, Any],
     log: Log,
+    rehearsal: bool = False,
 ) -> bytes:
     """Quantise and pack into ARTIFACT_BYTES, code included -> the artifact (b"" on all ranks but the first).
 
-    Ranges are fitted to an estimate of the packed size, which is corrected once by the size that came out. Raises
-    UserError if the second attempt does not fit either."""
+    The size corrects the factor of all steps for another rounding until it is accepted. Raises UserError where nothing
+    fits. A rehearsal rounds once, and takes what comes."""
+    budget = Budget.of(model, run)
     meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **provenance}
-    weights = {name: p.detach() for name, p in model.named_parameters() if param_role(name) != "scalar"}
-    scalar_bytes = 2 * sum(p.numel() for name, p in model.named_parameters() if param_role(name) == "scalar")
-    limit = run.artifact_bytes - len(code())
-    budget = (limit * 0.999 - scalar_bytes) / 1.025  # zstd's Huffman codes and GPTQ's wider integers cost 2.5 % more
-    size = 0
-    for attempt in (1, 2):
+    with watch.phase("quantise"):
+        weights = {name: p.detach().float() for name, p in model.named_parameters() if param_role(name) != "scalar"}
+        scalars = {name: p.detach().half() for name, p in model.named_parameters() if param_role(name) == "scalar"}
+        quantiser = Quantiser(weights, sensitivities, run, dist)
+        octave = quantiser.first_guess(8 * (budget.goal - budget.fixed) / budget.weights)
+    if quantiser.largest_damping > run.gptq_damping:
+        line = "damping: a Hessian is not positive definite with GPTQ_DAMPING, which was raised to {damping:g} for it"
+        log.event("damping", line, damping=quantiser.largest_damping)
+
+    tried: list[tuple[float, int]] = []  # (octave, bytes)
+    for attempt in range(1, MAX_ROUNDINGS + 1):
         with watch.phase("quantise"):
-            clip_scale = fit_clip_scale(weights, run, budget)
-            quantiser = Quantiser(run, clip_scale)
-            stored = quantise(model, hessians, quantiser, dist)
-            estimate = entropy_bytes(weights, quantiser)
-            damping = dist.all_reduce_max(quantiser.largest_damping)
-        if damping > run.gptq_damping:
-            line = (
-                "damping: a Hessian is not positive definite with GPTQ_DAMPING, which was raised to {damping:g} for it"
-            )
-            log.event("damping", line, damping=damping)
+            matrices = quantiser.round(octave)
         with watch.phase("pack"):
-            blob = pack(meta, stored, level=22) if dist.main else b""
+            blob = pack(meta, scalars | encode_matrices(matrices, quantiser.trellis), level=22) if dist.main else b""
             size = int(dist.broadcast(len(blob))[0])
-        log.event(
-            "pack",
-            "pack {attempt}: ranges x{clip_scale:.4f}, {artifact_bytes} bytes, "
-            "entropy of rounded weights {entropy_bytes:.0f} bytes",
-            attempt=attempt,
-            clip_scale=clip_scale,
-            artifact_bytes=size,
-            entropy_bytes=estimate,
-        )
-        if size <= limit:
+        line = "pack {attempt}: {artifact_bytes} bytes, {bits:.4f} bits a weight, steps finer by {fineness:.4f} octaves"
+        bits = 8 * (size - budget.fixed) / budget.weights
+        log.event("rounding", line, attempt=attempt, fineness=-octave, artifact_bytes=size, bits=bits)
+        if rehearsal or budget.accepts(size) or (size <= budget.limit and attempt > 2):
             return blob
-        budget = (limit - (size - estimate)) * 0.998 - 500  # the overhead will be about the same next time
+        tried.append((octave, size))
+        aim = (1 - FIT_TOLERANCE * (attempt - 1)) * budget.goal  # less each time: the noise of rounding may be larger
+        octave += (size - aim) / bytes_an_octave(tried, budget.weights / 8)
     raise UserError(
-        f"the artifact of {size} bytes and {len(code())} bytes of code are {size - limit} bytes over "
-        f"ARTIFACT_BYTES={run.artifact_bytes}: lower *_BITS or use a smaller model"
+        f"the artifact of {size} bytes and {len(code())} bytes of code are {size - budget.limit} bytes over "
+        f"ARTIFACT_BYTES={run.artifact_bytes}: raise it or use a smaller model"
     )
+
+
+def bytes_an_octave(tried: Sequence[tuple[float, int]], one_bit: float) -> float:
+    """How many bytes it saves to double all steps: about a bit a weight, and less where steps are coarse, as the last
+    two of the roundings (octave, bytes) show."""
+    if len(tried) < 2:
+        return one_bit
+    (octave, size), (last_octave, last_size) = tried[-2:]
+    return min(max((size - last_size) / (last_octave - octave), one_bit / 4), 2 * one_bit)
+
+
+# ---- Reading back ----
+
+SMALL_NETWORK = 10_000_000  # weights, which cost neither time nor memory
+
+
+def check_layout(config: ModelConfig, found: Layout, what: str) -> None:
+    """Names, types and shapes must be those that an artifact stores of this network. Raises DataError."""
+    with torch.device("meta"):  # takes no memory
+        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+    matrices = {name: shape for name, shape in shapes.items() if param_role(name) != "scalar"}
+    expected: Layout = {name: (torch.float16, shape) for name, shape in shapes.items() if name not in matrices}
+    if PREFIX + "integers" in found:
+        expected |= layout_of_matrices(matrices, found, what)
+    else:
+        expected |= layout_of_rows(matrices)
+    require_layout(expected, found, what)
+
+
+def layout_of_rows(matrices: Mapping[str, torch.Size]) -> Layout:
+    """What artifacts of the first version store of matrices: integers, transposed, and a step for every row."""
+    layout: Layout = {}
+    for name, shape in matrices.items():
+        layout[name] = torch.int8, shape[::-1]
+        layout[f"{name}.scale"] = torch.float16, shape[:1]
+    return layout
+
+
+def decode_rows(stored: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """The matrices (out, in) fp32 of an artifact of the first version, by name."""
+    return {name: stored[name].mT.float() * stored[f"{name}.scale"].float()[:, None] for name in names}
+
+
+@torch.no_grad()
+def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
+    """The model, filled with what an artifact stores. Raises DataError, which names the file `what`."""
+    check_layout(model.config, {name: (t.dtype, t.shape) for name, t in stored.items()}, what)
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(p.shape) for name, p in parameters.items() if param_role(name) != "scalar"}
+    if PREFIX + "integers" in stored:
+        with untrusted(what):
+            matrices = decode_matrices(stored, shapes)
+    else:
+        matrices = decode_rows(stored, shapes)
+    for name, p in parameters.items():
+        p.copy_(matrices[name] if name in matrices else stored[name])
+        require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
+    return model
+
+
+def kind_of(stored_name: str) -> str:
+    """Which kind of bytes a stored tensor is, for reports."""
+    if stored_name.startswith(PREFIX):
+        return "steps" if stored_name.removeprefix(PREFIX) in Grid._fields else "integers"
+    if stored_name.endswith(".scale"):
+        return "steps"
+    return "scalars" if param_role(stored_name) == "scalar" else "integers"
 
 
 @functools.cache
@@ -3787,10 +4599,15 @@ KNOBS = {
 
 # A name that begins like a knob of ours, but is none, is a mistake, unless other programs have names like that, too.
 COMMON_WORDS = "ARTIFACT CHECKPOINT DATA ENABLE MAX MIN MODEL NUM PARALLEL RUN TOKENIZER".split()
-OTHER_ENTRIES = ("HEAD_LR", "LQER_", "PHASED_TTT", "TIED_", "TIE_")  # knobs of other entries that ours does not have
+# Knobs of other entries that ours does not have.
+OTHER_ENTRIES = ("HEAD_LR", "LQER_", "PHASED_TTT", "QUANT_", "TIED_", "TIE_")
 FIRST_WORDS = {name.split("_")[0] for name in KNOBS if "_" in name}
 OUR_FAMILIES = (*sorted(f"{word}_" for word in FIRST_WORDS.difference(COMMON_WORDS)), *OTHER_ENTRIES)
 BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # names that build tools set, though they look like ours misspelt
+
+# Knobs of earlier versions, which change nothing when an artifact is scored, and what decides instead.
+BITS_AND_RANGES = "MATRIX_BITS EMBED_BITS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS QUANT_CLIP_FLOOR".split()
+RETIRED = dict.fromkeys(BITS_AND_RANGES, "the steps of integers follow from ARTIFACT_BYTES alone")
 
 
 MAX_KNOB = 1e9  # of any number that is no count
@@ -3815,9 +4632,10 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     return value
 
 
-def refuse_unknown(env: Mapping[str, str], knobs: Iterable[str]) -> None:
+def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
     """A name that looks like one of ours, but is misspelt or retired, fails loudly; names of other programs do not."""
-    for name in sorted(set(env) - set(knobs) - BUILD_TOOLS):
+    for name in sorted(set(names) - set(knobs) - BUILD_TOOLS):
+        require(name not in RETIRED, f"{name} is retired: {RETIRED.get(name)}; unset it")
         similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
         near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
         require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
@@ -3938,15 +4756,6 @@ def describe_shards(stream: TrainingStream | None) -> list[tuple[str, int, list[
     return described
 
 
-def predicted_bytes(model: GPT, run: RunConfig) -> float:
-    """Size of the artifact if all weights are Gaussian, before ranges are fitted."""
-    quantiser = Quantiser(run)
-    return sum(
-        2 * p.numel() if param_role(name) == "scalar" else quantiser.gaussian_bytes(name, p.shape)
-        for name, p in model.named_parameters()
-    )
-
-
 def check_setup(setup: Setup) -> None:
     """Refuse what cannot be run: too little disk, an unsuitable GPU, a limit of bytes that no model could meet."""
     run = setup.run
@@ -3968,14 +4777,11 @@ def check_setup(setup: Setup) -> None:
     if setup.stream is not None:
         with torch.device("meta"):
             sketch = GPT(setup.model)
-        fixed = sum(
-            2 * p.numel() if param_role(name) == "scalar" else Quantiser.fixed_bytes(p.shape)
-            for name, p in sketch.named_parameters()
-        )
+        budget = Budget.of(sketch, run)
         require(
-            run.artifact_bytes > len(code()) + fixed,
-            f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} bytes of code and "
-            f"{fixed} of gains and scales leave nothing for weights; raise it or use a smaller model",
+            budget.limit >= budget.least,
+            f"ARTIFACT_BYTES={run.artifact_bytes}: {len(code())} bytes of code, {budget.fixed:.0f} of gains and steps, "
+            f"and {budget.weights} weights of at least {LEAST_BITS:g} bit: raise it or use a smaller model",
             UserError,
         )
 
@@ -4032,9 +4838,8 @@ def describe_setup(setup: Setup, log: Log) -> None:
         sketch = GPT(setup.model)
     log.event(
         "predicted_size",
-        "predicted artifact: about {artifact_bytes:.0f} bytes before its ranges are fitted, "
-        "{code_bytes} bytes of code, limit {limit_bytes}",
-        artifact_bytes=predicted_bytes(sketch, run),
+        "predicted artifact: about {artifact_bytes:.0f} bytes, {code_bytes} bytes of code, limit {limit_bytes}",
+        artifact_bytes=Budget.of(sketch, run).goal,
         code_bytes=len(code()),
         limit_bytes=run.artifact_bytes,
     )
@@ -4121,20 +4926,6 @@ def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
     return restore(GPT(config).to(setup.dist.device), stored, what)
 
 
-def table_layout(header: Mapping[str, Any], what: str) -> Layout:
-    """Names, types and shapes that a container's header claims. Raises DataError."""
-    with untrusted(what):
-        found: Layout = {}
-        for name, kind, shape, _ in header["tensors"]:
-            if not isinstance(name, str) or name in found:
-                raise ValueError(f"tensor {brief(name)} comes twice")
-            sides = shape if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
-            if not all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in sides):  # torch cannot show larger
-                raise ValueError(f"{brief(name)}: {brief(shape)} is not a shape")
-            found[name] = STORED_TYPES[kind], torch.Size(shape)
-        return found
-
-
 def score_all_static(model: GPT, setup: Setup, looping: bool = True, docs: Documents | None = None) -> ScoreTable:
     """The scores without adaptation of the validation set, or of other documents; the same table on every rank."""
     table = ScoreTable(setup.validation if docs is None else docs)
@@ -4173,7 +4964,7 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: L
     state = trainer.copy_state()
 
     warm_up(trainer, batch)
-    calibrate(trainer.model, [batch[:1]], setup.dist)  # refuses a matrix without input before training is paid for
+    calibrate(trainer.model, [batch[:1]], setup.dist, run)  # refuses a matrix without input before training is paid for
     reserve = 0.0
     if run.max_wallclock_seconds:
         reserve = dry_run(trainer, batch, setup, held_out, log)
@@ -4201,8 +4992,8 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
     remove(checkpoint, log)
 
     with watch.phase("calibrate"):
-        hessians = calibrate(model, [batch], dist)
-    make_artifact(model, hessians, run, dist, watch, trainer.provenance, Log())
+        sensitivities = calibrate(model, [batch], dist, run)
+    make_artifact(model, sensitivities, run, dist, watch, trainer.provenance, Log(), rehearsal=True)
 
     blank_tokens = np.minimum(held_out.tokens, BOS + 1)  # BOS where it was: documents of the same lengths
     blank = Documents(blank_tokens, held_out.bytes, held_out.starts)
@@ -4363,8 +5154,8 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
     dist = setup.dist
     with watch.phase("calibrate"):
         batches = (setup.stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
-        hessians = calibrate(trainer.model, batches, dist)
-    artifact = make_artifact(trainer.model, hessians, run, dist, watch, trainer.provenance, log)
+        sensitivities = calibrate(trainer.model, batches, dist, run)
+    artifact = make_artifact(trainer.model, sensitivities, run, dist, watch, trainer.provenance, log)
     with watch.phase("pack"):
         if dist.main:
             write_atomically(path, [artifact], parents=True)
@@ -4528,7 +5319,7 @@ def part_bytes(path: Path) -> dict[str, int]:
     header, _ = read_header(data, str(path))
     parts: dict[str, int] = {}
     for name, _, _, size in header["tensors"]:
-        kind = Quantiser.kind_of(name)
+        kind = kind_of(name)
         parts[kind] = parts.get(kind, 0) + size
     return parts | {"header": len(data) - sum(parts.values())}
 
@@ -5195,6 +5986,68 @@ class FusedMix(torch.autograd.Function):
             num_warps=2,
         )
         return d_x, d_x0, d_mix.sum(0), None, None
+
+
+@jit
+def nearest_in_coset_tile(v, coset):
+    """The integer nearest to v whose remainder by 4 is `coset`."""
+    return coset + 4.0 * tl.floor((v - coset) / 4.0 + 0.5)
+
+
+@jit
+def viterbi_kernel(
+    v_ptr,
+    live_ptr,
+    choices_ptr,
+    integers_ptr,
+    length,
+    states: tl.constexpr,
+    h0: tl.constexpr,
+    h1: tl.constexpr,
+):
+    """One column of `length` rows by each program: see `viterbi_reference`. Choices (n, length) int64 are memory for
+    the way back: bit s says by which bit the best path came to state s."""
+    begin = tl.program_id(0) * length
+    state = tl.arange(0, states)
+    parity = state // (states // 2)
+    before_0 = ((state ^ (parity * (h0 >> 1))) << 1) | parity
+    before_1 = ((state ^ (parity * (h0 >> 1)) ^ (h1 >> 1)) << 1) | parity
+    before_0 = before_0 & (states - 1)
+    before_1 = before_1 & (states - 1)
+    cost = tl.where(state == 0, 0.0, 1e30)
+    for i in range(length):
+        v = tl.load(v_ptr + begin + i)
+        live = tl.load(live_ptr + begin + i)
+        distance_0 = v - nearest_in_coset_tile(v, parity)
+        distance_1 = v - nearest_in_coset_tile(v, parity + 2)
+        path_0 = tl.gather(cost, before_0, 0) + distance_0 * distance_0
+        path_1 = tl.gather(cost, before_1, 0) + distance_1 * distance_1
+        second = (path_1 < path_0).to(tl.int64)
+        tl.store(choices_ptr + begin + i, tl.sum(second << state, 0))
+        cost = tl.where(live != 0, tl.minimum(path_0, path_1), cost)
+
+    tl.debug_barrier()  # choices are read by other threads than wrote them
+    at = tl.argmin(cost, 0)
+    for step in range(length):
+        i = length - 1 - step
+        v = tl.load(v_ptr + begin + i)
+        live = tl.load(live_ptr + begin + i)
+        bit = ((tl.load(choices_ptr + begin + i) >> at) & 1).to(tl.int32)
+        last_parity = at // (states // 2)
+        k = nearest_in_coset_tile(v, last_parity + 2 * bit)
+        tl.store(integers_ptr + begin + i, tl.where(live != 0, k, 0.0))
+        came_from = ((at ^ (last_parity * (h0 >> 1)) ^ (bit * (h1 >> 1))) << 1) | last_parity
+        at = tl.where(live != 0, came_from & (states - 1), at)
+
+
+def viterbi(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
+    """`viterbi_reference`, by a kernel."""
+    n, length = v.shape
+    choices = torch.empty(n, length, dtype=torch.int64, device=v.device)
+    integers = torch.empty_like(v)
+    h0, h1 = TRELLISES[trellis.states]
+    viterbi_kernel[(n,)](v, live.to(torch.int8), choices, integers, length, trellis.states, h0, h1, num_warps=1)
+    return integers
 
 
 # ======================================================================================================================

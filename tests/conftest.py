@@ -3,7 +3,8 @@ tests at a time as there are cores.
 
 Fixtures for every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`,
 `write_shard(path, tokens)`, `tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that) and
-`run_script` (starts it as a user does). To import, where a fixture does not reach: TINY_MODEL, TINY_RUN, read_events.
+`run_script` (starts it as a user does). To import, where a fixture does not reach: TINY_MODEL, TINY_RUN, read_events,
+stored_tensors, rows_of_integers.
 """
 
 import os
@@ -105,6 +106,32 @@ def tiny_run(tmp_path) -> Callable[..., train_gpt.RunConfig]:
     """tiny_run(**overrides): three steps of 256 tokens in rows of 64 on the CPU, contexts of 32, chunks of 8, data in
     tmp_path / "data", where `tiny_data` puts it."""
     return lambda **overrides: train_gpt.RunConfig(**(TINY_RUN | {"data_path": str(tmp_path / "data")} | overrides))
+
+
+@torch.no_grad()
+def stored_tensors(model: train_gpt.GPT, octave: float = -4.0, states: int = 0) -> dict[str, torch.Tensor]:
+    """What an artifact stores of a network, without calibration: every error counts alike, and steps are 2^octave."""
+    parameters = dict(model.named_parameters())
+    scalars = {name: p.half() for name, p in parameters.items() if train_gpt.param_role(name) == "scalar"}
+    weights = {name: p.detach() for name, p in parameters.items() if name not in scalars}
+    alike = {name: train_gpt.Sensitivity(torch.eye(w.size(1)), torch.ones(len(w))) for name, w in weights.items()}
+    run = train_gpt.RunConfig(trellis_states=str(states), gptq_damping=1e-6)
+    quantiser = train_gpt.Quantiser(weights, alike, run, train_gpt.Dist())
+    return scalars | train_gpt.encode_matrices(quantiser.round(octave), quantiser.trellis)
+
+
+@torch.no_grad()
+def rows_of_integers(model: train_gpt.GPT) -> dict[str, torch.Tensor]:
+    """What an artifact of the first version stores of a network: NAME (in, out) int8, and NAME.scale (out,) fp16."""
+    stored = {}
+    for name, p in model.named_parameters():
+        if train_gpt.param_role(name) == "scalar":
+            stored[name] = p.half()
+        else:
+            scale = (p.abs().amax(1) / 127).clamp(min=2.0**-14).half()
+            stored[name] = (p / scale.float()[:, None]).round().clamp(-127, 127).mT.contiguous().to(torch.int8)
+            stored[f"{name}.scale"] = scale
+    return stored
 
 
 def read_events(path: Path) -> list[dict]:

@@ -36,6 +36,14 @@ def test_adaptation_is_timed_for_a_full_batch_and_for_two_documents(tiny_run, ti
     ]
 
 
+def test_the_entropy_coder_is_timed_and_near_the_entropy(capsys):
+    bench.coder(symbols=200_000)
+    (line,) = capsys.readouterr().out.splitlines()
+    measured = {key: float(value) for key, value in re.findall(r"(\w+):([\d.]+)", line)}
+    assert measured["symbols"] == 200_000 and measured["encode_s"] > 0 and measured["decode_s"] > 0
+    assert 0 < measured["over_entropy_percent"] < 1
+
+
 @pytest.mark.parametrize(
     "kernel, kind",
     [

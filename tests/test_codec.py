@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import stored_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,7 +47,7 @@ def some_text(words: int, seed: int = 3) -> bytes:
 
 
 @pytest.fixture
-def make_artifact(tmp_path, monkeypatch, tiny_config, tiny_run, train_tokenizer):
+def make_artifact(tmp_path, monkeypatch, tiny_config, train_tokenizer):
     """make_artifact(name, transform, seed, **options of the tokenizer): a network of random weights whose predictions
     are far from even, in a file; the environment then leads to its tokenizer -> its path."""
 
@@ -61,12 +62,10 @@ def make_artifact(tmp_path, monkeypatch, tiny_config, tiny_run, train_tokenizer)
             for param in model.parameters():
                 if param.ndim == 2:
                     param.normal_(0, 0.2, generator=generator)
-        even = {n: torch.eye(p.size(1)) for n, p in model.named_parameters() if train_gpt.param_role(n) != "scalar"}
-        stored = train_gpt.quantise(model, even, train_gpt.RowQuantiser(tiny_run()), train_gpt.Dist())
         meta = {"kind": "artifact", "model": dataclasses.asdict(model.config)}
         meta["tokenizer"] = train_gpt.hashlib.sha256(proto).hexdigest()
         path = tmp_path / f"{name}.ptz"
-        path.write_bytes(train_gpt.pack(meta, stored, level=1))
+        path.write_bytes(train_gpt.pack(meta, stored_tensors(model), level=1))
         return path
 
     knobs = dict(DATA_PATH=str(tmp_path), EVAL_SEQ_LEN="32", TTT_CHUNK_TOKENS="8", TTT_LORA_RANK="2", TTT_LR="0.02")

@@ -241,6 +241,12 @@ def test_a_retired_or_foreign_name_of_our_families_is_refused(name, near):
     assert near is None or near in message
 
 
+@pytest.mark.parametrize("name", train_gpt.RETIRED)
+def test_a_retired_knob_is_refused_with_what_replaces_it(name):
+    message = refusal({name: "5"})
+    assert message.startswith(f"{name} is retired: ") and "ARTIFACT_BYTES" in message and name not in KNOBS
+
+
 # Every name that begins so is refused unless it is a knob. The derived families may grow, but not lose one of these.
 FAMILIES = """TTT_ MUON_ GPTQ_ QUANT_ XSA_ ROPE_ LOOP_ SMEAR_ ATTN_GATE_ UNET_ EVAL_ EMA_ EMBED_ MATRIX_ SCALAR_
     WARMDOWN_ GRAD_CLIP QK_ LOGIT_ MLP_ TIED_ TIE_ HEAD_LR PHASED_TTT LQER_ VAL_""".split()

@@ -138,7 +138,7 @@ EVENTS = {  # of a run on a CPU in which nothing special happens, in order: thei
     "trained": {"step", "file", "bytes"},
     "readout": {"documents", "last", "half", "average", "readout"},
     "before_quantisation": {"prequant_bpb", "last_bpb"},
-    "pack": {"attempt", "clip_scale", "artifact_bytes", "entropy_bytes"},
+    "rounding": {"attempt", "fineness", "artifact_bytes", "bits"},
     "score": {"artifact", "static_bpb", "val_bpb"},
     "phase": {"name", "seconds", "clock"},
 }

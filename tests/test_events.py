@@ -14,6 +14,9 @@ TREE = ast.parse(Path(train_gpt.__file__).read_text(encoding="utf-8"))
 TEXTS = {node.value for node in ast.walk(TREE) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
+OF_OLDER_RUNS = {"pack"}  # events that this source does not report
+
+
 def reported() -> list[tuple[str, set[str]]]:
     """(event, its fields) of every call of Log.event."""
     found = []
@@ -24,12 +27,12 @@ def reported() -> list[tuple[str, set[str]]]:
 
 
 def test_every_event_is_known_with_its_fields():
-    assert {name for name, _ in reported()} == set(events.FIELDS)
+    assert {name for name, _ in reported()} == set(events.FIELDS) - OF_OLDER_RUNS
     for name, fields in reported():
         assert fields == set(events.FIELDS[name]), name
 
 
-@pytest.mark.parametrize("event", events.TEMPLATES)
+@pytest.mark.parametrize("event", sorted(set(events.TEMPLATES) - OF_OLDER_RUNS))
 def test_the_latest_wording_is_the_one_of_the_source(event):
     assert events.TEMPLATES[event][0] in TEXTS
 

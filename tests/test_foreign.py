@@ -30,6 +30,14 @@ def test_only_knobs_of_a_result_reach_an_environment(tmp_path):
     assert knobs_of_run(tmp_path / "run.ptz", {}) == {"TTT_LR": "0.01"}
 
 
+def test_retired_knobs_of_an_older_run_are_passed_over(tmp_path):
+    older = {"MATRIX_BITS": "6", "QUANT_CLIP_FLOOR": "6.0", "TTT_LR": "0.01"}
+    (tmp_path / "run.json").write_text(json.dumps({"knobs": older}))
+    assert knobs_of_run(tmp_path / "run.ptz", {}) == {"TTT_LR": "0.01"}
+    with pytest.raises(train_gpt.ConfigError, match="MATRIX_BITS is retired"):
+        train_gpt.read_env(older)
+
+
 @pytest.mark.parametrize(
     "knobs", [{"TTT_LR": "fast"}, {"TTT_EPOCHS": "0"}, {"RUN_ID": "a\0b"}, {"DATA_PATH": "\x1b[2J"}, {"TTT_SCOPE": ""}]
 )
@@ -47,6 +55,8 @@ def test_a_records_code_gets_no_secret_and_is_told_of(recorded, copy, monkeypatc
     env = check.evaluation_environment(run, Path("a.ptz"), os.environ)
     known = {name for name in env if name in train_gpt.KNOBS or check.HANDED_ON.fullmatch(name)}
     assert known == set(env) and "AWS_SECRET_ACCESS_KEY" not in env and env["PATH"] == os.environ["PATH"]
+    run.result["knobs"]["MATRIX_BITS"] = "6"  # of an older version, for which it trained
+    assert check.evaluation_environment(run, Path("a.ptz"), os.environ) == env
     run.result["knobs"]["PYTHONWARNINGS"] = "x"
     with pytest.raises(DataError, match="PYTHONWARNINGS"):
         check.evaluation_environment(run, Path("a.ptz"), os.environ)

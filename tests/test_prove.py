@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from cheats import CHEATS, MODEL, RUN, SOURCE, SYSTEMS, Cheat, load_source
+from cheats import CHEATS, MODEL, SOURCE, SYSTEMS, Cheat, load_source
+from conftest import stored_tensors
 from sentencepiece import SentencePieceProcessor
 
 import train_gpt
@@ -43,11 +44,9 @@ def make_artifact(path: Path, tokenizer: bytes) -> None:
     for name, p in model.named_parameters():
         start = p.detach() if train_gpt.param_role(name) == "scalar" else 0.0
         p.data = start + 0.2 * torch.randn(p.shape, generator=random_bits)
-    hessians = {name: torch.eye(p.shape[-1]) for name, p in model.named_parameters()}
-    stored = train_gpt.quantise(model, hessians, train_gpt.RowQuantiser(train_gpt.RunConfig(**RUN)), train_gpt.Dist())
     digest = hashlib.sha256(tokenizer).hexdigest()
     meta = {"kind": "artifact", "model": dataclasses.asdict(config), "tokenizer": digest, "holdout_tokens": 0}
-    path.write_bytes(train_gpt.pack(meta, stored, level=3))
+    path.write_bytes(train_gpt.pack(meta, stored_tensors(model), level=3))
 
 
 class Place(NamedTuple):

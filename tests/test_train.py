@@ -180,7 +180,9 @@ def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, mo
     seen = []
     before = trainer.copy_state()
     plain = g.make_artifact
-    monkeypatch.setattr(g, "make_artifact", lambda *given: (seen.append(trainer.copy_state()), plain(*given))[1])
+    monkeypatch.setattr(
+        g, "make_artifact", lambda *given, **named: (seen.append(trainer.copy_state()), plain(*given, **named))[1]
+    )
     stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
     setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
 

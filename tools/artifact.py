@@ -59,11 +59,11 @@ def knobs_of_run(artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
 
 def checked_knobs(stored: Mapping[str, str], what: str) -> dict[str, str]:
     """The knobs among the names that a file stores, each with a value that it can have. Other names are left out: in
-    the environment of a process they could make it run a program (PYTHONWARNINGS, LD_PRELOAD). Raises DataError, which
-    names the file `what`."""
+    the environment of a process they could make it run a program (PYTHONWARNINGS, LD_PRELOAD). So are those that are
+    retired, of runs of older versions. Raises DataError, which names the file `what`."""
     knobs = {name: value for name, value in stored.items() if name in train_gpt.KNOBS}
     try:
-        train_gpt.refuse_unknown(stored, train_gpt.KNOBS)
+        train_gpt.refuse_unknown(stored.keys() - train_gpt.RETIRED.keys(), train_gpt.KNOBS)
         for name, value in knobs.items():
             field, kind = train_gpt.KNOBS[name]
             train_gpt.parse_knob(name, value, kind, field.metadata)

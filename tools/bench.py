@@ -1,10 +1,12 @@
-"""Speed on this machine: training steps in both loop modes, adaptation, and each kernel against its reference.
+"""Speed on this machine: training steps in both loop modes, adaptation, each kernel against its reference, and the
+entropy coder.
 
 python -m tools.bench                     everything, in the entry's shapes; knobs are environment variables, as for
                                           the entry
 python -m tools.bench --only steps        training steps, and where their time goes: a profile by kind of kernel
 python -m tools.bench --only adaptation   chunks of test-time training, and where their time goes
 python -m tools.bench --only kernels      forward and backward passes of kernels and references; needs a GPU
+python -m tools.bench --only coder        seconds and bytes of the entropy coder, on one CPU core everywhere
 
 On a CPU set DEVICE=cpu and smaller shapes; profiles and kernels are then left out.
 """
@@ -17,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -225,6 +228,55 @@ def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:
     return start.elapsed_time(end) / repeats
 
 
+# ---- Entropy coder ----
+
+
+def coder(symbols: int = 36_000_000) -> None:
+    """Time the coder on Gaussian integers of some 3.4 bits, in calls of 5,000 to 34,000 as matrices have rows, and
+    compare the bytes with the entropy of the counts."""
+    calls, counts = gaussian_calls(symbols)
+    start = time.perf_counter()
+    tables = g.FrequencyTables.from_counts(counts)
+    tables_made = time.perf_counter()
+    encoder = g.RansEncoder(tables)
+    for call in calls:
+        encoder.put(*call)
+    data = encoder.finish()
+    encoded = time.perf_counter()
+    decoder = g.RansDecoder(data, tables)
+    wrong = sum(int((decoder.take(contexts) != put).sum()) for put, contexts in calls)
+    decoder.finish()
+    decoded = time.perf_counter()
+    g.require(wrong == 0, f"{wrong} of {symbols} symbols came back as others", g.DataError)
+
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    entropy = -float((counts * np.log2(np.where(shares > 0, shares, 1))).sum()) / 8
+    print(
+        f"coder symbols:{symbols} calls:{len(calls)} tables_s:{tables_made - start:.3f} "
+        f"encode_s:{encoded - tables_made:.2f} decode_s:{decoded - encoded:.2f} bytes:{len(data)} "
+        f"over_entropy_percent:{100 * (len(data) / entropy - 1):.3f} table_bytes:{len(tables.to_bytes())}",
+        flush=True,
+    )
+
+
+def gaussian_calls(symbols: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
+    """-> (symbols and contexts of each call; their counts (contexts, alphabet)). Context c is 0.35 * 2^(c / 9) wide."""
+    contexts = 64
+    middle = 340  # seven times the widest
+    alphabet = 2 * middle + 1
+    chance = np.random.default_rng(0)
+    calls = []
+    counts = np.zeros(contexts * alphabet, np.int64)
+    while symbols:
+        n = min(symbols, int(chance.integers(5_000, 34_001)))
+        context = np.rint(chance.normal(25, 5, n)).clip(0, contexts - 1).astype(np.int64)
+        values = np.rint(chance.standard_normal(n) * 0.35 * 2 ** (context / 9)).astype(np.int64) + middle
+        calls.append((values.astype(np.int16), context.astype(np.uint8)))
+        counts += np.bincount(context * alphabet + values, minlength=len(counts))
+        symbols -= n
+    return calls, counts.reshape(contexts, alphabet)
+
+
 # ---- Memory and profiles ----
 
 
@@ -263,7 +315,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["steps", "adaptation", "kernels"], help="see above")
+    parser.add_argument("--only", choices=["steps", "adaptation", "kernels", "coder"], help="see above")
     parser.add_argument("--count", type=int, default=4, help="training steps to time [4]")
     options = parser.parse_args()
     model_config, run = g.read_env()
@@ -274,12 +326,14 @@ def main() -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
 
     on_gpu = dist.device.type == "cuda"
-    if not on_gpu and run.device != "cpu":
+    if not on_gpu and run.device != "cpu" and options.only != "coder":
         parser.error("no GPU, and a CPU takes hours for these shapes: if you mean it, set DEVICE=cpu and smaller ones")
     if not on_gpu and options.only == "kernels":
         parser.error("kernels: timed on a GPU only")
     print(f"{g.device_name(dist.device)} {g.versions()}", flush=True)
 
+    if options.only in (None, "coder"):
+        coder()
     if options.only in (None, "kernels") and on_gpu:
         kernels(model_config, run, dist)
     if options.only in (None, "adaptation"):

@@ -47,7 +47,7 @@ from tools.processes import ends_with_its_parent
 from tools.prove import PROPERTIES
 from tools.results import MAX_LOG_BYTES, Run, beside, disagreements, read_documents, read_result
 from tools.values import digest, printable, refuse_constant
-from train_gpt import LOGS, DataError, UserError, read_file, require
+from train_gpt import LOGS, RETIRED, DataError, UserError, read_file, require
 
 RECORDS = Path("records")
 SAME_SCORE = 1e-4  # bpb, between two machines
@@ -307,7 +307,8 @@ STATED = {  # event -> its fields that the result states, too, and their names t
     "predicted_size": {"code_bytes": "code_bytes"},
     "readout": {"readout": "readout"},
     "before_quantisation": {"prequant_bpb": "prequant_bpb", "last_bpb": "last_bpb"},
-    "pack": {"artifact_bytes": "artifact_bytes"},  # of the last attempt: those before it were too large
+    "rounding": {"artifact_bytes": "artifact_bytes"},  # of the last attempt
+    "pack": {"artifact_bytes": "artifact_bytes"},  # the same of runs whose matrices had ranges
     "time_short": {"degraded_documents": "degraded_documents"},
     "adapted": {"documents": "documents"},
     "excess": {"excess_bytes": "excess_bytes"},
@@ -331,7 +332,7 @@ def against_events(run: Run) -> Iterator[str]:
         yield from contradicted("result", values, run.result, {name: name for name in values | run.result})
     for event, names in STATED.items():
         reported = run.reported(event)
-        for values in reported[-1:] if event == "pack" else reported:
+        for values in reported[-1:] if event in ("rounding", "pack") else reported:
             yield from contradicted(event, values, run.result, names)
 
     if adapts(run) and any(values["val_bpb"] is None for values in run.reported("score")):
@@ -360,7 +361,7 @@ def expected_events(run: Run) -> list[str]:
     """The events of STATED that such a run reports."""
     events = ["run", "device", "validation", "score"]
     if run.trained:
-        events += ["training_data", "before_quantisation", "pack"]
+        events += ["training_data", "before_quantisation", "pack" if run.reported("pack") else "rounding"]
     per_document = run.result["knobs"].get("TTT_SCOPE") == "document"
     if adapts(run) and per_document and run.result["degraded_documents"]:
         events.append("time_short")
@@ -617,7 +618,7 @@ def evaluation_environment(run: Run, artifact: Path, env: Mapping[str, str]) -> 
     where its data lie and on what it runs, and of its other variables HANDED_ON. Raises DataError where the result has
     a knob that is none here: the score would be another one without it."""
     knobs = checked_knobs(run.result["knobs"], run.path.name)
-    unknown = sorted(run.result["knobs"].keys() - knobs.keys())
+    unknown = sorted(run.result["knobs"].keys() - knobs.keys() - RETIRED.keys())
     require(not unknown, f"{run.path.name}: {', '.join(unknown)}: no knob of this version; not evaluated", DataError)
     for name in OF_THE_MACHINE:
         if name in env:

@@ -65,6 +65,8 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
     },
     "before_quantisation": {"prequant_bpb": number, "last_bpb": number},
     "damping": {"damping": number},
+    "rounding": {"attempt": whole, "fineness": signed, "artifact_bytes": whole, "bits": signed},
+    # Of older runs:
     "pack": {"attempt": whole, "clip_scale": number, "artifact_bytes": whole, "entropy_bytes": number},
     "time_short": {"degraded_documents": whole},
     "adapted": {
@@ -153,6 +155,7 @@ TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, th
         "{batch_tokens} a step, in {grad_accum_steps} passes of {micro_batch_rows} rows per rank",
     ),
     "predicted_size": (
+        "predicted artifact: about {artifact_bytes:.0f} bytes, {code_bytes} bytes of code, limit {limit_bytes}",
         "predicted artifact: about {artifact_bytes:.0f} bytes before its ranges are fitted, "
         "{code_bytes} bytes of code, limit {limit_bytes}",
     ),
@@ -170,6 +173,9 @@ TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, th
     ),
     "before_quantisation": (
         "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}",
+    ),
+    "rounding": (
+        "pack {attempt}: {artifact_bytes} bytes, {bits:.4f} bits a weight, steps finer by {fineness:.4f} octaves",
     ),
     "pack": (
         "pack {attempt}: ranges x{clip_scale:.4f}, {artifact_bytes} bytes, entropy of rounded "

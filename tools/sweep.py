@@ -142,7 +142,7 @@ def training_knobs() -> set[str]:
 def check_names(names: Sequence[str], artifact: str | None) -> None:
     """Refuse what no sweep, or none of an artifact's evaluation, can vary."""
     known = {field.name.upper() for kind in train_gpt.CONFIGS for field in fields(kind)}
-    train_gpt.refuse_unknown(dict.fromkeys(names, ""), known)
+    train_gpt.refuse_unknown(names, known)
     for name in names:
         require(name in known, f"{name} is not a knob (./run.sh help lists all)")
         require(name not in APART, f"{name} cannot be swept: {APART.get(name)}")

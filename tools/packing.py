@@ -1,0 +1,290 @@
+"""
+What packing costs, and what each part of the quantiser is worth: the same weights are packed in several ways into the
+same bytes, read back, and compared with the network before packing, on held-out training documents.
+
+./run.sh packing WEIGHTS                 WEIGHTS is a checkpoint, logs/RUN.ckpt
+./run.sh packing WEIGHTS --only NAMES    these ways, with commas; --list shows all
+./run.sh packing WEIGHTS --artifact A    beside them, an artifact of the same weights
+./run.sh packing WEIGHTS --on validation for a final figure: nothing is chosen there
+
+Knobs are environment variables, as for the entry; DATA_PATH and ARTIFACT_BYTES matter here, and TRAIN_BATCH_TOKENS and
+GPTQ_CALIBRATION_BATCHES say on how much text is calibrated. KL is the divergence from the predictions of the network
+before packing: it needs no labels, so it is the quieter measure of the two. Both are in bits per byte, with the
+standard error over documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import train_gpt as g
+from tools.artifact import end_in_a_line
+from tools.holdout import make_holdout
+
+LOGIT_CHUNK = 4096  # tokens whose logits are in memory at a time
+
+
+# ---- Ways to pack ----
+
+
+class Way(NamedTuple):
+    """How a way differs from the default: knobs, names of train_gpt with other values, or other sensitivities."""
+
+    doc: str
+    knobs: dict[str, object] = {}
+    patches: dict[str, object] = {}  # {"NAME" or "Class.name": value}
+    change: Callable[[str, g.Sensitivity], g.Sensitivity] | None = None
+    calibrates_anew: bool = False
+
+
+def equal_rows(name: str, sensitivity: g.Sensitivity) -> g.Sensitivity:
+    return sensitivity._replace(rows=torch.ones_like(sensitivity.rows), inputs=None)
+
+
+def equal_rows_of_embedding(name: str, sensitivity: g.Sensitivity) -> g.Sensitivity:
+    return equal_rows(name, sensitivity) if name == "embed" else sensitivity
+
+
+def equal_rows_of_blocks(name: str, sensitivity: g.Sensitivity) -> g.Sensitivity:
+    return sensitivity if name == "embed" else equal_rows(name, sensitivity)
+
+
+def add_unweighted(sums: g.GradientSums, x: Tensor, gradient: Tensor) -> None:
+    """`GradientSums.add`, where every input counts alike; the scale is that of the whole text, not of each token."""
+    squares = gradient.square()
+    sums.rows += squares.sum(0)
+    sums.hessian.addmm_(x.mT, x, alpha=float(squares.mean()))
+
+
+def equal_columns(plan: g.MatrixPlan, octave: float) -> g.Grid:
+    """`MatrixPlan.grid` with one step for all columns, which costs as many bits."""
+    grid = PLAIN_GRID(plan, octave)
+    return grid._replace(column_steps=np.full_like(grid.column_steps, round(grid.column_steps.mean())))
+
+
+def equal_columns_of_blocks(plan: g.MatrixPlan, octave: float) -> g.Grid:
+    """The same, but for the embedding and the output matrices of attention."""
+    return PLAIN_GRID(plan, octave) if plan.column_steps.std() > 2 else equal_columns(plan, octave)
+
+
+def one_table(walk: g.Walk, row: int) -> np.ndarray:
+    """`Walk.contexts`, where only the trellis chooses among tables."""
+    contexts = PLAIN_CONTEXTS(walk, row)
+    return np.where(contexts > 1, 2 + (contexts & 1), contexts)
+
+
+PLAIN_GRID = g.MatrixPlan.grid
+PLAIN_CONTEXTS = g.Walk.contexts
+
+WAYS = {
+    "default": Way("as it is"),
+    "nearest": Way("integers rounded to nearest, no trellis", {"trellis_states": "0"}),
+    "states-8": Way("a trellis of 8 states", {"trellis_states": "8"}),
+    "equal-rows": Way("no row of a matrix counts more than another", change=equal_rows),
+    "equal-rows-embed": Way("no row of the embedding counts more", change=equal_rows_of_embedding),
+    "equal-rows-blocks": Way("no row counts more, but in the embedding", change=equal_rows_of_blocks),
+    "equal-columns": Way("one step for all columns of a matrix", patches={"MatrixPlan.grid": equal_columns}),
+    "columns-where-spread": Way(
+        "a step for each column only where they differ much", patches={"MatrixPlan.grid": equal_columns_of_blocks}
+    ),
+    "unweighted": Way(
+        "all inputs count alike in Hessians", patches={"GradientSums.add": add_unweighted}, calibrates_anew=True
+    ),
+    "one-table": Way("no classes of integers in the coder", patches={"Walk.contexts": one_table}),
+    "rare-0": Way("no bound on the steps of rare tokens", patches={"RARE_TOKEN_CAUTION": 0.0}),
+    "rare-1": Way("a looser bound", patches={"RARE_TOKEN_CAUTION": 1.0}),
+    "rare-100": Way("a tighter bound", patches={"RARE_TOKEN_CAUTION": 100.0}),
+    "looped-1": Way("looped blocks as measured", patches={"LOOPED_FACTOR": 1.0}, calibrates_anew=True),
+    "looped-2": Way("looped blocks twice as much", patches={"LOOPED_FACTOR": 2.0}, calibrates_anew=True),
+    "looped-3": Way("looped blocks three times as much", patches={"LOOPED_FACTOR": 3.0}, calibrates_anew=True),
+    "damping-0.005": Way("less damping", {"gptq_damping": 0.005}),
+    "damping-0.01": Way("less damping", {"gptq_damping": 0.01}),
+    "damping-0.04": Way("more damping", {"gptq_damping": 0.04}),
+    "damping-0.1": Way("more damping", {"gptq_damping": 0.1}),
+    "segment-128": Way("paths of 128 rows", patches={"SEGMENT": 128}),
+    "segment-2048": Way("paths of 2,048 rows", patches={"SEGMENT": 2048}),
+    "text-quarter": Way("a quarter of the text", {"calibration": 0.25}, calibrates_anew=True),
+    "text-4": Way("four times the text", {"calibration": 4.0}, calibrates_anew=True),
+}
+
+
+@contextlib.contextmanager
+def patched(patches: dict[str, object]) -> Iterator[None]:
+    """Inside, these names of train_gpt have other values."""
+    with contextlib.ExitStack() as stack:
+        for name, value in patches.items():
+            owner, _, attribute = name.rpartition(".")
+            stack.enter_context(mock.patch.object(getattr(g, owner) if owner else g, attribute, value))
+        yield
+
+
+# ---- Measuring ----
+
+
+class Judge:
+    """Compares networks with one before packing, document by document."""
+
+    def __init__(self, model: g.GPT, docs: g.Documents, run: g.RunConfig):
+        self.docs = docs
+        self.cap = model.config.logit_softcap
+        self.embedding = model.embed.detach().clone()
+        self.rows = []  # (micro-batch, document of every target)
+        document = np.repeat(np.arange(len(docs)), docs.lengths)  # of every target, in the order of the stream
+        size = run.train_row_tokens
+        for start in range(0, len(document), size):
+            end = min(start + size, len(document))
+            tokens = docs.tokens[start:end]
+            starts = g.segment_starts(tokens, size, run.eval_seq_len)
+            batch = g.make_micro_batch(tokens, docs.tokens[start + 1 : end + 1], starts, model.embed.device)
+            self.rows.append((batch, document[start:end]))
+        with torch.no_grad():
+            self.states = [model.hidden(batch.tokens, batch.segments)[0][0] for batch, _ in self.rows]
+
+    @torch.no_grad()
+    def compare(self, model: g.GPT) -> tuple[np.ndarray, np.ndarray]:
+        """-> of every document, the bits that packing adds to its score, and the divergence in bits."""
+        penalty = np.zeros(len(self.docs))
+        divergence = np.zeros(len(self.docs))
+        for (batch, document), exact in zip(self.rows, self.states, strict=True):
+            states = model.hidden(batch.tokens, batch.segments)[0][0]
+            parts = zip(
+                states.split(LOGIT_CHUNK), exact.split(LOGIT_CHUNK), batch.targets[0].split(LOGIT_CHUNK), strict=True
+            )
+            found = [self.of_tokens(model, *part) for part in parts]
+            penalty += np.bincount(document, torch.cat([d for d, _ in found]).cpu().numpy(), len(self.docs))
+            divergence += np.bincount(document, torch.cat([kl for _, kl in found]).cpu().numpy(), len(self.docs))
+        return penalty / math.log(2), divergence / math.log(2)
+
+    def of_tokens(self, model: g.GPT, states: Tensor, exact: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """States (T, D) of both networks, targets (T,) -> differences of the scores and divergences (T,), nats, fp64"""
+        log_p = g.softcap(exact @ self.embedding.to(exact.dtype).mT, self.cap).log_softmax(-1)
+        log_q = g.softcap(states @ model.embed.to(states.dtype).mT, self.cap).log_softmax(-1)
+        added = (log_p - log_q).gather(1, targets[:, None])[:, 0]
+        return added.double(), (log_p.exp() * (log_p - log_q)).sum(-1).double()
+
+    def per_byte(self, bits: np.ndarray) -> tuple[float, float]:
+        """Bits of every document -> bits per byte, and their standard error over documents."""
+        size = self.docs.target_bytes()
+        ratio = bits.sum() / size.sum()
+        return ratio, math.sqrt(((bits - ratio * size) ** 2).sum()) / size.sum()
+
+
+def load_weights(path: str, device: torch.device) -> tuple[g.GPT, dict]:
+    """The network of a checkpoint, with the weights that the model had -> it, and what the checkpoint says."""
+    meta, tensors = g.unpack(g.read_file(path), path)
+    config = g.stored_config(meta | {"kind": "artifact"}, path)
+    model = g.GPT(config)
+    with torch.no_grad(), g.untrusted(path):
+        for name, p in model.named_parameters():
+            p.copy_(tensors[f"model.{name}"])
+    return model.to(device), meta
+
+
+def calibrate(model: g.GPT, setup: g.Setup, batches: float) -> dict[str, g.Sensitivity]:
+    """Sensitivities from this many batches of training text."""
+    run = setup.run
+    text = []
+    for i in range(math.ceil(batches)):
+        batch = setup.stream.batch(i)
+        keep = math.ceil(len(batch) * min(1.0, batches - i))
+        text.append(batch[:keep])
+    return g.calibrate(model, text, setup.dist, run)
+
+
+def measure(way: Way, model: g.GPT, setup: g.Setup, known: dict[str, g.Sensitivity], judge: Judge) -> str:
+    """Pack in this way, read back and compare -> the columns of a line."""
+    knobs = dict(way.knobs)
+    batches = setup.run.gptq_calibration_batches * knobs.pop("calibration", 1.0)
+    run = dataclasses.replace(setup.run, **knobs)
+    watch = g.Stopwatch(setup.dist)
+    with patched(way.patches):
+        sensitivities = calibrate(model, setup, batches) if way.calibrates_anew else known
+        if way.change is not None:
+            sensitivities = {name: way.change(name, found) for name, found in sensitivities.items()}
+        artifact = g.make_artifact(model, sensitivities, run, setup.dist, watch, {}, g.Log())
+        with watch.phase("unpack"):
+            _, stored = g.unpack(artifact, "the artifact")
+            packed = g.restore(g.GPT(model.config).to(setup.dist.device), stored, "the artifact")
+    return columns(judge, packed, len(artifact), watch.total("quantise", "pack"), watch.total("unpack"))
+
+
+def columns(judge: Judge, packed: g.GPT, size: int, pack_seconds: float, unpack_seconds: float) -> str:
+    penalty, divergence = judge.compare(packed)
+    added, added_error = judge.per_byte(penalty)
+    kl, kl_error = judge.per_byte(divergence)
+    return (
+        f"{size:,} | {kl:.5f} ± {kl_error:.5f} | {added:.5f} ± {added_error:.5f} | "
+        f"{pack_seconds:.1f} | {unpack_seconds:.1f} |"
+    )
+
+
+def open_text(on: str, folder: Path, meta: dict) -> g.Setup:
+    """Set-up whose validation is what is compared on, and whose stream is what is calibrated on."""
+    config, run = g.read_env()
+    config = g.stored_config(meta | {"kind": "artifact"}, "WEIGHTS")
+    if on == "holdout":
+        tokenizer = g.load_tokenizer(run, config.vocab_size)
+        make_holdout(Path(run.data_path), tokenizer, run.holdout_tokens, folder / "data")
+        run = dataclasses.replace(run, data_path=str(folder / "data"), tokenizer_path="")
+    dist = g.Dist.from_env(run.device)
+    g.prepare_torch(run, dist.device)
+    return g.make_setup(config, run, dist)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh packing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("weights", nargs="?", metavar="WEIGHTS")
+    parser.add_argument("--only", default=",".join(WAYS), metavar="NAMES", help="ways to pack, with commas [all]")
+    parser.add_argument("--artifact", help="an artifact of the same weights, to be compared, too")
+    parser.add_argument("--on", choices=["holdout", "validation"], default="holdout", help="the text [holdout]")
+    parser.add_argument("--list", action="store_true", help="name all ways, and stop")
+    options = parser.parse_args(arguments)
+    if options.list:
+        for name, way in WAYS.items():
+            print(f"{name:22} {way.doc}")
+        return 0
+    names = options.only.split(",")
+    unknown = sorted(set(names) - set(WAYS))
+    g.require(not unknown, f"--only {','.join(unknown)}: no such way; --list names them")
+    g.require(options.weights is not None, "name a checkpoint, logs/RUN.ckpt")
+
+    meta = g.read_header(g.read_file(options.weights), options.weights)[0]["meta"]
+    with tempfile.TemporaryDirectory() as folder:
+        setup = open_text(options.on, Path(folder), meta)
+        model, _ = load_weights(options.weights, setup.dist.device)
+        judge = Judge(model, setup.validation, setup.run)
+        start = time.perf_counter()
+        known = calibrate(model, setup, setup.run.gptq_calibration_batches)
+        setup.dist.finish_kernels()
+        docs = setup.validation
+        print(f"{len(docs):,} documents, {docs.lengths.sum():,} targets, {docs.target_bytes().sum():,} bytes; ", end="")
+        print(f"calibration took {time.perf_counter() - start:.1f} s", flush=True)
+        print("| way | bytes | KL, bpb | penalty, bpb | pack, s | unpack, s |\n|---|---|---|---|---|---|", flush=True)
+        if options.artifact:
+            data = g.read_file(options.artifact)
+            _, stored = g.unpack(data, options.artifact)
+            packed = g.restore(g.GPT(model.config).to(setup.dist.device), stored, options.artifact)
+            print(f"| {options.artifact} | {columns(judge, packed, len(data), 0.0, 0.0)}", flush=True)
+        for name in names:
+            print(f"| {name} | {measure(WAYS[name], model, setup, known, judge)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(end_in_a_line(main))
