@@ -3225,21 +3225,17 @@ def gptq(plans: Sequence[MatrixPlan], grids: Sequence[Grid], trellis: Trellis, b
     GPTQ, Frantar et al. 2022 (arXiv 2210.17323), in the order of the falling diagonal of the Hessian."""
     device = plans[0].weight.device
 
-    def stack(parts: Iterable[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(list(parts))).to(device)
+    def stack(parts: Iterable[np.ndarray | Tensor]) -> Tensor:
+        return torch.stack([torch.as_tensor(part, device=device) for part in parts])
 
-    orders = [plan.order for plan in plans]
-    upper = torch.stack([plan.upper for plan in plans])  # (n, in, in)
-    w = torch.stack(
-        [plan.weight.float()[:, order].mT for plan, order in zip(plans, orders, strict=True)]
-    )  # (n, in, out)
+    orders = [plan.order.cpu().numpy() for plan in plans]
+    grids_and_orders = list(zip(grids, orders, strict=True))
+    upper = stack(plan.upper for plan in plans)  # (n, in, in)
+    w = stack(plan.weight[:, plan.order].mT for plan in plans)  # (n, in, out)
     row_steps = stack(power_of_two(grid.row_steps) for grid in grids)  # (n, out)
-    column_steps = stack(power_of_two(grid.column_steps) for grid in grids)  # (n, in)
-    column_steps = torch.stack([steps[order] for steps, order in zip(column_steps, orders, strict=True)])
     row_classes = stack(grid.row_classes for grid in grids)
-    column_classes = torch.stack(
-        [torch.from_numpy(grid.column_classes).to(device)[order] for grid, order in zip(grids, orders, strict=True)]
-    )
+    column_steps = stack(power_of_two(grid.column_steps[order]) for grid, order in grids_and_orders)  # (n, in)
+    column_classes = stack(grid.column_classes[order] for grid, order in grids_and_orders)
 
     integers = torch.empty(w.shape, dtype=torch.int16, device=device)
     columns = w.size(1)
@@ -3257,8 +3253,8 @@ def gptq(plans: Sequence[MatrixPlan], grids: Sequence[Grid], trellis: Trellis, b
             w[:, j + 1 : end].baddbmm_(upper[:, j, j + 1 : end, None], error[:, None], alpha=-1)
         w[:, end:].baddbmm_(upper[:, start:end, end:].mT, errors, alpha=-1)
 
-    natural = [k[order.argsort()].mT for k, order in zip(integers, orders, strict=True)]
-    return [k.cpu().contiguous().numpy() for k in natural]
+    in_order = integers.mT.cpu().numpy()  # (n, out, in)
+    return [np.ascontiguousarray(k[:, np.argsort(order)]) for k, order in zip(in_order, orders, strict=True)]
 
 
 # ---- Storage: grids and integers as streams of the entropy coder ----
