@@ -2931,14 +2931,14 @@ class Calibration:
             z = self.model.head.logits(x[None], embedding, None)[0]  # (chunk, V) fp32
             slope = 1 - (z / cap).square() if cap else torch.ones_like(z)
             p = z.softmax(-1)
-            labels = torch.multinomial(p, 1, generator=self.generator)
+            labels = torch.multinomial(p, 1, generator=self.generator)[:, 0]
             curvature = p * (1 - p) * slope.square()
             x = x.float()
             weighted = x * curvature.sum(1).sqrt()[:, None]
             self.head.hessian.addmm_(weighted.mT, weighted)
             self.head.rows += curvature.sum(0)
             self.inputs.addmm_(x.mT, x)
-            p.scatter_add_(1, labels, torch.full_like(p[:, :1], -1.0))
+            p[torch.arange(len(x), device=x.device), labels] -= 1.0
             gradients.append((p * slope) @ embedding)
         return torch.cat(gradients).to(states.dtype)
 
