@@ -17,6 +17,7 @@ What changes a score, kind by kind:
 artifacts    The checksum is repaired, so that such a file is an artifact of its own, with a SHA-256 of its own in
              every result. It may pass if its configuration is one that knobs can have, its tensors are those of that
              network, all weights are finite, and its score without adaptation is finite, or refused.
+older        The same with an artifact of the first version, which has other tensors.
 broken       Artifacts again, with the old checksum, or a damaged one: only the original may pass.
 checkpoints  With a repaired checksum (9 of 10), weights and moments may differ, but must be finite and those of this
              network; step and seconds must be those of a training. One that is refused leaves the trainer as it was.
@@ -62,7 +63,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # started as a 
 import numpy as np
 import torch
 import zstandard
-from conftest import TINY_MODEL, TINY_RUN, trained
+from conftest import TINY_MODEL, TINY_RUN, rows_of_integers, stored_tensors, trained
 from test_results import fabricate
 
 import train_gpt
@@ -230,7 +231,27 @@ def forge_shape(chance: random.Random, header: dict[str, Any], blobs: list[bytes
 
 def forge_values(chance: random.Random, header: dict[str, Any], blobs: list[bytes]) -> None:
     i = chance.randrange(len(blobs))
-    blobs[i] = other_values(chance, blobs[i], header["zstd"])
+    coded = header["tensors"][i][1] == "u1"
+    blobs[i] = other_values(chance, blobs[i], header["zstd"] and not coded)
+    header["tensors"][i][-1] = len(blobs[i])
+
+
+def forge_frequencies(chance: random.Random, header: dict[str, Any], blobs: list[bytes]) -> None:
+    """Tables of the entropy coder that are possible, but others: what they decode is not what was encoded."""
+    found = [i for i, (name, *_) in enumerate(header["tensors"]) if name.endswith("integer_tables")]
+    if not found:
+        forge_values(chance, header, blobs)
+        return
+
+    (i,) = found
+    tables = train_gpt.FrequencyTables.from_bytes(blobs[i], train_gpt.CONTEXTS, train_gpt.ALPHABET)
+    for _ in range(chance.choice((1, 10, 1000))):
+        row = tables.frequencies[chance.choice(np.flatnonzero(tables.in_use))]
+        giver = chance.choice(np.flatnonzero(row))
+        given = chance.randint(1, int(row[giver]))
+        row[giver] -= given
+        row[chance.randrange(len(row))] += given
+    blobs[i] = tables.to_bytes()
     header["tensors"][i][-1] = len(blobs[i])
 
 
@@ -279,7 +300,7 @@ def add_empty_rows(chance: random.Random, header: dict[str, Any], blobs: list[by
 
 
 FORGERIES = (
-    *(forge_meta, forge_row, forge_shape, forge_values, forge_blob),
+    *(forge_meta, forge_row, forge_shape, forge_values, forge_frequencies, forge_blob),
     *(swap_blobs, swap_column, copy_row, drop_row, add_empty_rows),
 )
 
@@ -352,28 +373,27 @@ def tiny_run(**changes: Any) -> train_gpt.RunConfig:
     return train_gpt.RunConfig(**(TINY_RUN | changes))
 
 
-def random_artifact() -> bytes:
-    """An artifact of random weights whose predictions are far from even."""
+def random_artifact(stored_of: Callable[[train_gpt.GPT], dict[str, torch.Tensor]]) -> bytes:
+    """An artifact of random weights whose predictions are far from even; `stored_of` a network is what it stores."""
     model = train_gpt.GPT(MODEL)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 2:
                 p.normal_(0, 0.2, generator=generator)
-    even = {n: torch.eye(p.size(1)) for n, p in model.named_parameters() if train_gpt.param_role(n) != "scalar"}
-    stored = train_gpt.quantise(model, even, train_gpt.Quantiser(tiny_run()), train_gpt.Dist())
     meta = {"kind": "artifact", "model": asdict(MODEL), "tokenizer": hashlib.sha256(tokenizer()).hexdigest()}
-    return train_gpt.pack(meta | {"holdout_tokens": 500, "holdout": "0" * 64}, stored, level=1)
+    return train_gpt.pack(meta | {"holdout_tokens": 500, "holdout": "0" * 64}, stored_of(model), level=1)
 
 
 class Artifacts(Kind):
     """The checksum is repaired."""
 
-    full = 10_000
+    full = 8_000
+    stored_of = staticmethod(functools.partial(stored_tensors, states=8))
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self.whole = random_artifact()
+        self.whole = random_artifact(self.stored_of)
         self.path = folder / "x.ptz"
         self.path.write_bytes(self.whole)
         run = tiny_run(data_path=str(prepared(folder)), artifact=str(self.path))
@@ -403,8 +423,17 @@ class Artifacts(Kind):
         assert math.isfinite(table.bits_per_byte)
 
 
+class OlderArtifacts(Artifacts):
+    """Of the first version, whose matrices are rows of integers."""
+
+    full = 2_000
+    stored_of = staticmethod(rows_of_integers)
+
+
 class BrokenArtifacts(Artifacts):
     """The checksum is the old one, or is damaged, too."""
+
+    full = 10_000
 
     def damage(self, chance: random.Random) -> bytes:
         if chance.random() < 0.5:
@@ -714,7 +743,7 @@ class Codec(Kind):
     def __init__(self, folder: Path):
         super().__init__(folder)
         self.artifact = folder / "x.ptz"
-        self.artifact.write_bytes(random_artifact())
+        self.artifact.write_bytes(random_artifact(stored_tensors))
         self.text = "\n\n".join(some_text(2, i) for i in range(3)).encode() + b"\xff"
         self.env = {"DATA_PATH": str(prepared(folder))}
         with self.as_a_program():
@@ -767,6 +796,7 @@ class Codec(Kind):
 
 KINDS: dict[str, type[Kind]] = {
     "artifacts": Artifacts,
+    "older": OlderArtifacts,
     "broken": BrokenArtifacts,
     "checkpoints": Checkpoints,
     "shards": Shards,

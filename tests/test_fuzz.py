@@ -9,6 +9,7 @@ import train_gpt
 
 SOME = {  # cases of each kind: a part of what `python tests/fuzz.py` tries
     "artifacts": 150,
+    "older": 60,
     "broken": 150,
     "checkpoints": 90,
     "shards": 500,
