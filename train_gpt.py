@@ -2186,13 +2186,18 @@ class RansEncoder:
     def finish(self) -> bytes:
         """The stream of all that was put."""
         sizes = [len(call) for call in self.calls]
-        lanes = max(1, min(MAX_LANES, sum(sizes) // SYMBOLS_PER_LANE, max(sizes, default=0)))
+        lanes = lane_count(sum(sizes), max(sizes, default=0))
         states = np.full(lanes, LOWEST_STATE, np.uint32)
         words = []
         for call in reversed(self.calls):
             for start in reversed(range(0, len(call), lanes)):
                 words.append(encode_slice(states, call[start : start + lanes]))
         return b"".join([lanes.to_bytes(2, "little"), states.astype("<u4").tobytes(), *reversed(words)])
+
+
+def lane_count(symbols: int, widest: int) -> int:
+    """Lanes of a stream of so many symbols, `widest` of them in its largest call."""
+    return max(1, min(MAX_LANES, symbols // SYMBOLS_PER_LANE, widest))
 
 
 def encode_slice(states: np.ndarray, intervals: np.ndarray) -> bytes:
@@ -3361,6 +3366,9 @@ def decode_integers(stream: bytes, tables: bytes, grids: Mapping[str, Grid], tre
     """What `integer_symbols` gave, from its stream -> {name: (out, in) int16}. Raises DataError."""
     decoder = RansDecoder(stream, FrequencyTables.from_bytes(tables, CONTEXTS, ALPHABET))
     shapes = {name: (len(grid.row_steps), len(grid.column_steps)) for name, grid in grids.items()}
+    widest = max(sum(shapes[strip.name][1] for strip in strips) for strips in strips_by_height(shapes).values())
+    lanes = lane_count(sum(map(math.prod, shapes.values())), widest)  # with fewer, a forged stream would take minutes
+    require(len(decoder.states) == lanes, f"{len(decoder.states)} lanes, expected {lanes}", DataError)
     integers = {name: np.empty(shape, np.int16) for name, shape in shapes.items()}
     for height, strips in strips_by_height(shapes).items():
         walk = Walk(strips, height, grids, trellis)

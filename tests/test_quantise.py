@@ -647,6 +647,15 @@ def test_streams_of_another_network_are_refused(streams):
         assert read(changed(streams, name, stream(other, name))) is None
 
 
+def test_a_stream_of_fewer_lanes_than_its_integers_ask_for_is_refused(monkeypatch):
+    """With one lane, integers are decoded one by one: ten million would take minutes."""
+    monkeypatch.setattr(g, "MAX_LANES", 2)
+    few = stored_tensors(a_model())
+    assert read(few) is not None
+    monkeypatch.undo()
+    assert read(few) is None
+
+
 @pytest.mark.parametrize("states", [1, 7, 9, 16, 64, 255])
 def test_an_unknown_trellis_is_refused(streams, states):
     assert read(changed(streams, "trellis", bytes([states]))) is None
