@@ -25,12 +25,13 @@ from test_results import fabricate
 
 import train_gpt
 from data import prepare
-from tools import sweep
+from tools import ask_source, sweep
 from tools.artifact import end_in_a_line
 from tools.holdout import caseops_sidecar, make_holdout
 from tools.results import load_run
 
 HELD = 300  # of the 1,500 training tokens of tiny_data
+OURS = sweep.Source("", b"")
 
 
 # ---- held-out documents -----------------------------------------------------
@@ -267,7 +268,7 @@ def test_a_run_ends_with_the_sweep_that_was_killed(stand_in, monkeypatch, capsys
         killed.wait()
     monkeypatch.setattr(sweep, "STOP_SECONDS", 5.0)
     job = sweep.Job(
-        {}, {}, run_id=str(path.relative_to("logs" if not path.is_absolute() else Path("logs").resolve()))[:-4]
+        {}, {}, OURS, run_id=str(path.relative_to("logs" if not path.is_absolute() else Path("logs").resolve()))[:-4]
     )
     sweep.remove_leftovers(job)  # no run holds its name any more
     (stand_in.folder / "go on").touch()
@@ -276,7 +277,7 @@ def test_a_run_ends_with_the_sweep_that_was_killed(stand_in, monkeypatch, capsys
 
 def test_where_a_run_outlives_its_sweep_its_name_stays_taken(stand_in, monkeypatch):
     """As it may where a system cannot be asked to end it."""
-    job = sweep.Job({}, {}, run_id="x")
+    job = sweep.Job({}, {}, OURS, run_id="x")
     with train_gpt.reserve_run_id("x"):
         log = stand_in.folder / "logs/x.txt"
         log.write_text("of the run that goes on")
@@ -400,8 +401,9 @@ def test_held_out_text_that_the_artifact_may_have_learnt_is_refused(stand_in, ti
 
 def test_an_evaluation_is_told_apart_by_every_knob_that_it_reads():
     ours = {field.name.upper() for field in dataclasses.fields(train_gpt.RunConfig)}
-    assert not {name for name in sweep.training_knobs() if name.startswith(("EVAL_", "TTT_", "MICRO_"))}
-    assert {"SEED", "DEVICE", "COMPILE"} <= ours - sweep.training_knobs()
+    useless = sweep.training_knobs(ask_source.knob_groups(train_gpt))
+    assert not {name for name in useless if name.startswith(("EVAL_", "TTT_", "MICRO_"))}
+    assert {"SEED", "DEVICE", "COMPILE"} <= ours - useless
 
 
 def test_a_combination_has_the_defaults_of_run_sh_that_go_with_it(monkeypatch):
@@ -413,7 +415,7 @@ def test_a_combination_has_the_defaults_of_run_sh_that_go_with_it(monkeypatch):
         monkeypatch.setenv(name, value)
 
     def made(*grid: str) -> list[dict[str, str]]:
-        return [job.env for job in sweep.make_jobs(sweep.parse_grid(grid), None, 1)]
+        return [job.env for job in sweep.make_jobs(sweep.parse_grid(grid), None, 1, [OURS])]
 
     lora, full = made("TTT_PARAMS=lora,full")
     assert (lora["TTT_LORA_RANK"], lora["TTT_CHUNK_TOKENS"], full["TTT_CHUNK_TOKENS"]) == ("8", "16", "128")
@@ -479,7 +481,7 @@ def test_no_two_sweeps_share_a_folder(stand_in, capsys):
 
 def test_a_run_of_a_source_that_was_changed_meanwhile_does_not_count(stand_in, capsys):
     stand_in.makes("0.1")
-    job = sweep.Job({"TTT_LR": "0.1"}, {}, run_id="one", source="0" * 64)
+    job = sweep.Job({"TTT_LR": "0.1"}, {}, sweep.Source("", b"another"), run_id="one")
     fabricate(stand_in.folder / "logs", "one")
     job.file(".err").touch()
     sweep.conclude(job, 0)
@@ -505,7 +507,7 @@ SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
     ],
 )
 def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, at, bpb, eta):
-    job = sweep.Job({}, {})
+    job = sweep.Job({}, {}, OURS)
     path = tmp_path / "run.events.jsonl"
     growing = sweep.GrowingEvents(path)
     assert growing.new() == []
@@ -521,7 +523,7 @@ def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, 
 
 
 def test_on_a_terminal_the_table_is_redrawn_within_the_screen(monkeypatch, capsys):
-    jobs = [sweep.Job({"TTT_LR": str(i)}, {}, state="done" if i < 9 else "running") for i in range(10)]
+    jobs = [sweep.Job({"TTT_LR": str(i)}, {}, OURS, state="done" if i < 9 else "running") for i in range(10)]
     screen = sweep.Screen(jobs)
     screen.terminal = True
     monkeypatch.setattr(sweep.shutil, "get_terminal_size", lambda fallback=None: os.terminal_size((40, 8)))

@@ -27,6 +27,7 @@ import numpy as np
 from tools.events import MAX_BYTES as MAX_EVENT_BYTES
 from tools.events import Event, named, read_events
 from tools.values import any_text, digest, missing_or_wrong, number, parse_object, table_of, text, whole
+from tools.welch import two_sided
 from train_gpt import LOGS, DataError
 
 MAX_UNPACKED_BYTES = 1 << 28  # of a .docs.npz: six million documents
@@ -37,6 +38,7 @@ MAX_OF_A_DOCUMENT = {"f": 1e15, "i": 1 << 40}  # so that sums over all documents
 TOLERANCE = 1e-9  # relative; sums in another order differ in their last bits
 RESAMPLES = 10_000
 PER_DOCUMENT = {"nats": "f", "static_nats": "f", "tokens": "i", "bytes": "i", "updates": "i"}  # and their kinds
+LATER_PER_DOCUMENT = {"prequant_nats": "f"}  # which runs of earlier versions lack, and those that trained nothing
 RUN_AGAIN = "; a run of this version writes it; run it again"
 FILES_OF_A_RUN = (".ptz", ".docs.npz", ".events.jsonl", ".txt")  # beside its .json
 EVENTS_BELOW = b"\nevents:\n"  # in the log of a record, between what people read and the events
@@ -99,6 +101,7 @@ class Run:
     tokens: np.ndarray  # (documents,) int64, targets
     bytes: np.ndarray  # (documents,) int64, bytes of original text
     updates: np.ndarray  # (documents,) int64, adaptation steps
+    prequant_nats: np.ndarray | None  # (documents,) float64, before quantisation; None where the run keeps none
     validation: str  # sha256 over the validation tokens and bytes: equal for runs on the same documents
 
     @property
@@ -263,7 +266,7 @@ def read_documents(path: Path) -> dict[str, Any]:
     validation = found.pop("validation")
     if validation.ndim or validation.dtype.kind != "U" or not digest(str(validation)):
         raise DataError(f"{path}: validation is not a sha256")
-    return found | {"validation": str(validation)}
+    return {"prequant_nats": None} | found | {"validation": str(validation)}
 
 
 def read_arrays(content: bytes, path: Path) -> dict[str, np.ndarray]:
@@ -274,7 +277,8 @@ def read_arrays(content: bytes, path: Path) -> dict[str, np.ndarray]:
         size = sum(entry.file_size for entry in archive.infolist())
         if size > MAX_UNPACKED_BYTES:
             raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_UNPACKED_BYTES} are expected")
-        return {name: read_array(archive.read(f"{name}.npy")) for name in (*PER_DOCUMENT, "validation")}
+        later = [name for name in LATER_PER_DOCUMENT if f"{name}.npy" in archive.namelist()]
+        return {name: read_array(archive.read(f"{name}.npy")) for name in (*PER_DOCUMENT, *later, "validation")}
 
 
 def read_array(content: bytes) -> np.ndarray:
@@ -293,7 +297,8 @@ def read_array(content: bytes) -> np.ndarray:
 def check_documents(path: Path, found: dict[str, np.ndarray]) -> None:
     """Every array has one number a document, of its kind, finite and not negative."""
     count = len(found["nats"]) if found["nats"].ndim else 0
-    for name, kind in PER_DOCUMENT.items():
+    kinds = PER_DOCUMENT | {name: kind for name, kind in LATER_PER_DOCUMENT.items() if name in found}
+    for name, kind in kinds.items():
         values = found[name]
         dtype = {"f": np.float64, "i": np.int64}[kind]
         if values.dtype != dtype or values.shape != (count,) or count == 0:
@@ -320,7 +325,12 @@ def disagreements(run: Run) -> list[str]:
     wrong = [f"{name} is {result[name]}, found {value}" for name, value in recomputed.items() if result[name] != value]
     if not run.bytes.sum() or not run.tokens.sum():
         return [*wrong, "its documents stand for no text at all"]
-    for name, value in (("val_bpb", run.bpb), ("static_bpb", run.static_bpb), ("val_loss", run.loss)):
+    figures = {"val_bpb": run.bpb, "static_bpb": run.static_bpb, "val_loss": run.loss}
+    if run.prequant_nats is not None:
+        if not run.trained:
+            return [*wrong, "documents have scores before quantisation, but the run trained nothing"]
+        figures["prequant_bpb"] = bits_per_byte(run.prequant_nats, run.bytes)
+    for name, value in figures.items():
         if not math.isclose(result[name], value, rel_tol=TOLERANCE):
             wrong.append(f"{name} is {result[name]}, the documents give {value}")
     return wrong
@@ -359,6 +369,40 @@ def differences(base: Run, others: list[Run], seed: int = 0, chosen: np.ndarray 
     keep = slice(None) if chosen is None else chosen
     gaps = np.stack([other.nats[keep] - base.nats[keep] for other in others], 1) / math.log(2)
     return ratio_intervals(gaps, base.bytes[keep], seed)
+
+
+class OverSeeds(NamedTuple):
+    """The mean of a difference over seeds, and its 95 % interval."""
+
+    value: float
+    spread: float  # standard deviation over seeds; nan of a single one
+    low: float
+    high: float
+    seeds: int
+
+    def __str__(self) -> str:
+        spread = f" ± {self.spread:.5f}" if self.seeds > 1 else ""
+        return f"{self.value:+.5f}{spread} [{self.low:+.5f}, {self.high:+.5f}]"
+
+
+def over_seeds(gaps: np.ndarray, size: np.ndarray) -> OverSeeds:
+    """A difference in bpb over seeds, from the bits by which two runs of each seed differ, gaps (documents, seeds), and
+    the bytes of documents, size (documents,).
+
+    Documents and seeds are drawn independently, so that their errors add up as squares: the bootstrap's interval over
+    documents of the mean over seeds, and Student's t of the seeds' differences. A single seed says nothing of others:
+    the interval is then that over documents."""
+    by_seed = gaps.sum(0) / size.sum()
+    seeds = len(by_seed)
+    (mean,) = ratio_intervals(gaps.mean(1, keepdims=True), size, 0)
+    if seeds == 1:
+        return OverSeeds(mean.value, math.nan, mean.low, mean.high, 1)
+
+    spread = float(np.std(by_seed, ddof=1))
+    reach = two_sided(0.95, seeds - 1) * spread / math.sqrt(seeds)
+    low = mean.value - math.hypot(mean.value - mean.low, reach)
+    high = mean.value + math.hypot(mean.high - mean.value, reach)
+    return OverSeeds(mean.value, spread, low, high, seeds)
 
 
 def ratio_intervals(parts: np.ndarray, size: np.ndarray, seed: int, resamples: int = RESAMPLES) -> list[Interval]:

@@ -4,10 +4,20 @@ Try combinations of knobs, each a run of its own, and rank them on held-out trai
     ./run.sh sweep TTT_LR=5e-5,1e-4,2e-4 TTT_CHUNK_TOKENS=16,48 --eval logs/RUN.ptz     score one artifact in every way
     ./run.sh sweep MATRIX_LR=0.02,0.026,0.03 SEED=0,1,2                                 train and score every one
     ./run.sh sweep --file combinations.txt                                              one NAME=value ... a line
+    ./run.sh sweep --source train_gpt.py,B.py,HEAD~3 SEED=0,1,2                         race sources against the first
 
 Values are separated by commas, or by semicolons where values hold commas: 'TTT_LORA_TARGETS=q,v;q,k,v,o'. Combinations
 that differ in SEED alone share a line of the result. All other knobs are those of the environment; with --eval, what
 it does not say is as in the artifact's run, and HOLDOUT_TOKENS always is.
+
+A source is the path of a train_gpt.py, or a git revision that has one. Each is copied into the sweep's folder, and runs
+from there. Every combination runs under every source, and each is compared with the first: before quantisation and in
+the end, for every seed with a paired interval over documents, and over all seeds. Seeds take turns in their order (A B,
+B A, A B, ...), so that a machine that grows slower favours nobody. The race is over equal seconds with
+MAX_WALLCLOCK_SECONDS, over equal steps with ITERATIONS=n MAX_WALLCLOCK_SECONDS=0.
+
+On a cluster, --launcher 'srun -N1 --gpus=1' --jobs 8 runs eight at once, each behind these words. They must find the
+same folders there.
 
 Leaves logs/sweeps/<name>/: results.md, results.csv, results.png, and the files of every run. Finished combinations are
 not run again (same knobs, source, data and artifact), so the same command goes on with an interrupted sweep.
@@ -24,6 +34,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -31,36 +42,47 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 import train_gpt
+from tools import ask_source
 from tools.artifact import end_in_a_line, knobs_of_run
 from tools.events import Event, read_events
 from tools.holdout import make_holdout
 from tools.plot import COLOURS, picture
 from tools.processes import ends_with_its_parent
-from tools.results import Interval, Run, differences, load_run
-from tools.values import printable
+from tools.results import (
+    Interval,
+    OverSeeds,
+    Run,
+    differences,
+    load_run,
+    over_seeds,
+    ratio_intervals,
+    require_same_documents,
+)
+from tools.values import any_text, missing_or_wrong, parse_object, printable, table_of
 from train_gpt import LOGS, ConfigError, DataError, UserError, require
 
 SWEEPS = LOGS / "sweeps"
 RUN_SH = Path(__file__).resolve().parent.parent / "run.sh"
+SAME_DOCUMENTS = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "HOLDOUT_TOKENS")  # what they follow from
+OPENED = (*SAME_DOCUMENTS, "ARTIFACT", "TRAIN_BATCH_TOKENS", "TRAIN_ROW_TOKENS")  # what opening the data depends on
 APART = {  # knobs that no sweep may vary, and why
     "RUN_ID": "every combination gets one of its own",
     "ARTIFACT": "give it as --eval ARTIFACT",
     "RESUME": "every combination starts anew",
-} | dict.fromkeys(
-    ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "HOLDOUT_TOKENS"),
-    "all combinations must score the same documents; set it in the environment",
-)
+} | dict.fromkeys(SAME_DOCUMENTS, "all combinations must score the same documents; set it in the environment")
 ONLY_TRAINING = ("Model", "Budget", "Data", "Optimizer", "Quantisation")  # groups of knobs
+ASK_SECONDS = 300.0  # to import a source on a busy machine
 STOP_SECONDS = 10.0  # a run that was told to end has so long
 LONGEST_LABEL = 60  # characters; longer ones would leave the picture no room
 
@@ -69,14 +91,35 @@ LONGEST_LABEL = 60  # characters; longer ones would leave the picture no room
 # What to run
 
 
+@dataclass(frozen=True)
+class Source:
+    """A train_gpt.py as it was when the sweep began."""
+
+    name: str  # as --source says it; empty for the one beside the tools, where nothing else was asked for
+    content: bytes
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    def file(self, folder: Path) -> Path:
+        """Where it runs from: a file of the sweep's, which no edit of the original changes."""
+        return folder / "sources" / f"{self.sha256[:12]}.py"
+
+    def knobs(self) -> dict[str, str]:
+        """What it adds to a combination, so that it is one more dimension of the grid. No knob has small letters."""
+        return {"source": self.name} if self.name else {}
+
+
 @dataclass
 class Job:
     """One combination: its run, and how far it is."""
 
-    knobs: dict[str, str]  # what the sweep says
+    knobs: dict[str, str]  # what the sweep says, the name of a source included
     env: dict[str, str]
+    source: Source
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)  # every knob that its run has
     run_id: str = ""
-    source: str = ""  # sha256 of the train_gpt.py that it is for
     state: str = "waiting"  # waiting | running | done | failed
     at: str = ""  # how far, in words
     bpb: float | None = None  # the latest that the run reported
@@ -128,25 +171,41 @@ def knob_names(combinations: Iterable[Mapping[str, str]]) -> list[str]:
     return list(dict.fromkeys(name for knobs in combinations for name in knobs))
 
 
-def training_knobs() -> set[str]:
-    """Knobs that change nothing when an artifact is scored."""
-    names = {"ARTIFACT_BYTES", "CHECKPOINT_SECONDS"}
-    group = ""
-    for field in (*fields(train_gpt.ModelConfig), *fields(train_gpt.RunConfig)):
-        group = field.metadata["group"] or group
-        if group in ONLY_TRAINING:
-            names.add(field.name.upper())
-    return names - {"MICRO_BATCH_TOKENS", "EVAL_SECONDS"}
+def find_sources(words: str | None) -> list[Source]:
+    """The sources that --source names, separated by commas; the one beside the tools if it is not given."""
+    if words is None:
+        return [Source("", train_gpt.code())]
+    return [Source(word, read_source(word)) for word in words.split(",")]
 
 
-def check_names(names: Sequence[str], artifact: str | None) -> None:
-    """Refuse what no sweep, or none of an artifact's evaluation, can vary."""
-    known = {field.name.upper() for kind in train_gpt.CONFIGS for field in fields(kind)}
-    train_gpt.refuse_unknown(names, known)
+def read_source(word: str) -> bytes:
+    """The content of a file, or train_gpt.py as it is in a git revision of this repository."""
+    if Path(word).is_file():
+        return train_gpt.read_file(word)
+    message = f"--source {word!r}: neither a file nor a git revision that has a train_gpt.py"
+    require(bool(re.match(r"\w", word)), message)  # git would take a dash for an option
+    try:
+        done = subprocess.run(["git", "-C", RUN_SH.parent, "show", f"{word}:train_gpt.py"], capture_output=True)
+    except FileNotFoundError:
+        raise ConfigError(f"{message} (there is no git)") from None
+    require(done.returncode == 0, message)
+    return done.stdout
+
+
+def training_knobs(groups: Mapping[str, str]) -> set[str]:
+    """Knobs that change nothing when an artifact is scored, among those of a source, {NAME: its group}."""
+    names = {name for name, group in groups.items() if group in ONLY_TRAINING}
+    return (names | {"ARTIFACT_BYTES", "CHECKPOINT_SECONDS"}) - {"MICRO_BATCH_TOKENS", "EVAL_SECONDS"}
+
+
+def check_names(names: Iterable[str], groups: Mapping[str, str], artifact: str | None) -> None:
+    """Refuse what no sweep of a source with these knobs, or none of an artifact's evaluation, can vary."""
+    train_gpt.refuse_unknown(names, groups)
+    useless = training_knobs(groups) if artifact else set()
     for name in names:
-        require(name in known, f"{name} is not a knob (./run.sh help lists all)")
+        require(name in groups, f"{name} is not a knob (./run.sh help lists all)")
         require(name not in APART, f"{name} cannot be swept: {APART.get(name)}")
-        require(not artifact or name not in training_knobs(), f"{name} is for training, and --eval trains nothing")
+        require(name not in useless, f"{name} is for training, and --eval trains nothing")
 
 
 def given() -> dict[str, str]:
@@ -165,24 +224,82 @@ def environment(knobs: Mapping[str, str]) -> dict[str, str]:
     return env
 
 
-def make_jobs(combinations: list[dict[str, str]], artifact: str | None, gpus: int) -> list[Job]:
-    """One job per combination, its environment read and checked as its run will do it."""
+def make_jobs(
+    combinations: list[dict[str, str]], artifact: str | None, gpus: int, sources: Sequence[Source]
+) -> list[Job]:
+    """One job per combination and source, its environment read and checked as its run will do it."""
     for name in ("ARTIFACT", "RESUME"):
         require(not os.environ.get(name), f"{name} is set in the environment: {APART[name]}")
-    check_names(knob_names(combinations), artifact)
+    names = knob_names(combinations)
+    if not sources[0].name:
+        check_names(names, ask_source.knob_groups(train_gpt), artifact)
+    for name in names:
+        theirs = name in os.environ and name not in train_gpt.KNOBS  # such as PATH, which no run could do without
+        require(not theirs, f"{name} is in the environment, and no knob of this train_gpt.py: unset it to sweep it")
+
     jobs = []
-    for knobs in combinations:
+    for knobs, source in itertools.product(combinations, sources):
         env = environment(knobs)
         if artifact:
             env = knobs_of_run(Path(artifact), env) | env | {"ARTIFACT": artifact, "RESUME": ""}
-        try:
-            _, run = train_gpt.read_env(env)
-            if not artifact:
-                train_gpt.split_batch(run, gpus)
-        except ConfigError as error:
-            raise ConfigError(f"{shell_words(knobs)}: {error}") from None
-        jobs.append(Job(knobs, env))
+        jobs.append(Job(source.knobs() | knobs, env, source))
+    by_source = [[job for job in jobs if job.source is source] for source in sources]
+    answers = [ask_settings(theirs, gpus, artifact) for theirs in by_source]
+    check_sources(sources, [answer["knobs"] for answer in answers], names, artifact)
+    for theirs, answer in zip(by_source, answers, strict=True):
+        for job, settings in zip(theirs, answer["settings"], strict=True):
+            require(not isinstance(settings, str), f"{job.label}: {settings}")
+            job.settings = settings
+    require_equal_documents(jobs)
     return jobs
+
+
+def ask_settings(jobs: list[Job], gpus: int, artifact: str | None) -> dict[str, Any]:
+    """What the source of these jobs says of its knobs and of their environments."""
+    source = jobs[0].source
+    question = {"environments": [job.env for job in jobs], "gpus": gpus, "trains": not artifact}
+    return ask(source, question) if source.name else ask_source.answer(train_gpt, **question)
+
+
+def ask(source: Source, question: Mapping[str, Any]) -> dict[str, Any]:
+    """What a source says to tools/ask_source.py, in a process of its own: a source is never imported into this one."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "train_gpt.py")
+        path.write_bytes(source.content)
+        command = [sys.executable, "-P", ask_source.__file__, str(path)]
+        try:
+            asked = json.dumps(question).encode()
+            done = subprocess.run(command, input=asked, capture_output=True, timeout=ASK_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"--source {source.name}: its import takes more than {ASK_SECONDS:.0f} s") from None
+    last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
+    require(done.returncode == 0, f"--source {source.name}: it cannot be asked for its knobs: {''.join(last)}")
+    said = parse_object(done.stdout)
+    wrong = missing_or_wrong(said, {"knobs": table_of(any_text), "settings": lambda value: isinstance(value, list)})
+    require(not wrong, f"--source {source.name}: its answer is none: {wrong}")
+    return said
+
+
+def check_sources(
+    sources: Sequence[Source], groups: list[dict[str, str]], names: list[str], artifact: str | None
+) -> None:
+    """Refuse a knob that is set or swept and that one of the sources, {NAME: group} each, does not know."""
+    known = {name for theirs in groups for name in theirs}
+    said = {*names, *given()} & known
+    for source, theirs in zip(sources, groups, strict=True):
+        lacking = sorted(said - theirs.keys())
+        require(not lacking, f"--source {source.name}: it has no knob {', '.join(lacking)}, which another source has")
+        check_names(names, theirs, artifact)
+
+
+def require_equal_documents(jobs: list[Job]) -> None:
+    """Sources may have different defaults for the data; their scores would compare nothing."""
+    first = jobs[0]
+    for job in jobs[1:]:
+        for name in SAME_DOCUMENTS:
+            values = (first.settings.get(name), job.settings.get(name))
+            message = f"{name} is {values[0]} for {first.label}, {values[1]} for {job.label}"
+            require(values[0] == values[1], f"{message}: set it in the environment")
 
 
 class ScoredText(NamedTuple):
@@ -195,7 +312,7 @@ class ScoredText(NamedTuple):
 
 def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> ScoredText:
     """Point every job at the documents that it is to score, and open everything as the first run will."""
-    config, run = train_gpt.read_env(jobs[0].env)
+    config, run = opened_by(jobs[0])
     held = run.holdout_tokens
     if on == "training":
         if run.artifact:
@@ -211,12 +328,13 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
         )
         for job in jobs:
             job.env |= {"DATA_PATH": str(folder / "data")}
+            job.settings |= {"DATA_PATH": str(folder / "data")}
     else:
         require(
             train_gpt.manifest_value(Path(run.data_path), "holdout") is None,
             f"DATA_PATH={run.data_path} is a sweep's own: it holds no validation; set DATA_PATH to the prepared data",
         )
-    config, run = train_gpt.read_env(jobs[0].env)
+    config, run = opened_by(jobs[0])
     setup = train_gpt.make_setup(config, run, train_gpt.Dist(world=world))
     count = f"{len(setup.validation):,} documents ({setup.validation.target_bytes().sum():,} bytes)"
     shards = [] if setup.stream is None else [[str(p.resolve()), p.stat().st_size] for p in setup.stream.paths]
@@ -224,6 +342,13 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
     if on == "training":
         return ScoredText(f"{count} of the last {held:,} training tokens, held out of training", False, identity)
     return ScoredText(f"validation, {count}: not for choosing", True, identity)
+
+
+def opened_by(job: Job) -> tuple[train_gpt.ModelConfig, train_gpt.RunConfig]:
+    """The configuration of this train_gpt.py that opens the files that a run will open. Whatever else the run's source
+    may know is left out; a micro-batch holds any row, since nothing is computed here."""
+    known = {name: job.settings[name] for name in OPENED if name in job.settings}
+    return train_gpt.read_env(known | {"MICRO_BATCH_TOKENS": str(1 << 30)})
 
 
 def held_out_by(artifact: str) -> tuple[train_gpt.ModelConfig, int, str]:
@@ -240,24 +365,24 @@ def held_out_by(artifact: str) -> tuple[train_gpt.ModelConfig, int, str]:
     return train_gpt.stored_config(header["meta"], artifact), held, header["meta"].get("holdout")
 
 
-def name_runs(jobs: list[Job], folder: Path, scored: ScoredText, gpus: int) -> None:
-    """Give every job a run_id: a hash of the knobs that have an effect, the source, the data and the artifact. A job
-    whose run is there under that name is done."""
-    source = hashlib.sha256(train_gpt.code()).hexdigest()
+def name_runs(jobs: list[Job], folder: Path, scored: ScoredText, gpus: int, artifact: str | None) -> None:
+    """Give every job a run_id: a hash of the knobs that have an effect, the source, the data and the artifact; where
+    sources are raced, behind the source's own. A job whose run is there under that name is done."""
+    ineffective = {*APART} - {"VOCAB_SIZE", "HOLDOUT_TOKENS"}
+    digest = ""
+    if artifact:
+        ineffective |= training_knobs(ask_source.knob_groups(train_gpt))
+        digest = hashlib.sha256(train_gpt.read_file(artifact)).hexdigest()
     seen: dict[str, Job] = {}
     for job in jobs:
-        model, run = train_gpt.read_env(job.env)
-        knobs = train_gpt.settings(model, run)
-        ineffective = {*APART} - {"VOCAB_SIZE", "HOLDOUT_TOKENS"}
-        artifact = ""
-        if run.artifact:
-            ineffective |= training_knobs()
-            artifact = hashlib.sha256(train_gpt.read_file(run.artifact)).hexdigest()
-        knobs = {name: value for name, value in knobs.items() if name not in ineffective}
-        identity = json.dumps([knobs, source, scored.identity, artifact, gpus], sort_keys=True, allow_nan=False)
-        job.run_id = f"{folder.relative_to(LOGS)}/{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
+        knobs = {name: value for name, value in job.settings.items() if name not in ineffective}
+        facts = [knobs, job.source.sha256, scored.identity, digest, gpus]
+        identity = json.dumps(facts, sort_keys=True, allow_nan=False)
+        name = hashlib.sha256(identity.encode()).hexdigest()[:12]
+        if job.source.name:
+            name = f"{job.source.sha256[:8]}-{name}"
+        job.run_id = f"{folder.relative_to(LOGS)}/{name}"
         job.env |= {"RUN_ID": job.run_id}
-        job.source = source
         first = seen.setdefault(job.run_id, job)
         require(first is job, f"{first.label} and {job.label} are the same combination")
         with contextlib.suppress(DataError):  # not run yet, or cut off
@@ -281,6 +406,43 @@ def device_slots(device: str, gpus: int, env: Mapping[str, str] = os.environ) ->
     visible = env.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(found)))
     names = visible.split(",")[:found]
     return [",".join(names[i : i + gpus]) for i in range(0, found - gpus + 1, gpus)]
+
+
+def places(options: argparse.Namespace, device: str) -> list[str | None]:
+    """Where jobs run at the same time, as `device_slots`: --jobs of them. A launcher chooses GPUs itself."""
+    require(options.jobs is None or options.jobs > 0, f"--jobs {options.jobs}: at least 1")
+    if options.launcher:
+        return [None] * (options.jobs or 1)
+    slots = device_slots(device, options.gpus)
+    if options.jobs is None:
+        return slots
+    if slots == [None]:
+        return slots * options.jobs  # they share the CPU
+    require(options.jobs <= len(slots), f"--jobs {options.jobs}: there are GPUs for {len(slots)} at once")
+    return slots[: options.jobs]
+
+
+def launcher_words(text: str) -> list[str]:
+    """What stands before every job's command. Raises ConfigError for what cannot be started."""
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"--launcher {text!r}: {error}") from None
+    found = not text or (words and shutil.which(words[0]))
+    require(bool(found), f"--launcher {text!r}: its first word is no program that can be found")
+    return words
+
+
+def take_turns(jobs: list[Job]) -> list[Job]:
+    """The order of running: seed by seed, the combinations of every second one backwards (A B, B A, A B, ...), so that
+    whatever drifts with time, such as a machine that grows warm, adds the same to A and B."""
+    by_seed: dict[str, list[Job]] = {}
+    for job in jobs:
+        by_seed.setdefault(job.knobs.get("SEED", ""), []).append(job)
+    order = []
+    for turn, group in enumerate(by_seed.values()):
+        order += reversed(group) if turn % 2 else group
+    return order
 
 
 class Running(NamedTuple):
@@ -342,10 +504,11 @@ def note_progress(job: Job, event: Event) -> None:
 class Sweep:
     """Runs jobs, as many at once as there are slots, and shows how far they are."""
 
-    def __init__(self, jobs: list[Job], slots: list[str | None], gpus: int, screen: Screen):
-        self.jobs = jobs
-        self.gpus = gpus  # of one job
-        self.screen = screen
+    def __init__(self, jobs: list[Job], slots: list[str | None], command: Sequence[str], folder: Path):
+        self.jobs = take_turns(jobs)
+        self.command = command  # that starts a source
+        self.folder = folder
+        self.screen = Screen(jobs)
         self.free = list(slots)
         self.slots = len(slots)
         self.running: list[Running] = []
@@ -369,13 +532,12 @@ class Sweep:
     def start(self, job: Job) -> None:
         slot = self.free.pop(0)
         remove_leftovers(job)
-        program = [sys.executable]
-        if self.gpus > 1:
-            program += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.gpus}"]
+        source = job.source.file(self.folder)
+        train_gpt.write_atomically(source, [job.source.content], parents=True)
         env = job.env if slot is None else job.env | {"CUDA_VISIBLE_DEVICES": slot}
         with open(job.file(".err"), "wb") as errors:
             process = subprocess.Popen(
-                [*program, train_gpt.__file__],
+                [*self.command, str(source.resolve())],
                 env=env,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -427,6 +589,14 @@ class Sweep:
                 partial.unlink()
 
 
+def command_of(gpus: int, launcher: Sequence[str]) -> list[str]:
+    """What starts a source, whose path follows it."""
+    command = [*launcher, sys.executable]
+    if gpus > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+    return command
+
+
 def remove_leftovers(job: Job) -> None:
     """Remove what an attempt that was cut off has left. Its run may outlive a sweep that was killed: it is waited for.
     Raises UserError if it still goes on after STOP_SECONDS."""
@@ -449,7 +619,8 @@ def conclude(job: Job, status: int) -> None:
     try:
         require(status == 0, reason_of(job.file(".err"), status), UserError)
         run = load_run(job.run_id)
-        require(run.result["code_sha256"] == job.source, "train_gpt.py was changed meanwhile; start the sweep again")
+        same = run.result["code_sha256"] == job.source.sha256
+        require(same, "its copy of the source was changed meanwhile; start the sweep again")
         job.run = run
         job.state = "done"
         job.at = f"{run.result['eval_seconds']:.0f} s of evaluation"
@@ -576,7 +747,9 @@ def write_results(folder: Path, jobs: list[Job], rows: list[Row], scored: Scored
 IN_CSV = (  # results
     "val_bpb",
     "static_bpb",
+    "prequant_bpb",
     "val_loss",
+    "steps",
     "train_seconds",
     "eval_seconds",
     "degraded_documents",
@@ -601,23 +774,135 @@ def results_csv(jobs: list[Job]) -> str:
 
 def results_table(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str) -> list[str]:
     """The lines of results.md."""
+    lines = ranking(name, jobs, rows, scored, command)
+    raced = {job.source.name: job.source for job in jobs if job.source.name}
+    if raced:
+        lines += ["", "Sources:", ""]
+        lines += [f"- `{printable(name)}`: sha256 {source.sha256}" for name, source in raced.items()]
+    if raced or any(len(row.runs) > 1 for row in rows):
+        lines += differences_table(pairs_of(jobs, rows))
+    failed = [f"- `{job.label}`: {printable(job.at)}" for job in jobs if job.state == "failed"]
+    return [*lines, "", "Failed:", "", *failed] if failed else lines
+
+
+def ranking(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str) -> list[str]:
+    """What was scored, and a line for every combination, the best first."""
     knobs = knob_names(without_seed(job.knobs) for job in jobs)
     mark = "**VALIDATION. Nothing may be chosen from this table.** " if scored.is_validation else ""
     about = (
         "Differences are those to the first row, with paired 95 % bootstrap intervals over documents; "
         "± is the standard deviation over seeds."
     )
-    head = [*knobs, "bpb", "difference", "without adaptation", "seeds", "evaluation, s", "notes"]
+    columns = ("bpb", "difference", "without adaptation", "seeds", "before quantisation", "steps", "evaluation, s")
+    head = [*knobs, *columns, "notes"]
     lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.description}. {about}", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         seeds = " ".join(str(run.result["seed"]) for run in row.runs)
-        seconds = np.mean([run.result["eval_seconds"] for run in row.runs])
         cells = [row.knobs.get(name, "") for name in knobs]
-        cells += [bpb_of(row), str(row.gap or ""), f"{row.run.static_bpb:.5f}", seeds, f"{seconds:.1f}", notes(row)]
+        cells += [bpb_of(row), str(row.gap or ""), f"{row.run.static_bpb:.5f}", seeds]
+        cells += [mean_of(row, "prequant_bpb", ".5f"), mean_of(row, "steps", ".0f")]
+        cells += [mean_of(row, "eval_seconds", ".1f"), notes(row)]
         lines.append(f"| {' | '.join(cells)} |")
-    failed = [f"- `{job.label}`: {printable(job.at)}" for job in jobs if job.state == "failed"]
-    return [*lines, "", "Failed:", "", *failed] if failed else lines
+    return lines
+
+
+def mean_of(row: Row, name: str, form: str) -> str:
+    """Of a number of the results, over seeds; empty where runs have not got it, such as those that trained nothing."""
+    values = [run.result.get(name) for run in row.runs]
+    return "" if None in values else format(np.mean(values), form)
+
+
+class Pair(NamedTuple):
+    """A combination and the one that it is compared with, run by run of the seeds that both have."""
+
+    name: str
+    base: str
+    runs: list[tuple[Run, Run]]  # of the base, and of the combination
+
+
+def pairs_of(jobs: list[Job], rows: list[Row]) -> list[Pair]:
+    """Every combination beside the same knobs under the first source; under the first source itself, beside the first
+    combination. In the order of the sweep."""
+    by_name = {shell_words(row.knobs): row for row in rows}
+    first = without_seed(jobs[0].knobs)
+    pairs = []
+    for name in dict.fromkeys(shell_words(without_seed(job.knobs)) for job in jobs):
+        row = by_name.get(name)
+        if row is None:  # all of its runs failed
+            continue
+        base_knobs = first
+        if row.knobs.get("source") != first.get("source"):
+            base_knobs = row.knobs | {"source": first["source"]}
+        base = shell_words(base_knobs)
+        if base != name and base in by_name:
+            theirs = {run.result["seed"]: run for run in by_name[base].runs}
+            runs = [(theirs[run.result["seed"]], run) for run in row.runs if run.result["seed"] in theirs]
+            pairs.append(Pair(name, base, runs))
+    return pairs
+
+
+MEASURES = {  # column -> a run's nats of every document, or None where it has not got them
+    "before quantisation": lambda run: run.prequant_nats,
+    "artifact, without adaptation": lambda run: run.static_nats,
+    "final": lambda run: run.nats,
+}
+
+
+def differences_table(pairs: list[Pair]) -> list[str]:
+    """Each pair seed by seed, and over its seeds with a verdict."""
+    if not pairs:
+        return []
+    lines = [
+        "",
+        "Differences in bpb: below zero, the combination is better than what it is compared with. Of a seed: with a "
+        "paired 95 % interval over documents. Over seeds: mean ± standard deviation, with a 95 % interval for the "
+        "choice of documents and, from two seeds on, for that of seeds (Student's t). Where that holds zero, the "
+        "difference is unresolved. Runs behind a figure without an interval keep no score per document for it.",
+        "",
+        f"| combination | compared with | seed | {' | '.join(MEASURES)} |",
+        "|" + "---|" * (3 + len(MEASURES)),
+    ]
+    for pair in pairs:
+        if not pair.runs:
+            lines.append(f"| {pair.name} | {pair.base} | none in common |" + " |" * len(MEASURES))
+            continue
+        columns = [column_of(pair, name) for name in MEASURES]
+        seeds = [str(run.result["seed"]) for _, run in pair.runs]
+        for label, *cells in zip([*seeds, f"all {len(seeds)}"], *columns, strict=True):
+            lines.append(f"| {pair.name} | {pair.base} | {label} | {' | '.join(cells)} |")
+    return lines
+
+
+def column_of(pair: Pair, measure: str) -> list[str]:
+    """The cells of a pair in one column: every seed's, and that over seeds."""
+    nats = [(MEASURES[measure](base), MEASURES[measure](run)) for base, run in pair.runs]
+    if any(base is None or run is None for base, run in nats):
+        return numbers_alone(pair)
+    for base, run in pair.runs:
+        require_same_documents(base, run)
+    size = pair.runs[0][0].bytes
+    gaps = np.stack([run - base for base, run in nats], 1) / math.log(2)
+    each = ratio_intervals(gaps, size, 0)
+    total = over_seeds(gaps, size)
+    return [*map(str, each), f"{total}: {verdict(total)}"]
+
+
+def numbers_alone(pair: Pair) -> list[str]:
+    """The same before quantisation, where only the score of all documents is known; empty of runs that trained none."""
+    scores = [(base.result.get("prequant_bpb"), run.result.get("prequant_bpb")) for base, run in pair.runs]
+    if any(None in both for both in scores):
+        return [""] * (len(scores) + 1)
+    gaps = [run - base for base, run in scores]
+    spread = f" ± {np.std(gaps, ddof=1):.5f}" if len(gaps) > 1 else ""
+    return [*(f"{gap:+.5f}" for gap in gaps), f"{np.mean(gaps):+.5f}{spread}"]
+
+
+def verdict(gap: OverSeeds) -> str:
+    if gap.low <= 0 <= gap.high:
+        return "**unresolved**"
+    word = "better" if gap.high < 0 else "worse"
+    return word if gap.seeds > 1 else f"{word} with this seed"
 
 
 def bpb_of(row: Row) -> str:
@@ -684,14 +969,21 @@ def command_line() -> argparse.ArgumentParser:
     documents = "score held-out training documents, or validation, which marks the table [%(default)s]"
     parser.add_argument("--on", choices=("training", "validation"), default="training", help=documents)
     parser.add_argument("--name", help="folder in logs/sweeps [the names of the knobs, or the file's]")
-    parser.add_argument("--gpus", type=int, default=1, help="of one job; as many jobs at once as fit [%(default)s]")
+    sources = "train_gpt.py files or git revisions, the first of which the others are compared with"
+    parser.add_argument("--source", metavar="A.py,B.py", help=sources)
+    parser.add_argument("--jobs", type=int, metavar="N", help="at once [as many as fit; with --launcher 1]")
+    parser.add_argument("--launcher", default="", metavar="WORDS", help="what stands before every job's command")
+    parser.add_argument("--gpus", type=int, default=1, help="of one job [%(default)s]")
     return parser
 
 
 def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) -> str:
     name = options.name
     if not name:
-        name = options.file.stem if options.file else "-".join(combinations[0]).lower()
+        words = [options.file.stem] if options.file else [knob.lower() for knob in combinations[0]]
+        if options.source:
+            words = ["race", *words]
+        name = "-".join(words)
         if options.eval:
             name += "-eval"
         if options.on == "validation":
@@ -700,34 +992,49 @@ def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) 
     return name
 
 
+def read_combinations(options: argparse.Namespace) -> list[dict[str, str]]:
+    """Those of the file or the grid; with sources alone, one without any knob."""
+    some = bool(options.grid) or bool(options.file) or bool(options.source)
+    require(some and not (options.grid and options.file), "give a grid, NAME=value,value ..., or --file FILE")
+    return parse_file(options.file) if options.file else parse_grid(options.grid)
+
+
+def command_given(jobs: list[Job], arguments: Sequence[str]) -> str:
+    """This sweep for a shell, with what the environment says of knobs."""
+    knobs = train_gpt.KNOBS.keys() | {name for job in jobs for name in job.settings}
+    said = shell_words({name: value for name, value in given().items() if name in knobs})
+    return f"{said} {shlex.join(['./run.sh', 'sweep', *arguments])}".strip()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> exit status: 1 when a combination failed."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = command_line().parse_intermixed_args(arguments)
-    require(bool(options.grid) != bool(options.file), "give a grid, NAME=value,value ..., or --file FILE")
     require(options.gpus > 0, f"--gpus {options.gpus}: at least 1")
-    combinations = parse_file(options.file) if options.file else parse_grid(options.grid)
-    jobs = make_jobs(combinations, options.eval, options.gpus)
-    slots = device_slots(train_gpt.read_env(jobs[0].env)[1].device, options.gpus)
+    combinations = read_combinations(options)
+    launcher = launcher_words(options.launcher)
+    jobs = make_jobs(combinations, options.eval, options.gpus, find_sources(options.source))
+    slots = places(options, jobs[0].settings["DEVICE"])
     folder = SWEEPS / sweep_name(options, combinations)
+
     with locked(folder):
         scored = choose_documents(jobs, options.on, folder, options.gpus)
-        name_runs(jobs, folder, scored, options.gpus)
+        name_runs(jobs, folder, scored, options.gpus, options.eval)
         print(f"{len(jobs)} combinations, {len(slots)} at a time, scored on {scored.description}", flush=True)
         try:
-            Sweep(jobs, slots, options.gpus, Screen(jobs)).run_all()
+            Sweep(jobs, slots, command_of(options.gpus, launcher), folder).run_all()
         except KeyboardInterrupt:
             done = sum(job.state == "done" for job in jobs)
             print(f"{done} of {len(jobs)} combinations are done; the same command goes on with the rest", flush=True)
             raise
         rows = rank(jobs)
-        said = shell_words({name: value for name, value in given().items() if name in train_gpt.KNOBS})
-        command = f"{said} {shlex.join(['./run.sh', 'sweep', *arguments])}".strip()
         require(bool(rows), f"every combination failed, the first: {jobs[0].at}", UserError)
-        print("\n" + write_results(folder, jobs, rows, scored, command))
+        print("\n" + write_results(folder, jobs, rows, scored, command_given(jobs, arguments)))
+
     print(f"{folder}/results.md, results.csv, results.png")
-    if rows[0].knobs and not scored.is_validation:  # seeds alone leave nothing to choose
-        print(f"the best:\n{shell_words(rows[0].knobs)}")
+    chosen = without_seed(rows[0].knobs)  # seeds alone leave nothing to choose
+    if chosen and not options.source and not scored.is_validation:  # of sources, the verdicts say more than the order
+        print(f"the best:\n{shell_words(chosen)}")
     return int(any(job.state == "failed" for job in jobs))
 
 

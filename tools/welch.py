@@ -50,6 +50,20 @@ def upper_tail(t: float, df: float) -> float:
     return half if t >= 0 else 1 - half
 
 
+def two_sided(confidence: float, df: float) -> float:
+    """The t that Student's t with df degrees of freedom, 1 or more, stays within, to either side, with this confidence
+    (at most 0.999): bisection of `upper_tail`."""
+    low = 0.0
+    high = 1000.0
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        if upper_tail(middle, df) > (1 - confidence) / 2:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 def incomplete_beta(a: float, b: float, x: float) -> float:
     """The regularised incomplete beta function I_x(a, b), 0 <= x <= 1, a and b above 0: the continued fraction of
     Abramowitz & Stegun 26.5.8 where it converges fast, else by the symmetry I_x(a, b) = 1 - I_{1-x}(b, a)."""
