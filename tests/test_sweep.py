@@ -536,6 +536,213 @@ def test_on_a_terminal_the_table_is_redrawn_within_the_screen(monkeypatch, capsy
     assert all(len(line.replace("\x1b[2K", "")) < 40 for line in first.splitlines())
 
 
+# ---- races of sources -------------------------------------------------------
+
+# A source that takes no time to import. Its runs give what made/{name}-{seed} holds.
+SOURCE = """
+import os
+from dataclasses import field, make_dataclass
+
+NAMES = {names}
+CONFIGS = [make_dataclass("C", [(name.lower(), str, field(default="", metadata=dict(group=""))) for name in NAMES])]
+
+def settings(model, run):
+    return run
+
+def read_env(env):
+    if env.get("TTT_LR") == "9":
+        raise ValueError("TTT_LR=9: expected at most 1")
+    defaults = dict(DEVICE="cpu", VOCAB_SIZE="64", HOLDOUT_TOKENS="{held}", TRAIN_BATCH_TOKENS="256")
+    return None, defaults | {{name: env[name] for name in NAMES if name in env}}
+
+print("a source may print what it likes")
+if __name__ == "__main__":
+    os.environ["TTT_LR"] = "{name}"
+"""
+COMMON = ("SEED", "TTT_LR", "DEVICE", "DATA_PATH", "VOCAB_SIZE", "HOLDOUT_TOKENS", "TRAIN_BATCH_TOKENS", "TRAIN_ROW_TOKENS")
+
+
+def source(stand_in: StandIn, name: str, knobs: tuple[str, ...] = (), held: int = HELD) -> bytes:
+    """Write name.py, a source with these knobs beside COMMON -> its content."""
+    run = "".join(f"    {line}\n" for line in STAND_IN.splitlines())
+    content = SOURCE.format(names=(*COMMON, *knobs), name=name, held=held) + run
+    (stand_in.folder / f"{name}.py").write_text(content)
+    return content.encode()
+
+
+@pytest.fixture
+def race(stand_in, monkeypatch) -> StandIn:
+    for name in train_gpt.KNOBS.keys() - set(COMMON):
+        monkeypatch.delenv(name, raising=False)
+    return stand_in
+
+
+def test_sources_race_in_turns_from_copies_and_over_seeds(race, capsys):
+    contents = {name: source(race, name) for name in "ab"}
+    for seed in (0, 1, 2):
+        race.makes("a", seed=seed, own=seed)
+        race.makes("b", seed=seed, own=10 + seed, gap=-0.05)
+    command = ["--source", "a.py,b.py", "SEED=0,1,2"]
+    assert sweep.main(command) == 0
+    assert [" ".join(words[:2]) for words in race.started()] == ["a 0", "b 0", "b 1", "a 1", "a 2", "b 2"]
+
+    folder = race.folder / "logs/sweeps/race-seed"
+    for content in contents.values():
+        digest = hashlib.sha256(content).hexdigest()
+        assert (folder / f"sources/{digest[:12]}.py").read_bytes() == content
+        assert len(list(folder.glob(f"{digest[:8]}-*.json"))) == 3
+        assert digest in (folder / "results.md").read_text()
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    assert [(row["source"], row["SEED"]) for row in rows] == [(f"{name}.py", seed) for seed in "012" for name in "ab"]
+
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| source=")]
+    assert [line[:3] for line in lines] == [["| source=b.py", "source=a.py", seed] for seed in ("0", "1", "2", "all 3")]
+    a, b = (load_run(row["run_id"]) for row in rows[:2])
+    assert lines[0][5].startswith(f"{b.bpb - a.bpb:+.5f} [-0.0") and lines[0][3] == "+0.00000"
+    assert lines[3][3] == "+0.00000 ± 0.00000", "of a number for all documents there is no interval"
+    assert lines[3][4].endswith("]: better") and lines[3][5].endswith("]: better |")
+
+    (race.folder / "a.py").write_bytes(contents["a"] + b"# changed\n")
+    assert sweep.main(command) == 0
+    assert [words[0] for words in race.started()[6:]] == ["a", "a", "a"], "what is finished is kept"
+
+
+def test_what_seeds_contradict_is_unresolved_and_a_failed_one_is_left_out(race, capsys):
+    for name in "ab":
+        source(race, name)
+        for seed in (0, 1):
+            race.makes(name, seed=seed, own=seed, gap=0.05 * seed * (name == "b") - 0.02 * (name == "b"))
+    race.makes("a", seed=2)  # and b fails
+    assert sweep.main(["--source", "a.py,b.py", "SEED=0,1,2"]) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| source=b")]
+    assert [line.split(" | ")[2] for line in lines] == ["0", "1", "all 2"]
+    assert lines[2].endswith("]: **unresolved** |")
+
+
+def test_knobs_make_a_grid_with_sources_and_each_is_compared_with_the_first_source(race, capsys):
+    for name in "ab":
+        source(race, name, ("KNOB_X",))
+        race.makes(name)
+    assert sweep.main(["KNOB_X=1,2", "--source", "a.py,b.py"]) == 0
+    lines = [line.split(" | ")[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("| source=")]
+    assert lines[::2] == [
+        ["| source=b.py KNOB_X=1", "source=a.py KNOB_X=1"],
+        ["| source=a.py KNOB_X=2", "source=a.py KNOB_X=1"],
+        ["| source=b.py KNOB_X=2", "source=a.py KNOB_X=2"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("NEW=1,2 --source a.py,new.py", "a.py: it has no knob NEW, which another source has"),
+        ("OTHER=1,2 --source a.py,new.py", "OTHER is not a knob"),
+        ("PATH=1,2 --source a.py", "PATH is in the environment"),
+        ("TTT_LR=1,9 --source a.py", "source=a.py TTT_LR=9: TTT_LR=9: expected at most 1"),
+        ("DATA_PATH=1,2 --source a.py", "DATA_PATH cannot be swept"),
+        ("--source a.py,a.py", "are the same combination"),
+        ("--source a.py,held.py", "HOLDOUT_TOKENS is 300 for source=a.py, 200 for source=held.py"),
+        ("--source a.py,absent.py", "'absent.py': neither a file nor a git revision"),
+        ("--source=a.py,--output=x", "neither a file nor a git revision"),
+        ("--source broken.py", "it cannot be asked for its knobs: ZeroDivisionError"),
+        ("--source other.py", "it has no CONFIGS, read_env, settings"),
+        ("--source a.py --jobs 0", "--jobs 0: at least 1"),
+        ("--source a.py --launcher absent-program", "--launcher 'absent-program'"),
+    ],
+)
+def test_sources_that_cannot_race_are_refused_before_anything_ran(race, monkeypatch, capsys, command, words):
+    monkeypatch.delenv("HOLDOUT_TOKENS")
+    source(race, "a")
+    source(race, "new", ("NEW",))
+    source(race, "held", held=200)
+    (race.folder / "broken.py").write_text("1 / 0\n")
+    (race.folder / "other.py").write_text("print('hello')\n")
+    assert end_in_a_line(lambda: sweep.main(command.split())) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.err.count("\n") == 1
+    assert race.started() == []
+
+
+def test_a_knob_of_the_environment_must_be_one_of_every_source(race, monkeypatch, capsys):
+    source(race, "a")
+    source(race, "new", ("NEW",))
+    monkeypatch.setenv("NEW", "1")
+    assert end_in_a_line(lambda: sweep.main(["--source", "a.py,new.py"])) == 2
+    assert "a.py: it has no knob NEW" in capsys.readouterr().err
+
+
+def test_a_source_may_be_a_git_revision(race, monkeypatch):
+    repository = race.folder / "repository"
+    repository.mkdir()
+    git = ["git", "-C", str(repository), "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    contents = [source(race, name) for name in "ab"]
+    for content in contents:
+        (repository / "train_gpt.py").write_bytes(content)
+        subprocess.run([*git, "add", "."], check=True)
+        subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
+    monkeypatch.setattr(sweep, "RUN_SH", repository / "run.sh")
+    found = sweep.find_sources("HEAD~1,HEAD,a.py")
+    assert [(one.name, one.content) for one in found] == [
+        ("HEAD~1", contents[0]),
+        ("HEAD", contents[1]),
+        ("a.py", contents[0]),
+    ]
+
+
+def test_the_sources_of_this_repository_can_be_asked(tiny_env):
+    asked = sweep.Source("now", train_gpt.code())
+    env = tiny_env(RUN_ID=None)
+    question = {"environments": [env, env | {"TTT_LR": "fast"}], "gpus": 1, "trains": True}
+    said = sweep.ask(asked, question)
+    assert said == sweep.ask_source.answer(train_gpt, **question)
+    assert said["settings"][0]["ITERATIONS"] == "3" and "TTT_LR='fast'" in said["settings"][1]
+
+
+LAUNCHER = """#!/bin/sh
+echo "$@" >> launched
+shift
+exec "$@"
+"""
+
+
+def test_a_launcher_stands_before_every_command_and_jobs_says_how_many_run(stand_in, monkeypatch, capsys):
+    path = stand_in.folder / "launcher"
+    path.write_text(LAUNCHER)
+    path.chmod(0o755)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # those of the cluster are others
+    monkeypatch.setenv("DEVICE", "auto")
+    for lr in ("0.1", "0.25"):
+        stand_in.makes(lr)
+    threading.Thread(target=lambda: wait_for(lambda: len(stand_in.started()) == 2) and Path("go on").touch()).start()
+    assert sweep.main(["TTT_LR=0.25,0.1", "--jobs", "2", "--launcher", f"{path} --gpus=1"]) == 0
+    assert "2 at a time" in capsys.readouterr().out
+    assert all(words[2] == "-" for words in stand_in.started()), "no GPU is chosen for them"
+    (copy,) = (stand_in.folder / "logs/sweeps/ttt_lr/sources").iterdir()
+    launched = (stand_in.folder / "launched").read_text().splitlines()
+    assert launched == [f"--gpus=1 {sys.executable} {copy.resolve()}"] * 2
+    assert sweep.command_of(2, ["srun"])[:4] == ["srun", sys.executable, "-m", "torch.distributed.run"]
+
+
+def test_jobs_says_how_many_run_at_once(monkeypatch):
+    def found(*words: str, device: str = "cpu") -> list[str | None]:
+        return sweep.places(sweep.command_line().parse_args(["A=1", *words]), device)
+
+    assert found("--jobs", "3") == [None, None, None] and found() == [None]
+    assert found("--launcher", "srun", "--gpus", "4") == [None]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert found("--jobs", "2", device="auto") == ["0", "1"]
+    with pytest.raises(train_gpt.ConfigError, match="GPUs for 2 at once"):
+        found("--jobs", "3", "--gpus", "2", device="auto")
+
+
+def test_turns_alternate_from_seed_to_seed():
+    jobs = [sweep.Job({"source": name, "SEED": seed}, {}, OURS) for name in "ab" for seed in "0123"]
+    order = [job.knobs["source"] + job.knobs["SEED"] for job in sweep.take_turns(jobs)]
+    assert order == ["a0", "b0", "b1", "a1", "a2", "b2", "b3", "a3"]
+
+
 # ---- the entry itself -------------------------------------------------------
 
 
