@@ -16,7 +16,8 @@ usage() {
   ./run.sh compress FILE OUT     the scorer as a lossless compressor; file names count from this folder
   ./run.sh decompress OUT FILE   and back, exactly
   ./run.sh sample ...   what an artifact would write after a prompt
-  ./run.sh sweep ...    rank combinations of knobs on held-out training text: TTT_LR=5e-5,1e-4 [--eval ARTIFACT]
+  ./run.sh sweep ...    rank combinations of knobs on held-out training text: TTT_LR=5e-5,1e-4 [--eval ARTIFACT];
+                        or race sources: --source A.py,B.py SEED=0,1
   ./run.sh compare A B  where two runs differ, document by document
   ./run.sh plot RUN...  pictures of finished runs, into logs/plots/
   ./run.sh packing CKPT what packing costs a network, and what each part of the quantiser is worth
@@ -215,10 +216,11 @@ run_tool() { # its name and arguments
   exec "$python" -m "tools.$1" "${@:2}"
 }
 
-# With the knobs and data that a run would have; with --eval, the artifact brings those of its own run.
+# With the knobs and data that a run would have; with --eval, the artifact brings those of its own run. With --launcher,
+# the GPUs are not here, and the full run's knobs hold.
 run_tool_on_jobs() {
   setup requirements.txt requirements-dev.txt
-  [[ " $* " == *" --eval"[\ =]* ]] || choose_job
+  [[ " $* " == *" --"@(eval|launcher)[\ =]* ]] || choose_job
   export RUN_SH_DEFAULTS=${defaults[*]} # which knobs are not the user's
   exec "$python" -m "tools.$1" "${@:2}"
 }

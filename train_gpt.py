@@ -5149,7 +5149,8 @@ def read_out_and_pack(
         line = "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}"
         log.event("before_quantisation", line, prequant_bpb=prequant_bpb, last_bpb=last_bpb)
         pack_weights(trainer, setup, log, watch, path)
-    return {"last_bpb": last_bpb, "readout": weights_used, "prequant_bpb": prequant_bpb}
+    said = {"last_bpb": last_bpb, "readout": weights_used, "prequant_bpb": prequant_bpb}
+    return said | {"prequant_nats": table.nats}  # (documents,): for the file of documents, not for the result
 
 
 def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, path: Path) -> None:
@@ -5166,8 +5167,11 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
         dist.barrier()
 
 
-def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict[str, Any], bytes]:
-    """Read an artifact from the disk and score it -> what the result says about it, and the file of all documents."""
+def evaluate(
+    setup: Setup, log: Log, watch: Stopwatch, path: Path, prequant_nats: np.ndarray | None = None
+) -> tuple[dict[str, Any], bytes]:
+    """Read an artifact from the disk and score it -> what the result says about it, and the file of all documents,
+    which keeps their scores (documents,) before quantisation, too, where this run has them."""
     run = setup.run
     docs = setup.validation
 
@@ -5204,16 +5208,18 @@ def evaluate(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict
         "eval_seconds": watch.total(*EVALUATION_CLOCK),
         "artifact_sha256": hashlib.sha256(data).hexdigest(),
     }
-    return result, documents_file(table, static)
+    return result, documents_file(table, static, prequant_nats)
 
 
-def documents_file(table: ScoreTable, static: ScoreTable) -> bytes:
+def documents_file(table: ScoreTable, static: ScoreTable, prequant_nats: np.ndarray | None) -> bytes:
     """The score of every document, in the order of the validation set, for comparing runs: the bytes of an .npz."""
+    before_quantisation = {} if prequant_nats is None else {"prequant_nats": prequant_nats}
     out = io.BytesIO()
     np.savez_compressed(
         out,
         nats=table.nats,
         static_nats=static.nats,
+        **before_quantisation,
         tokens=table.docs.lengths,
         bytes=table.docs.target_bytes(),
         updates=table.updates.astype(np.int64),
@@ -6165,15 +6171,17 @@ def do_experiment(model_config: ModelConfig, run: RunConfig, dist: Dist, run_id:
     result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
     result["knobs"] = settings(setup.model, run)
     how_to_score = ""
+    prequant_nats = None
     if run.artifact:
         artifact = Path(run.artifact)
     else:
         artifact = LOGS / f"{run_id}.ptz"
         result |= train_and_pack(setup, log, watch, artifact)
+        prequant_nats = result.pop("prequant_nats", None)
         command = command_line(setup, ARTIFACT=str(artifact), RESUME="", RUN_ID="")  # under a name of its own
         how_to_score = f"the artifact is in {artifact}; this scores it: {command}"
     with advice(how_to_score):
-        scores, documents = evaluate(setup, log, watch, artifact)
+        scores, documents = evaluate(setup, log, watch, artifact, prequant_nats)
     result |= scores
     if dist.main:  # other machines have no artifact
         result |= describe_artifact(artifact, result["artifact_sha256"])

@@ -190,6 +190,14 @@ def test_the_result_adds_up(first):
     ]
 
 
+def test_documents_keep_their_scores_before_quantisation(first):
+    """For races, in pairs of documents. A run that only scores has none."""
+    with np.load(first.log.with_suffix(".docs.npz")) as scores:
+        nats = scores["prequant_nats"]
+        assert first.result["prequant_bpb"] == nats.sum() / np.log(2) / scores["bytes"].sum()
+    assert len(nats) == first.result["documents"] and "prequant_nats" not in first.result
+
+
 def test_the_weights_that_score_best_on_held_out_text_are_read_out(first):
     (event,) = [event for event in first.events if event["event"] == "readout"]
     nats = {name: event[name] for name in ("last", "half", "average")}
@@ -221,6 +229,7 @@ def test_an_artifact_is_scored_alone_without_training_data(first, tmp_path):
     alone = folder.result(RUN_ID="alone", ARTIFACT=first.folder.artifact(), **of_the_model)
     for key in ("val_bpb", "static_bpb", "val_loss", "bytes", "tokens", "artifact_bytes", "adaptation_steps"):
         assert alone[key] == first.result[key], key
+    assert "prequant_nats" not in np.load(tmp_path / "logs" / "alone.docs.npz")
     assert "steps" not in alone and not (tmp_path / "logs" / "alone.ptz").exists()
     assert alone["knobs"] == first.result["knobs"] | {"RUN_ID": "alone", "ARTIFACT": str(first.folder.artifact())}
 

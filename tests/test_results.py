@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from tools import results
-from tools.results import differences, length_groups, load_run, ratio_intervals
+from tools.results import bits_per_byte, differences, length_groups, load_run, over_seeds, ratio_intervals
+from tools.welch import two_sided
 from train_gpt import DataError
 
 SOURCE = b"print('the entry')\n"
@@ -28,10 +29,12 @@ def fabricate(
     count: int = 300,
     texts: int = 0,
     trained: bool = True,
+    exact: bool = False,
     **changes,
 ) -> Path:
     """The four files of a run on `count` documents that `texts` decides, whose bits per byte lie `gap` above 1.2 and
-    have noise of their own that `own` decides; `changes` go into the result. Returns the path of the .json."""
+    have noise of their own that `own` decides; `exact`: with scores of every document before quantisation, 0.99 of the
+    final ones; `changes` go into the result. Returns the path of the .json."""
     shared = np.random.default_rng(texts)
     mine = np.random.default_rng(1000 + own)
     tokens = np.maximum(shared.lognormal(6, 1, count), 2).astype(np.int64)
@@ -41,8 +44,10 @@ def fabricate(
     updates = tokens // 48
     validation = hashlib.sha256(tokens.tobytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
+    before_quantisation = {"prequant_nats": 0.99 * nats} if exact else {}
     np.savez_compressed(
         folder / f"{run_id}.docs.npz",
+        **before_quantisation,
         nats=nats,
         static_nats=nats * 1.02,
         tokens=tokens,
@@ -82,7 +87,7 @@ def fabricate(
             train_tokens=400,
             epochs=0.5,
             last_bpb=1.4,
-            prequant_bpb=1.3,
+            prequant_bpb=float(0.99 * nats.sum() / math.log(2) / size.sum()) if exact else 1.3,
             train_seconds=10.0,
             history=[[1, 2.0, 4.0], [2, 4.0, 3.0], [4, 8.0, 2.5]],
         )
@@ -164,6 +169,8 @@ def test_a_field_that_is_missing_is_named(tmp_path):
         dict(validation=np.array(["0" * 64])),
         dict(nats=np.array([None] * 300)),
         dict(bytes=np.zeros(300, np.int64)),
+        dict(prequant_nats=np.ones(300)),
+        dict(prequant_nats=np.ones(299)),
     ],
     ids=lambda arrays: "-".join(arrays),
 )
@@ -172,6 +179,14 @@ def test_damaged_scores_are_refused(tmp_path, arrays):
     change(tmp_path / "run.docs.npz", **arrays)
     with pytest.raises(DataError):
         load_run(path)
+
+
+def test_scores_before_quantisation_are_read_where_a_run_keeps_them(tmp_path):
+    run = load_run(fabricate(tmp_path, exact=True))
+    assert bits_per_byte(run.prequant_nats, run.bytes) == pytest.approx(run.result["prequant_bpb"])
+    assert load_run(fabricate(tmp_path, "older")).prequant_nats is None
+    with pytest.raises(DataError, match="trained nothing"):
+        load_run(fabricate(tmp_path, "scored", exact=True, trained=False))
 
 
 def test_files_that_are_missing_cut_short_or_too_large_are_refused(tmp_path, monkeypatch):
@@ -237,6 +252,35 @@ def test_the_interval_is_what_the_textbook_does_one_draw_at_a_time():
     low, high = np.percentile(slow, (2.5, 97.5), axis=0)
     for k, interval in enumerate(ratio_intervals(parts, size, seed=7, resamples=500)):
         assert interval == pytest.approx((parts[:, k].sum() / size.sum(), low[k], high[k]))
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_an_interval_over_seeds_covers_the_truth_and_one_over_documents_alone_does_not(seeds):
+    """Seeds move every document alike by 0.003, which no choice of documents shows."""
+    covered = {"seeds and documents": 0, "documents": 0}
+    for i in range(200):
+        draw = np.random.default_rng(i)
+        size = draw.integers(50, 2000, 100)
+        by_seed = draw.normal(0, 0.003, seeds)
+        gaps = (by_seed + draw.normal(0, 0.02, (100, 1)) + draw.normal(0, 0.005, (100, seeds))) * size[:, None]
+        total = over_seeds(gaps, size)
+        (documents,) = ratio_intervals(gaps.mean(1, keepdims=True), size, 0, resamples=400)
+        covered["seeds and documents"] += total.low <= 0 <= total.high
+        covered["documents"] += documents.low <= 0 <= documents.high
+        assert total.value == pytest.approx(gaps.sum() / size.sum() / seeds) and total.seeds == seeds
+    assert covered["seeds and documents"] >= 188 and covered["documents"] < 186
+
+
+def test_of_one_seed_the_interval_is_that_over_documents():
+    draw = np.random.default_rng(0)
+    gaps, size = draw.normal(1, 1, (40, 1)), draw.integers(1, 9, 40)
+    total = over_seeds(gaps, size)
+    assert (total.value, total.low, total.high) == ratio_intervals(gaps, size, 0)[0] and math.isnan(total.spread)
+
+
+@pytest.mark.parametrize("df, t", [(1, 12.7062), (2, 4.30265), (9, 2.26216), (1000, 1.96234)])
+def test_student_s_t_is_that_of_tables(df, t):
+    assert two_sided(0.95, df) == pytest.approx(t, rel=1e-5)
 
 
 def test_runs_on_other_documents_or_other_bytes_are_not_compared(tmp_path):

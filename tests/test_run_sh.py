@@ -175,6 +175,13 @@ def test_a_sweep_of_an_artifact_gets_no_knobs_of_the_small_run(ready):
     assert "ITERATIONS" not in call["env"] and ready.started("prepare.py") == []
 
 
+@pytest.mark.parametrize("launcher", [["--launcher", "srun -N1"], ["--launcher=srun"]])
+def test_a_sweep_whose_gpus_are_elsewhere_gets_no_knobs_of_the_small_run(ready, launcher):
+    ready.run("sweep", "TTT_LR=1e-4,2e-4", *launcher)
+    (call,) = ready.started("sweep")
+    assert "ITERATIONS" not in call["env"] and ready.started("prepare.py") == []
+
+
 def test_a_sweep_is_told_which_knobs_are_not_the_user_s(ready):
     ready.run("sweep", "TTT_PARAMS=lora,full", TTT_LR=0.1)
     (call,) = ready.started("sweep")

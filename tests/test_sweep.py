@@ -559,7 +559,16 @@ print("a source may print what it likes")
 if __name__ == "__main__":
     os.environ["TTT_LR"] = "{name}"
 """
-COMMON = ("SEED", "TTT_LR", "DEVICE", "DATA_PATH", "VOCAB_SIZE", "HOLDOUT_TOKENS", "TRAIN_BATCH_TOKENS", "TRAIN_ROW_TOKENS")
+COMMON = (
+    "SEED",
+    "TTT_LR",
+    "DEVICE",
+    "DATA_PATH",
+    "VOCAB_SIZE",
+    "HOLDOUT_TOKENS",
+    "TRAIN_BATCH_TOKENS",
+    "TRAIN_ROW_TOKENS",
+)
 
 
 def source(stand_in: StandIn, name: str, knobs: tuple[str, ...] = (), held: int = HELD) -> bytes:
@@ -605,6 +614,16 @@ def test_sources_race_in_turns_from_copies_and_over_seeds(race, capsys):
     (race.folder / "a.py").write_bytes(contents["a"] + b"# changed\n")
     assert sweep.main(command) == 0
     assert [words[0] for words in race.started()[6:]] == ["a", "a", "a"], "what is finished is kept"
+
+
+def test_scores_before_quantisation_are_compared_by_document_where_both_keep_them(race, capsys):
+    for name, gap in (("a", 0.0), ("b", -0.05)):
+        source(race, name)
+        race.makes(name, gap=gap, exact=True)
+    assert sweep.main(["--source", "a.py,b.py", "TTT_LR=1"]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| source=b.py")]
+    assert lines[0][3].startswith("-0.0") and lines[0][3].endswith("]")
+    assert lines[1][2] == "all 1" and lines[1][3] == f"{lines[0][3]}: better with this seed"
 
 
 def test_what_seeds_contradict_is_unresolved_and_a_failed_one_is_left_out(race, capsys):
