@@ -656,7 +656,7 @@ def test_knobs_make_a_grid_with_sources_and_each_is_compared_with_the_first_sour
     [
         ("NEW=1,2 --source a.py,new.py", "a.py: it has no knob NEW, which another source has"),
         ("OTHER=1,2 --source a.py,new.py", "OTHER is not a knob"),
-        ("PATH=1,2 --source a.py", "PATH is in the environment"),
+        ("PATH=1,2 --source a.py", "PATH is not a knob of this train_gpt.py, but in the environment"),
         ("TTT_LR=1,9 --source a.py", "source=a.py TTT_LR=9: TTT_LR=9: expected at most 1"),
         ("DATA_PATH=1,2 --source a.py", "DATA_PATH cannot be swept"),
         ("--source a.py,a.py", "are the same combination"),
@@ -807,3 +807,22 @@ def test_a_sweep_of_two_runs_is_cut_off_and_gone_on_with(tiny_data, tiny_env, tm
     assert process.returncode == 0, out
     (scored,) = map(load_run, (tmp_path / "logs/sweeps/ttt_lr-eval").glob("*.json"))
     assert scored.bpb == trained["0.01"].bpb and not scored.trained
+
+
+@pytest.mark.slow
+def test_the_entry_races_an_edit_of_itself(tiny_data, tiny_env, tmp_path):
+    env = tiny_env(HOLDOUT_TOKENS=str(HELD), RUN_ID=None, MATRIX_LR=None, SEED=None)
+    old = "matrix_lr: float = knob(0.026,"
+    text = Path(train_gpt.__file__).read_text()
+    assert old in text
+    (tmp_path / "hot.py").write_text(text.replace(old, "matrix_lr: float = knob(0.05,"))
+    with sweeping(tmp_path, env, "--source", f"{train_gpt.__file__},hot.py", "SEED=0,1", "--name", "hot") as process:
+        out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    runs = list(map(load_run, (tmp_path / "logs/sweeps/hot").glob("*-*.json")))
+    assert sorted((run.result["seed"], run.result["knobs"]["MATRIX_LR"]) for run in runs) == [
+        (seed, rate) for seed in (0, 1) for rate in ("0.026", "0.05")
+    ]
+    lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| source=hot.py")]
+    assert [line[2] for line in lines] == ["0", "1", "all 2"]
+    assert all("[" in cell for line in lines for cell in line[3:]), "every figure has its interval"

@@ -231,11 +231,11 @@ def make_jobs(
     for name in ("ARTIFACT", "RESUME"):
         require(not os.environ.get(name), f"{name} is set in the environment: {APART[name]}")
     names = knob_names(combinations)
-    if not sources[0].name:
-        check_names(names, ask_source.knob_groups(train_gpt), artifact)
     for name in names:
-        theirs = name in os.environ and name not in train_gpt.KNOBS  # such as PATH, which no run could do without
-        require(not theirs, f"{name} is in the environment, and no knob of this train_gpt.py: unset it to sweep it")
+        foreign = (
+            name in os.environ and name not in train_gpt.KNOBS
+        )  # such as PATH, without which no source can be asked
+        require(not foreign, f"{name} is not a knob of this train_gpt.py, but in the environment: unset it to sweep it")
 
     jobs = []
     for knobs, source in itertools.product(combinations, sources):
