@@ -552,7 +552,7 @@ def settings(model, run):
 def read_env(env):
     if env.get("TTT_LR") == "9":
         raise ValueError("TTT_LR=9: expected at most 1")
-    defaults = dict(DEVICE="cpu", VOCAB_SIZE="64", HOLDOUT_TOKENS="{held}", TRAIN_BATCH_TOKENS="256")
+    defaults = dict(DEVICE="cpu", VOCAB_SIZE="64", HOLDOUT_TOKENS="{held}", TRAIN_BATCH_TOKENS="as time allows")
     return None, defaults | {{name: env[name] for name in NAMES if name in env}}
 
 print("a source may print what it likes")

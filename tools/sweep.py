@@ -75,7 +75,6 @@ from train_gpt import LOGS, ConfigError, DataError, UserError, require
 SWEEPS = LOGS / "sweeps"
 RUN_SH = Path(__file__).resolve().parent.parent / "run.sh"
 SAME_DOCUMENTS = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "HOLDOUT_TOKENS")  # what they follow from
-OPENED = (*SAME_DOCUMENTS, "ARTIFACT", "TRAIN_BATCH_TOKENS", "TRAIN_ROW_TOKENS")  # what opening the data depends on
 APART = {  # knobs that no sweep may vary, and why
     "RUN_ID": "every combination gets one of its own",
     "ARTIFACT": "give it as --eval ARTIFACT",
@@ -232,9 +231,7 @@ def make_jobs(
         require(not os.environ.get(name), f"{name} is set in the environment: {APART[name]}")
     names = knob_names(combinations)
     for name in names:
-        foreign = (
-            name in os.environ and name not in train_gpt.KNOBS
-        )  # such as PATH, without which no source can be asked
+        foreign = name in os.environ and name not in train_gpt.KNOBS  # PATH, say, without which nothing can be asked
         require(not foreign, f"{name} is not a knob of this train_gpt.py, but in the environment: unset it to sweep it")
 
     jobs = []
@@ -312,7 +309,7 @@ class ScoredText(NamedTuple):
 
 def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> ScoredText:
     """Point every job at the documents that it is to score, and open everything as the first run will."""
-    config, run = opened_by(jobs[0])
+    config, run = config_to_open(jobs[0], world)
     held = run.holdout_tokens
     if on == "training":
         if run.artifact:
@@ -334,7 +331,7 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
             train_gpt.manifest_value(Path(run.data_path), "holdout") is None,
             f"DATA_PATH={run.data_path} is a sweep's own: it holds no validation; set DATA_PATH to the prepared data",
         )
-    config, run = opened_by(jobs[0])
+    config, run = config_to_open(jobs[0], world)
     setup = train_gpt.make_setup(config, run, train_gpt.Dist(world=world))
     count = f"{len(setup.validation):,} documents ({setup.validation.target_bytes().sum():,} bytes)"
     shards = [] if setup.stream is None else [[str(p.resolve()), p.stat().st_size] for p in setup.stream.paths]
@@ -344,11 +341,13 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
     return ScoredText(f"validation, {count}: not for choosing", True, identity)
 
 
-def opened_by(job: Job) -> tuple[train_gpt.ModelConfig, train_gpt.RunConfig]:
-    """The configuration of this train_gpt.py that opens the files that a run will open. Whatever else the run's source
-    may know is left out; a micro-batch holds any row, since nothing is computed here."""
-    known = {name: job.settings[name] for name in OPENED if name in job.settings}
-    return train_gpt.read_env(known | {"MICRO_BATCH_TOKENS": str(1 << 30)})
+def config_to_open(job: Job, world: int) -> tuple[train_gpt.ModelConfig, train_gpt.RunConfig]:
+    """The configuration by which this train_gpt.py opens what the run of a job will open. Another source may know knobs
+    and values that this one does not: then only those that choose the files count, and a batch of the smallest rows."""
+    if not job.source.name:
+        return train_gpt.read_env(job.env)
+    files = {name: job.settings[name] for name in (*SAME_DOCUMENTS, "ARTIFACT") if name in job.settings}
+    return train_gpt.read_env(files | {"TRAIN_ROW_TOKENS": "8", "TRAIN_BATCH_TOKENS": str(8 * world)})
 
 
 def held_out_by(artifact: str) -> tuple[train_gpt.ModelConfig, int, str]:
