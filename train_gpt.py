@@ -2363,10 +2363,9 @@ def read_tensors(data: bytes, header: Mapping[str, Any], at: int, what: str) -> 
     with untrusted(what):
         # A limit for all tensors together, so that a small file cannot fill the memory.
         room = MAX_UNPACKED_BYTES if header["zstd"] else len(data)
-        for name, kind, shape, size in header["tensors"]:
-            if not isinstance(name, str) or name in tensors:
-                raise ValueError(f"tensor {brief(name)} comes twice")
-            tensors[name] = read_tensor(data[at : at + size], kind, shape, header["zstd"], room)
+        sizes = [size for _, _, _, size in header["tensors"]]
+        for (name, (dtype, shape)), size in zip(table_layout(header, what).items(), sizes, strict=True):
+            tensors[name] = read_tensor(data[at : at + size], dtype, shape, header["zstd"], room)
             room -= tensors[name].nbytes
             at += size
     return tensors
@@ -2383,7 +2382,7 @@ def table_layout(header: Mapping[str, Any], what: str) -> Layout:
             if not isinstance(name, str) or name in found:
                 raise ValueError(f"tensor {brief(name)} comes twice")
             sides = shape if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
-            if not all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in sides):  # torch cannot show larger
+            if not all(type(n) is int and 0 <= n < MAX_UNPACKED_BYTES for n in sides):  # torch cannot show larger
                 raise ValueError(f"{brief(name)}: {brief(shape)} is not a shape")
             found[name] = STORED_TYPES[kind], torch.Size(shape)
         return found
@@ -2413,11 +2412,8 @@ def decompress(frame: bytes, most: int) -> bytes:
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
 
 
-def read_tensor(blob: bytes, kind: str, shape: list[int], compressed: bool, room: int) -> Tensor:
-    """Stored bytes -> a tensor of a STORED_TYPES name and a shape, of at most `room` bytes."""
-    dtype = STORED_TYPES[kind]
-    require(len(shape) <= MAX_DIMENSIONS, f"a shape of {len(shape)} dimensions")
-    require(all(isinstance(n, int) and 0 <= n < MAX_UNPACKED_BYTES for n in shape), f"shape {shape}")
+def read_tensor(blob: bytes, dtype: torch.dtype, shape: torch.Size, compressed: bool, room: int) -> Tensor:
+    """Stored bytes -> a tensor of a type and shape of `table_layout`, of at most `room` bytes."""
     expected = math.prod(shape) * dtype.itemsize
     require(expected <= room, f"shape {shape} is too large")
     raw = decompress(blob, expected) if compressed and dtype != ALREADY_CODED else blob
@@ -2866,7 +2862,8 @@ class Calibration:
     def run(self, batches: Iterable[MicroBatch]) -> None:
         """Add text. Activations of all of a micro-batch are in memory, uncompiled ones, which take more of it."""
         requires_grad = {p: p.requires_grad for p in self.model.parameters()}
-        handles = [self.watch(name, module) for name, module in self.model.named_modules()]
+        hooked = (self.watch(name, module) for name, module in self.model.named_modules())
+        handles = [handle for handle in hooked if handle is not None]
         try:
             self.model.requires_grad_(False)  # gradients of weights are not needed
             with torch.compiler.set_stance("force_eager"), torch.enable_grad():  # hooks do not fire in compiled code
@@ -2879,8 +2876,7 @@ class Calibration:
             for p, required in requires_grad.items():
                 p.requires_grad_(required)
             for handle in handles:
-                if handle is not None:
-                    handle.remove()
+                handle.remove()
 
     def watch(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle | None:
         """Hook a module that multiplies by matrices, or looks up embeddings; None if it does neither."""
@@ -3366,11 +3362,12 @@ def decode_integers(stream: bytes, tables: bytes, grids: Mapping[str, Grid], tre
     """What `integer_symbols` gave, from its stream -> {name: (out, in) int16}. Raises DataError."""
     decoder = RansDecoder(stream, FrequencyTables.from_bytes(tables, CONTEXTS, ALPHABET))
     shapes = {name: (len(grid.row_steps), len(grid.column_steps)) for name, grid in grids.items()}
-    widest = max(sum(shapes[strip.name][1] for strip in strips) for strips in strips_by_height(shapes).values())
+    by_height = strips_by_height(shapes)
+    widest = max(sum(shapes[strip.name][1] for strip in strips) for strips in by_height.values())
     lanes = lane_count(sum(map(math.prod, shapes.values())), widest)  # with fewer, a forged stream would take minutes
     require(len(decoder.states) == lanes, f"{len(decoder.states)} lanes, expected {lanes}", DataError)
     integers = {name: np.empty(shape, np.int16) for name, shape in shapes.items()}
-    for height, strips in strips_by_height(shapes).items():
+    for height, strips in by_height.items():
         walk = Walk(strips, height, grids, trellis)
         rows = np.empty((height, len(walk.column_classes)), np.int16)
         for row in range(height):
