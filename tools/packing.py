@@ -183,15 +183,15 @@ class Judge:
         return ratio, math.sqrt(((bits - ratio * size) ** 2).sum()) / size.sum()
 
 
-def load_weights(path: str, device: torch.device) -> tuple[g.GPT, dict]:
-    """The network of a checkpoint, with the weights that the model had -> it, and what the checkpoint says."""
+def load_weights(path: str) -> g.GPT:
+    """The network of a checkpoint, with the weights that the model had."""
     meta, tensors = g.unpack(g.read_file(path), path)
     config = g.stored_config(meta | {"kind": "artifact"}, path)
     model = g.GPT(config)
     with torch.no_grad(), g.untrusted(path):
         for name, p in model.named_parameters():
             p.copy_(tensors[f"model.{name}"])
-    return model.to(device), meta
+    return model
 
 
 def calibrate(model: g.GPT, setup: g.Setup, batches: float) -> dict[str, g.Sensitivity]:
@@ -217,9 +217,14 @@ def measure(way: Way, model: g.GPT, setup: g.Setup, known: dict[str, g.Sensitivi
             sensitivities = {name: way.change(name, found) for name, found in sensitivities.items()}
         artifact = g.make_artifact(model, sensitivities, run, setup.dist, watch, {}, g.Log())
         with watch.phase("unpack"):
-            _, stored = g.unpack(artifact, "the artifact")
-            packed = g.restore(g.GPT(model.config).to(setup.dist.device), stored, "the artifact")
+            packed = read_back(artifact, "the artifact", model)
     return columns(judge, packed, len(artifact), watch.total("quantise", "pack"), watch.total("unpack"))
+
+
+def read_back(artifact: bytes, what: str, model: g.GPT) -> g.GPT:
+    """The network in an artifact, which must be of the shape and goes to the device of `model`."""
+    _, stored = g.unpack(artifact, what)
+    return g.restore(g.GPT(model.config).to(model.embed.device), stored, what)
 
 
 def columns(judge: Judge, packed: g.GPT, size: int, pack_seconds: float, unpack_seconds: float) -> str:
@@ -232,10 +237,9 @@ def columns(judge: Judge, packed: g.GPT, size: int, pack_seconds: float, unpack_
     )
 
 
-def open_text(on: str, folder: Path, meta: dict) -> g.Setup:
+def open_text(on: str, folder: Path, config: g.ModelConfig) -> g.Setup:
     """Set-up whose validation is what is compared on, and whose stream is what is calibrated on."""
-    config, run = g.read_env()
-    config = g.stored_config(meta | {"kind": "artifact"}, "WEIGHTS")
+    _, run = g.read_env()
     if on == "holdout":
         tokenizer = g.load_tokenizer(run, config.vocab_size)
         make_holdout(Path(run.data_path), tokenizer, run.holdout_tokens, folder / "data")
@@ -264,10 +268,10 @@ def main(arguments: list[str] | None = None) -> int:
     g.require(not unknown, f"--only {','.join(unknown)}: no such way; --list names them")
     g.require(options.weights is not None, "name a checkpoint, logs/RUN.ckpt")
 
-    meta = g.read_header(g.read_file(options.weights), options.weights)[0]["meta"]
+    model = load_weights(options.weights)
     with tempfile.TemporaryDirectory() as folder:
-        setup = open_text(options.on, Path(folder), meta)
-        model, _ = load_weights(options.weights, setup.dist.device)
+        setup = open_text(options.on, Path(folder), model.config)
+        model.to(setup.dist.device)
         judge = Judge(model, setup.validation, setup.run)
         start = time.perf_counter()
         known = calibrate(model, setup, setup.run.gptq_calibration_batches)
@@ -278,8 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("| way | bytes | KL, bpb | penalty, bpb | pack, s | unpack, s |\n|---|---|---|---|---|---|", flush=True)
         if options.artifact:
             data = g.read_file(options.artifact)
-            _, stored = g.unpack(data, options.artifact)
-            packed = g.restore(g.GPT(model.config).to(setup.dist.device), stored, options.artifact)
+            packed = read_back(data, options.artifact, model)
             print(f"| {options.artifact} | {columns(judge, packed, len(data), 0.0, 0.0)}", flush=True)
         for name in names:
             print(f"| {name} | {measure(WAYS[name], model, setup, known, judge)}", flush=True)
