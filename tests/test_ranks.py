@@ -110,17 +110,23 @@ def names(line: str, rank: int) -> bool:
     return re.fullmatch(pattern, line) is not None
 
 
-@pytest.mark.parametrize("meanwhile", [is_busy, waits, is_stuck])
-@pytest.mark.parametrize("lost", [0, 1])
-def test_the_other_rank_ends_with_one_line_when_one_is_killed(ranks, lost, meanwhile):
+def assert_missed(ranks, lost: int, number: int, meanwhile: Callable[[g.Dist], None]) -> None:
+    """One rank sends itself this signal; the other one, whatever it does meanwhile, must end with one line."""
+
     def experiment(dist: g.Dist) -> None:
         if dist.rank == lost:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), number)
         meanwhile(dist)
 
     ranks.start(experiment)
     other = ranks.ended(1 - lost)
     assert other.status == g.RANK_LOST and names(other.output, lost), other.output
+
+
+@pytest.mark.parametrize("meanwhile", [is_busy, waits, is_stuck])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_other_rank_ends_with_one_line_when_one_is_killed(ranks, lost, meanwhile):
+    assert_missed(ranks, lost, signal.SIGKILL, meanwhile)
 
 
 @pytest.mark.parametrize("meanwhile", [is_busy, waits])
@@ -238,15 +244,7 @@ def test_ctrl_c_is_told_by_every_rank_as_that(ranks):
 def test_a_rank_that_stops_answering_is_missed(ranks, monkeypatch, stopped):
     """As on a machine that has lost power: its connections stay open."""
     monkeypatch.setattr(g.RankWatch, "SILENCE_S", 0.7)
-
-    def experiment(dist: g.Dist) -> None:
-        if dist.rank == stopped:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        waits(dist)
-
-    ranks.start(experiment)
-    other = ranks.ended(1 - stopped)
-    assert other.status == g.RANK_LOST and names(other.output, stopped), other.output
+    assert_missed(ranks, stopped, signal.SIGSTOP, waits)
 
 
 def test_a_rank_may_stop_for_a_while_and_all_leave_together(ranks):
