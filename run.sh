@@ -18,6 +18,7 @@ usage() {
   ./run.sh sample ...   what an artifact would write after a prompt
   ./run.sh sweep ...    rank combinations of knobs on held-out training text: TTT_LR=5e-5,1e-4 [--eval ARTIFACT];
                         or race sources: --source A.py,B.py SEED=0,1
+  ./run.sh rules ...    what rules of test-time training gain on one artifact: ARTIFACT [SETTING ...] [--published]
   ./run.sh compare A B  where two runs differ, document by document
   ./run.sh plot RUN...  pictures of finished runs, into logs/plots/
   ./run.sh packing CKPT what packing costs a network, and what each part of the quantiser is worth
@@ -46,11 +47,16 @@ small_job() {
   default VOCAB_SIZE=2048 NUM_LAYERS=6 MODEL_DIM=128 NUM_HEADS=4 NUM_KV_HEADS=2 PARALLEL_START_LAYER=4
   default NUM_LOOPS=1 LOOP_START=2 LOOP_END=3
   default HOLDOUT_TOKENS=65536 TRAIN_BATCH_TOKENS=8192 TRAIN_ROW_TOKENS=4096 MICRO_BATCH_TOKENS=4096 TRAIN_SEQ_LEN=512
-  default EVAL_SEQ_LEN=512 EVAL_STRIDE=128
+  default EVAL_SEQ_LEN=512 EVAL_STRIDE=128 GRAD_RMS_TOKENS=8192
   if [[ ${TTT_PARAMS:-lora} != lora ]]; then
     default TTT_CHUNK_TOKENS=128 # the default is longer than these documents
   else
-    default TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_LR=1e-3 TTT_CHUNK_TOKENS=16
+    default TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_CHUNK_TOKENS=16
+    if [[ ${TTT_OPTIMIZER:-auto} == @(auto|rms) && ${TTT_SCOPE:-document} == document && ${GRAD_RMS_TOKENS:-} != 0 ]]; then
+      default TTT_LR=5e-3 # of steps that are divided by the RMS of gradients
+    else
+      default TTT_LR=1e-3
+    fi
     [[ ${TTT_SCOPE:-document} != document ]] || default TTT_BATCH_DOCS=16
   fi
 }
@@ -254,7 +260,7 @@ main() {
     check-setup) start_job --check-setup ;;
     data) run_python data/prepare.py "$@" ;;
     prove | compress | decompress | sample | check) run_python -m "tools.$command" "$@" ;;
-    compare | plot | packing | bench) run_tool "$command" "$@" ;;
+    rules | compare | plot | packing | bench) run_tool "$command" "$@" ;;
     sweep | record) run_tool_on_jobs "$command" "$@" ;;
     test) run_tests "$@" ;;
     small-job-defaults) small_job_defaults ;; # for tools, not for people

@@ -131,15 +131,17 @@ def knob(
     low: float | None = None,
     high: float | None = None,
     full: Any = None,
-    only: Mapping[str, str] | None = None,
+    rms: Any = None,
+    only: Mapping[str, tuple[str, ...]] | None = None,
     absent: Any = None,
 ) -> Any:
-    """A field of a config. `full` is the default under TTT_PARAMS=full where it differs. `only` names the knobs and
-    values without which this one has no effect; setting it is then refused. `group` starts a new group of --help.
-    `absent` is what a field of ModelConfig means to artifacts that were written before it existed."""
-    meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, full=full, only=only or {})
-    meta["absent"] = absent
-    return field(default=default if full is None else None, metadata=meta)
+    """A field of a config. `full` is the default under TTT_PARAMS=full, and `rms` that under TTT_OPTIMIZER=rms, where
+    they differ. `only` names the knobs and their values without which this one has no effect; setting it is then
+    refused. `group` starts a new group of --help. `absent` is what a field of ModelConfig means to artifacts that were
+    written before it existed."""
+    meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, only=only or {}, absent=absent)
+    meta |= dict(full=full, rms=rms)
+    return field(default=default if full is None and rms is None else None, metadata=meta)
 
 
 MAX_PASSES = 1024  # of blocks in one forward pass: a forged artifact could ask for passes without end
@@ -207,11 +209,13 @@ class ModelConfig:
 
 # For `only`: what a knob of test-time training needs in order to have an effect.
 # `LORA | DOCUMENT` joins two tables: both conditions must hold.
-LORA = {"ttt_params": "lora"}
-FULL = {"ttt_params": "full"}
-DOCUMENT = {"ttt_scope": "document"}
-SGD = {"ttt_optimizer": "sgd"}
-ADAMW = {"ttt_optimizer": "adamw"}
+LORA = {"ttt_params": ("lora",)}
+FULL = {"ttt_params": ("full",)}
+DOCUMENT = {"ttt_scope": ("document",)}
+SGD = {"ttt_optimizer": ("sgd",)}
+ADAMW = {"ttt_optimizer": ("adamw",)}
+RMS = {"ttt_optimizer": ("rms",)}
+SGD_OR_ADAMW = {"ttt_optimizer": ("sgd", "adamw")}
 
 
 MAX_RUN_ID_BYTES = 200  # most file systems allow 255, and a run appends to it
@@ -270,28 +274,52 @@ class RunConfig:
         "auto",
         "states of the trellis along which integers are chosen; 0 = round to nearest, auto = by the model's size",
     )
+    grad_rms_tokens: int = knob(
+        1 << 17,
+        "last training tokens, on which gradients are measured for TTT_OPTIMIZER=rms; 0 = none",
+        unit="tokens",
+        low=0,
+    )
 
-    eval_seq_len: int = knob(2048, "longest context in evaluation", group="Evaluation", unit="tokens", low=8)
+    eval_seq_len: int = knob(
+        3072,
+        "longest context in evaluation: without adaptation a token sees so many, less up to EVAL_STRIDE; documents "
+        "that adapt see their chunk and as many before it as fit",
+        group="Evaluation",
+        unit="tokens",
+        low=8,
+    )
     eval_stride: int = knob(512, "new tokens per window after the first, in packed rows", unit="tokens", low=1)
 
     ttt_enabled: int = knob(1, "test-time training: 1 = on, 0 = off", group="Test-time training", low=0, high=1)
     ttt_scope: Literal["document", "stream"] = knob("document", "document = start afresh at each; stream = never")
     ttt_params: Literal["lora", "full"] = knob("lora", "what adapts: LoRA, or the weights themselves")
-    ttt_optimizer: Literal["sgd", "adamw"] = knob("adamw", "optimizer", full="sgd")
-    ttt_lr: float = knob(1e-4, "learning rate", low=0, full=0.005)
+    ttt_optimizer: Literal["auto", "sgd", "adamw", "rms"] = knob(
+        "auto", "optimizer; auto = rms if the artifact holds the RMS of gradients, else adamw", full="sgd"
+    )
+    ttt_lr: float = knob(1e-4, "learning rate", low=0, full=0.005, rms=8e-5)
     ttt_epochs: int = knob(1, "steps on each chunk", unit="steps", low=1, full=3)
     ttt_chunk_tokens: int = knob(16, "tokens scored before each update", unit="tokens", low=8, full=32_768)
+    ttt_late_chunk_tokens: int = knob(
+        0,
+        "the same from token EVAL_SEQ_LEN of a document on, at a rate that grows by the root of it; 0 = 64, but at "
+        "most EVAL_SEQ_LEN / 32 and at least TTT_CHUNK_TOKENS",
+        unit="tokens",
+        low=0,
+        only=LORA | DOCUMENT,
+    )
     ttt_cosine: int = knob(0, "1 = the rate follows a cosine over the epochs of a chunk", low=0, high=1, full=1)
     ttt_momentum: float = knob(0.9, "SGD's momentum", low=0, high=0.9999, only=SGD)
     ttt_beta1: float = knob(0.0, "AdamW's decay rate of the first moment", low=0, high=0.9999, only=ADAMW)
     ttt_beta2: float = knob(0.99, "AdamW's decay rate of the second moment", low=0, high=0.99999, only=ADAMW)
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay", low=0, full=0.0)
+    ttt_rms_floor: float = knob(0.0, "added to each RMS, as a fraction of that of all columns", low=0, only=RMS)
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay", low=0, full=0.0, only=SGD_OR_ADAMW)
     ttt_grad_clip: float = knob(0.0, "largest norm of a document's gradient, 0 = no limit", low=0, full=1.0)
-    ttt_ns_steps: int = knob(0, "Newton-Schulz steps on each update, 0 = none", low=0, high=5)
+    ttt_ns_steps: int = knob(0, "Newton-Schulz steps on each update, 0 = none", low=0, high=5, only=SGD_OR_ADAMW)
     ttt_entropy_low: float = knob(0.0, "predictive entropy below which the rate is scaled down", unit="nats", low=0)
     ttt_entropy_high: float = knob(0.0, "entropy above which the rate is scaled down, 0 = no limit", unit="nats", low=0)
     ttt_min_doc_tokens: int = knob(0, "tokens of a document to score before learning starts", low=0, only=DOCUMENT)
-    ttt_batch_docs: int = knob(64, "documents that adapt side by side", low=1, only=LORA | DOCUMENT)
+    ttt_batch_docs: int = knob(128, "documents that adapt side by side", low=1, only=LORA | DOCUMENT)
     ttt_lora_rank: int = knob(80, "rank of LoRA", low=1, only=LORA)
     ttt_lora_alpha: float = knob(144.0, "LoRA is scaled by alpha / rank", low=0, only=LORA)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "where LoRA is added: any of q,k,v,o,mlp,head", only=LORA)
@@ -317,11 +345,28 @@ class RunConfig:
         )
 
     def _fill_in_defaults(self) -> None:
-        """Some defaults depend on what adapts."""
-        which = "full" if self.ttt_params == "full" else "default"
+        """Some defaults depend on what adapts, and by which optimizer. Those that wait until an artifact has been
+        opened are None meanwhile: see `decide_optimizer`."""
+        if self.ttt_optimizer in (None, "auto"):
+            object.__setattr__(self, "ttt_optimizer", self._automatic_optimizer())
         for f in fields(self):
+            default = f.metadata["default"]
+            if self.ttt_params == "full" and f.metadata["full"] is not None:
+                default = f.metadata["full"]
+            elif f.metadata["rms"] is not None and self.ttt_optimizer in ("auto", "rms"):
+                default = f.metadata["rms"] if self.ttt_optimizer == "rms" else None
             if getattr(self, f.name) is None:
-                object.__setattr__(self, f.name, f.metadata[which])
+                object.__setattr__(self, f.name, default)
+
+    def _automatic_optimizer(self) -> str:
+        """What TTT_OPTIMIZER=auto means; "auto" if that depends on an artifact which is still to be opened."""
+        if self.ttt_params == "full":
+            return "sgd"
+        if self.ttt_scope == "stream":
+            return "adamw"
+        if self.artifact:
+            return "auto"
+        return "rms" if self.grad_rms_tokens else "adamw"
 
     def _check_training(self) -> None:
         batch = self.train_batch_tokens
@@ -342,6 +387,24 @@ class RunConfig:
             self.ttt_chunk_tokens <= self.eval_seq_len or not self.batched_ttt,
             f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} must be at most EVAL_SEQ_LEN={self.eval_seq_len} "
             "under TTT_PARAMS=lora and TTT_SCOPE=document",
+        )
+        late = self.ttt_late_chunk_tokens
+        require(
+            late == 0 or self.ttt_chunk_tokens <= late <= self.eval_seq_len or not self.batched_ttt,
+            f"TTT_LATE_CHUNK_TOKENS={late} must be 0, or between TTT_CHUNK_TOKENS={self.ttt_chunk_tokens} and "
+            f"EVAL_SEQ_LEN={self.eval_seq_len}",
+        )
+        require(
+            self.ttt_optimizer != "rms" or self.batched_ttt,
+            "TTT_OPTIMIZER=rms needs TTT_PARAMS=lora and TTT_SCOPE=document",
+        )
+        require(
+            self.ttt_optimizer != "rms" or self.artifact != "" or self.grad_rms_tokens > 0,
+            "TTT_OPTIMIZER=rms divides by the RMS of gradients, which GRAD_RMS_TOKENS=0 does not measure: raise it",
+        )
+        require(
+            self.ttt_optimizer != "rms" or self.ttt_lora_alpha > 0,
+            "TTT_OPTIMIZER=rms divides by a gradient's RMS, which is 0 under TTT_LORA_ALPHA=0: raise it",
         )
         require(
             self.ttt_entropy_high == 0 or self.ttt_entropy_low < self.ttt_entropy_high,
@@ -392,22 +455,29 @@ class Segments(NamedTuple):
 
 
 class CachedLayer(NamedTuple):
-    """What a chunk of C tokens attends to in one layer pass: cached tokens, then itself."""
+    """What a chunk of C tokens attends to in one layer pass: all cached tokens, and those of itself that are not later.
 
-    mask: Tensor  # (C, L + C) bool, True where a token attends to a cached one, or to one of the chunk
-    buffer: Tensor  # (2, B, K, L, h) fp32, keys and values of earlier tokens
+    How many tokens are cached is known on the device alone, so that CUDA graphs can be replayed as the cache fills."""
+
+    filled: Tensor  # () int64, the first slots of the cache that hold tokens, in whatever order
+    buffer: Tensor  # (2, B, K, L, h), keys and values of earlier tokens
 
 
 class CachedContext(NamedTuple):
     """What a chunk of C tokens attends to in all layer passes."""
 
     positions: Tensor  # (1 + C,) int64, of the token before the chunk and of its own
-    mask: Tensor  # (C, L + C) bool, see CachedLayer
+    filled: Tensor  # () int64, see CachedLayer
     buffers: list[Tensor]  # one for each layer pass, see CachedLayer
 
 
 AttentionContext = Segments | CachedLayer | None  # packed segments; a cache; or None: every row is one document
 Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's rotation angles
+
+
+def activation_dtype(device: torch.device) -> torch.dtype:
+    """What the network computes in, and what keys and values are cached in; its weights are fp32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def use_kernels(x: Tensor) -> bool:
@@ -454,6 +524,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor
     if context is None:
         return attend_rows(q, k, v)
     if isinstance(context, CachedLayer):
+        if use_kernels(q):
+            return FusedCachedAttention.apply(q, k, v, *context)
         return attend_with_cache(q, k, v, context)
     sizes = torch.unique_consecutive(context.ends, return_counts=True)[1].tolist()
     segments = zip(q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1), strict=True)
@@ -474,20 +546,22 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def attend_with_cache(q: Tensor, k: Tensor, v: Tensor, context: CachedLayer) -> Tensor:
-    """A chunk of C tokens attends to cached tokens and to itself; shapes as in `attend`, with T = C.
-
-    Written out instead of calling a fused kernel: cached keys and values need no gradient, and a GPU's fused attention
-    sums gradients in an order that changes from run to run."""
+    """What `FusedCachedAttention` computes: a chunk of C tokens attends to cached tokens, which have no gradient, and
+    to itself. Shapes as in `attend`, with T = C."""
     B, C, H, h = q.shape
     K = k.size(2)
     L = context.buffer.size(3)
-    cached_k, cached_v = context.buffer
+    is_filled = torch.arange(L, device=q.device) < context.filled
+    causal = is_filled.new_ones(C, C).tril()
+    mask = torch.cat([is_filled.expand(C, -1), causal], 1)  # (C, L + C), True where a token attends to another
+
+    cached_k, cached_v = context.buffer.float()
     k = k.transpose(1, 2).float()  # (B, K, C, h)
     v = v.transpose(1, 2).float()
     q_by_group = q.view(B, C, K, H // K, h).permute(0, 2, 3, 1, 4).reshape(B, K, -1, h).float()  # (B, K, H / K * C, h)
 
     scores = torch.cat([q_by_group @ cached_k.mT, q_by_group @ k.mT], -1) * h**-0.5
-    p = scores.masked_fill(~context.mask.repeat(H // K, 1), -math.inf).softmax(-1)
+    p = scores.masked_fill(~mask.repeat(H // K, 1), -math.inf).softmax(-1)
     y = p[..., :L] @ cached_v + p[..., L:] @ v
     return y.view(B, K, H // K, C, h).permute(0, 3, 1, 2, 4).reshape(B, C, H, h).to(q.dtype)
 
@@ -498,7 +572,7 @@ def attention_reference(
     """What `FusedAttention` computes on segments, and the same for a cache and for rows.
 
     Projections (B, T, (H + 2 K) h), a gain per query head (H,), a gate per token and head (B, T, H)
-    -> output (B, T, H h), and with a cache the new keys and values to append to it (2, B, K, T, h) fp32, else None
+    -> output (B, T, H h), and with a cache the new keys and values to append to it (2, B, K, T, h), else None
     """
     B, T, _ = qkv.shape
     xsa, H, K, h = heads
@@ -514,7 +588,7 @@ def attention_reference(
         y = y.reshape(B, T, H, h) * gate[..., None]
     new_kv = None
     if isinstance(context, CachedLayer):
-        new_kv = torch.stack([k.detach(), v.detach()]).transpose(2, 3).float()
+        new_kv = torch.stack([k.detach(), v.detach()]).transpose(2, 3)
     return y.reshape(B, T, H * h), new_kv
 
 
@@ -526,12 +600,17 @@ class LoRA(NamedTuple):
 
     Hu et al., arXiv 2106.09685."""
 
-    down: Tensor  # (B, in, R) fp32
+    down: Tensor  # (B, in, R) fp32, or (in, R) where all documents share it
     up: Tensor  # (B, R, out) fp32
     scale: float
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
+
+    def of_document(self, i: int) -> LoRA:
+        """The correction of document i alone, B = 1."""
+        down = self.down if self.down.ndim == 2 else self.down[i : i + 1]
+        return LoRA(down, self.up[i : i + 1], self.scale)
 
 
 class LayerLoRA(NamedTuple):
@@ -826,6 +905,7 @@ class GPT(nn.Module):
         pairs = sum(layer.pushes_skip for layer in layer_plan(c, looping=True))
         self.skip_weight = nn.Parameter(torch.ones(pairs, c.model_dim)) if pairs else None
         self.skip_gate = nn.Parameter(torch.zeros(pairs, c.model_dim)) if pairs else None
+        self.gradient_rms: GradientRMS | None = None  # if known; for test-time training with TTT_OPTIMIZER=rms
 
     def hidden(
         self,
@@ -835,14 +915,14 @@ class GPT(nn.Module):
         looping: bool = True,
     ) -> tuple[Tensor, list[Tensor]]:
         """Tokens (B, T) -> normalised states before the head (B, T, D), and with a cache the new keys and values of
-        every layer pass, (2, B, K, C, h) fp32 each.
+        every layer pass, (2, B, K, C, h) each.
 
         Attention is causal within every segment (then B is 1), else within every row. With a cache, the tokens are the
         one before the chunk, which is needed only to smear its embedding, and the chunk's own: T = 1 + C; the states
         are the chunk's, (B, C, D)."""
         cached = isinstance(context, CachedContext)
         positions = torch.arange(tokens.size(1), device=tokens.device) if context is None else context.positions
-        x0 = self.input(tokens, positions, self.embed, torch.bfloat16 if tokens.is_cuda else torch.float32)
+        x0 = self.input(tokens, positions, self.embed, activation_dtype(tokens.device))
         if cached:
             x0 = x0[:, 1:]
             positions = positions[1:]
@@ -854,7 +934,7 @@ class GPT(nn.Module):
         for i, layer in enumerate(layer_plan(self.config, looping)):
             block = self.blocks[layer.block]
             lora = NO_LORA if adapter is None else adapter.passes[i]
-            layer_context = CachedLayer(context.mask, context.buffers[i]) if cached else context
+            layer_context = CachedLayer(context.filled, context.buffers[i]) if cached else context
             if block.parallel and m is None:
                 m = a  # as it is before a skip joins: skips go to the first stream alone
             if layer.pops_skip is not None:
@@ -1281,7 +1361,7 @@ class Stopwatch:
 
 
 # From the first real batch to the packed file, and from opening the artifact to the final score
-TRAINING_CLOCK = ("train", "checkpoint", "choose", "calibrate", "quantise", "pack")
+TRAINING_CLOCK = ("train", "checkpoint", "choose", "gradients", "calibrate", "quantise", "pack")
 EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")
 
 
@@ -1899,7 +1979,7 @@ class TrainingStream:
         return np.concatenate(parts)
 
     def held_out(self) -> Documents:
-        """The whole documents among the held-out tokens. Their text's bytes are unknown: a token counts as one."""
+        """The whole documents among the held-out tokens."""
         parts = []
         for path, shard, shard_start in zip(self.paths, self.shards, self.shard_starts.tolist(), strict=True):
             start = max(0, self.total - shard_start)
@@ -1907,13 +1987,23 @@ class TrainingStream:
             check_vocabulary(path, part, self.vocab_size, start)
             parts.append(part)
         text = np.concatenate(parts)
+        return whole_documents(text)
 
-        starts = np.flatnonzero(text == BOS)
-        if len(starts):
-            text = text[starts[0] : starts[-1]]
-        else:
-            text = text[:0]
-        return split_documents(text, np.ones(len(text), np.int64))
+    def last_documents(self, tokens: int) -> Documents:
+        """The whole documents among the last `tokens` tokens of an epoch, which end where the held-out ones begin."""
+        count = min(tokens, self.total)
+        return whole_documents(self.read(self.total - count, count))
+
+
+def whole_documents(text: np.ndarray) -> Documents:
+    """The documents of a stretch of training tokens (n,), from its first BOS to its last. Their text's bytes are
+    unknown: a token counts as one."""
+    starts = np.flatnonzero(text == BOS)
+    if len(starts):
+        text = text[starts[0] : starts[-1]]
+    else:
+        text = text[:0]
+    return split_documents(text, np.ones(len(text), np.int64))
 
 
 # ======================================================================================================================
@@ -3553,7 +3643,7 @@ class Budget(NamedTuple):
         scalars = sum(p.numel() for role, p in parameters if role == "scalar")
         rows_and_columns = sum(sum(p.shape) for role, p in parameters if role != "scalar")
         weights = sum(p.numel() for role, p in parameters if role != "scalar")
-        fixed = 2 * scalars + GRID_BYTES * rows_and_columns
+        fixed = 2 * scalars + GRID_BYTES * rows_and_columns + gradient_rms_bytes(model, run)
         return cls(run.artifact_bytes - len(code()), fixed, weights)
 
     @property
@@ -3590,6 +3680,7 @@ def make_artifact(
     with watch.phase("quantise"):
         weights = {name: p.detach().float() for name, p in model.named_parameters() if param_role(name) != "scalar"}
         scalars = {name: p.detach().half() for name, p in model.named_parameters() if param_role(name) == "scalar"}
+        others = scalars | encode_gradient_rms(model)
         quantiser = Quantiser(weights, sensitivities, run, dist)
         octave = quantiser.first_guess(8 * (budget.goal - budget.fixed) / budget.weights)
     if quantiser.largest_damping > run.gptq_damping:
@@ -3601,7 +3692,7 @@ def make_artifact(
         with watch.phase("quantise"):
             matrices = quantiser.round(octave)
         with watch.phase("pack"):
-            blob = pack(meta, scalars | encode_matrices(matrices, quantiser.trellis), level=22) if dist.main else b""
+            blob = pack(meta, others | encode_matrices(matrices, quantiser.trellis), level=22) if dist.main else b""
             size = int(dist.broadcast(len(blob))[0])
         line = "pack {attempt}: {artifact_bytes} bytes, {bits:.4f} bits a weight, steps finer by {fineness:.4f} octaves"
         bits = 8 * (size - budget.fixed) / budget.weights
@@ -3641,6 +3732,8 @@ def check_layout(config: ModelConfig, found: Layout, what: str) -> None:
         expected |= layout_of_matrices(matrices, found, what)
     else:
         expected |= layout_of_rows(matrices)
+    if has_gradient_rms(found):
+        expected |= layout_of_gradient_rms(config)
     require_layout(expected, found, what)
 
 
@@ -3672,6 +3765,8 @@ def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
     for name, p in parameters.items():
         p.copy_(matrices[name] if name in matrices else stored[name])
         require(bool(p.isfinite().all()), f"{what}: {name} holds values that are not finite", DataError)
+    if has_gradient_rms(stored):
+        model.gradient_rms = decode_gradient_rms(stored, model.config, what)
     return model
 
 
@@ -3681,6 +3776,8 @@ def kind_of(stored_name: str) -> str:
         return "steps" if stored_name.removeprefix(PREFIX) in Grid._fields else "integers"
     if stored_name.endswith(".scale"):
         return "steps"
+    if stored_name.startswith(GRADIENT_PREFIX):
+        return "statistics"
     return "scalars" if param_role(stored_name) == "scalar" else "integers"
 
 
@@ -3764,27 +3861,37 @@ class EvalRow(NamedTuple):
     counted: np.ndarray  # (N,) bool, the target is scored in this row
 
 
+WINDOW_ALIGNMENT = 64  # tokens; the tiles of attention's kernels
+
+
+def aligned(tokens: int) -> int:
+    """A number of tokens, rounded up to where a window may begin in a packed row. As tiles of attention then begin
+    where windows do, a score is the same to the last bit wherever the row puts its window."""
+    return -(-tokens // WINDOW_ALIGNMENT) * WINDOW_ALIGNMENT
+
+
 def fill_rows(wanted: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     """Put windows, in order, into rows of at most `row_tokens`."""
     rows = []
-    used = row_tokens  # of the last row; at first there is none
+    used = row_tokens + 1  # of the last row; at first there is none
     for window in wanted:
         size = window.end - window.start
-        if used + size > row_tokens:
+        if aligned(used) + size > row_tokens:
             rows.append([])
             used = 0
         rows[-1].append(window)
-        used += size
+        used = aligned(used) + size
     return rows
 
 
 def local_rows(docs: Documents, wanted: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[EvalRow]:
-    """Pack windows into rows -> this rank's share of them. All have MICRO_BATCH_TOKENS, but a lone row is as short as
-    its windows allow."""
+    """Pack windows into rows -> this rank's share of them. All have MICRO_BATCH_TOKENS: for products of another shape
+    a GPU may choose another kernel, which rounds otherwise. A CPU does not, and there a lone row is as short as its
+    windows allow."""
     size = run.micro_batch_tokens
     rows = fill_rows(wanted, size)
-    if len(rows) == 1:
-        used = sum(window.end - window.start for window in rows[0])
+    if len(rows) == 1 and dist.device.type == "cpu":
+        used = sum(aligned(window.end - window.start) for window in rows[0])
         contexts = -(-used // run.eval_seq_len)  # rounded up
         size = min(size, contexts * run.eval_seq_len)
 
@@ -3793,8 +3900,8 @@ def local_rows(docs: Documents, wanted: Iterable[Window], run: RunConfig, dist: 
 
 
 def pack_windows(docs: Documents, row: Sequence[Window], size: int, context: int, device: torch.device) -> EvalRow:
-    """A row of `size` tokens that begins with these windows. Padding follows, in segments of one context: nothing
-    attends to it, and none of it counts."""
+    """A row of `size` tokens that holds these windows, each from where it may begin. Between and after them is padding,
+    in segments of its own: nothing else attends to it, and none of it counts."""
     text = np.full(size, BOS, np.uint16)
     targets = np.full(size, BOS, np.uint16)
     documents = np.zeros(size, np.int64)
@@ -3809,7 +3916,8 @@ def pack_windows(docs: Documents, row: Sequence[Window], size: int, context: int
         documents[at:end] = window.document
         counted[at + window.first - window.start : end] = True
         starts.append(at)
-        at = end
+        at = min(size, aligned(end))
+        starts.extend(range(end, at, context))
 
     starts.extend(range(at, size, context))
     return EvalRow(make_micro_batch(text, targets, np.array(starts), device), documents, counted)
@@ -3845,31 +3953,49 @@ def score_static(
 # share every chunk, with the weights themselves or one set of LoRA.
 
 
+def lora_outputs(c: ModelConfig) -> list[tuple[str, int]]:
+    """(target, columns of its output) of everything that LoRA may correct, in the order of a forward pass."""
+    widths = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}
+    layer_passes = layer_plan(c, looping=True)
+    targets = [*LayerLoRA._fields] * len(layer_passes) + ["head"]
+    return [(target, widths.get(target, c.model_dim)) for target in targets]
+
+
+def by_layer(targets: Sequence[Any]) -> list[LayerLoRA]:
+    """What stands for the targets of every layer pass, one pass after another -> a LayerLoRA of each."""
+    size = len(LayerLoRA._fields)
+    return [LayerLoRA(*targets[i : i + size]) for i in range(0, len(targets), size)]
+
+
 class Adapter:
-    """LoRA of B documents, for every layer pass and for the head. The initial values depend on the seed alone."""
+    """LoRA of B documents, for every layer pass and for the head. The initial values depend on the seed alone. Under
+    TTT_OPTIMIZER=rms `down` stays as it is, and documents share it."""
 
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
         generator = torch.Generator().manual_seed(run.seed)
         bound = c.model_dim**-0.5
-        widths = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}
+        self.adapts_down = run.ttt_optimizer != "rms"
         self.starts: list[Tensor] = []  # of one document, in the order of `tensors`
 
-        def new_lora(target: str) -> LoRA | None:
+        def new_lora(target: str, width: int) -> LoRA | None:
             if target not in run.lora_targets:
                 return None
-            start = torch.empty(c.model_dim, run.ttt_lora_rank).uniform_(-bound, bound, generator=generator).to(device)
-            width = widths.get(target, c.model_dim)
+            down = torch.empty(c.model_dim, run.ttt_lora_rank).uniform_(-bound, bound, generator=generator).to(device)
             up = torch.zeros(documents, run.ttt_lora_rank, width, device=device)  # zero: no effect at first
-            self.starts += [start, up[0].clone()]
-            scale = run.ttt_lora_alpha / run.ttt_lora_rank
-            return LoRA(start.repeat(documents, 1, 1).requires_grad_(), up.requires_grad_(), scale)
+            if self.adapts_down:
+                self.starts.append(down)
+                down = down.repeat(documents, 1, 1).requires_grad_()
+            self.starts.append(up[0].clone())
+            return LoRA(down, up.requires_grad_(), run.ttt_lora_alpha / run.ttt_lora_rank)
 
-        self.passes = [LayerLoRA(*map(new_lora, LayerLoRA._fields)) for _ in layer_plan(c, looping=True)]
-        self.head = new_lora("head")
+        *of_layers, self.head = [new_lora(target, width) for target, width in lora_outputs(c)]
+        self.passes = by_layer(of_layers)
 
     def tensors(self) -> list[Tensor]:
         """All that adapts, documents first: (B, ...) each."""
         loras = [lora for layer in self.passes for lora in layer] + [self.head]
+        if not self.adapts_down:
+            return [lora.up for lora in loras if lora is not None]
         return [t for lora in loras if lora is not None for t in (lora.down, lora.up)]
 
     def reset(self) -> None:
@@ -3881,13 +4007,16 @@ class TTTOptimizer:
     """The update rule of test-time training on tensors (B, ...). Clipping, moments, decay and rate are each document's
     own, so that no document's step depends on another. Another rule is another branch of `directions`."""
 
-    def __init__(self, tensors: list[Tensor], multipliers: Sequence[float], run: RunConfig):
+    def __init__(self, tensors: list[Tensor], multipliers: Sequence[float | Tensor], run: RunConfig):
+        """`multipliers` of the learning rate, one for each tensor; under TTT_OPTIMIZER=rms one for each of its columns,
+        (columns,): the reciprocal of their gradients' RMS."""
         self.run = run
-        self.multipliers = multipliers  # of the learning rate, one for each tensor
+        self.multipliers = multipliers
         self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
-        has_exp_avg = run.ttt_optimizer == "sgd" or run.ttt_beta1 > 0  # with beta1 = 0 it would equal the gradient
+        adamw = run.ttt_optimizer == "adamw"
+        has_exp_avg = run.ttt_optimizer == "sgd" or (adamw and run.ttt_beta1 > 0)  # without beta1 it is the gradient
         self.exp_avg = [torch.zeros_like(t) for t in tensors] if has_exp_avg else []
-        self.exp_avg_sq = [torch.zeros_like(t) for t in tensors] if run.ttt_optimizer == "adamw" else []
+        self.exp_avg_sq = [torch.zeros_like(t) for t in tensors] if adamw else []
 
     def reset(self) -> None:
         for t in (self.steps_done, *self.exp_avg, *self.exp_avg_sq):
@@ -3899,6 +4028,8 @@ class TTTOptimizer:
         if run.ttt_optimizer == "adamw":
             betas = run.ttt_beta1, run.ttt_beta2
             return adam_directions(grads, self.exp_avg, self.exp_avg_sq, self.steps_done, *betas, eps=1e-10)
+        if run.ttt_optimizer == "rms":
+            return grads
         torch._foreach_mul_(self.exp_avg, run.ttt_momentum)
         torch._foreach_add_(self.exp_avg, grads)
         return self.exp_avg
@@ -3914,9 +4045,12 @@ class TTTOptimizer:
             factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
             grads = [g * per_document(factor, g) for g in grads]
         for t, direction, multiplier in zip(tensors, self.directions(grads), self.multipliers, strict=True):
+            rate = per_document(lr, t)
+            if run.ttt_optimizer == "rms":
+                t.addcmul_(rate * multiplier, direction, value=-1.0)
+                continue
             if run.ttt_ns_steps and direction.ndim == 3:
                 direction = orthogonalise(direction, run.ttt_ns_steps)
-            rate = per_document(lr, t)
             t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, direction, value=-multiplier)
 
 
@@ -3979,10 +4113,11 @@ class Learner:
 class KVCache:
     """Keys and values of the last L tokens of B documents, for every layer pass. Token t lies in slot t % L.
 
-    All documents are at the same position. L grows by doubling, up to `capacity`; the buffers of every size are kept
-    and reused, as captured CUDA graphs hold their addresses."""
+    All documents are at the same position. On a GPU, whose kernels read what is filled alone, L is `capacity`; on a
+    CPU it grows by doubling. The buffers of every size are kept and reused: captured CUDA graphs hold their addresses.
+    """
 
-    SMALLEST = 256  # tokens
+    SMALLEST = 256  # tokens, on a CPU
 
     def __init__(self, c: ModelConfig, documents: int, capacity: int, device: torch.device):
         self.config = c
@@ -4003,11 +4138,11 @@ class KVCache:
                 buffer.zero_()  # masked anyhow, but 0 times NaN is NaN
         self.position = 0  # tokens so far
         self.size = 0  # L
-        self.buffers: list[Tensor] = []  # (2, B, K, L, h) fp32 for each layer pass
+        self.buffers: list[Tensor] = []  # (2, B, K, L, h) for each layer pass
 
     def make_room(self, tokens: int) -> None:
         """Grow to hold `tokens` more, or as many as a chunk may attend to."""
-        size = self.size or min(self.capacity, self.SMALLEST)
+        size = self.size or (self.capacity if self.device.type == "cuda" else min(self.capacity, self.SMALLEST))
         while size < min(self.capacity, self.position + tokens):
             size = min(self.capacity, 2 * size)
         if self.buffers and size == self.size:
@@ -4015,7 +4150,8 @@ class KVCache:
         if size not in self.buffers_by_size:
             shape = (2, self.documents, self.config.num_kv_heads, size, self.config.head_dim)
             passes = len(layer_plan(self.config, looping=True))
-            self.buffers_by_size[size] = [torch.zeros(shape, device=self.device) for _ in range(passes)]
+            options = dict(dtype=activation_dtype(self.device), device=self.device)
+            self.buffers_by_size[size] = [torch.zeros(shape, **options) for _ in range(passes)]
         larger = self.buffers_by_size[size]
         if self.buffers:  # no slot wraps round before the size is `capacity`, so that token t stays in slot t
             for new, old in zip(larger, self.buffers, strict=True):
@@ -4025,11 +4161,8 @@ class KVCache:
 
     def context(self, tokens: int) -> CachedContext:
         """What the next `tokens` tokens attend to. It reads the position on the device, so that it can be captured."""
-        filled = torch.arange(self.size, device=self.device) < self.position_on_device
-        causal = filled.new_ones(tokens, tokens).tril()
-        mask = torch.cat([filled.expand(tokens, -1), causal], 1)
         positions = self.position_on_device + torch.arange(-1, tokens, device=self.device)
-        return CachedContext(positions, mask, self.buffers)
+        return CachedContext(positions, self.position_on_device.clamp(max=self.size), self.buffers)
 
     @torch.no_grad()
     def append(self, tokens: Tensor, new_kvs: Sequence[Tensor]) -> None:
@@ -4046,12 +4179,14 @@ class KVCache:
         self.position_on_device += count
 
     def copy_rows(self, other: KVCache, rows: Tensor) -> None:
-        """Take over these documents of another cache, at their position."""
+        """Take over these documents of another cache, at their position; its capacity may be another."""
         self.position = other.position
         self.make_room(0)
         other.make_room(0)
+        kept = min(self.position, self.size, other.size)
+        newest = torch.arange(self.position - kept, self.position, device=self.device)
         for new, old in zip(self.buffers, other.buffers, strict=True):
-            new.copy_(old[:, rows])
+            new.index_copy_(3, newest % self.size, old[:, rows][..., newest % other.size, :])
         self.last_token.copy_(other.last_token[rows])
         self.position_on_device.copy_(other.position_on_device)
 
@@ -4064,11 +4199,7 @@ class BatchedChunk(NamedTuple):
     states: Tensor  # (B, C, D) before the head
     nats: Tensor  # (B, C); gradients flow through it to the adapter, if the chunk is to be learned from
     new_kvs: list[Tensor]  # keys and values that the chunk adds to the cache
-
-    @property
-    def to_learn(self) -> bool:
-        """Whether the chunk was scored to be learned from."""
-        return self.nats.requires_grad
+    to_learn: bool = True  # whether the chunk was scored to be learned from
 
 
 class BatchedTTT(Learner):
@@ -4083,7 +4214,10 @@ class BatchedTTT(Learner):
         self.run = run
         self.adapter = Adapter(model.config, run, documents, device)
         self.tensors = self.adapter.tensors()
-        self.optimizer = TTTOptimizer(self.tensors, [1.0] * len(self.tensors), run)
+        multipliers = [1.0] * len(self.tensors)
+        if run.ttt_optimizer == "rms":
+            multipliers = [1 / rms.to(device) for rms in rms_of_gradients(model, run)]
+        self.optimizer = TTTOptimizer(self.tensors, multipliers, run)
         self.cache = KVCache(model.config, documents, run.eval_seq_len - run.ttt_chunk_tokens, device)
         self.graphs = CUDAGraphs() if device.type == "cuda" and run.compile else None
         self.reset()
@@ -4106,8 +4240,10 @@ class BatchedTTT(Learner):
         """Score the next chunk, inputs and targets (B, C) each, from what was learned before it. `to_learn`: whether
         `learn` will be called on it."""
         self.cache.make_room(tokens.size(1))
-        with torch.set_grad_enabled(to_learn):
-            return self._replay_or_run("score", to_learn, self._score, tokens, targets)
+        # On a GPU always with a graph for gradients, since without one torch may choose kernels that round otherwise.
+        with torch.set_grad_enabled(to_learn or tokens.is_cuda):
+            chunk = self._replay_or_run("score", to_learn, self._score, tokens, targets)
+        return chunk._replace(to_learn=to_learn)
 
     def learn(self, chunk: BatchedChunk, mask: Tensor) -> BatchedChunk:
         """Steps on a chunk; the mask (B, C) says which of its targets count."""
@@ -4155,89 +4291,458 @@ class BatchedTTT(Learner):
         self.optimizer.steps_done.copy_(other.optimizer.steps_done)
 
 
+def late_run(run: RunConfig) -> RunConfig:
+    """The settings of late chunks, from token EVAL_SEQ_LEN of a document on.
+
+    They are longer: a document of 78,000 tokens would otherwise take almost 5,000 steps, each of which leaves a GPU
+    idle, as few documents are so long. Their gradients are means over more targets, so that the part of them which
+    these have in common stands out by the root of their number: the rate grows as much, and what is learned from a text
+    stays about the same."""
+    size = run.ttt_late_chunk_tokens or max(run.ttt_chunk_tokens, min(64, run.eval_seq_len // 32))
+    growth = math.sqrt(size / run.ttt_chunk_tokens)
+    return dataclasses.replace(run, ttt_chunk_tokens=size, ttt_lr=run.ttt_lr * growth)
+
+
 class ChunkStep(NamedTuple):
-    """The next chunk of the documents that still run together."""
+    """The next chunk of the documents that run together."""
 
     first: int  # position of the chunk in every document
-    rows: np.ndarray  # (B,) which document each row holds; some may have ended
-    kept: np.ndarray | None  # None unless rows were dropped; else the index (B,) of each row in the step before
+    run: RunConfig  # settings of its learner: TTT_CHUNK_TOKENS is the size of the chunk
+    rows: np.ndarray  # (B,) which document each row holds, -1 for none; some may have ended
+    kept: np.ndarray | None  # None if rows are those of the step before; else the index (B,) of each among those
+    wave: int  # 0; then 1, 2, ... for the groups that go on with late chunks, each from where step 0 has ended
 
 
-def chunk_steps(documents: int, chunk: int, goes_on: Callable[[np.ndarray, int], np.ndarray]) -> Iterator[ChunkStep]:
-    """Which of `documents` documents run together, chunk by chunk, until all have ended. Whenever half of the rows have
-    ended, half are dropped: the number of rows stays one of few, for which graphs are captured once.
+def chunk_steps(
+    documents: int, run: RunConfig, device: torch.device, goes_on: Callable[[np.ndarray, int], np.ndarray]
+) -> Iterator[ChunkStep]:
+    """Which of `documents` documents, at most TTT_BATCH_DOCS, run together, chunk by chunk, until all have ended. Those
+    that are longer than EVAL_SEQ_LEN go on in waves of fewer, as late chunks have more tokens.
 
-    goes_on(rows, first) -> (B,) bool: which of these documents have a target at `first`. It is asked once a step,
-    when all earlier chunks have been dealt with: a decoder learns the end of a document as it goes."""
-    rows = np.arange(documents)
-    first = 0
-    while (going := goes_on(rows, first)).any():
-        size = len(rows)
-        while size > 1 and going.sum() <= size // 2:
-            size //= 2
-        kept = None
-        if size < len(rows):
-            kept = np.argsort(~going, kind="stable")[:size]  # those that go on, then some that have ended
-            rows = rows[kept]
-        yield ChunkStep(first, rows, kept)
-        first += chunk
+    On a GPU a chunk always has as many rows, if need be with no document: a product of another shape may be computed
+    by another kernel, which rounds otherwise, so that a score would depend on the documents beside it. On a CPU it does
+    not: half of the rows are dropped whenever half have ended.
+
+    goes_on(rows, first) -> (B,) bool: which of these documents have a target at `first`. It is asked when all earlier
+    chunks have been dealt with: a decoder learns the end of a document as it goes."""
+    fixed = device.type == "cuda"
+    late = late_run(run)
+    late_rows = max(1, run.ttt_batch_docs * run.ttt_chunk_tokens // late.ttt_chunk_tokens)
+
+    def alive(rows: np.ndarray, first: int) -> np.ndarray:
+        going = rows >= 0
+        going[going] = goes_on(rows[going], first)
+        return going
+
+    def together(step: ChunkStep, end: float) -> Iterator[ChunkStep]:
+        """From this step on, until all have ended or reached `end` -> the step that would follow."""
+        while (going := alive(step.rows, step.first)).any() and step.first < end:
+            if not fixed:
+                step = with_fewer_rows(step, going)
+            yield step
+            step = step._replace(first=step.first + step.run.ttt_chunk_tokens, kept=None)
+        return step
+
+    rows = filled_up(np.arange(documents), run.ttt_batch_docs if fixed else documents)
+    step = yield from together(ChunkStep(0, run, rows, None, 0), run.eval_seq_len)
+    left = np.flatnonzero(alive(step.rows, step.first))
+    for wave, begin in enumerate(range(0, len(left), late_rows), 1):
+        chosen = left[begin : begin + late_rows]
+        size = late_rows if fixed else len(chosen)
+        rows = filled_up(step.rows[chosen], size)
+        yield from together(ChunkStep(step.first, late, rows, filled_up(chosen, size, 0), wave), math.inf)
+
+
+def filled_up(values: np.ndarray, size: int, value: int = -1) -> np.ndarray:
+    """Values (n,), and then so many more that there are `size`."""
+    return np.append(values, np.full(size - len(values), value, values.dtype))
+
+
+def with_fewer_rows(step: ChunkStep, going: np.ndarray) -> ChunkStep:
+    """The step without half of its rows, as often as half of them have ended: their number stays one of few. `going`
+    (B,): which have not."""
+    size = len(step.rows)
+    while size > 1 and going.sum() <= size // 2:
+        size //= 2
+    if size == len(step.rows):
+        return step
+    chosen = np.argsort(~going, kind="stable")[:size]  # those that go on, then some that have ended
+    kept = chosen if step.kept is None else step.kept[chosen]
+    return step._replace(rows=step.rows[chosen], kept=kept)
+
+
+class Learners:
+    """The learners of documents that run together; they are kept for the next group, with the graphs that they have
+    captured."""
+
+    def __init__(self, model: GPT, device: torch.device):
+        self.model = model
+        self.device = device
+        self.by_size: dict[tuple[int, bool], BatchedTTT] = {}  # (rows, late chunks or not)
+        self.current: BatchedTTT | None = None
+        self.before_waves: BatchedTTT | None = None
+        self.wave = 0
+
+    def at(self, step: ChunkStep) -> BatchedTTT:
+        """The learner for a step, with what its documents have learned in the steps before."""
+        if step.first == 0:
+            if (len(step.rows), False) not in self.by_size:
+                self.by_size.clear()  # each holds gigabytes; those for a group of another size are not needed again
+            self.current = self._learner(step)
+            self.current.reset()
+        elif step.kept is not None:
+            if self.wave == 0:
+                self.before_waves = self.current
+            source = self.current if step.wave == self.wave else self.before_waves
+            self.current = self._learner(step)
+            self.current.copy_rows(source, torch.from_numpy(step.kept).to(self.device))
+        self.wave = step.wave
+        return self.current
+
+    def _learner(self, step: ChunkStep) -> BatchedTTT:
+        key = len(step.rows), step.wave > 0
+        if key not in self.by_size:
+            self.by_size[key] = BatchedTTT(self.model, step.run, len(step.rows), self.device)
+        return self.by_size[key]
 
 
 def score_batched(
-    model: GPT,
-    docs: Documents,
-    group: Sequence[int],
-    run: RunConfig,
-    dist: Dist,
-    table: ScoreTable,
-    learners_by_size: dict[int, BatchedTTT] | None = None,
+    docs: Documents, group: Sequence[int], run: RunConfig, dist: Dist, table: ScoreTable, learners: Learners
 ) -> None:
-    """Score documents that adapt side by side. Learners are kept in `learners_by_size` for the next group."""
-    learners_by_size = {} if learners_by_size is None else learners_by_size
-    if len(group) not in learners_by_size:
-        learners_by_size.clear()  # each holds gigabytes; those for a group of another size are not needed again
-
-    def learner_for(rows: int) -> BatchedTTT:
-        if rows not in learners_by_size:
-            learners_by_size[rows] = BatchedTTT(model, run, rows, dist.device)
-        return learners_by_size[rows]
-
-    size = run.ttt_chunk_tokens
+    """Score documents that adapt side by side."""
     group = np.array(group)
-    lengths = docs.lengths[group]
-    tokens = padded_documents(docs, group, size).to(dist.device)  # (B, T + 1)
-    learner = learner_for(len(group))
-    learner.reset()
-    for first, rows, kept in chunk_steps(len(group), size, lambda rows, first: lengths[rows] > first):
-        if kept is not None:
-            index = torch.from_numpy(kept).to(dist.device)
-            fewer = learner_for(len(rows))
-            fewer.copy_rows(learner, index)
-            learner = fewer
-            tokens = tokens[index]
-
+    lengths = np.append(docs.lengths[group], 0)  # the last one is for rows without a document
+    text = padded_documents(docs, group, late_run(run).ttt_chunk_tokens).to(dist.device)  # (n + 1, T)
+    scored = []  # nats stay on the device meanwhile: reading them would make it wait for Python at every chunk
+    for step in chunk_steps(len(group), run, dist.device, lambda rows, first: lengths[rows] > first):
+        learner = learners.at(step)
+        first = step.first
+        size = step.run.ttt_chunk_tokens
         end = first + size
-        left = lengths[rows] - first  # (B,) targets of every document from here on
+        if first == 0 or step.kept is not None:
+            tokens = text[torch.from_numpy(step.rows).to(dist.device)]  # (B, T)
+        left = lengths[step.rows] - first  # (B,) targets of every document from here on
         mask = np.arange(size) < left[:, None]  # (B, C)
         to_learn = end >= run.ttt_min_doc_tokens and bool(left.max() > size)
 
         chunk = learner.score(tokens[:, first:end], tokens[:, first + 1 : end + 1], to_learn)
-        table.add(np.repeat(group[rows], mask.sum(1)), chunk.nats.detach().cpu().numpy()[mask])
+        scored.append((np.repeat(group[step.rows], mask.sum(1)), mask, chunk.nats.detach().clone()))
         if to_learn:
             chunk = learner.learn(chunk, torch.from_numpy(mask).to(dist.device))
-            table.updates[group[rows[left > size]]] += run.ttt_epochs
+            table.updates[group[step.rows[left > size]]] += run.ttt_epochs
         learner.advance(chunk)
+
+    for documents, mask, nats in scored:
+        table.add(documents, nats.cpu().numpy()[mask])
 
 
 def padded_documents(docs: Documents, group: Sequence[int], chunk: int) -> Tensor:
-    """Documents as rows of whole chunks and one token more, (B, T + 1) int64, padded at the end with BOS: everything is
-    causal, so that padding changes no score."""
+    """Documents as rows, (n + 1, T) int64, padded with BOS by more than a chunk: everything is causal, so that padding
+    changes no score. The last row is padding alone."""
     lengths = docs.lengths[group]
-    chunks = -(-int(lengths.max()) // chunk)  # rounded up
-    text = np.full((len(group), chunks * chunk + 1), BOS, np.int64)
-    for row, i in zip(text, group, strict=True):
-        row[: docs.lengths[i] + 1] = docs.span(i)
+    text = np.full((len(group) + 1, int(lengths.max(initial=0)) + chunk + 1), BOS, np.int64)
+    for row, i in enumerate(group):
+        text[row, : lengths[row] + 1] = docs.span(i)
     return torch.from_numpy(text)
+
+
+# ---- How large gradients are, for TTT_OPTIMIZER=rms ----
+
+RMS_CHUNK_TOKENS = 16  # of the chunks that gradients are measured on, where the run's own are not short ones
+LONGER_CHUNKS = 4  # times as long ones show how that changes
+FARTHEST_CHUNKS = 2  # a chunk may be so many times shorter than the short ones, or longer than the long ones
+PROBED_DOCUMENTS = 128  # at a time
+PROBED_TOKENS = 512  # of a document: many short texts say more than few long ones, in the same time
+
+
+class GradientRMS(NamedTuple):
+    """How large gradients are on training text, for every column of every output that LoRA may correct.
+
+    Let x_t (in,) be the input at token t, and g_tj the gradient at column j of the output there, of the summed loss of
+    a chunk of C targets. Then the number of column j is sqrt(mean |sum_t x_t g_tj|^2 / C), where the mean is that over
+    chunks: the RMS of one target's gradient at row j of the matrix. Nothing of LoRA is in it: see `rms_of_gradients`.
+    """
+
+    columns: list[Tensor]  # (out,) fp32, for each of lora_outputs
+    growth: Tensor  # (outputs,) fp32, of their columns with C: they go with C^growth
+    chunk_tokens: int  # C
+
+
+def rms_of_gradients(model: GPT, run: RunConfig) -> list[Tensor]:
+    """The RMS of gradients at `up` that a step on a chunk is divided by: (out,) fp32 for every output that adapts.
+
+    LoRA adds s x A B to an output, with s = TTT_LORA_ALPHA / R and entries of A (in, R) between -in^-1/2 and in^-1/2,
+    all equally likely, whose variance is 1 / (3 in). The gradient at B_rj of the mean loss of a chunk of C targets is
+    s / C sum_t (x_t . a_r) g_tj. If A has nothing to do with the text, its mean square is
+    (s / C)^2 mean |sum_t x_t g_tj|^2 / (3 in), so that the RMS is s / sqrt(3 in C) times the number of column j, which
+    is that of R, s and A alike.
+
+    It is the same for any C, too, if gradients of two targets of a chunk are uncorrelated. So they are at the head of
+    a model whose errors have no mean, given the text before. Elsewhere a target's gradient comes from all tokens of the
+    chunk up to it, and grows with C: `growth` corrects that. Raises UserError where C is too far from what was
+    measured."""
+    measured = model.gradient_rms
+    check_gradient_rms(measured, run, "test-time training")
+    chunk_tokens = run.ttt_chunk_tokens
+    scale = run.ttt_lora_alpha / run.ttt_lora_rank / math.sqrt(3 * model.config.model_dim * chunk_tokens)
+    found = []
+    outputs = zip(lora_outputs(model.config), measured.columns, measured.growth.tolist(), strict=True)
+    for (target, _), columns, growth in outputs:
+        if target in run.lora_targets:
+            rms = columns * (scale * (chunk_tokens / measured.chunk_tokens) ** growth)
+            found.append(rms + run.ttt_rms_floor * rms.square().mean().sqrt())
+    return found
+
+
+def check_gradient_rms(measured: GradientRMS | None, run: RunConfig, what: str) -> None:
+    """Raises UserError, which names the artifact `what`, where TTT_OPTIMIZER=rms lacks what it divides by, or where
+    that was measured on chunks of quite another length."""
+    chunk_tokens = run.ttt_chunk_tokens
+    require(measured is not None, f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
+    low = measured.chunk_tokens / FARTHEST_CHUNKS
+    high = measured.chunk_tokens * LONGER_CHUNKS * FARTHEST_CHUNKS
+    require(
+        low <= chunk_tokens <= high,
+        f"{what}: TTT_OPTIMIZER=rms: gradients were measured on chunks of {measured.chunk_tokens} tokens, which says "
+        f"too little of TTT_CHUNK_TOKENS={chunk_tokens}: choose {low:g} to {high:g}, measure again "
+        "(python -m tools.calibrate), or set TTT_OPTIMIZER=adamw",
+        UserError,
+    )
+
+
+NO_GRADIENT_RMS = (
+    "the artifact does not hold the RMS of gradients: add it (python -m tools.calibrate), or set TTT_OPTIMIZER=adamw"
+)
+
+
+def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> RunConfig:
+    """The run, after the artifact `what`, which has this header, has decided what TTT_OPTIMIZER=auto means. Raises
+    UserError where the run asks for what the artifact does not hold."""
+    has_rms = has_gradient_rms(table_layout(header, what))
+    require(has_rms or run.ttt_optimizer != "rms", f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
+    if run.ttt_optimizer != "auto":
+        return run
+    decided = dataclasses.replace(run, ttt_optimizer="rms" if has_rms else "adamw")
+    for f in fields(run):
+        unchanged = getattr(run, f.name) == f.metadata["default"]
+        require(unchanged or has_effect(f, decided), f"{f.name.upper()} {NO_EFFECT} {conditions(f)}")
+    return decided
+
+
+class Probe:
+    """Stands where LoRA would: it corrects nothing, and shows the gradient where a correction would be added."""
+
+    def __init__(self, columns: int):
+        self.columns = columns
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(B, C, in) -> zeros (B, C, columns), which have a gradient"""
+        self.inputs = x.detach().float()
+        self.outputs = x.new_zeros(*x.shape[:-1], self.columns, requires_grad=True)
+        return self.outputs
+
+    def squares(self, gradient: Tensor) -> Tensor:
+        """The gradient g at the outputs (B, C, columns) -> |sum_t x_t g_tj|^2, summed over documents, (columns,)."""
+        gradient = gradient.float()
+        products = self.inputs @ self.inputs.mT  # (B, C, C)
+        return (products @ gradient * gradient).sum((0, 1))
+
+
+class ProbedDocuments:
+    """Reads B documents side by side and chunk by chunk, as `BatchedTTT` does, and measures gradients instead of
+    learning from them. It stands in the place of an `Adapter`."""
+
+    head = None  # is not probed: see `head_squares`
+
+    def __init__(self, model: GPT, documents: int, context: int, chunk_tokens: int, capture: bool):
+        device = model.embed.device
+        outputs = lora_outputs(model.config)
+        self.model = model
+        self.probes = [Probe(columns) for target, columns in outputs if target != "head"]
+        self.passes = by_layer(self.probes)
+        self.cache = KVCache(model.config, documents, context - chunk_tokens, device)
+        self.graphs = CUDAGraphs() if device.type == "cuda" and capture else None
+        self.squares = [torch.zeros(columns, device=device) for _, columns in outputs]  # sums over chunks
+        self.chunks = torch.zeros((), dtype=torch.int64, device=device)
+
+    def read(self, tokens: Tensor, targets: Tensor, counted: Tensor) -> None:
+        """Read the next chunk, inputs and targets (B, C) each; `counted` (B,) bool: whose gradients are measured."""
+        self.cache.make_room(tokens.size(1))
+        if self.graphs is None:
+            self._read(tokens, targets, counted)
+        else:
+            self.graphs(self.cache.size, self._read, tokens, targets, counted)
+        self.cache.position += tokens.size(1)
+
+    def _read(self, tokens: Tensor, targets: Tensor, counted: Tensor) -> None:
+        context = self.cache.context(tokens.size(1))
+        with torch.enable_grad():
+            states, new_kvs = self.model.hidden(torch.cat([self.cache.last_token, tokens], 1), context, self)
+            nats = self.model.head(states, targets, self.model.embed)
+            loss = (nats * counted[:, None]).sum()
+            gradients = torch.autograd.grad(loss, [probe.outputs for probe in self.probes])
+        found = [probe.squares(gradient) for probe, gradient in zip(self.probes, gradients, strict=True)]
+        found.append(self.head_squares(states.detach(), counted))
+        torch._foreach_add_(self.squares, found)
+        self.chunks += counted.sum()
+        self.cache.append(tokens, new_kvs)
+
+    def head_squares(self, states: Tensor, counted: Tensor) -> Tensor:
+        """States (B, C, D) -> what `Probe.squares` would give at the head, (V,), on average over targets that the model
+        draws itself: |x|^2 c^2 p (1 - p), with p the probabilities and c the slope of the soft cap.
+
+        With the targets that the text has, columns of tokens that do not come in so little text would get numbers that
+        are a hundred times too small, and steps that are as much too large once they come."""
+        z = self.model.head.logits(states, self.model.embed, None)
+        p = z.softmax(-1)
+        curvature = p * (1 - p)
+        if self.model.head.cap:
+            curvature *= (1 - (z / self.model.head.cap).square()).square()
+        weights = states.float().square().sum(-1) * counted[:, None]
+        return (curvature * weights[..., None]).sum((0, 1))
+
+
+def probed_tokens(run: RunConfig) -> int:
+    """Tokens of a document that gradients are measured on, at most."""
+    return min(PROBED_TOKENS, run.train_seq_len)
+
+
+def rms_chunk_tokens(run: RunConfig) -> int:
+    """Of the chunks that gradients are measured on: as long as those that will be learned from, if these are short."""
+    return min(run.ttt_chunk_tokens if run.batched_ttt else RMS_CHUNK_TOKENS, probed_tokens(run))
+
+
+def measure_gradient_rms(model: GPT, docs: Documents, run: RunConfig, dist: Dist) -> GradientRMS:
+    """Measure gradients on documents, at least one of which has a whole chunk: up to `probed_tokens` of each. The same
+    on every rank."""
+    size = rms_chunk_tokens(run)
+    longer_size = min(LONGER_CHUNKS * size, probed_tokens(run))
+    columns = measure_columns(model, docs, run, dist, size)
+    longer = measure_columns(model, docs, run, dist, longer_size)
+    growth = torch.zeros(len(columns))
+    if longer is not None and longer_size > size:
+        ratios = [b.norm() / a.norm() for a, b in zip(columns, longer, strict=True)]
+        growth = torch.stack(ratios).log() / math.log(longer_size / size)
+    return GradientRMS(columns, growth, size)
+
+
+@torch.no_grad()
+def measure_columns(model: GPT, docs: Documents, run: RunConfig, dist: Dist, size: int) -> list[Tensor] | None:
+    """`GradientRMS.columns`, measured on all whole chunks of `size` tokens; None if there are none."""
+    context = probed_tokens(run)
+    chunks = np.minimum(docs.lengths, context) // size  # of every document
+    if not chunks.any():
+        return None
+
+    rounds = deal_documents(chunks, dist.world, PROBED_DOCUMENTS)
+    rows = len(rounds[0][0])  # of the largest group: with rows to spare, all others can share its CUDA graphs
+    with without_weight_gradients(model):
+        probed = ProbedDocuments(model, rows, context, size, bool(run.compile))
+        for groups in rounds:
+            group = groups[dist.rank]
+            probe_documents(probed, docs, group, chunks[group], size)
+
+    targets = size * int(dist.all_reduce(probed.chunks))
+    return [(dist.all_reduce(total) / targets).sqrt().clamp(min=1e-18).cpu() for total in probed.squares]
+
+
+def probe_documents(
+    probed: ProbedDocuments, docs: Documents, group: Sequence[int], chunks: np.ndarray, size: int
+) -> None:
+    """Read so many chunks (n,) of `size` tokens of each document of a group, from their start."""
+    rows = len(probed.cache.last_token)
+    most = int(chunks.max(initial=0))
+    text = np.full((rows, most * size + 1), BOS, np.int64)
+    counted = np.zeros((rows, most), bool)
+    for row, i in enumerate(group):
+        end = chunks[row] * size
+        text[row, : end + 1] = docs.span(i)[: end + 1]
+        counted[row, : chunks[row]] = True
+
+    tokens = torch.from_numpy(text).to(probed.chunks.device)
+    is_counted = torch.from_numpy(counted).to(probed.chunks.device)
+    probed.cache.reset()
+    for n in range(most):
+        first = n * size
+        end = first + size
+        probed.read(tokens[:, first:end], tokens[:, first + 1 : end + 1], is_counted[:, n])
+
+
+@contextlib.contextmanager
+def without_weight_gradients(model: GPT) -> Iterator[None]:
+    """Inside, gradients of weights are not computed, and no compiled code runs."""
+    requires_grad = {p: p.requires_grad for p in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for p, required in requires_grad.items():
+            p.requires_grad_(required)
+
+
+# How it is stored: as logarithms, for zstd to compress, which finds columns that are alike in several layer passes.
+
+GRADIENT_PREFIX = "gradients."  # of the names of stored tensors
+LEVELS = 4  # to an octave: numbers are exact to 9 %
+GROWTH_STEPS = 64  # to an exponent of 1
+EXPECTED_LEVEL_BITS = 3.2  # a column, compressed
+
+
+def has_gradient_rms(names: Iterable[str]) -> bool:
+    """Whether tensors of these names hold the RMS of gradients, or a part of it."""
+    return any(name.startswith(GRADIENT_PREFIX) for name in names)
+
+
+def layout_of_gradient_rms(c: ModelConfig) -> Layout:
+    """What `encode_gradient_rms` stores."""
+    outputs = lora_outputs(c)
+    layout: Layout = {
+        "growth": (torch.int8, torch.Size([len(outputs)])),
+        "chunk_tokens": (torch.float32, torch.Size([1])),
+    }
+    for target, columns in dict(outputs).items():
+        count = sum(name == target for name, _ in outputs)
+        layout[target] = torch.int8, torch.Size([count, columns])
+    return {GRADIENT_PREFIX + name: entry for name, entry in layout.items()}
+
+
+def gradient_rms_bytes(model: GPT, run: RunConfig) -> float:
+    """About how many bytes it takes in an artifact of this model, if it will be there."""
+    columns = sum(columns for _, columns in lora_outputs(model.config))
+    return EXPECTED_LEVEL_BITS / 8 * columns if run.grad_rms_tokens else 0.0
+
+
+def encode_gradient_rms(model: GPT) -> dict[str, Tensor]:
+    """What an artifact stores of `model.gradient_rms`: above all, for every target, logarithms of its columns' numbers,
+    (outputs, columns) int8. Nothing if it is None."""
+    measured = model.gradient_rms
+    if measured is None:
+        return {}
+    levels: dict[str, list[Tensor]] = {target: [] for target in LORA_TARGETS}
+    for (target, _), numbers in zip(lora_outputs(model.config), measured.columns, strict=True):
+        levels[target].append((LEVELS * numbers.log2()).round().clamp(-GRID_LIMIT, GRID_LIMIT).to(torch.int8))
+    growth = (GROWTH_STEPS * measured.growth).round().clamp(-GRID_LIMIT, GRID_LIMIT).to(torch.int8)
+    stored = {target: torch.stack(found) for target, found in levels.items()}
+    stored |= {"growth": growth, "chunk_tokens": torch.tensor([float(measured.chunk_tokens)])}
+    return {GRADIENT_PREFIX + name: tensor for name, tensor in stored.items()}
+
+
+def decode_gradient_rms(stored: Mapping[str, Tensor], c: ModelConfig, what: str) -> GradientRMS:
+    """The inverse, to within the rounding of logarithms. Raises DataError, which names the file `what`."""
+    parts = {name.removeprefix(GRADIENT_PREFIX): t for name, t in stored.items() if name.startswith(GRADIENT_PREFIX)}
+    chunk_tokens = float(parts["chunk_tokens"])
+    require(
+        1 <= chunk_tokens <= 1 << 20 and chunk_tokens.is_integer(),
+        f"{what}: gradients were measured on chunks of {chunk_tokens} tokens, expected a whole number",
+        DataError,
+    )
+    columns = []
+    rows = {target: iter(parts[target].numpy()) for target in LORA_TARGETS}
+    for target, _ in lora_outputs(c):
+        levels = next(rows[target]).astype(np.int64).clip(-GRID_LIMIT, GRID_LIMIT)
+        columns.append(torch.from_numpy(power_of_two(8 // LEVELS * levels)))
+    return GradientRMS(columns, parts["growth"].float() / GROWTH_STEPS, int(chunk_tokens))
 
 
 # ---- One text ----
@@ -4438,14 +4943,13 @@ def static_costs(lengths: np.ndarray, run: RunConfig) -> np.ndarray:
     return np.array([cost(int(length)) for length in lengths], np.float64)
 
 
-LAUNCH_TOKENS = 1400  # the fixed cost of a chunk on a GPU, however few rows it has, expressed in tokens
+LAUNCH_TOKENS = 2500  # the fixed cost of a chunk on a GPU, however few rows it has, expressed in tokens
 
 
-def batched_cost(lengths: np.ndarray, run: RunConfig) -> float:
+def batched_cost(lengths: np.ndarray, run: RunConfig, device: torch.device) -> float:
     """Tokens that pass the network for documents (B,) as `score_batched` runs them; to forecast seconds."""
-    chunk = run.ttt_chunk_tokens
-    steps = chunk_steps(len(lengths), chunk, lambda rows, first: lengths[rows] > first)
-    return float(sum(LAUNCH_TOKENS + len(step.rows) * chunk for step in steps))
+    steps = chunk_steps(len(lengths), run, device, lambda rows, first: lengths[rows] > first)
+    return float(sum(LAUNCH_TOKENS + len(step.rows) * step.run.ttt_chunk_tokens for step in steps))
 
 
 def random_documents(vocab_size: int, documents: int, length: int) -> Documents:
@@ -4470,7 +4974,7 @@ class Evaluation:
         self.seconds = seconds  # of the evaluation so far
         self.table = ScoreTable(docs)
         self.degraded = 0  # documents that did not adapt for lack of time
-        self.learners_by_size: dict[int, BatchedTTT] = {}
+        self.learners = Learners(model, dist.device)
         self.static_costs = static_costs(docs.lengths, run)
         # Both speeds are measured in the warm-up, and the second again during the evaluation.
         self.static_tokens_per_s = math.inf
@@ -4485,8 +4989,7 @@ class Evaluation:
         count = 2
         length = run.eval_seq_len
         if run.batched_ttt:
-            count = run.ttt_batch_docs
-            length += run.ttt_chunk_tokens
+            length += 3 * late_run(run).ttt_chunk_tokens  # a graph is captured at the second chunk of its kind
         docs = random_documents(self.model.config.vocab_size, count, length)
 
         few = range(len(docs))[: run.micro_batch_tokens // length + 1 if on_gpu else 1]
@@ -4506,8 +5009,9 @@ class Evaluation:
         shorter = random_documents(self.model.config.vocab_size, count, min(length, 512))
         for text in (docs, shorter):  # the first time compiles and captures
             started = time.perf_counter()
-            score_batched(self.model, text, range(count), run, alone, ScoreTable(text), self.learners_by_size)
-            self.seconds_per_token = (time.perf_counter() - started) / batched_cost(text.lengths, run)
+            score_batched(text, range(count), run, alone, ScoreTable(text), self.learners)
+            cost = batched_cost(text.lengths, run, self.dist.device)
+            self.seconds_per_token = (time.perf_counter() - started) / cost
 
     def score(self) -> ScoreTable:
         """Score every target of every document -> the table of all ranks."""
@@ -4539,7 +5043,7 @@ class Evaluation:
         dist = self.dist
         lengths = self.docs.lengths
         rounds = deal_documents(lengths, dist.world, self.run.ttt_batch_docs if self.run.batched_ttt else 1)
-        costs = [max(batched_cost(lengths[group], self.run) for group in groups) for groups in rounds]
+        costs = [max(batched_cost(lengths[group], self.run, dist.device) for group in groups) for groups in rounds]
         learner = None
         if not self.run.batched_ttt:
             learner = SequentialTTT(self.model, self.run, Dist(device=dist.device))
@@ -4570,7 +5074,7 @@ class Evaluation:
             for i in group:
                 score_sequentially(learner, self.docs, [i], self.table)
         elif group:
-            score_batched(self.model, self.docs, group, self.run, self.dist, self.table, self.learners_by_size)
+            score_batched(self.docs, group, self.run, self.dist, self.table, self.learners)
 
     def _report(self, documents: int, seconds: float, eta: float) -> None:
         begun = self.table.counted > 0
@@ -4653,22 +5157,32 @@ def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfi
     run = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
 
     for name, (f, _) in KNOBS.items():
-        require(name not in env or has_effect(f, run), f"{name} has no effect here: it needs {conditions(f)}")
+        require(name not in env or has_effect(f, run), f"{name} {NO_EFFECT} {conditions(f)}")
     return model, run
 
 
+NO_EFFECT = "has no effect here: it needs"
+
+
 def has_effect(f: dataclasses.Field, config: Any) -> bool:
-    return all(getattr(config, name) == value for name, value in f.metadata["only"].items())
+    """Whether a knob has one in this config; what is still to be decided may give it one."""
+    return all(getattr(config, name) in (*values, "auto") for name, values in f.metadata["only"].items())
 
 
 def conditions(f: dataclasses.Field) -> str:
     """Under which a knob has an effect."""
-    return " and ".join(f"{name.upper()}={value}" for name, value in f.metadata["only"].items())
+    return " and ".join(f"{name.upper()}={' or '.join(values)}" for name, values in f.metadata["only"].items())
 
 
 def settings(*configs: Any) -> dict[str, str]:
-    """The knobs of these configs as an environment would give them; those without effect are left out."""
-    return {f.name.upper(): str(getattr(c, f.name)) for c in configs for f in fields(c) if has_effect(f, c)}
+    """The knobs of these configs as an environment would give them; those without effect are left out, and
+    defaults that an artifact is still to decide."""
+    return {
+        f.name.upper(): str(getattr(c, f.name))
+        for c in configs
+        for f in fields(c)
+        if has_effect(f, c) and getattr(c, f.name) is not None
+    }
 
 
 def describe_knobs() -> str:
@@ -4683,6 +5197,8 @@ def describe_knobs() -> str:
         default = str(meta["default"]) or "-"
         if meta["full"] is not None:
             default += f" (full: {meta['full']})"
+        if meta["rms"] is not None:
+            default += f" (rms: {meta['rms']})"
         notes = ""
         if get_args(kind):
             notes += f" ({' | '.join(get_args(kind))})"
@@ -4713,6 +5229,7 @@ def make_setup(model: ModelConfig, run: RunConfig, dist: Dist) -> Setup:
     if run.artifact:  # the artifact's own configuration counts, whatever the environment says about the model
         header, _ = read_header(read_on_main(run.artifact, dist), run.artifact)
         model = stored_config(header["meta"], run.artifact)
+        run = decide_optimizer(run, header, run.artifact)
     tokenizer = load_tokenizer(run, model.vocab_size)
     validation = load_validation(run.data_path, model.vocab_size, tokenizer)
     stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
@@ -4903,12 +5420,12 @@ def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
 
 
 def load_artifact(path: Path, setup: Setup) -> GPT:
-    """The model that a file holds, built from that file alone. Raises DataError."""
+    """The model that a file holds, built from that file alone. Raises UserError."""
     return unpack_artifact(read_on_main(path, setup.dist), path, setup)
 
 
 def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
-    """The model in the content of a file. Raises DataError.
+    """The model in the content of a file. Raises DataError, and UserError where it lacks what TTT_OPTIMIZER needs.
 
     The table of tensors is compared with the configuration before anything is unpacked: a small file can claim tensors
     of gigabytes, and a short header a network of any size."""
@@ -4924,7 +5441,11 @@ def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
     )
     check_layout(config, table_layout(header, what), what)
     stored = read_tensors(data, header, at, what)
-    return restore(GPT(config).to(setup.dist.device), stored, what)
+    model = restore(GPT(config).to(setup.dist.device), stored, what)
+    if setup.run.ttt_enabled and setup.run.ttt_optimizer == "rms":
+        for run in (setup.run, late_run(setup.run)):
+            check_gradient_rms(model.gradient_rms, run, what)
+    return model
 
 
 def score_all_static(model: GPT, setup: Setup, looping: bool = True, docs: Documents | None = None) -> ScoreTable:
@@ -4960,6 +5481,8 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: L
         trainer.load_checkpoint(run.resume)  # first, so that a bad one is refused before minutes of compilation
         if trainer.finished:
             return 0.0
+    if run.grad_rms_tokens:
+        gradient_documents(setup)  # refuses too few before training is paid for
     batch = random_batch(run, setup.model.vocab_size, setup.dist)
     step = trainer.step
     state = trainer.copy_state()
@@ -4996,17 +5519,25 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
         sensitivities = calibrate(model, [batch], dist, run)
     make_artifact(model, sensitivities, run, dist, watch, trainer.provenance, Log(), rehearsal=True)
 
-    blank_tokens = np.minimum(held_out.tokens, BOS + 1)  # BOS where it was: documents of the same lengths
-    blank = Documents(blank_tokens, held_out.bytes, held_out.starts)
     for phase in ("compile", "choose"):
         with watch.phase(phase):
-            score_all_static(model, setup, docs=blank)
+            score_all_static(model, setup, docs=blank(held_out))
+    if run.grad_rms_tokens:
+        docs = blank(gradient_documents(setup))
+        for phase in ("compile", "gradients"):
+            with watch.phase(phase):
+                measure_gradient_rms(model, docs, run, dist)
 
-    seconds = watch.total("checkpoint")
+    seconds = watch.total("checkpoint", "gradients")
     seconds += watch.total("calibrate") * run.gptq_calibration_batches
     seconds += len(READOUTS) * watch.total("choose")
     seconds += 2 * watch.total("quantise", "pack")  # two tries to fit the bytes
     return dist.all_reduce_max(1.15 * seconds + 0.5)
+
+
+def blank(docs: Documents) -> Documents:
+    """Documents of the same lengths that say nothing."""
+    return Documents(np.minimum(docs.tokens, BOS + 1), docs.bytes, docs.starts)  # BOS where it was
 
 
 # What an artifact may hold: how much of the average, beside the last weights
@@ -5150,10 +5681,30 @@ def read_out_and_pack(
     return said | {"prequant_nats": table.nats}  # (documents,): for the file of documents, not for the result
 
 
+def gradient_documents(setup: Setup) -> Documents:
+    """The training documents that gradients are measured on. Raises UserError if none has a whole chunk."""
+    run = setup.run
+    docs = setup.stream.last_documents(run.grad_rms_tokens)
+    size = rms_chunk_tokens(run)
+    require(
+        int(docs.lengths.max(initial=0)) >= size,
+        f"GRAD_RMS_TOKENS={run.grad_rms_tokens}: of {len(docs)} documents, none has {size} tokens to measure gradients "
+        "on: raise it, or set 0 and do without TTT_OPTIMIZER=rms",
+        UserError,
+    )
+    return docs
+
+
 def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, path: Path) -> None:
     """Quantise the weights that the model holds and write the artifact."""
     run = setup.run
     dist = setup.dist
+    if run.grad_rms_tokens:
+        with watch.phase("gradients"):
+            docs = gradient_documents(setup)
+            trainer.model.gradient_rms = measure_gradient_rms(trainer.model, docs, run, dist)
+        line = "gradients: measured on {documents} documents of {tokens} tokens"
+        log.event("gradients", line, documents=len(docs), tokens=len(docs.tokens))
     with watch.phase("calibrate"):
         batches = (setup.stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
         sensitivities = calibrate(trainer.model, batches, dist, run)
@@ -5507,6 +6058,18 @@ def unit_vectors(v):
 
 
 @jit
+def add_keys(s, v, row_max, row_sum, y):
+    """A step of the online softmax: scores (R, 64) of more keys, their values (64, h)
+    -> maxima (R,), sums (R,) and outputs (R, h) with these keys."""
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    p = tl.exp2(s - new_max[:, None])
+    rescale = tl.exp2(row_max - new_max)
+    row_sum = row_sum * rescale + tl.sum(p, 1)
+    y = y * rescale[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+    return new_max, row_sum, y
+
+
+@jit
 def attention_forward_kernel(
     qk_ptr,
     qkv_ptr,
@@ -5540,12 +6103,7 @@ def attention_forward_kernel(
         k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
         v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
         s = masked_scores(q, k, positions_ptr, first_query, first_key, tokens)  # (64 queries, 64 keys)
-        new_max = tl.maximum(row_max, tl.max(s, 1))
-        p = tl.exp2(s - new_max[:, None])
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.sum(p, 1)
-        row_max = new_max
-        y = y * rescale[:, None] + tl.dot(p.to(v.dtype), v)
+        row_max, row_sum, y = add_keys(s, v, row_max, row_sum, y)
     y = y / row_sum[:, None]
     tl.store(lse_ptr + head * tokens + query, row_max + tl.log2(row_sum), query < tokens)
     store_tile(y_ptr, y, query, tokens, heads, head, width)
@@ -5746,6 +6304,270 @@ class FusedAttention(torch.autograd.Function):
             qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **ONE_PASS_LAUNCH
         )
         return d_qkv, d_gain.sum(0)[:H] * score_scale(h), d_gate, None, None, None, None
+
+
+# ---- Cached attention kernels ----
+#
+# A chunk of C tokens of B documents attends to the filled slots of a cache and, causally, to itself. As above, but for
+# what differs:
+#
+# Tiling: a program owns the queries of all heads that share a key/value head, so that cached keys and values are read
+# once for them. A row of its tile is a token's query in one head; the rows of a token lie side by side. A tile has R
+# rows, a power of two: at least 16, the least that a GPU multiplies, and at most 128 (of wide heads 64), as many as fit
+# into registers and shared memory. A chunk that needs more is shared by several programs. Rows beyond the chunk are
+# zeros and are not stored.
+#
+# Keys: a program loops over tiles of 64 cached keys, from slot 0 to the last filled one, then over tiles of 64 of the
+# chunk's own. How many slots are filled is read on the device: a captured graph takes as long as what is cached asks
+# for, not as what could be. Slots that are not filled are never loaded.
+#
+#     forward:  cached_attention_forward_kernel          q, k, v, cache -> y, lse
+#     backward: cached_attention_query_backward_kernel   d_y -> gradient of q, delta
+#               cached_attention_kv_backward_kernel      d_y, delta -> gradients of k and v, for the chunk alone
+#
+# A document's numbers repeat to the last bit in any batch and in a cache of any size: a program sees one document only,
+# its tiles begin at slot 0 whatever the size is, and nothing is tuned to the number of documents.
+#
+#     q, y          (B, C, H, h)         scale and gain are not folded in: see score_scale
+#     k, v          (B, C, K, h)         the chunk's own keys and values
+#     cached_k, _v  (B, K, L, h)         those of earlier tokens
+#     lse, delta    (B, C, H) fp32       as above
+#
+# In names of kernel arguments, `chunk` is C, `slots` L and `tile_rows` R.
+
+
+def cached_attention_tile_rows(rows: int, width: int) -> int:
+    """R, for so many rows of a document and a key/value head."""
+    most = 128 if width < 128 else 64
+    return min(most, max(16, triton.next_power_of_2(rows)))
+
+
+def cached_attention_launch(tile_rows: int, width: int) -> dict[str, int]:
+    """Options of the kernels: a warp for 16 rows, in groups of 4 warps."""
+    return attention_launch(width) | dict(num_warps=8 if tile_rows > 64 else 4)
+
+
+@jit
+def visible_scores(q, k, visible, scale):
+    """Queries (R, h), keys (64, h) -> scores (R, 64) in units of log 2; `visible`, (R, 64) or (1, 64), says which
+    count."""
+    return tl.where(visible, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, MASKED)
+
+
+@jit
+def score_gradient(p, v, d_y, delta):
+    """Probabilities (R, 64), values (64, h), gradient of the outputs (R, h), delta (R,) -> that of scores (R, 64)."""
+    return p * (tl.dot(d_y, tl.trans(v), input_precision="ieee") - delta[:, None])
+
+
+@jit
+def cached_attention_forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cached_k_ptr,
+    cached_v_ptr,
+    filled_ptr,
+    y_ptr,
+    lse_ptr,
+    chunk,
+    slots,
+    scale,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    width: tl.constexpr,
+    tile_rows: tl.constexpr,
+):
+    """y and lse of a tile of rows."""
+    document = tl.program_id(0).to(tl.int64)  # a cache may hold more numbers than 32 bits count
+    kv_head = tl.program_id(1)
+    group: tl.constexpr = heads // kv_heads
+    row = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)  # (R,)
+    token = row // group
+    head = kv_head * group + row % group
+    queries = document * chunk * heads  # before this document's
+    own_keys = document * chunk * kv_heads
+    cached_keys = (document * kv_heads + kv_head) * slots
+    q = load_tile(q_ptr + queries * width, token, chunk, heads, head[:, None], width)  # (R, h)
+
+    row_max = tl.full([tile_rows], MASKED, tl.float32)
+    row_sum = tl.zeros([tile_rows], tl.float32)
+    y = tl.zeros([tile_rows, width], tl.float32)
+    filled = tl.load(filled_ptr).to(tl.int32)
+    for first_slot in range(0, filled, TILE):
+        slot = first_slot + tl.arange(0, TILE)  # (64,)
+        k = load_tile(cached_k_ptr + cached_keys * width, slot, filled, 1, 0, width)
+        v = load_tile(cached_v_ptr + cached_keys * width, slot, filled, 1, 0, width)
+        s = visible_scores(q, k, slot[None, :] < filled, scale)
+        row_max, row_sum, y = add_keys(s, v, row_max, row_sum, y)
+
+    last_token = ((tl.program_id(2) + 1) * tile_rows - 1) // group
+    for first_key in range(0, tl.minimum(last_token + 1, chunk), TILE):
+        key = first_key + tl.arange(0, TILE)  # (64,)
+        k = load_tile(k_ptr + own_keys * width, key, chunk, kv_heads, kv_head, width)
+        v = load_tile(v_ptr + own_keys * width, key, chunk, kv_heads, kv_head, width)
+        s = visible_scores(q, k, key[None, :] <= token[:, None], scale)
+        row_max, row_sum, y = add_keys(s, v, row_max, row_sum, y)
+
+    store_tile(y_ptr + queries * width, y / row_sum[:, None], token, chunk, heads, head[:, None], width)
+    tl.store(lse_ptr + queries + token * heads + head, row_max + tl.log2(row_sum), token < chunk)
+
+
+@jit
+def cached_attention_query_backward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    cached_k_ptr,
+    cached_v_ptr,
+    filled_ptr,
+    y_ptr,
+    lse_ptr,
+    d_y_ptr,
+    d_q_ptr,
+    delta_ptr,
+    chunk,
+    slots,
+    scale,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    width: tl.constexpr,
+    tile_rows: tl.constexpr,
+):
+    """delta, and the gradient of the queries in a tile of rows."""
+    document = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    group: tl.constexpr = heads // kv_heads
+    row = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)  # (R,)
+    token = row // group
+    head = kv_head * group + row % group
+    queries = document * chunk * heads  # before this document's
+    own_keys = document * chunk * kv_heads
+    cached_keys = (document * kv_heads + kv_head) * slots
+    q = load_tile(q_ptr + queries * width, token, chunk, heads, head[:, None], width)  # (R, h)
+    d_y = load_tile(d_y_ptr + queries * width, token, chunk, heads, head[:, None], width)
+    y = load_tile(y_ptr + queries * width, token, chunk, heads, head[:, None], width)
+    lse = tl.load(lse_ptr + queries + token * heads + head, token < chunk, 0.0)  # (R,)
+    delta = tl.sum(y.to(tl.float32) * d_y.to(tl.float32), 1)  # (R,)
+    tl.store(delta_ptr + queries + token * heads + head, delta, token < chunk)
+
+    d_q = tl.zeros([tile_rows, width], tl.float32)
+    filled = tl.load(filled_ptr).to(tl.int32)
+    for first_slot in range(0, filled, TILE):
+        slot = first_slot + tl.arange(0, TILE)  # (64,)
+        k = load_tile(cached_k_ptr + cached_keys * width, slot, filled, 1, 0, width)
+        v = load_tile(cached_v_ptr + cached_keys * width, slot, filled, 1, 0, width)
+        p = tl.exp2(visible_scores(q, k, slot[None, :] < filled, scale) - lse[:, None])  # (R, 64)
+        d_s = score_gradient(p, v, d_y, delta)
+        d_q += tl.dot(d_s.to(k.dtype), k, input_precision="ieee")
+
+    last_token = ((tl.program_id(2) + 1) * tile_rows - 1) // group
+    for first_key in range(0, tl.minimum(last_token + 1, chunk), TILE):
+        key = first_key + tl.arange(0, TILE)  # (64,)
+        k = load_tile(k_ptr + own_keys * width, key, chunk, kv_heads, kv_head, width)
+        v = load_tile(v_ptr + own_keys * width, key, chunk, kv_heads, kv_head, width)
+        p = tl.exp2(visible_scores(q, k, key[None, :] <= token[:, None], scale) - lse[:, None])  # (R, 64)
+        d_s = score_gradient(p, v, d_y, delta)
+        d_q += tl.dot(d_s.to(k.dtype), k, input_precision="ieee")
+    store_tile(d_q_ptr + queries * width, d_q * (scale / LOG2_E), token, chunk, heads, head[:, None], width)
+
+
+@jit
+def cached_attention_kv_backward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lse_ptr,
+    d_y_ptr,
+    delta_ptr,
+    d_k_ptr,
+    d_v_ptr,
+    chunk,
+    scale,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    width: tl.constexpr,
+    tile_rows: tl.constexpr,
+):
+    """Gradients of a tile of the chunk's own keys and values of one head, summed over rows in their order.
+
+    Rows beyond the chunk add nothing: their d_y and delta are zeros."""
+    document = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    group: tl.constexpr = heads // kv_heads
+    first_key = tl.program_id(2) * TILE
+    key = first_key + tl.arange(0, TILE)  # (64,)
+    queries = document * chunk * heads  # before this document's
+    own_keys = document * chunk * kv_heads
+    k = load_tile(k_ptr + own_keys * width, key, chunk, kv_heads, kv_head, width)  # (64, h)
+    v = load_tile(v_ptr + own_keys * width, key, chunk, kv_heads, kv_head, width)
+
+    d_k = tl.zeros([TILE, width], tl.float32)
+    d_v = tl.zeros([TILE, width], tl.float32)
+    for first_row in range(first_key * group, chunk * group, tile_rows):
+        row = first_row + tl.arange(0, tile_rows)  # (R,)
+        token = row // group
+        head = kv_head * group + row % group
+        q = load_tile(q_ptr + queries * width, token, chunk, heads, head[:, None], width)  # (R, h)
+        d_y = load_tile(d_y_ptr + queries * width, token, chunk, heads, head[:, None], width)
+        lse = tl.load(lse_ptr + queries + token * heads + head, token < chunk, 0.0)  # (R,)
+        delta = tl.load(delta_ptr + queries + token * heads + head, token < chunk, 0.0)
+        p = tl.exp2(visible_scores(q, k, key[None, :] <= token[:, None], scale) - lse[:, None])  # (R, 64)
+        d_v += tl.dot(tl.trans(p.to(q.dtype)), d_y, input_precision="ieee")
+        d_s = score_gradient(p, v, d_y, delta)
+        d_k += tl.dot(tl.trans(d_s.to(q.dtype)), q, input_precision="ieee")
+    store_tile(d_k_ptr + own_keys * width, d_k * (scale / LOG2_E), key, chunk, kv_heads, kv_head, width)
+    store_tile(d_v_ptr + own_keys * width, d_v, key, chunk, kv_heads, kv_head, width)
+
+
+class FusedCachedAttention(torch.autograd.Function):
+    """`attend_with_cache`, by the kernels above."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, filled: Tensor, buffer: Tensor) -> Tensor:
+        """(B, C, H, h), (B, C, K, h), (B, C, K, h), then a CachedLayer: () int64, (2, B, K, L, h) -> (B, C, H, h)"""
+        assert q.dtype == k.dtype == v.dtype == buffer.dtype, "a product has one dtype"
+        q = q.contiguous()
+        k = k.contiguous()
+        v = v.contiguous()
+        B, C, H, h = q.shape
+        K = k.size(2)
+        rows = C * (H // K)
+        tile_rows = cached_attention_tile_rows(rows, h)
+        ctx.grid = (B, K, triton.cdiv(rows, tile_rows))
+        ctx.shape = (H, K, h, tile_rows)
+        y = torch.empty_like(q)
+        lse = torch.empty(B, C, H, device=q.device)
+
+        inputs = (q, k, v, *buffer, filled)
+        sizes = (C, buffer.size(3), score_scale(h), *ctx.shape)
+        cached_attention_forward_kernel[ctx.grid](*inputs, y, lse, *sizes, **cached_attention_launch(tile_rows, h))
+        ctx.save_for_backward(q, k, v, filled, buffer, y, lse)
+        return y
+
+    @staticmethod
+    def backward(ctx, d_y: Tensor) -> tuple[Tensor | None, ...]:
+        """(B, C, H, h) -> gradients of q, k and v"""
+        q, k, v, filled, buffer, y, lse = ctx.saved_tensors
+        B, C, _, h = q.shape
+        _, K, _, tile_rows = ctx.shape
+        launch = cached_attention_launch(tile_rows, h)
+        scale = score_scale(h)
+        d_y = d_y.contiguous()
+        d_q = torch.empty_like(q)
+        d_k = torch.empty_like(k)
+        d_v = torch.empty_like(v)
+        delta = torch.empty_like(lse)
+
+        inputs = (q, k, v, *buffer, filled, y, lse, d_y)
+        cached_attention_query_backward_kernel[ctx.grid](
+            *inputs, d_q, delta, C, buffer.size(3), scale, *ctx.shape, **launch
+        )
+        launch["num_stages"] = 1  # its loop is too short to fetch ahead
+        cached_attention_kv_backward_kernel[(B, K, triton.cdiv(C, TILE_TOKENS))](
+            q, k, v, lse, d_y, delta, d_k, d_v, C, scale, *ctx.shape, **launch
+        )
+        return d_q, d_k, d_v, None, None
 
 
 # ---- Loss kernel ----
@@ -6166,7 +6988,7 @@ def do_experiment(model_config: ModelConfig, run: RunConfig, dist: Dist, run_id:
         return
 
     result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}
-    result["knobs"] = settings(setup.model, run)
+    result["knobs"] = settings(setup.model, setup.run)
     how_to_score = ""
     prequant_nats = None
     if run.artifact:

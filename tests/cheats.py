@@ -12,13 +12,18 @@ SOURCE = Path(train_gpt.__file__).read_text(encoding="utf-8")
 
 MODEL = dict(vocab_size=32, num_layers=2, model_dim=32, num_heads=2, num_kv_heads=1, mlp_mult=2, rope_dims=4)
 MODEL |= dict(attn_gate_width=8, smear_width=8, unet_skips=1, parallel_start_layer=1, num_loops=0)
-RUN = dict(device="cpu", train_row_tokens=32, train_batch_tokens=32, micro_batch_tokens=48, eval_seconds=0)
+RUN = dict(device="cpu", train_row_tokens=32, train_batch_tokens=32, micro_batch_tokens=160, eval_seconds=0)
 RUN |= dict(eval_seq_len=24, eval_stride=8, ttt_chunk_tokens=8)
-LORA = RUN | dict(ttt_lora_rank=4, ttt_lora_alpha=4.0, ttt_epochs=2, ttt_weight_decay=0.1)
+LORA = RUN | dict(ttt_lora_rank=4, ttt_lora_alpha=4.0, ttt_epochs=2)
 SYSTEMS = {  # ways to score
     "static": RUN | dict(ttt_enabled=0),
-    "adamw": LORA | dict(ttt_lr=0.01, ttt_grad_clip=0.5, ttt_entropy_low=2.8, ttt_entropy_high=2.9),
-    "sgd": LORA | dict(ttt_optimizer="sgd", ttt_lr=0.1, ttt_cosine=1, ttt_ns_steps=2, ttt_lora_targets="k,o,mlp"),
+    "adamw": LORA
+    | dict(ttt_optimizer="adamw", ttt_lr=0.01, ttt_weight_decay=0.1)
+    | dict(ttt_grad_clip=0.5, ttt_entropy_low=2.8, ttt_entropy_high=2.9),
+    "sgd": LORA
+    | dict(ttt_optimizer="sgd", ttt_lr=0.1, ttt_weight_decay=0.1)
+    | dict(ttt_cosine=1, ttt_ns_steps=2, ttt_lora_targets="k,o,mlp", ttt_late_chunk_tokens=16),
+    "rms": LORA | dict(ttt_optimizer="rms", ttt_lr=0.02, ttt_rms_floor=0.25),
     "full": RUN | dict(ttt_params="full", ttt_lr=0.01, ttt_epochs=2, ttt_freeze_blocks=1),
     "stream": RUN | dict(ttt_params="full", ttt_scope="stream", ttt_lr=0.01, ttt_epochs=1),
     "lora stream": RUN | dict(ttt_scope="stream", ttt_lora_rank=4, ttt_lr=0.01, ttt_optimizer="sgd"),

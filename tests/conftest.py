@@ -86,6 +86,7 @@ TINY_RUN = dict(
     holdout_tokens=0,
     train_log_every=1,
     gptq_calibration_batches=1,
+    grad_rms_tokens=200,
     eval_seq_len=32,
     eval_stride=8,
     ttt_chunk_tokens=8,
@@ -118,6 +119,14 @@ def stored_tensors(model: train_gpt.GPT, octave: float = -4.0, states: int = 0) 
     run = train_gpt.RunConfig(trellis_states=str(states), gptq_damping=1e-6)
     quantiser = train_gpt.Quantiser(weights, alike, run, train_gpt.Dist())
     return scalars | train_gpt.encode_matrices(quantiser.round(octave), quantiser.trellis)
+
+
+def any_gradient_rms(config: train_gpt.ModelConfig, chunk_tokens: int) -> train_gpt.GradientRMS:
+    """What might have been measured: columns that differ, the same each time."""
+    random = torch.Generator().manual_seed(0)
+    outputs = train_gpt.lora_outputs(config)
+    columns = [torch.randn(count, generator=random).exp2() for _, count in outputs]
+    return train_gpt.GradientRMS(columns, torch.full((len(outputs),), 0.125), chunk_tokens)
 
 
 @torch.no_grad()

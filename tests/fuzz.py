@@ -68,7 +68,7 @@ from test_results import fabricate
 
 import train_gpt
 from data import prepare
-from tools import codec, sweep
+from tools import codec, holdout
 from tools.events import first_difference
 from tools.results import load_run
 from train_gpt import BOS, UserError
@@ -412,7 +412,7 @@ class Artifacts(Kind):
     def read_as_it_is(self) -> None:
         data = self.path.read_bytes()
         header, _ = train_gpt.read_header(data, "x.ptz")
-        sweep.held_out_by(str(self.path))
+        holdout.held_out_by(str(self.path))
         config = train_gpt.stored_config(header["meta"], "x.ptz")
         model = train_gpt.load_artifact(self.path, self.setup)
         assert model.config == config

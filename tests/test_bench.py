@@ -48,6 +48,7 @@ def test_the_entropy_coder_is_timed_and_near_the_entropy(capsys):
     "kernel, kind",
     [
         ("attention_kv_backward_kernel", "attention"),
+        ("cached_attention_forward_kernel", "attention"),
         ("qk_norm_rope_kernel", "attention"),
         ("loss_kernel", "loss"),
         ("mlp_kernel", "GEMM with activation"),
@@ -62,6 +63,9 @@ def test_the_entropy_coder_is_timed_and_near_the_entropy(capsys):
 )
 def test_a_kernel_is_counted_under_its_kind(kernel, kind):
     assert bench.category(kernel) == kind
+
+
+KERNELS = ["mlp", "mix", "loss", "attention", "cached attention"]
 
 
 def kernels_compared(config: g.ModelConfig, run: g.RunConfig, device: str, capsys) -> list[str]:
@@ -82,9 +86,9 @@ def test_every_kernel_is_compared_with_its_reference(tiny_run, tiny_config, monk
     monkeypatch.setattr(bench, "milliseconds", call_once)
     monkeypatch.setattr(torch, "compile", lambda f: f)
     monkeypatch.setattr(g, "MIX_PROGRAMS", 3)
-    assert kernels_compared(tiny_config, tiny_run(), "cpu", capsys) == ["mlp", "mix", "loss", "attention"]
+    assert kernels_compared(tiny_config, tiny_run(), "cpu", capsys) == KERNELS
 
 
 @pytest.mark.gpu
 def test_every_kernel_is_compared_with_its_reference_on_a_gpu(tiny_run, tiny_config, capsys):
-    assert kernels_compared(tiny_config, tiny_run(), "cuda", capsys) == ["mlp", "mix", "loss", "attention"]
+    assert kernels_compared(tiny_config, tiny_run(), "cuda", capsys) == KERNELS

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import stored_tensors
+from conftest import any_gradient_rms, stored_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,10 +48,11 @@ def some_text(words: int, seed: int = 3) -> bytes:
 
 @pytest.fixture
 def make_artifact(tmp_path, monkeypatch, tiny_config, train_tokenizer):
-    """make_artifact(name, transform, seed, **options of the tokenizer): a network of random weights whose predictions
-    are far from even, in a file; the environment then leads to its tokenizer -> its path."""
+    """make_artifact(name, transform, seed, rms, **options of the tokenizer): a network of random weights whose
+    predictions are far from even, in a file, with the RMS of gradients or without; the environment then leads to its
+    tokenizer -> its path."""
 
-    def make(name: str = "tiny", transform: str = "none", seed: int = 0, **options) -> Path:
+    def make(name: str = "tiny", transform: str = "none", seed: int = 0, rms: bool = False, **options) -> Path:
         proto = train_tokenizer(vocab_size=SIZE, byte_fallback=True, **options)
         (tmp_path / "tokenizer.model").write_bytes(proto)
         manifest = {"tokenizer": {"path": "tokenizer.model", "transform": transform}}
@@ -65,7 +66,9 @@ def make_artifact(tmp_path, monkeypatch, tiny_config, train_tokenizer):
         meta = {"kind": "artifact", "model": dataclasses.asdict(model.config)}
         meta["tokenizer"] = train_gpt.hashlib.sha256(proto).hexdigest()
         path = tmp_path / f"{name}.ptz"
-        path.write_bytes(train_gpt.pack(meta, stored_tensors(model), level=1))
+        model.gradient_rms = any_gradient_rms(model.config, 8) if rms else None
+        stored = stored_tensors(model) | train_gpt.encode_gradient_rms(model)
+        path.write_bytes(train_gpt.pack(meta, stored, level=1))
         return path
 
     knobs = dict(DATA_PATH=str(tmp_path), EVAL_SEQ_LEN="32", TTT_CHUNK_TOKENS="8", TTT_LORA_RANK="2", TTT_LR="0.02")
@@ -94,7 +97,8 @@ def scored_bits(predictor: codec.Predictor, documents: list[list[int]], **change
     docs = train_gpt.Documents(stream, np.ones(len(stream), np.int64), starts)
     table = train_gpt.ScoreTable(docs)
     run = dataclasses.replace(predictor.run, **changes)
-    train_gpt.score_batched(predictor.model, docs, range(len(docs)), run, train_gpt.Dist(), table)
+    learners = train_gpt.Learners(predictor.model, torch.device("cpu"))
+    train_gpt.score_batched(docs, range(len(docs)), run, train_gpt.Dist(), table, learners)
     assert table.counted.tolist() == [len(document) for document in documents]
     return table.nats.sum() / math.log(2)
 
@@ -150,6 +154,24 @@ def test_other_knobs_of_adaptation_reach_the_decoder(artifact, monkeypatch):
     for name in ("OPTIMIZER", "EPOCHS", "ENTROPY_HIGH", "MIN_DOC_TOKENS", "LR"):
         monkeypatch.delenv(f"TTT_{name}")
     assert codec.decompress(artifact, codec.unpack_file(made.blob, "it")) == some_text(9)
+
+
+@pytest.mark.usefixtures("artifact")  # deterministic
+@pytest.mark.parametrize(
+    "knobs, stored",
+    [({}, {}), ({"TTT_RMS_FLOOR": "0.5"}, {"TTT_RMS_FLOOR"}), ({"TTT_OPTIMIZER": "adamw"}, {"TTT_OPTIMIZER"})],
+)
+def test_the_optimizer_is_stored_unless_it_follows_from_the_artifact(make_artifact, monkeypatch, knobs, stored):
+    path = make_artifact("with rms", rms=True)
+    expected = codec.knobs_to_store(codec.open_predictor(path)).keys() | stored
+    for name, value in knobs.items():
+        monkeypatch.setenv(name, value)
+    made = codec.compress(codec.open_predictor(path), some_text(9))
+    for name in (*knobs, "TTT_LR"):
+        monkeypatch.delenv(name)
+    contents = codec.unpack_file(made.blob, "it")
+    assert contents.header["knobs"].keys() == expected and "TTT_LR" in expected
+    assert codec.decompress(path, contents) == some_text(9)
 
 
 # -----------------------------------------------------------------------------

@@ -17,6 +17,9 @@ NEEDS = {  # without which a knob has no effect
     "TTT_MOMENTUM": {"TTT_OPTIMIZER": "sgd"},
     "TTT_BETA1": {"TTT_OPTIMIZER": "adamw"},
     "TTT_BETA2": {"TTT_OPTIMIZER": "adamw"},
+    "TTT_RMS_FLOOR": {"TTT_OPTIMIZER": "rms"},
+    "TTT_WEIGHT_DECAY": {"TTT_OPTIMIZER": "sgd"},
+    "TTT_NS_STEPS": {"TTT_OPTIMIZER": "sgd"},
     "TTT_BATCH_DOCS": {"TTT_PARAMS": "lora"},
     "TTT_LORA_RANK": {"TTT_PARAMS": "lora"},
     "TTT_LORA_ALPHA": {"TTT_PARAMS": "lora"},
@@ -45,6 +48,7 @@ OTHER_VALUES = {
     "LOOP_START": "4",
     "LOOP_END": "6",
     "TTT_LORA_TARGETS": "v,head",
+    "TTT_LATE_CHUNK_TOKENS": "100",
     "TRAIN_BATCH_TOKENS": "65_536",
     "TRAIN_ROW_TOKENS": "1024",
     "MICRO_BATCH_TOKENS": "32_768",
@@ -96,7 +100,13 @@ def test_a_knob_is_parsed_and_changes_its_own_field(name):
     value = value_of(after, name)
     assert value == (text if get_args(kind) or kind is str else kind(text)) != value_of(before, name)
     assert type(value) is (str if get_args(kind) else kind)
-    following = {"ttt_params", "ttt_optimizer"}  # other defaults depend on these
+    following = {
+        "ttt_params",
+        "ttt_scope",
+        "ttt_optimizer",
+        "artifact",
+        "grad_rms_tokens",
+    }  # other defaults depend on these
     for old, new in zip(before, after, strict=True):
         changed = {n for n in vars(old) if vars(old)[n] != vars(new)[n]}
         assert changed <= {name.lower()} or name.lower() in following
@@ -106,14 +116,16 @@ def test_defaults_are_what_an_empty_environment_gives():
     model, run = read_env({})
     assert (model, run) == (ModelConfig(), RunConfig())
     for name, (field, _) in KNOBS.items():
-        assert value_of((model, run), name) == field.metadata["default"], name
+        default = field.metadata["default"] if field.metadata["rms"] is None else field.metadata["rms"]
+        expected = "rms" if name == "TTT_OPTIMIZER" else default  # gradients are measured
+        assert value_of((model, run), name) == expected, name
 
 
 def test_defaults_lie_in_their_own_range_and_have_a_doc_line():
     for name, (field, kind) in KNOBS.items():
         meta = field.metadata
         assert meta["doc"] and "\n" not in meta["doc"], name
-        for default in (meta["default"], meta["full"]):
+        for default in (meta["default"], meta["full"], meta["rms"]):
             if default is not None and kind is not str:
                 assert train_gpt.parse_knob(name, str(default), kind, meta) == default, name
 
@@ -291,7 +303,27 @@ LORA_STREAM = {"TTT_PARAMS": "lora", "TTT_SCOPE": "stream"}
         ({"TTT_MOMENTUM": "0.9"}, ("TTT_MOMENTUM", "TTT_OPTIMIZER=sgd")),
         ({"TTT_PARAMS": "full", "TTT_BETA1": "0.9"}, ("TTT_BETA1", "TTT_OPTIMIZER=adamw")),
         ({"TTT_OPTIMIZER": "sgd", "TTT_BETA2": "0.9"}, ("TTT_BETA2", "TTT_OPTIMIZER=adamw")),
-        ({"TTT_CHUNK_TOKENS": "4096"}, ("TTT_CHUNK_TOKENS=4096", "EVAL_SEQ_LEN=2048")),
+        ({"GRAD_RMS_TOKENS": "4096", "TTT_BETA2": "0.9"}, ("TTT_BETA2", "TTT_OPTIMIZER=adamw")),
+        ({"GRAD_RMS_TOKENS": "4096", "TTT_WEIGHT_DECAY": "0.5"}, ("TTT_WEIGHT_DECAY", "TTT_OPTIMIZER=sgd or adamw")),
+        (
+            {"TTT_OPTIMIZER": "rms", "GRAD_RMS_TOKENS": "4096", "TTT_NS_STEPS": "5"},
+            ("TTT_NS_STEPS", "TTT_OPTIMIZER=sgd or adamw"),
+        ),
+        ({"TTT_OPTIMIZER": "adamw", "TTT_RMS_FLOOR": "0.5"}, ("TTT_RMS_FLOOR", "TTT_OPTIMIZER=rms")),
+        (
+            {"TTT_OPTIMIZER": "rms", "GRAD_RMS_TOKENS": "4096", "TTT_SCOPE": "stream"},
+            ("TTT_OPTIMIZER=rms", "TTT_SCOPE=document"),
+        ),
+        (
+            {"TTT_OPTIMIZER": "rms", "GRAD_RMS_TOKENS": "4096", "TTT_PARAMS": "full"},
+            ("TTT_OPTIMIZER=rms", "TTT_PARAMS=lora"),
+        ),
+        ({"TTT_OPTIMIZER": "rms", "GRAD_RMS_TOKENS": "0"}, ("TTT_OPTIMIZER=rms", "GRAD_RMS_TOKENS=0")),
+        (
+            {"TTT_OPTIMIZER": "rms", "GRAD_RMS_TOKENS": "4096", "TTT_LORA_ALPHA": "0"},
+            ("TTT_OPTIMIZER=rms", "TTT_LORA_ALPHA=0"),
+        ),
+        ({"TTT_CHUNK_TOKENS": "4096"}, ("TTT_CHUNK_TOKENS=4096", "EVAL_SEQ_LEN=3072")),
         ({"TTT_ENTROPY_LOW": "3", "TTT_ENTROPY_HIGH": "2"}, ("TTT_ENTROPY_LOW=3", "TTT_ENTROPY_HIGH=2")),
         (LORA_STREAM | {"TTT_MIN_DOC_TOKENS": "8"}, ("TTT_MIN_DOC_TOKENS", "TTT_SCOPE=document")),
         ({"TTT_LORA_TARGETS": "q,w"}, ("TTT_LORA_TARGETS='q,w'", "q,k,v,o,mlp,head")),
@@ -306,7 +338,15 @@ def test_ttt_knobs_that_contradict_each_other_are_refused(env, mentioned):
 @pytest.mark.parametrize(
     "env, expected",
     [
-        ({}, dict(ttt_optimizer="adamw", ttt_lr=1e-4, ttt_epochs=1, ttt_chunk_tokens=16)),
+        ({}, dict(ttt_optimizer="rms", ttt_lr=8e-5, ttt_epochs=1, ttt_chunk_tokens=16)),
+        ({"TTT_OPTIMIZER": "auto"}, dict(ttt_optimizer="rms", ttt_lr=8e-5)),
+        ({"TTT_OPTIMIZER": "adamw"}, dict(ttt_optimizer="adamw", ttt_lr=1e-4)),
+        ({"GRAD_RMS_TOKENS": "0"}, dict(ttt_optimizer="adamw", ttt_lr=1e-4)),
+        ({"TTT_SCOPE": "stream"}, dict(ttt_optimizer="adamw", ttt_lr=1e-4)),
+        ({"ARTIFACT": "a.ptz"}, dict(ttt_optimizer="auto", ttt_lr=None)),
+        ({"ARTIFACT": "a.ptz", "TTT_LR": "3e-4"}, dict(ttt_optimizer="auto", ttt_lr=3e-4)),
+        ({"ARTIFACT": "a.ptz", "TTT_OPTIMIZER": "rms"}, dict(ttt_optimizer="rms", ttt_lr=8e-5)),
+        ({"ARTIFACT": "a.ptz", "TTT_PARAMS": "full"}, dict(ttt_optimizer="sgd", ttt_lr=0.005)),
         (
             {"TTT_PARAMS": "full"},
             dict(
@@ -341,6 +381,9 @@ def test_defaults_follow_what_adapts(env, expected):
         {"TTT_PARAMS": "full"},
         {"TTT_OPTIMIZER": "sgd"},
         {"TTT_PARAMS": "full", "TTT_OPTIMIZER": "adamw"},
+        {"ARTIFACT": "a.ptz"},
+        {"ARTIFACT": "a.ptz", "TTT_BETA2": "0.9"},
+        {"GRAD_RMS_TOKENS": "4096", "TTT_RMS_FLOOR": "0.5"},
         LORA_STREAM,
         {"TTT_PARAMS": "full", "TTT_SCOPE": "stream", "TTT_LR": "0.1"},
         {
@@ -365,7 +408,7 @@ def test_help_lists_every_knob_with_default_unit_and_doc(capsys):
         meta = field.metadata
         (line,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
         shown = [meta["doc"], *get_args(kind), f"[{meta['unit']}]" if meta["unit"] else "", str(meta["default"])]
-        shown += [f"(full: {meta['full']})"] if meta["full"] is not None else []
+        shown += [f"({kind}: {meta[kind]})" for kind in ("full", "rms") if meta[kind] is not None]
         shown += [f"{other}={value}" for other, value in NEEDS.get(name, {}).items()]
         assert all(part in line for part in shown), line
         assert not meta["group"] or f"\n{meta['group']}\n" in out

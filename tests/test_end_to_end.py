@@ -138,6 +138,7 @@ EVENTS = {  # of a run on a CPU in which nothing special happens, in order: thei
     "trained": {"step", "file", "bytes"},
     "readout": {"documents", "last", "half", "average", "readout"},
     "before_quantisation": {"prequant_bpb", "last_bpb"},
+    "gradients": {"documents", "tokens"},
     "rounding": {"attempt", "fineness", "artifact_bytes", "bits"},
     "score": {"artifact", "static_bpb", "val_bpb"},
     "phase": {"name", "seconds", "clock"},
@@ -180,7 +181,7 @@ def test_the_result_adds_up(first):
     assert result["doc_independent"] == 1 and result["adaptation_steps"] > 0
     assert result["artifact_bytes"] == first.folder.artifact().stat().st_size == sum(result["artifact_parts"].values())
     assert result["total_bytes"] == result["artifact_bytes"] + SCRIPT.stat().st_size <= 16_000_000
-    assert {"train", "calibrate", "quantise", "pack", "unpack", "evaluate: score"} <= set(result["phases"])
+    assert {"train", "gradients", "calibrate", "quantise", "pack", "unpack", "evaluate: score"} <= set(result["phases"])
     assert sorted(p.name for p in first.log.parent.iterdir()) == [
         "first.docs.npz",
         "first.events.jsonl",
@@ -196,6 +197,13 @@ def test_documents_keep_their_scores_before_quantisation(first):
         nats = scores["prequant_nats"]
         assert first.result["prequant_bpb"] == nats.sum() / np.log(2) / scores["bytes"].sum()
     assert len(nats) == first.result["documents"] and "prequant_nats" not in first.result
+
+
+def test_an_artifact_that_holds_the_rms_of_gradients_is_scored_by_it(first):
+    tensors = g.unpack(first.folder.artifact().read_bytes(), "first.ptz")[1]
+    assert g.has_gradient_rms(tensors) and first.result["artifact_parts"]["statistics"] > 0
+    assert first.result["knobs"]["TTT_OPTIMIZER"] == first.events[0]["knobs"]["TTT_OPTIMIZER"] == "rms"
+    assert "TTT_OPTIMIZER=rms" in first.log.read_text(encoding="utf-8").splitlines()
 
 
 def test_the_weights_that_score_best_on_held_out_text_are_read_out(first):
@@ -413,12 +421,13 @@ def test_no_thread_of_a_group_outlives_it():
     [
         (dict(TTT_ENABLED=0), 1),
         (dict(TTT_OPTIMIZER="sgd", TTT_LR=0.1), 1),
+        (dict(TTT_OPTIMIZER="adamw"), 1),
         (dict(TTT_SCOPE="stream"), 0),
         (dict(TTT_PARAMS="full", TTT_LORA_RANK=None, TTT_LORA_ALPHA=None, TTT_FREEZE_BLOCKS=1), 1),
         (dict(TTT_PARAMS="full", TTT_LORA_RANK=None, TTT_LORA_ALPHA=None, TTT_SCOPE="stream", TTT_FREEZE_BLOCKS=0), 0),
         (dict(EVAL_SECONDS=0.001), 0),
     ],
-    ids=["off", "sgd", "lora, stream", "full, document", "full, stream", "no time"],
+    ids=["off", "sgd", "adamw", "lora, stream", "full, document", "full, stream", "no time"],
 )
 def test_kinds_of_test_time_training_from_the_command_line(first, knobs, independent):
     result = first.folder.result(RUN_ID="kind", ARTIFACT="logs/first.ptz", **knobs)

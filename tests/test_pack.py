@@ -320,7 +320,7 @@ def test_tensors_that_do_not_fit_the_network_are_refused(tiny_config, case):
 
 @pytest.fixture
 def setup(tiny_data, tiny_config, tiny_run) -> train_gpt.Setup:
-    return train_gpt.make_setup(tiny_config, tiny_run(), Dist())
+    return train_gpt.make_setup(tiny_config, tiny_run(ttt_optimizer="adamw"), Dist())
 
 
 @pytest.fixture

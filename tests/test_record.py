@@ -172,19 +172,29 @@ def test_settings_are_those_that_differ_from_the_defaults(recorded, runs):
     given = Folder.environment(SimpleNamespace(), HOLDOUT_TOKENS=0)
     model, run = train_gpt.read_env({})
     defaults = train_gpt.settings(model, run)
-    assert changed == {
-        n: v for n, v in runs[0].result["knobs"].items() if defaults.get(n) != v and n not in ("SEED", "RUN_ID")
-    }
+    others = {"SEED", "RUN_ID", "TTT_OPTIMIZER", "TTT_RMS_FLOOR"}  # the last two follow from GRAD_RMS_TOKENS
+    assert changed == {n: v for n, v in runs[0].result["knobs"].items() if defaults.get(n) != v and n not in others}
     assert changed.keys() <= given.keys() and float(changed["TTT_LR"]) == 0.01 and "COMPILE" not in changed
     assert "    DATA_PATH='my data'\n" in (recorded / "README.md").read_text()
 
 
-@pytest.mark.parametrize("system", ["lora", "full"])
+@pytest.mark.parametrize("system", [{}, {"TTT_OPTIMIZER": "adamw"}, {"TTT_PARAMS": "full"}])
 def test_defaults_are_read_from_a_source_without_running_it(system):
-    read = claims.declared_defaults(train_gpt.code(), full=system == "full")
-    true = train_gpt.settings(*train_gpt.read_env({"TTT_PARAMS": system}))
+    true = train_gpt.settings(*train_gpt.read_env(system))
+    read = claims.declared_defaults(train_gpt.code(), claims.default_argument(true))
     assert read.keys() == {f.name.upper() for kind in train_gpt.CONFIGS for f in dataclasses.fields(kind)}
-    assert {n: v for n, v in true.items() if n != "TTT_PARAMS"} == {n: read[n] for n in true if n != "TTT_PARAMS"}
+    others = true.keys() - {"TTT_PARAMS", "TTT_OPTIMIZER"}
+    assert {name: true[name] for name in others} == {name: read[name] for name in others}
+
+
+@pytest.mark.parametrize(
+    "knobs, changed",
+    [({}, False), ({"GRAD_RMS_TOKENS": "0"}, False), ({"TTT_OPTIMIZER": "adamw"}, True), ({"TTT_LR": "1e-4"}, True)],
+)
+def test_an_optimizer_that_follows_from_the_other_knobs_is_no_changed_setting(runs, knobs, changed):
+    configs = train_gpt.read_env(knobs)
+    run = dataclasses.replace(runs[0], result=runs[0].result | {"knobs": train_gpt.settings(*configs)})
+    assert claims.changed_settings(run).keys() - {"GRAD_RMS_TOKENS"} == (knobs.keys() if changed else set())
 
 
 def test_a_source_that_cannot_be_read_is_a_users_error():
@@ -203,7 +213,7 @@ def test_a_source_that_cannot_be_read_is_a_users_error():
         b"x: int = knob(" + b"-" * 199 + b"1)",
     ):
         with pytest.raises(train_gpt.DataError, match="train_gpt.py"):
-            claims.declared_defaults(source, full=False)
+            claims.declared_defaults(source, "")
 
 
 # ---- finished runs ----------------------------------------------------------

@@ -165,7 +165,7 @@ class StandIn:
 @pytest.fixture
 def stand_in(tmp_path, tiny_data, tiny_config, tiny_run, monkeypatch) -> StandIn:
     for name, value in train_gpt.settings(tiny_config, tiny_run(holdout_tokens=HELD)).items():
-        if value and name != "TTT_LR":
+        if value and name not in ("TTT_LR", "TTT_OPTIMIZER"):
             monkeypatch.setenv(name, value)
     for name in ("SEED", "ARTIFACT", "RESUME", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
@@ -426,6 +426,16 @@ def test_a_combination_has_the_defaults_of_run_sh_that_go_with_it(monkeypatch):
     monkeypatch.setenv("RUN_SH_DEFAULTS", " ".join(defaults.keys() - {"TTT_LORA_RANK"}))
     with pytest.raises(train_gpt.ConfigError, match="TTT_PARAMS=full: TTT_LORA_RANK has no effect"):
         made("TTT_PARAMS=lora,full")
+
+
+def test_rules_are_swept_each_with_its_own_defaults(stand_in, monkeypatch):
+    monkeypatch.delenv("TTT_WEIGHT_DECAY", raising=False)
+    monkeypatch.delenv("TTT_RMS_FLOOR", raising=False)
+    jobs = sweep.make_jobs(sweep.parse_grid(["TTT_OPTIMIZER=auto,rms,adamw,sgd"]), "given.ptz", 1, [OURS])
+    runs = [train_gpt.read_env(job.env)[1] for job in jobs]
+    assert [run.ttt_lr for run in runs] == [None, 8e-5, 1e-4, 1e-4]  # auto: the artifact, once it is open, decides
+    with pytest.raises(train_gpt.ConfigError, match="GRAD_RMS_TOKENS is for training"):
+        sweep.make_jobs(sweep.parse_grid(["GRAD_RMS_TOKENS=0,200"]), "given.ptz", 1, [OURS])
 
 
 @pytest.mark.parametrize(

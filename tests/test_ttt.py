@@ -18,6 +18,7 @@ from masked import attend_masked, chunk_mask
 from recorder import Recorder, random_gpt
 
 import train_gpt as g
+from tools import prove
 
 CONFIG = g.ModelConfig(
     vocab_size=48,
@@ -37,6 +38,7 @@ CONFIG = g.ModelConfig(
 )
 CHUNK, CONTEXT = 8, 24
 LORA = dict(ttt_lr=0.02, ttt_weight_decay=0.0)
+RMS = dict(ttt_optimizer="rms", ttt_lr=0.05)
 FULL = dict(ttt_params="full", ttt_lr=0.02, ttt_epochs=1, ttt_chunk_tokens=CHUNK, ttt_freeze_blocks=1)
 SGD = dict(ttt_optimizer="sgd", ttt_lr=0.3, ttt_weight_decay=0.0)
 STREAM = dict(ttt_scope="stream")
@@ -49,6 +51,10 @@ SYSTEMS = {
     "lora, entropy window": LORA | dict(ttt_entropy_low=1.0, ttt_entropy_high=2.5),
     "lora, clipped": SGD | dict(ttt_grad_clip=0.5),
     "lora, after 20 tokens": LORA | dict(ttt_min_doc_tokens=20),
+    "lora, adamw, beta1, late chunks": LORA | dict(ttt_beta1=0.9, ttt_late_chunk_tokens=2 * CHUNK),
+    "lora, rms": RMS,
+    "lora, rms, late chunks": RMS | dict(ttt_late_chunk_tokens=12),
+    "lora, rms, floor, epochs, cosine": RMS | dict(ttt_rms_floor=0.5, ttt_epochs=2, ttt_cosine=1),
     "lora, stream": LORA | STREAM,
     "full, document": FULL,
     "full, document, adamw": FULL | dict(ttt_optimizer="adamw", ttt_lr=0.01),
@@ -69,12 +75,17 @@ def run_config(**knobs) -> g.RunConfig:
         eval_stride=8,
         ttt_chunk_tokens=CHUNK,
     )
-    lora = {} if knobs.get("ttt_params") == "full" else dict(ttt_lora_rank=4, ttt_lora_alpha=4.0)
+    lora = {}
+    if knobs.get("ttt_params") != "full":
+        lora = dict(ttt_optimizer="adamw", ttt_lora_rank=4, ttt_lora_alpha=4.0)
     return g.RunConfig(**small | lora | knobs)
 
 
 def random_model() -> g.GPT:
-    return random_gpt(CONFIG)
+    """The same each time, with the RMS of its gradients."""
+    model = random_gpt(CONFIG)
+    model.gradient_rms = gradient_rms()
+    return model
 
 
 def document(length: int, seed: int = 0, period: int = 5) -> list[int]:
@@ -85,6 +96,14 @@ def document(length: int, seed: int = 0, period: int = 5) -> list[int]:
 def documents(*texts: list[int]) -> g.Documents:
     tokens = np.array([t for text in texts for t in (g.BOS, *text)], np.uint16)
     return g.split_documents(tokens, (tokens != g.BOS).astype(np.int64))
+
+
+@functools.cache
+def gradient_rms(**knobs) -> g.GradientRMS:
+    """Of the random model, on documents that are like those to be scored."""
+    docs = documents(*(document(40, seed=100 + n) for n in range(20)))
+    run = run_config(train_seq_len=CONTEXT, **knobs)
+    return g.measure_gradient_rms(random_gpt(CONFIG), docs, run, g.Dist())
 
 
 MIXED = documents(*(document(n, seed=n) for n in (45, 9, 34, 1, 0, 26)))
@@ -166,12 +185,13 @@ def test_a_document_scores_the_same_alone_and_in_any_batch_or_order(name):
     np.testing.assert_allclose(bits(score(reordered, **knobs, **small))[[3, 1]], alone, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw, beta1, decay"])
+@pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw, beta1, decay", "lora, rms"])
 def test_the_order_of_a_group_changes_nothing(name):
     """Whichever rows end first, what the others have learned stays theirs."""
     table = Recorder(MIXED)
     model = random_model().requires_grad_(False)
-    g.score_batched(model, MIXED, [4, 1, 5, 3, 0, 2], run_config(**SYSTEMS[name]), g.Dist(), table)
+    learners = g.Learners(model, torch.device("cpu"))
+    g.score_batched(MIXED, [4, 1, 5, 3, 0, 2], run_config(**SYSTEMS[name]), g.Dist(), table, learners)
     np.testing.assert_allclose(bits(table), bits(of_mixed(name)), rtol=0, atol=1e-6)
 
 
@@ -261,6 +281,50 @@ def test_adaptation_is_that_of_torchs_own_optimizer(monkeypatch, knobs, make_opt
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
+class DivideByRMS(torch.optim.Optimizer):
+    """up -= lr * gradient / (rms + floor): what TTT_OPTIMIZER=rms means."""
+
+    def __init__(self, tensors: list[torch.Tensor], rms: list[torch.Tensor], lr: float):
+        super().__init__(tensors, dict(lr=lr))
+        self.rms = rms
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        for up, rms in zip(group["params"], self.rms, strict=True):
+            for column in range(up.size(-1)):
+                up[..., column] -= group["lr"] * up.grad[..., column] / rms[column]
+
+
+def test_steps_are_gradients_divided_by_the_rms_of_their_columns(monkeypatch):
+    """`plain_lora` learns `down` as well: with steps of 0 it stays."""
+    text = document(44, period=7)
+    knobs = SYSTEMS["lora, rms"] | dict(ttt_rms_floor=0.25, ttt_epochs=2)
+    found = score(documents(text), **knobs).by_document[0]
+
+    def make_optimizer(tensors: list[torch.Tensor]) -> DivideByRMS:
+        return DivideByRMS(tensors[1::2], g.rms_of_gradients(random_model(), run_config(**knobs)), knobs["ttt_lr"])
+
+    monkeypatch.setattr(g, "attend", Kept())
+    np.testing.assert_allclose(found, plain_lora(text, make_optimizer, 2, 0.0), rtol=0, atol=2e-4)
+
+
+def test_only_up_learns_by_rms_and_documents_share_down(steps):
+    model = random_model()
+    run = run_config(**RMS)
+    learner = g.BatchedTTT(model, run, 3, torch.device("cpu"))
+    assert learner.optimizer.exp_avg == learner.optimizer.exp_avg_sq == []
+    loras = [lora for layer in learner.adapter.passes for lora in layer] + [learner.adapter.head]
+    assert [lora.down.shape for lora in loras] == [(CONFIG.model_dim, run.ttt_lora_rank)] * len(loras)
+    assert not any(lora.down.requires_grad for lora in loras)
+    starts = g.Adapter(CONFIG, run_config(), 1, torch.device("cpu")).tensors()[::2]
+    assert all(lora.down.equal(start[0]) for lora, start in zip(loras, starts, strict=True)), "as under other rules"
+
+    score(MIXED, model=model, **RMS)
+    ups = [lora.up.shape[1:] for lora in loras]
+    assert steps and all([change.shape[1:] for change in step.change] == ups for step in steps)
+
+
 @pytest.mark.parametrize("chunk", [8, 12, 16, 21, 24])
 def test_a_cache_holds_what_a_chunk_may_see_whatever_the_chunks_size(monkeypatch, chunk):
     """Without learning, the score is that of one pass over the document whose attention reaches as far back as the
@@ -320,7 +384,7 @@ def digest(tensors) -> str:
 
 
 def states(docs: g.Documents, monkeypatch, **knobs) -> tuple[list[np.ndarray], list[str]]:
-    """Scores of the first document, alone, and a digest of all that adapts, taken when each chunk is counted."""
+    """Scores of the first document, alone, and a digest of all that adapts, taken when each chunk has been scored."""
     model = random_model()
     run = run_config(**knobs)
     adapters = []
@@ -333,17 +397,27 @@ def states(docs: g.Documents, monkeypatch, **knobs) -> tuple[list[np.ndarray], l
     def what_adapts() -> str:
         return digest([t[:1] for t in adapters[-1].tensors()] if adapters else model.parameters())
 
-    table = Recorder(docs, what_adapts)
+    learner = g.BatchedTTT if run.batched_ttt else g.SequentialTTT
+    score_chunk = learner.score
+    seen = []
+
+    def watched(*arguments):
+        chunk = score_chunk(*arguments)
+        seen.append(what_adapts())
+        return chunk
+
+    table = Recorder(docs)
     with monkeypatch.context() as patched:
         patched.setattr(g, "Adapter", remembered)
+        patched.setattr(learner, "score", watched)
         if run.batched_ttt:
-            g.score_batched(model, docs, [0], run, g.Dist(), table)
+            g.score_batched(docs, [0], run, g.Dist(), table, g.Learners(model, torch.device("cpu")))
         else:
             g.score_sequentially(g.SequentialTTT(model, run, g.Dist()), docs, [0], table)
-    return table.by_document[0], table.states
+    return table.by_document[0], seen
 
 
-@pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw", "full, document"])
+@pytest.mark.parametrize("name", ["lora, sgd, epochs, cosine", "lora, adamw", "lora, rms", "full, document"])
 def test_a_chunk_is_scored_with_what_a_replay_that_stops_before_it_has_learned(name, monkeypatch):
     text = document(5 * CHUNK, period=7)
     nats, seen = states(documents(text), monkeypatch, **SYSTEMS[name])
@@ -358,7 +432,7 @@ def test_a_chunk_is_scored_with_what_a_replay_that_stops_before_it_has_learned(n
     [2 * CHUNK, 2 * CHUNK + 3, 3 * CHUNK - 1, 4 * CHUNK + 1],
     ids=["a chunk's first token", "inside", "its last token", "beyond the context"],
 )
-@pytest.mark.parametrize("name", ["lora, adamw", "full, document"])
+@pytest.mark.parametrize("name", ["lora, adamw", "lora, rms", "full, document"])
 def test_earlier_scores_are_the_same_to_the_last_bit(name, cut, monkeypatch):
     """Whether other tokens follow, or the document ends earlier or later."""
     text = document(44, period=7)
@@ -561,7 +635,7 @@ def test_a_cache_holds_the_newest_tokens_while_it_grows_and_wraps_round(monkeypa
         cache.make_room(chunk)
         sizes.append(cache.size)
         filled = min(first, cache.size)
-        assert cache.context(chunk).mask[:, : cache.size].sum(1).tolist() == [filled] * chunk
+        assert cache.context(chunk).filled == filled
         for t in range(first - filled, first):
             assert all((buffer[..., t % cache.size, :] == t).all() for buffer in cache.buffers)
 
@@ -572,28 +646,102 @@ def test_a_cache_holds_the_newest_tokens_while_it_grows_and_wraps_round(monkeypa
     assert sizes[-1] == 10 and set(sizes) <= {4, 8, 10} and cache.position == cache.position_on_device
 
 
-@given(lengths=st.lists(st.integers(0, 60), min_size=1, max_size=20), chunk=st.integers(1, 16))
-def test_documents_run_together_until_each_has_ended(lengths, chunk):
-    """Every chunk of every document is run; rows are dropped by halves, in the order they had."""
+@given(
+    lengths=st.lists(st.integers(0, 90), min_size=1, max_size=20),
+    late=st.integers(8, 32),
+    spare=st.integers(0, 9),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+def test_documents_run_together_until_each_has_ended(lengths, late, spare, device):
+    """Every chunk of every document is run once, at the same positions, whatever runs beside it: short chunks up to the
+    context, then late ones. On a CPU rows are dropped by halves; on a GPU there always are as many."""
+    context = 40
+    run = run_config(eval_seq_len=context, ttt_late_chunk_tokens=late, ttt_batch_docs=len(lengths) + spare)
     lengths = np.array(lengths)
-    previous = np.arange(len(lengths))
     held = [[] for _ in lengths]
-    asked = []
+    before = None
 
     def goes_on(rows: np.ndarray, first: int) -> np.ndarray:
-        asked.append(first)
         return lengths[rows] > first
 
-    for step in g.chunk_steps(len(lengths), chunk, goes_on):
-        if step.kept is not None:
-            assert (step.rows == previous[step.kept]).all() and len(step.rows) <= len(previous) // 2
-        going = lengths[step.rows] > step.first
-        assert len(step.rows) == 1 or going.sum() > len(step.rows) // 2
+    for step in g.chunk_steps(len(lengths), run, torch.device(device), goes_on):
+        size = step.run.ttt_chunk_tokens
+        assert size == (late if step.wave else CHUNK) and (step.first >= context) == (step.wave > 0)
+        if before is not None and step.wave == before.wave:
+            rows = before.rows if step.kept is None else before.rows[step.kept]
+            assert (step.rows == rows).all() and step.first == before.first + size
+            assert step.kept is None or len(step.rows) <= len(before.rows) // 2
+        going = np.array([i >= 0 and lengths[i] > step.first for i in step.rows])
+        if device == "cuda":
+            assert len(step.rows) == (max(1, run.ttt_batch_docs * CHUNK // late) if step.wave else run.ttt_batch_docs)
+        else:
+            assert len(step.rows) == 1 or going.sum() > len(step.rows) // 2
         for i in step.rows[going]:
             held[i].append(step.first)
-        assert asked[-1] == step.first, "a step is asked about when those before it are done"
-        previous = step.rows
-    assert held == [list(range(0, n, chunk)) for n in lengths]
+        before = step
+    last = -(-context // CHUNK) * CHUNK
+    assert held == [[*range(0, min(n, last), CHUNK), *range(last, n, late)] for n in lengths]
+
+
+def test_late_chunks_learn_at_a_rate_that_grows_by_the_root_of_their_length():
+    run = run_config(ttt_lr=0.01, ttt_late_chunk_tokens=4 * CHUNK, eval_seq_len=4 * CHUNK)
+    late = g.late_run(run)
+    assert (late.ttt_chunk_tokens, late.ttt_lr) == (4 * CHUNK, 0.02)
+    assert g.late_run(g.RunConfig()).ttt_chunk_tokens == 64
+    assert g.late_run(g.RunConfig(ttt_chunk_tokens=100)).ttt_chunk_tokens == 100
+    assert g.late_run(run_config()) == run_config(), "a short context has no late chunks"
+
+
+@pytest.mark.parametrize("rule", [LORA, RMS], ids=["adamw", "rms"])
+@pytest.mark.parametrize("device", ["cpu", "as on a GPU"])
+def test_documents_beyond_the_context_score_the_same_in_any_wave(monkeypatch, rule, device):
+    """What they have learned comes with them, and so does the context."""
+    lengths = [100, 75, 90, 20, 33, 64, 81]
+    docs = documents(*(document(n, seed=n) for n in lengths))
+    run = run_config(**rule, ttt_late_chunk_tokens=16, ttt_batch_docs=8, eval_seq_len=32)
+    if device != "cpu":  # rows are never dropped, and some hold no document
+        plain = g.chunk_steps
+        monkeypatch.setattr(g, "chunk_steps", lambda n, run, _, goes_on: plain(n, run, torch.device("cuda"), goes_on))
+    model = random_model().requires_grad_(False)
+
+    def scores(group: list[int]) -> Recorder:
+        table = Recorder(docs)
+        g.score_batched(docs, group, run, g.Dist(), table, g.Learners(model, torch.device("cpu")))
+        return table
+
+    together = scores(list(range(len(docs))))
+    assert max(together.updates) > 32 // CHUNK
+    for i, length in enumerate(docs.lengths):
+        alone = scores([i])
+        assert len(alone.by_document[i]) == length and alone.updates[i] == together.updates[i]
+        atol = 1e-4 if device == "cpu" else 0.0
+        np.testing.assert_allclose(alone.by_document[i], together.by_document[i], rtol=0, atol=atol)
+
+
+def test_late_chunks_follow_from_the_early_ones(monkeypatch):
+    """Late chunks of the same length and rate are no other chunks."""
+    docs = documents(document(100, seed=1), document(61, seed=2))
+    run = run_config(**LORA, eval_seq_len=32, ttt_late_chunk_tokens=CHUNK)
+    model = random_model().requires_grad_(False)
+
+    def scores() -> list[np.ndarray]:
+        table = Recorder(docs)
+        g.score_batched(docs, [0, 1], run, g.Dist(), table, g.Learners(model, torch.device("cpu")))
+        return table.by_document
+
+    expected = scores()
+    plain = g.chunk_steps
+
+    def one_wave(documents, run, device, goes_on):
+        """All chunks are early ones."""
+        return plain(documents, SimpleNamespace(**vars(run) | dict(eval_seq_len=1 << 20)), device, goes_on)
+
+    monkeypatch.setattr(g, "late_run", lambda run: run)
+    monkeypatch.setattr(
+        g, "chunk_steps", lambda n, r, device, on: (s._replace(run=run) for s in one_wave(n, r, device, on))
+    )
+    for found, wanted in zip(scores(), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 # ---- the deadline -----------------------------------------------------------
@@ -760,7 +908,8 @@ def test_what_a_step_reads_lies_aligned_from_the_first_chunk_on(monkeypatch):
     monkeypatch.setattr(g.BatchedTTT, "_score", watched)
     docs = documents(document(90))
     run = run_config(**LORA)
-    g.score_batched(random_model().requires_grad_(False), docs, [0], run, g.Dist(), g.ScoreTable(docs))
+    learners = g.Learners(random_model().requires_grad_(False), torch.device("cpu"))
+    g.score_batched(docs, [0], run, g.Dist(), g.ScoreTable(docs), learners)
     assert len(found) >= 4 and not any(found[:-2])  # of the last chunk nothing is learned: it runs as it is
 
 
@@ -769,15 +918,45 @@ def test_what_is_captured_is_freed_at_once():
     docs = documents(document(30), document(20, seed=2), document(10, seed=3))
     model = random_model().requires_grad_(False)
     run = run_config(**LORA)
-    learners = {}
+    learners = g.Learners(model, torch.device("cpu"))
     gc.disable()
     try:
-        g.score_batched(model, docs, [0, 1], run, g.Dist(), g.ScoreTable(docs), learners)
-        held = [weakref.ref(learner) for learner in learners.values()]
-        g.score_batched(model, docs, [0, 1, 2], run, g.Dist(), g.ScoreTable(docs), learners)
+        g.score_batched(docs, [0, 1], run, g.Dist(), g.ScoreTable(docs), learners)
+        held = [weakref.ref(learner) for learner in learners.by_size.values()]
+        g.score_batched(docs, [0, 1, 2], run, g.Dist(), g.ScoreTable(docs), learners)
         assert len(held) == 2 and not any(learner() for learner in held)
     finally:
         gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["static", "lora, adamw", "lora, sgd, epochs, cosine", "lora, rms"])
+def test_a_documents_score_is_its_own_to_the_last_bit_on_a_gpu(name):
+    """Alone, among others, in another order, as one of several ranks scores it, and whatever follows."""
+    knobs = dict(ttt_enabled=0) if name == "static" else SYSTEMS[name]
+    run = dict(device="cuda", eval_seq_len=128, eval_stride=32, micro_batch_tokens=512, train_batch_tokens=512)
+    run |= dict(ttt_late_chunk_tokens=32, ttt_batch_docs=8)
+    lengths = (900, 410, 300, 129, 128, 127, 64, 17, 5, 1, 77, 600)
+    texts = [np.random.default_rng(n).integers(2, 48, n).tolist() for n in lengths]
+    model = random_model().cuda()
+
+    def scores(*texts: list[int], world: int = 1) -> list[np.ndarray]:
+        parts = []
+        for rank in range(world):
+            made = evaluation(documents(*texts), prove.LoneRank(rank, world, "cuda"), model, **run | knobs)
+            made.table.all_reduced = lambda dist, table=made.table: table
+            parts.append(made.score().by_document)
+        return [np.concatenate(of_ranks) for of_ranks in zip(*parts, strict=True)]
+
+    together = scores(*texts, [7])  # every text is closed by the BOS of the next
+    for i, text in enumerate(texts):
+        assert np.array_equal(scores(text, [7])[0], together[i]), lengths[i]
+    backward = scores([9] * 333, *texts[::-1], [8] * 50)[-2:0:-1]
+    assert all(map(np.array_equal, backward, together))
+    by_rank = scores(*texts, [7], world=3)
+    assert all(map(np.array_equal, map(np.sort, by_rank), map(np.sort, together)))
+    other_end = scores(texts[0][:500] + [11] * 400, *texts[1:])[0]
+    assert np.array_equal(other_end[:499], together[0][:499]) and not np.array_equal(other_end, together[0])
 
 
 @pytest.mark.gpu
@@ -788,13 +967,33 @@ def test_adaptation_repeats_to_the_last_bit_on_a_gpu():
     def go() -> np.ndarray:
         table = g.ScoreTable(docs)
         model = random_model().cuda().requires_grad_(False)
-        g.score_batched(model, docs, [0, 1, 2], run, g.Dist(device="cuda"), table)
+        g.score_batched(docs, [0, 1, 2], run, g.Dist(device="cuda"), table, g.Learners(model, torch.device("cuda")))
         return table.nats
 
     assert np.array_equal(go(), go())
 
 
-@pytest.mark.parametrize("name", ["lora, adamw", "lora, sgd, epochs, cosine", "lora, entropy window"])
+@pytest.mark.parametrize("name", ["lora, adamw", "lora, after 20 tokens"])
+def test_learning_may_be_captured_later_than_scoring(request, name):
+    """A document may end, or have yet to reach TTT_MIN_DOC_TOKENS, between the two: the next one must not learn from
+    what was captured before it."""
+    docs = documents(*(document(n, seed=n) for n in (2 * CHUNK - 1, 45, 7 * CHUNK)))
+    run = run_config(**SYSTEMS[name])
+    model = random_model().requires_grad_(False)
+
+    def go() -> list[list[float]]:
+        learners = g.Learners(model, torch.device("cpu"))
+        table = Recorder(docs)
+        for i in range(len(docs)):
+            g.score_batched(docs, [i], run, g.Dist(), table, learners)
+        return [nats.tolist() for nats in table.by_document]
+
+    expected = go()
+    assert request.getfixturevalue("replays") == []
+    assert go() == expected
+
+
+@pytest.mark.parametrize("name", ["lora, adamw", "lora, sgd, epochs, cosine", "lora, entropy window", "lora, rms"])
 def test_replayed_steps_are_those_that_were_captured(request, name):
     """Whatever changes from chunk to chunk lies in memory that a graph reads again; documents end at different times,
     and a second group reuses the graphs of the first."""
@@ -803,10 +1002,10 @@ def test_replayed_steps_are_those_that_were_captured(request, name):
     model = random_model().requires_grad_(False)
 
     def go() -> list[list[float]]:
-        learners = {}
+        learners = g.Learners(model, torch.device("cpu"))
         table = Recorder(docs)
         for group in ([0, 1], [2, 3]):
-            g.score_batched(model, docs, group, run, g.Dist(), table, learners)
+            g.score_batched(docs, group, run, g.Dist(), table, learners)
         return [nats.tolist() for nats in table.by_document]
 
     expected = go()

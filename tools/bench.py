@@ -55,6 +55,8 @@ def make_model(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> g
     for name, p in model.named_parameters():
         if g.param_role(name) == "matrix" and not p.any():
             p.data.normal_(0, 0.02)
+    columns = [torch.ones(count) for _, count in g.lora_outputs(model_config)]
+    model.gradient_rms = g.GradientRMS(columns, torch.zeros(len(columns)), run.ttt_chunk_tokens)
     return model.to(dist.device)
 
 
@@ -144,7 +146,7 @@ def adapt(model: g.GPT, run: g.RunConfig, documents: int, dist: g.Dist) -> None:
 
 def kernels(c: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> None:
     """Each kernel's time, forward and with backward, beside that of its reference in plain torch, compiled. Attention's
-    reference is not: it has a call for every segment."""
+    is not: it has a call for every segment, and adaptation, which attends to a cache, runs eagerly."""
     micro_batch = g.random_batch(run, c.vocab_size, dist)[0]
     N = micro_batch.tokens.size(1)
     D = c.model_dim
@@ -171,6 +173,13 @@ def kernels(c: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> None:
     heads = g.HeadLayout(True, c.num_heads, c.num_kv_heads, c.head_dim)
     compare("attention", g.FusedAttention.apply, attention_reference, inputs, cos[:, 0], sin[:, 0], segments, heads)
 
+    chunk = (run.ttt_batch_docs, run.ttt_chunk_tokens)
+    inputs = tuple(normal(*chunk, count, c.head_dim) for count in (c.num_heads, c.num_kv_heads, c.num_kv_heads))
+    slots = run.eval_seq_len - run.ttt_chunk_tokens
+    buffer = normal(2, run.ttt_batch_docs, c.num_kv_heads, slots, c.head_dim).detach()
+    filled = torch.tensor(slots, device=dist.device)
+    compare("cached attention", g.FusedCachedAttention.apply, attend_with_cache, inputs, filled, buffer)
+
 
 def attention_reference(
     qkv: torch.Tensor,
@@ -184,6 +193,13 @@ def attention_reference(
     """g.attention_reference with the arguments and the result of g.FusedAttention."""
     y, _ = g.attention_reference(qkv[None], gain, gate[None], (cos[:, None], sin[:, None]), segments, heads)
     return y[0]
+
+
+def attend_with_cache(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, filled: torch.Tensor, buffer: torch.Tensor
+) -> torch.Tensor:
+    """g.attend_with_cache with the arguments of g.FusedCachedAttention."""
+    return g.attend_with_cache(q, k, v, g.CachedLayer(filled, buffer))
 
 
 def mlp_reference(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, slope: float) -> torch.Tensor:

@@ -14,7 +14,7 @@ import json
 import math
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -301,28 +301,37 @@ def plural(count: int, noun: str) -> str:
 def changed_settings(run: Run) -> dict[str, str]:
     """The knobs whose value is not the default of the source that ran."""
     knobs = common_knobs(run)
-    defaults = declared_defaults(run.source, full=knobs.get("TTT_PARAMS") == "full")
+    defaults = dict(declared_defaults(run.source, default_argument(knobs)))
+    if defaults.get("TTT_OPTIMIZER") == "auto":
+        defaults["TTT_OPTIMIZER"] = "adamw" if knobs.get("GRAD_RMS_TOKENS") == "0" else "rms"
     return {name: value for name, value in knobs.items() if value != defaults.get(name)}
 
 
+def default_argument(knobs: Mapping[str, str]) -> str:
+    """Which argument of `knob` is the default under these knobs, where there is one of that name."""
+    if knobs.get("TTT_PARAMS") == "full":
+        return "full"
+    return "rms" if knobs.get("TTT_OPTIMIZER") == "rms" else ""
+
+
 @functools.lru_cache(maxsize=4)
-def declared_defaults(source: bytes, full: bool) -> dict[str, str]:
-    """NAME -> default, as text, of every line `name: type = knob(default, ..., full=...)` in a train_gpt.py; of `full`
-    under TTT_PARAMS=full. Raises DataError where one cannot be read."""
+def declared_defaults(source: bytes, argument: str) -> dict[str, str]:
+    """NAME -> default, as text, of every line `name: type = knob(default, ..., full=..., rms=...)` in a train_gpt.py;
+    of `argument` where there is one of that name. Raises DataError where one cannot be read."""
     try:
-        return dict(defaults_in(parsed(source), full))
+        return dict(defaults_in(parsed(source), argument))
     except DataError:
         raise
     except (LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         raise DataError(f"train_gpt.py: a default is missing, or no plain number or text: {error}") from None
 
 
-def defaults_in(tree: ast.Module, full: bool) -> Iterator[tuple[str, str]]:
+def defaults_in(tree: ast.Module, argument: str) -> Iterator[tuple[str, str]]:
     for node in ast.walk(tree):
         match node:
             case ast.AnnAssign(target=ast.Name(name), annotation=kind, value=ast.Call(func=ast.Name("knob")) as call):
                 given = {word.arg: word.value for word in call.keywords}
-                value = constant(given["full"] if full and "full" in given else call.args[0])
+                value = constant(given.get(argument, call.args[0]))
                 is_float = isinstance(kind, ast.Name) and kind.id == "float"
                 yield name.upper(), str(float(value) if is_float else value)
 

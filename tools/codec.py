@@ -70,6 +70,7 @@ def open_predictor(path: Path, knobs: Mapping[str, str] | None = None) -> Predic
     blob = train_gpt.read_file(path)
     header, _ = train_gpt.read_header(blob, str(path))
     config = train_gpt.stored_config(header["meta"], str(path))
+    run = train_gpt.decide_optimizer(run, header, str(path))
     tokenizer = train_gpt.load_tokenizer(run, config.vocab_size)
     setup = train_gpt.Setup(config, run, train_gpt.Dist(), tokenizer, NO_DOCUMENTS, None)
     model = train_gpt.load_artifact(path, setup).requires_grad_(False)
@@ -80,9 +81,11 @@ def affects_coding(knob: str) -> bool:
     return knob in CODING_KNOBS or knob.startswith("TTT_")
 
 
-def knobs_to_store(run: train_gpt.RunConfig) -> dict[str, str]:
+def knobs_to_store(predictor: Predictor) -> dict[str, str]:
     """What a decoder must set: the knobs that affect predictions and differ from their defaults."""
-    defaults = train_gpt.settings(train_gpt.RunConfig())
+    run = predictor.run
+    defaults = train_gpt.settings(train_gpt.RunConfig(ttt_optimizer=run.ttt_optimizer))
+    defaults["TTT_OPTIMIZER"] = "adamw" if predictor.model.gradient_rms is None else "rms"  # as the decoder decides
     knobs = train_gpt.settings(run)
     return {name: value for name, value in knobs.items() if affects_coding(name) and value != defaults.get(name)}
 
@@ -331,9 +334,10 @@ class Chunk(NamedTuple):
     """The next C tokens of B documents, to be coded."""
 
     first: int  # position of the chunk in every document
+    size: int  # C
     documents: np.ndarray  # (B,) which document each row holds
     last_tokens: np.ndarray  # (B,) the token before the chunk
-    active: np.ndarray  # (B,) bool, the document has not ended before the chunk
+    active: np.ndarray  # (B,) bool, the row holds a document, which has not ended before the chunk
     predict: Callable[[np.ndarray], Tensor]  # inputs (B, C) -> logits (B, C, V); may be called repeatedly
 
 
@@ -343,52 +347,52 @@ class TokenCoder(Protocol):
 
 
 def code_group(predictor: Predictor, documents: range, coder: TokenCoder) -> None:
-    """Code these documents to their ends, adapting to each. Rows are dropped exactly as the scorer drops them."""
+    """Code these documents to their ends, adapting to each, chunk by chunk as the scorer does."""
     model = predictor.model
     run = predictor.run
     require(run.batched_ttt, "text is coded document by document: TTT_PARAMS=lora and TTT_SCOPE=document are needed")
     require_memory(model.config, run, len(documents))
-    size = run.ttt_chunk_tokens
     device = torch.device("cpu")
-    learner = train_gpt.BatchedTTT(model, run, len(documents), device)
-    last_tokens = np.full(len(documents), BOS)  # of every row
-    ended = np.zeros(len(documents), bool)
+    learners = train_gpt.Learners(model, device)
+    # Of every document; the last entries are for rows without one.
+    last_tokens = np.full(len(documents) + 1, BOS)
+    ended = np.append(np.zeros(len(documents), bool), True)
 
     def go_on(rows: np.ndarray, _first: int) -> np.ndarray:
         return ~ended[rows]
 
     @torch.no_grad()
     def predict(inputs: np.ndarray) -> Tensor:
+        learner = learners.current
         states, _ = learner.hidden(torch.from_numpy(inputs))
         return model.head.logits(states, model.embed, learner.adapter.head)
 
-    for first, rows, kept in train_gpt.chunk_steps(len(documents), size, go_on):
-        if kept is not None:
-            fewer = train_gpt.BatchedTTT(model, run, len(rows), device)
-            fewer.copy_rows(learner, torch.from_numpy(kept))
-            learner = fewer
-            last_tokens = last_tokens[kept]
-
+    for step in train_gpt.chunk_steps(len(documents), run, device, go_on):
+        learner = learners.at(step)
+        rows = step.rows
+        size = step.run.ttt_chunk_tokens
         active = ~ended[rows]
-        targets = coder.code(Chunk(first, documents.start + rows, last_tokens, active, predict))
+        before = last_tokens[rows]
+        targets = coder.code(Chunk(step.first, size, documents.start + rows, before, active, predict))
         ended[rows] |= (targets == BOS).any(1)
         if ended.all():
             return  # nothing would be scored with what the last chunk teaches
 
-        to_learn = bool(run.ttt_enabled) and first + size >= run.ttt_min_doc_tokens
-        inputs = inputs_of(last_tokens, targets)
+        to_learn = bool(run.ttt_enabled) and step.first + size >= run.ttt_min_doc_tokens
+        inputs = inputs_of(before, targets)
         chunk = learner.score(torch.from_numpy(inputs), torch.from_numpy(targets), to_learn)
         if to_learn:
             chunk = learner.learn(chunk, torch.from_numpy(counted(targets, active)))
         learner.advance(chunk)
-        last_tokens = targets[:, -1]
+        last_tokens[rows] = targets[:, -1]
 
 
 def require_memory(config: train_gpt.ModelConfig, run: train_gpt.RunConfig, documents: int) -> None:
-    """Refuse what this computer cannot hold: LoRA with gradients and moments, and the logits of a chunk. Fp32."""
+    """Refuse what this computer cannot hold: LoRA with gradients and moments, and the logits of a chunk. Fp32. Half of
+    it is a margin for learners of fewer documents, which take over as documents end."""
     passes = len(train_gpt.layer_plan(config, looping=True))
     widths = 2 * config.model_dim * passes * len(run.lora_targets) + config.model_dim + config.vocab_size
-    need = 16 * documents * (run.ttt_lora_rank * widths + run.ttt_chunk_tokens * config.vocab_size)
+    need = 32 * documents * (run.ttt_lora_rank * widths + run.ttt_chunk_tokens * config.vocab_size)
     have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     require(
         need < have,
@@ -413,25 +417,24 @@ def counted(targets: np.ndarray, active: np.ndarray) -> np.ndarray:
 class TokenEncoder:
     """Encodes the tokens of documents, each with the BOS that ends it."""
 
-    def __init__(self, documents: Sequence[Sequence[int]], chunk_tokens: int, progress: Callable[[int], None]):
+    def __init__(self, documents: Sequence[Sequence[int]], progress: Callable[[int], None]):
         self.documents = documents
-        self.size = chunk_tokens
         self.progress = progress
         self.encoder = Encoder()
         self.done = 0  # tokens
 
     def code(self, chunk: Chunk) -> np.ndarray:
-        targets = np.full((len(chunk.documents), self.size), BOS)
-        for row, i in zip(targets, chunk.documents, strict=True):
-            part = self.documents[i][chunk.first : chunk.first + self.size]
-            row[: len(part)] = part
+        targets = np.full((len(chunk.documents), chunk.size), BOS)
+        for row in np.flatnonzero(chunk.active):
+            part = self.documents[chunk.documents[row]][chunk.first : chunk.first + chunk.size]
+            targets[row, : len(part)] = part
 
         inputs = inputs_of(chunk.last_tokens, targets)
         logits = chunk.predict(inputs)
         self.check_causality(chunk, inputs, logits)
 
         mask = counted(targets, chunk.active)
-        for place in range(self.size):  # in the order in which the decoder finds them
+        for place in range(chunk.size):  # in the order in which the decoder finds them
             for row in np.flatnonzero(mask[:, place]):
                 self.encoder.put(intervals(logits[row, place]), int(targets[row, place]))
         self.done += int(mask.sum())
@@ -440,7 +443,7 @@ class TokenEncoder:
 
     def check_causality(self, chunk: Chunk, inputs: np.ndarray, logits: Tensor) -> None:
         """Predict as the decoder will, knowing the chunk only up to one place, another in every chunk, and compare."""
-        place = chunk.first // self.size * 5 % self.size
+        place = chunk.first // chunk.size * 5 % chunk.size
         partial = inputs.copy()
         partial[:, place + 1 :] = BOS
         if not torch.equal(chunk.predict(partial)[:, : place + 1], logits[:, : place + 1]):
@@ -453,18 +456,17 @@ class TokenEncoder:
 class TokenDecoder:
     """Decodes the tokens of documents."""
 
-    def __init__(self, documents: int, tokens: int, chunk_tokens: int, data: bytes, progress: Callable[[int], None]):
+    def __init__(self, documents: int, tokens: int, data: bytes, progress: Callable[[int], None]):
         self.documents: list[list[int]] = [[] for _ in range(documents)]
         self.tokens = tokens  # of all documents
-        self.size = chunk_tokens
         self.progress = progress
         self.decoder = Decoder(data)
         self.done = 0  # tokens
 
     def code(self, chunk: Chunk) -> np.ndarray:
-        targets = np.full((len(chunk.documents), self.size), BOS)
+        targets = np.full((len(chunk.documents), chunk.size), BOS)
         active = chunk.active.copy()
-        for place in range(self.size):
+        for place in range(chunk.size):
             logits = chunk.predict(inputs_of(chunk.last_tokens, targets))
             self.done += int(active.sum())
             require(self.done <= self.tokens, "more tokens come out than went in", DataError)
@@ -488,7 +490,7 @@ def code_documents(predictor: Predictor, documents: int, coder: TokenCoder) -> N
 
 def encode(predictor: Predictor, documents: Sequence[Sequence[int]], progress: Callable[[int], None]) -> bytes:
     """Tokens of documents, each with the BOS that ends it -> coded bytes."""
-    coder = TokenEncoder(documents, predictor.run.ttt_chunk_tokens, progress)
+    coder = TokenEncoder(documents, progress)
     code_documents(predictor, len(documents), coder)
     return coder.encoder.finish()
 
@@ -497,7 +499,7 @@ def decode(
     predictor: Predictor, documents: int, tokens: int, data: bytes, progress: Callable[[int], None]
 ) -> list[list[int]]:
     """The inverse; `tokens` is their number in all documents together. Raises DataError."""
-    coder = TokenDecoder(documents, tokens, predictor.run.ttt_chunk_tokens, data, progress)
+    coder = TokenDecoder(documents, tokens, data, progress)
     code_documents(predictor, documents, coder)
     return coder.documents
 
@@ -514,6 +516,7 @@ MAX_KNOBS = {  # of a compressed file: they multiply the work that a few bytes a
     "TTT_LORA_RANK": 1024,
     "TTT_BATCH_DOCS": 4096,
     "TTT_CHUNK_TOKENS": 4096,
+    "TTT_LATE_CHUNK_TOKENS": 4096,
     "EVAL_SEQ_LEN": 1 << 17,
 }
 HEADER = {
@@ -566,7 +569,7 @@ def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compr
         f"{len(data)} bytes, {len(parts)} documents: at most {MAX_BYTES} and {MAX_DOCUMENTS} go into a file; cut it up",
         UserError,
     )
-    check_work(knobs_to_store(predictor.run))
+    check_work(knobs_to_store(predictor))
     caseops = uses_caseops(predictor)
     documents, passes = to_documents(predictor, caseops, parts, separator)
     edits = pack_edits(passes)
@@ -578,7 +581,7 @@ def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compr
         "caseops": caseops,
         "documents": len(documents),
         "edits": len(edits),
-        "knobs": knobs_to_store(predictor.run),
+        "knobs": knobs_to_store(predictor),
         "split": separator.hex(),
         "text": digest(data),
         "threads": torch.get_num_threads(),

@@ -22,6 +22,7 @@ import numpy as np
 from tools.artifact import end_in_a_line
 from tools.plot import COLOURS, by_length, label_lengths, picture, short
 from tools.results import (
+    FEWEST,
     Interval,
     Run,
     bits_per_byte,
@@ -34,7 +35,6 @@ from tools.results import (
 from tools.values import printable
 from train_gpt import LOGS
 
-FEWEST = 10  # documents of a group; a bootstrap of fewer would pretend to know
 SEED = 0  # of the draws
 
 

@@ -7,6 +7,7 @@ validation shard of a folder on which the entry runs as it is; the training shar
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -18,17 +19,56 @@ from train_gpt import (
     BOS,
     ConfigError,
     DataError,
+    ModelConfig,
+    RunConfig,
     Tokenizer,
+    brief,
     check_vocabulary,
     find_shards,
+    load_tokenizer,
     manifest_value,
     read_file,
+    read_header,
     read_shard,
     require,
+    stored_config,
     transform_of,
 )
 
 NAMES = ("fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin")
+
+
+def score_holdout(run: RunConfig, vocab_size: int, folder: Path) -> RunConfig:
+    """The run with held-out training documents for a validation set, in `folder`: those that its artifact held out, or
+    without an artifact the last HOLDOUT_TOKENS. Raises UserError, also where DATA_PATH is not what the artifact was
+    trained on."""
+    held = run.holdout_tokens
+    digest = ""
+    if run.artifact:
+        _, held, digest = held_out_by(run.artifact)
+    facts = make_holdout(Path(run.data_path), load_tokenizer(run, vocab_size), held, folder)
+    require(
+        not run.artifact or facts["sha256"] == digest,
+        f"DATA_PATH={run.data_path}: its last {held} training "
+        f"tokens are not those that {run.artifact} did not learn from: name the data that it was trained on, "
+        "or use --on validation",
+        DataError,
+    )
+    return dataclasses.replace(run, data_path=str(folder), tokenizer_path="")
+
+
+def held_out_by(artifact: str) -> tuple[ModelConfig, int, str]:
+    """The network of an artifact, how many tokens at the end of its training data it has not learned from, and the
+    SHA-256 of those documents."""
+    header, _ = read_header(read_file(artifact), artifact)
+    held = header["meta"].get("holdout_tokens", 0)
+    require(
+        type(held) is int and held > 0,
+        f"{artifact}: held no training documents back (holdout_tokens is {brief(held)}): it may have learned "
+        "them; train again with HOLDOUT_TOKENS, or use --on validation",
+        DataError,
+    )
+    return stored_config(header["meta"], artifact), held, header["meta"].get("holdout")
 
 
 def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder: Path) -> dict:

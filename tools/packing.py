@@ -22,7 +22,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -33,7 +33,8 @@ from torch import Tensor
 
 import train_gpt as g
 from tools.artifact import end_in_a_line
-from tools.holdout import make_holdout
+from tools.holdout import score_holdout
+from tools.results import ratio_and_error
 
 LOGIT_CHUNK = 4096  # tokens whose logits are in memory at a time
 
@@ -121,6 +122,37 @@ WAYS = {
     "text-4": Way("four times the text", {"calibration": 4.0}, calibrates_anew=True),
 }
 
+PARTS = {  # of the quantiser, and the way that leaves each out
+    "trellis": "nearest",
+    "rows": "equal-rows",
+    "columns": "equal-columns",
+    "weights": "unweighted",
+    "tables": "one-table",
+}
+
+
+def all_without(names: Sequence[str], doc: str) -> Way:
+    """The way that leaves out what each of these ways does."""
+    ways = [WAYS[name] for name in names]
+    knobs = {name: value for way in ways for name, value in way.knobs.items()}
+    patches = {name: value for way in ways for name, value in way.patches.items()}
+    changes = [way.change for way in ways if way.change is not None]
+
+    def change(name: str, sensitivity: g.Sensitivity) -> g.Sensitivity:
+        for each in changes:
+            sensitivity = each(name, sensitivity)
+        return sensitivity
+
+    return Way(doc, knobs, patches, change, any(way.calibrates_anew for way in ways))
+
+
+WAYS["none"] = all_without(
+    list(PARTS.values()), "without any of the parts below: GPTQ, one step for a matrix, one table"
+)
+for part in PARTS:
+    others = [way for name, way in PARTS.items() if name != part]
+    WAYS[f"only-{part}"] = all_without(others, f"of these parts only {part}")
+
 
 @contextlib.contextmanager
 def patched(patches: dict[str, object]) -> Iterator[None]:
@@ -178,9 +210,7 @@ class Judge:
 
     def per_byte(self, bits: np.ndarray) -> tuple[float, float]:
         """Bits of every document -> bits per byte, and their standard error over documents."""
-        size = self.docs.target_bytes()
-        ratio = bits.sum() / size.sum()
-        return ratio, math.sqrt(((bits - ratio * size) ** 2).sum()) / size.sum()
+        return ratio_and_error(bits, self.docs.target_bytes())
 
 
 def load_weights(path: str) -> g.GPT:
@@ -241,9 +271,7 @@ def open_text(on: str, folder: Path, config: g.ModelConfig) -> g.Setup:
     """Set-up whose validation is what is compared on, and whose stream is what is calibrated on."""
     _, run = g.read_env()
     if on == "holdout":
-        tokenizer = g.load_tokenizer(run, config.vocab_size)
-        make_holdout(Path(run.data_path), tokenizer, run.holdout_tokens, folder / "data")
-        run = dataclasses.replace(run, data_path=str(folder / "data"), tokenizer_path="")
+        run = score_holdout(run, config.vocab_size, folder / "data")
     dist = g.Dist.from_env(run.device)
     g.prepare_torch(run, dist.device)
     return g.make_setup(config, run, dist)

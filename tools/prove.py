@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -53,26 +52,14 @@ from tools.values import printable
 # Listening: what the scorer books, traced to the pass through the output layer that gave it.
 
 
-class State(NamedTuple):
-    """What had been learned, in short."""
-
-    digest: str  # of every bit
-    sketch: np.ndarray  # (tensors, 2) float64: norms, and products with a fixed direction
-
-
 class Call(NamedTuple):
     """One pass through the output layer, whose targets are here in its order."""
 
     nats: list[float]
     targets: list[int]
-    state: State  # what had been learned by then
+    state: str  # a digest of what had been learned by then
     sums: list[float]  # of the probabilities of the whole vocabulary, at sampled places
     strays: list[float]  # there: the target's nats less those that it has among the whole vocabulary's
-
-
-@functools.cache
-def direction(size: int, device: torch.device) -> Tensor:
-    return torch.arange(size, device=device).double().cos()
 
 
 @functools.cache
@@ -82,15 +69,14 @@ def odd_factors(size: int, device: torch.device) -> Tensor:
     return (torch.randint(-(1 << 62), 1 << 62, (size,), generator=random) * 2 + 1).to(device)
 
 
-def state_of(tensors: Iterable[Tensor]) -> State:
-    """Computed where the tensors (any shape, fp32) are: to copy them at every chunk would take most of the time."""
+def state_of(tensors: Iterable[Tensor]) -> str:
+    """A digest of every bit of these tensors (any shape, fp32), computed where they are: to copy them at every chunk
+    would take most of the time."""
     sums = []
-    sketch = []
     for t in tensors:
         flat = t.detach().flatten()
         sums.append((flat.view(torch.int32) * odd_factors(len(flat), flat.device)).sum())
-        sketch.append(torch.stack([flat.double().norm(), flat.double() @ direction(len(flat), flat.device)]))
-    return State(str(torch.stack(sums).tolist()), torch.stack(sketch).cpu().numpy())
+    return str(torch.stack(sums).tolist())
 
 
 class Ear(nn.Module):
@@ -129,7 +115,7 @@ class Ear(nn.Module):
     def look(self, x: Tensor, targets: Tensor, nats: Tensor, embedding: Tensor, delta) -> tuple[float, float]:
         """One hidden state of (B, T, D) with every entry of the vocabulary as its target -> Call.sums, Call.strays."""
         row, place = (int(self.chance.integers(size)) for size in targets.shape)
-        own = None if delta is None else delta._replace(down=delta.down[row : row + 1], up=delta.up[row : row + 1])
+        own = None if delta is None else delta.of_document(row)
         every = [
             self.head(x[row, place].expand(1, len(part), -1), part[None], embedding, own)[0]
             for part in torch.arange(self.vocab, device=x.device).split(1024)
@@ -145,7 +131,7 @@ class Heard(NamedTuple):
     sums: np.ndarray  # (documents,) float64, nats
     counts: np.ndarray  # (documents,) int64, bookings
     nats: np.ndarray  # (n - 1,) float64, NaN where nothing was booked
-    states: list[State | None]  # (n - 1,) what had been learned when the target was scored, if there was an ear
+    states: list[str | None]  # (n - 1,) what had been learned when the target was scored, if there was an ear
     calls: list[Call]  # those that the bookings came from, in order, if there was an ear
     strange: list[str]  # bookings that the output layer did not give
     misplaced: list[str]  # bookings of targets that are not there, or not in order
@@ -249,9 +235,15 @@ def listening(model: nn.Module, seed: int) -> Iterator[Ear]:
 
 
 def hear(
-    model: nn.Module, run: train_gpt.RunConfig, dist: train_gpt.Dist, tokens: np.ndarray, closely: bool = False
+    model: nn.Module,
+    run: train_gpt.RunConfig,
+    dist: train_gpt.Dist,
+    tokens: np.ndarray,
+    closely: bool = False,
+    learners: train_gpt.Learners | None = None,
 ) -> Heard:
-    """Score a stream of tokens (n,) that begins with BOS, and listen; `closely` with an ear. Raises ScorerError."""
+    """Score a stream of tokens (n,) that begins with BOS, and listen; `closely` with an ear. `learners` of an earlier
+    stream save the time to make them. Raises ScorerError."""
     docs = train_gpt.split_documents(tokens, np.ones(len(tokens), np.int64))
     run = dataclasses.replace(run, compile=0) if closely else run  # nothing passes an ear in a replayed graph
     with listening(model, run.seed) if closely else contextlib.nullcontext() as ear:
@@ -267,6 +259,7 @@ def hear(
         try:
             evaluation = train_gpt.Evaluation(model, docs, run, dist, train_gpt.Log(), lambda: 0.0)
             evaluation.table = Table(docs)
+            evaluation.learners = learners or evaluation.learners
             evaluation.score()
         except ScorerError:
             raise
@@ -296,28 +289,17 @@ def document_starts(tokens: np.ndarray) -> np.ndarray:
     return np.append(np.flatnonzero(tokens == train_gpt.BOS), len(tokens))
 
 
-class Tolerance(NamedTuple):
-    """How far the same score may be from itself."""
-
-    bpb: float  # of a document, or of that part of it which is compared
-    nats: float  # of a single target
-    walk: float  # nats: rounding errors of n targets add up to this, times the root of n
-
-    def of(self, targets: int, size: int) -> float:
-        """Bits per byte that so many targets of `size` bytes may be off together."""
-        return self.bpb + self.walk * math.sqrt(targets) / math.log(2) / max(1, size)
-
-
-# On a GPU a batch of another shape rounds otherwise, and a step of Adam makes much of little: EXPERIMENTS.md, 11.
-TOLERANCES = {"cpu": Tolerance(1e-6, 1e-4, 0.0), "cuda": Tolerance(1e-4, 0.25, 0.05)}
+# How far the same score may be from itself: on a CPU rows that have ended are dropped, and what is left may be rounded
+# otherwise. On a GPU all shapes are fixed, and not a bit differs.
+TOLERANCE_BPB = 1e-6  # of a document, or of that part of it which is compared
+TOLERANCE_NATS = 1e-4  # of a single target
 SUM_TOLERANCE = 1e-5  # of probabilities that should add up to one
 
 
 class Widest:
     """The largest differences between scores that should be the same."""
 
-    def __init__(self, tolerance: Tolerance):
-        self.tolerance = tolerance
+    def __init__(self):
         self.nats = 0.0
         self.bpb = 0.0
         self.seen = 0
@@ -328,16 +310,16 @@ class Widest:
         apart = np.nan_to_num(nats - expected, nan=np.inf)
         most = float(abs(apart).max(initial=0.0))
         self.nats = max(self.nats, most)
-        if most > self.tolerance.nats:
+        if most > TOLERANCE_NATS:
             self.faults.append(f"{what}: {most:.2g} nats at target {int(abs(apart).argmax())}")
-        self.compare_sums(what, float(apart.sum()), len(nats), int(size.sum()))
+        self.compare_sums(what, float(apart.sum()), int(size.sum()))
 
-    def compare_sums(self, what: str, apart: float, targets: int, size: int) -> None:
-        """The difference of two sums of nats, and the targets and bytes that both are of."""
+    def compare_sums(self, what: str, apart: float, size: int) -> None:
+        """The difference of two sums of nats, and the bytes that both are of."""
         bpb = abs(apart) / math.log(2) / max(1, size)
         self.bpb = max(self.bpb, bpb)
         self.seen = self.seen + 1
-        if bpb > self.tolerance.of(targets, size):
+        if bpb > TOLERANCE_BPB:
             self.faults.append(f"{what}: {bpb:.2g} bpb")
 
     def __str__(self) -> str:
@@ -346,6 +328,7 @@ class Widest:
 
 # How often the properties score a document of the sample, closely or not, as counted in audits of few documents.
 SCORINGS = {False: 32, True: 6}
+REUSES = 8  # of learners
 LONGEST_PROBE = 256  # tokens of a document that are scored to measure the speed
 FEWEST_TOKENS = 256  # of a longer document that are looked at, however slow that is
 
@@ -361,9 +344,10 @@ class Audit:
         self.run = opened.setup.run
         self.dist = opened.setup.dist
         self.chance = np.random.default_rng(seed)
-        self.tolerance = TOLERANCES[self.dist.device.type]
         self.stream = bool(self.run.ttt_enabled) and self.run.ttt_scope == "stream"
         self.chunk = self.run.ttt_chunk_tokens if self.run.ttt_enabled else self.run.eval_stride
+        self.learners: dict[train_gpt.RunConfig, train_gpt.Learners] = {}  # see `kept`
+        self.reuses = 0
         self.strange = []
         self.misplaced = []  # of all that was heard
         self.began = time.monotonic()
@@ -429,13 +413,16 @@ class Audit:
 
     def cost(self, tokens: int) -> float:
         """Of scoring a document once, in token passes."""
-        return train_gpt.batched_cost(np.array([tokens]), self.run) if self.run.ttt_enabled else float(tokens)
+        if not self.run.ttt_enabled:
+            return float(tokens)
+        return train_gpt.batched_cost(np.array([tokens]), self.run, self.dist.device)
 
     def score(self, text: Text, closely: bool = False, dist: train_gpt.Dist | None = None, **changes: int) -> Heard:
         """Score a stream, with these knobs changed."""
         run = dataclasses.replace(self.run, **changes)
         began = time.monotonic()
-        heard = hear(self.model, run, dist or self.dist, text.tokens, closely)
+        learners = self.kept(run) if dist is None and not closely else None
+        heard = hear(self.model, run, dist or self.dist, text.tokens, closely, learners)
         self.busy += time.monotonic() - began
         self.strange += heard.strange
         self.misplaced += heard.misplaced
@@ -447,6 +434,16 @@ class Audit:
             left = self.busy * max(0.0, self.planned / self.spent - 1)
             self.tell(f"prove: {elapsed:.0f} s, about {left:.0f} s left")
         return heard
+
+    def kept(self, run: train_gpt.RunConfig) -> train_gpt.Learners | None:
+        """Learners of the scorings before this one, on a GPU, where it takes seconds to capture their graphs. Some
+        scorings make their own all the same, which shows what a scorer does while it makes them."""
+        if self.dist.device.type == "cpu":
+            return None
+        self.reuses += 1
+        if run not in self.learners or self.reuses % REUSES == 0:
+            self.learners = {run: train_gpt.Learners(self.model, self.dist.device)}
+        return self.learners[run]
 
     @functools.cached_property
     def units(self) -> list[Text]:
@@ -535,7 +532,7 @@ def futures(audit: Audit, tokens: np.ndarray) -> Iterator[Future]:
 
 def causality(audit: Audit) -> Seen:
     """A score depends on no token after its target: neither on which they are, nor on where the document ends."""
-    widest = Widest(audit.tolerance)
+    widest = Widest()
     for n, unit, heard in zip(audit.chosen, audit.units, audit.alone, strict=True):
         for what, tokens, same in futures(audit, unit.tokens):
             nats = audit.score(Text(tokens, unit.bytes)).nats
@@ -563,24 +560,15 @@ def score_before_update(audit: Audit) -> Seen:
             tokens = np.append(unit.tokens[: begin + 1], audit.other(unit.tokens[:2]))
             replay = audit.score(Text(tokens, unit.bytes), closely=True)
             seen += 1
-            if not same_state(audit, replay.states[begin], heard.states[begin], heard.states):
+            states = replay.states[begin], heard.states[begin]
+            if None in states or states[0] != states[1]:
                 faults.append(f"document {n}: what scores chunk {k} is not what the chunks before it left")
-        updates += len({state.digest for state in heard.states if state}) - 1
+        updates += len({state for state in heard.states if state}) - 1
     faults += hidden_learning(audit) if updates == 0 else []
-    exact = "bit for bit " if audit.dist.device.type == "cpu" else ""
-    return faults, f"{seen} chunks scored {exact}by what a replay left that stops before them; {updates} updates seen"
-
-
-def same_state(audit: Audit, a: State | None, b: State | None, course: Sequence[State | None]) -> bool:
-    """Whether two states are the same: bit for bit on a CPU; on a GPU, which may add in another order, nearer to each
-    other than a tenth of any step of this course of states."""
-    if a is None or b is None:
-        return False
-    if a.digest == b.digest or audit.dist.device.type == "cpu":
-        return a.digest == b.digest
-    sketches = [state.sketch for state in course if state]
-    steps = [abs(after - before).max() for before, after in itertools.pairwise(sketches)]
-    return abs(a.sketch - b.sketch).max() < 0.1 * min((step for step in steps if step), default=0.0)
+    return (
+        faults,
+        f"{seen} chunks scored bit for bit by what a replay left that stops before them; {updates} updates seen",
+    )
 
 
 def hidden_learning(audit: Audit) -> list[str]:
@@ -591,7 +579,7 @@ def hidden_learning(audit: Audit) -> list[str]:
     reach = min(audit.run.eval_seq_len, int(document_starts(unit.tokens)[1]) - 1)  # beyond it, contexts may differ
     apart = abs(audit.score(unit, ttt_enabled=0).nats - heard.nats)[:reach].max(initial=0.0)
     text = f"adaptation changes scores by {apart:.2g} nats, and nothing that could have learned is in sight"
-    return [text] if apart > audit.tolerance.nats else []
+    return [text] if apart > TOLERANCE_NATS else []
 
 
 def independence(audit: Audit) -> Seen:
@@ -599,7 +587,7 @@ def independence(audit: Audit) -> Seen:
     if audit.stream:
         return None, "TTT_SCOPE=stream: a score depends on the documents before it; results say doc_independent:0"
     changes = {}
-    if audit.run.batched_ttt:
+    if audit.run.batched_ttt and audit.dist.device.type == "cpu":  # on a GPU it fixes the shapes, on which bits depend
         changes["ttt_batch_docs"] = 2 if audit.run.ttt_batch_docs > 2 else 64
     wild = audit.texts[-1]._replace(tokens=np.append(train_gpt.BOS, audit.other(audit.texts[-1].tokens[1:])))
     dull = audit.texts[0]._replace(tokens=np.append(train_gpt.BOS, np.full(len(audit.texts[0].tokens) - 1, 2)))
@@ -607,14 +595,14 @@ def independence(audit: Audit) -> Seen:
     elsewhere = by_document(backward, audit.score(joined(backward), **changes).nats)[-2:0:-1]
     batch = by_document(audit.texts, audit.together.nats)
     ranks = sum(heard.sums for heard in audit.by_rank)
-    widest = Widest(audit.tolerance)
+    widest = Widest()
     total = 0.0
     for i, (text, alone) in enumerate(zip(audit.texts, audit.alone, strict=True)):
         for way, nats in {"in its batch": batch[i], "in another batch": elsewhere[i]}.items():
             widest.compare(f"document {audit.chosen[i]} {way}, and alone", nats, alone.nats, text.bytes[1:])
         what = f"document {audit.chosen[i]} by eight ranks and by one"
         size = int(text.bytes.sum())
-        widest.compare_sums(what, ranks[i] - audit.together.sums[i], len(text.tokens), size)
+        widest.compare_sums(what, ranks[i] - audit.together.sums[i], size)
         total += float((elsewhere[i] - alone.nats).sum())
     bpb = abs(total) / math.log(2) / int(joined(audit.texts).bytes.sum())
     return widest.faults, f"{widest}, {bpb:.1e} in all; {len(audit.texts)} documents, each in 4 settings"
@@ -629,17 +617,17 @@ def by_document(texts: Sequence[Text], nats: np.ndarray) -> list[np.ndarray]:
 def normalised(audit: Audit) -> Seen:
     """The probabilities of the whole vocabulary add up to one, and what is booked is the target's among them."""
     looked = [call for heard in audit.closely for call in heard.calls if call.sums]
-    fresh = {heard.calls[0].state.digest for heard in audit.closely if heard.calls}
-    adapted = sum(len(call.sums) for call in looked if call.state.digest not in fresh)
+    fresh = {heard.calls[0].state for heard in audit.closely if heard.calls}
+    adapted = sum(len(call.sums) for call in looked if call.state not in fresh)
     off = np.array([total for call in looked for total in call.sums]) - 1
     strays = np.array([stray for call in looked for stray in call.strays])
     faults = list(dict.fromkeys(audit.strange))
     most = max(abs(off), default=math.inf)
     if not most <= SUM_TOLERANCE:
         faults.append(f"probabilities add up to one {most:+.2g}" if len(off) else "no score was traced")
-    if not (abs(strays) <= audit.tolerance.nats).all():
+    if not (abs(strays) <= TOLERANCE_NATS).all():
         faults.append(f"a target's nats are {abs(strays).max():.2g} off those that it has among the vocabulary's")
-    widest = Widest(audit.tolerance)
+    widest = Widest()
     for n, unit, ear, plain in zip(audit.chosen, audit.units, audit.closely, audit.alone, strict=True):
         widest.compare(f"document {n}, heard closely or not", ear.nats, plain.nats, unit.bytes[1:])
     how = f"max {most:.1e} off one at {len(off)} positions, {adapted} of them after adaptation"
@@ -670,6 +658,7 @@ def single_pass(audit: Audit) -> Seen:
 
 INSTALLED = ("/usr", "/bin", "/lib", "/lib64", "/etc", "/proc", "/sys", sys.prefix, sys.base_prefix)
 LIBRARIES = [os.path.realpath(name) for name in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if name]
+PACKAGES = [os.path.realpath(name) for name in os.environ.get("PYTHONPATH", "").split(os.pathsep) if name]
 DEVICES = r"/dev/(null|zero|u?random|shm/.*%s)"
 STARTS = ("subprocess.Popen", "os.posix_spawn")
 COMPILERS = ("cc", "gcc", "clang", "ptxas", "ldconfig", "file")  # what Triton starts
@@ -736,8 +725,8 @@ def artifact_alone(audit: Audit) -> Seen:
 
 
 def expected(path: str, folder: Path, compiles: bool) -> bool:
-    """Whether an evaluation may open this: its folder, or what is installed. Python asks uname for the platform's name,
-    and a GPU's compilers are started, which ask `file` what Python is."""
+    """Whether an evaluation may open this: its folder, or what is installed. Python asks uname for the platform's name;
+    a GPU's compilers are started, which ask `file` what Python is; and torch looks for plug-ins among all packages."""
     if path.startswith(audit_hook.GOES_OUTSIDE):
         event, _, arguments = path.partition(": ")
         program = Path((arguments.split("'") + [""])[1]).name
@@ -749,8 +738,11 @@ def expected(path: str, folder: Path, compiles: bool) -> bool:
     torch_folder = Path(torch.__file__).resolve().parent.parent
     installed = any(Path(path).is_relative_to(os.path.realpath(root)) for root in (folder, torch_folder, *INSTALLED))
     library = ".so" in Path(path).suffixes and str(Path(path).parent) in LIBRARIES
+    of_package = Path(path).parent  # where PYTHONPATH has packages, each says in one file what it plugs in
+    plugs_in = of_package.suffix == ".dist-info" and str(of_package.parent) in PACKAGES
+    plugs_in = plugs_in and Path(path).name == "entry_points.txt"
     devices = DEVICES % ("|nvidia.*" if compiles else "")
-    return installed or library or bool(re.fullmatch(devices, path))
+    return installed or library or plugs_in or bool(re.fullmatch(devices, path))
 
 
 def wrong_result(audit: Audit, result: dict) -> list[str]:
@@ -760,7 +752,7 @@ def wrong_result(audit: Audit, result: dict) -> list[str]:
     truth = {"documents": len(audit.texts), "tokens": len(whole.tokens) - 1, "bytes": size, "degraded_documents": 0}
     faults = [f"{name} is {result[name]}, counted {value}" for name, value in truth.items() if result[name] != value]
     bpb = float(audit.together.nats.sum()) / math.log(2) / size
-    if not abs(result["val_bpb"] - bpb) <= audit.tolerance.of(truth["tokens"], size):
+    if not abs(result["val_bpb"] - bpb) <= TOLERANCE_BPB:
         faults.append(f"val_bpb is {result['val_bpb']:.7f}, what is booked adds up to {bpb:.7f}")
     return faults
 
@@ -863,24 +855,25 @@ def reported(audit: Audit) -> Seen:
     except train_gpt.UserError as error:
         return [str(error)], ""
     knobs = {name: value for name, value in train_gpt.settings(audit.run).items() if name.startswith(SCORING)}
-    device = "cpu" if run.result["device"].startswith("CPU") else "cuda"
+    here = train_gpt.device_name(audit.dist.device)
+    same_device = here == run.result["device"] or here.startswith("CPU") and run.result["device"].startswith("CPU")
     reasons = {
         "it was scored by another train_gpt.py": run.result["code_sha256"] != file_sha256(train_gpt.__file__),
         "it is of other validation documents": run.validation != setup.validation.sha256(),
         "it was scored with other knobs": any(run.result["knobs"].get(name) != value for name, value in knobs.items()),
-        "it was scored on another device": device != audit.dist.device.type,
+        f"it was scored on {run.result['device']}": not same_device,
         "it was short of time": run.result["degraded_documents"] > 0,
         "its scores depend on their order": audit.stream,
     }
     for reason in (reason for reason, true in reasons.items() if true):
         return None, f"{path.name} agrees with its files, but {reason}, so that its scores are not compared"
-    widest = Widest(audit.tolerance)
+    widest = Widest()
     whole = len(audit.chosen) - (audit.chosen[-1] < len(audit.starts) - 2)  # the last of the sample lacks its BOS
     for i, text, nats in zip(audit.chosen[:whole], audit.texts, audit.together.sums, strict=False):
         if not audit.is_whole(i):
             continue
         size = int(text.bytes.sum())
-        widest.compare_sums(f"document {i}, as reported", nats - run.nats[i], len(text.tokens), size)
+        widest.compare_sums(f"document {i}, as reported", nats - run.nats[i], size)
     return (
         widest.faults,
         f"val_bpb {run.bpb:.5f} of {path.name}: max {widest.bpb:.1e} bpb off in {widest.seen} documents",

@@ -37,6 +37,7 @@ MAX_ENTRIES = 64  # of a .docs.npz, which has six
 MAX_OF_A_DOCUMENT = {"f": 1e15, "i": 1 << 40}  # so that sums over all documents stay exact, and finite
 TOLERANCE = 1e-9  # relative; sums in another order differ in their last bits
 RESAMPLES = 10_000
+FEWEST = 10  # documents behind an interval; one of fewer would pretend to know
 PER_DOCUMENT = {"nats": "f", "static_nats": "f", "tokens": "i", "bytes": "i", "updates": "i"}  # and their kinds
 LATER_PER_DOCUMENT = {"prequant_nats": "f"}  # which runs of earlier versions lack, and those that trained nothing
 RUN_AGAIN = "; a run of this version writes it; run it again"
@@ -424,6 +425,13 @@ def ratio_intervals(parts: np.ndarray, size: np.ndarray, seed: int, resamples: i
 
     low, high = np.percentile(ratios, (2.5, 97.5), axis=0)
     return [Interval(*map(float, triple)) for triple in zip(parts.sum(0) / size.sum(), low, high, strict=True)]
+
+
+def ratio_and_error(parts: np.ndarray, size: np.ndarray) -> tuple[float, float]:
+    """sum(parts) / sum(size) over n documents, parts (n,) and size (n,), and its standard error: that of a ratio
+    estimator (Cochran 1977, section 2.11), of which documents are a sample."""
+    ratio = parts.sum() / size.sum()
+    return float(ratio), math.sqrt(((parts - ratio * size) ** 2).sum()) / float(size.sum())
 
 
 def length_groups(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:

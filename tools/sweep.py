@@ -56,7 +56,7 @@ import train_gpt
 from tools import ask_source
 from tools.artifact import end_in_a_line, knobs_of_run
 from tools.events import Event, read_events
-from tools.holdout import make_holdout
+from tools.holdout import held_out_by, score_holdout
 from tools.plot import COLOURS, picture
 from tools.processes import ends_with_its_parent
 from tools.results import (
@@ -313,16 +313,8 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
     held = run.holdout_tokens
     if on == "training":
         if run.artifact:
-            config, held, digest = held_out_by(run.artifact)
-        tokenizer = train_gpt.load_tokenizer(run, config.vocab_size)
-        facts = make_holdout(Path(run.data_path), tokenizer, held, folder / "data")
-        require(
-            not run.artifact or facts["sha256"] == digest,
-            f"DATA_PATH={run.data_path}: its last {held} training "
-            f"tokens are not those that {run.artifact} did not learn from: name the data that it was trained on, "
-            "or use --on validation",
-            DataError,
-        )
+            config, held, _ = held_out_by(run.artifact)
+        score_holdout(run, config.vocab_size, folder / "data")
         for job in jobs:
             job.env |= {"DATA_PATH": str(folder / "data")}
             job.settings |= {"DATA_PATH": str(folder / "data")}
@@ -348,20 +340,6 @@ def config_to_open(job: Job, world: int) -> tuple[train_gpt.ModelConfig, train_g
         return train_gpt.read_env(job.env)
     files = {name: job.settings[name] for name in (*SAME_DOCUMENTS, "ARTIFACT") if name in job.settings}
     return train_gpt.read_env(files | {"TRAIN_ROW_TOKENS": "8", "TRAIN_BATCH_TOKENS": str(8 * world)})
-
-
-def held_out_by(artifact: str) -> tuple[train_gpt.ModelConfig, int, str]:
-    """The network of an artifact, how many tokens at the end of its training data it has not learned from, and the
-    SHA-256 of those documents."""
-    header, _ = train_gpt.read_header(train_gpt.read_file(artifact), artifact)
-    held = header["meta"].get("holdout_tokens", 0)
-    require(
-        type(held) is int and held > 0,
-        f"{artifact}: held no training documents back (holdout_tokens is {train_gpt.brief(held)}): it may have learned "
-        "them; train again with HOLDOUT_TOKENS, or use --on validation",
-        DataError,
-    )
-    return train_gpt.stored_config(header["meta"], artifact), held, header["meta"].get("holdout")
 
 
 def name_runs(jobs: list[Job], folder: Path, scored: ScoredText, gpus: int, artifact: str | None) -> None:
