@@ -4230,11 +4230,17 @@ class BatchedTTT(Learner):
         self.cache.reset()
 
     def hidden(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Inputs of the next chunk (B, C) -> states (B, C, D), new keys and values. Changes nothing: other tokens may
-        be tried."""
+        """Inputs of the next chunk (B, C) -> states (B, C, D), new keys and values. Changes nothing."""
         self.cache.make_room(tokens.size(1))
         context = self.cache.context(tokens.size(1))
         return self.model.hidden(torch.cat([self.cache.last_token, tokens], 1), context, self.adapter)
+
+    @torch.no_grad()
+    def predict(self, tokens: Tensor) -> Tensor:
+        """Inputs of the next chunk (B, C) -> logits of their successors (B, C, V), which on a GPU the next call
+        overwrites. Changes nothing else: other tokens may be tried."""
+        self.cache.make_room(tokens.size(1))
+        return self._replay_or_run("predict", True, self._predict, tokens)
 
     def score(self, tokens: Tensor, targets: Tensor, to_learn: bool) -> BatchedChunk:
         """Score the next chunk, inputs and targets (B, C) each, from what was learned before it. `to_learn`: whether
@@ -4256,6 +4262,10 @@ class BatchedTTT(Learner):
         self._replay_or_run("advance", chunk.to_learn, lambda: self.cache.append(chunk.tokens, chunk.new_kvs))
         self.cache.position += chunk.tokens.size(1)
 
+    def _predict(self, tokens: Tensor) -> Tensor:
+        states, _ = self.hidden(tokens)
+        return self.model.head.logits(states, self.model.embed, self.adapter.head)
+
     def _score(self, tokens: Tensor, targets: Tensor) -> BatchedChunk:
         states, new_kvs = self.hidden(tokens)
         nats = self.model.head(states, targets, self.model.embed, self.adapter.head)
@@ -4274,7 +4284,7 @@ class BatchedTTT(Learner):
         return (entropy * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     def _replay_or_run(self, name: str, to_learn: bool, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        """Do a part of a step: on a GPU, if the chunk is to be learned from, as a CUDA graph."""
+        """Do a part of a step: on a GPU as a CUDA graph, unless the chunk was scored without gradients."""
         if self.graphs is None or not to_learn:
             return work(*inputs)
         return self.graphs((name, self.cache.size), work, *inputs)
@@ -5284,13 +5294,7 @@ def check_setup(setup: Setup) -> None:
     require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some disk", UserError)
 
     if setup.dist.device.type == "cuda":
-        head_dim = setup.model.head_dim
-        too_old = torch.cuda.get_device_capability(setup.dist.device) < (8, 0)
-        require(not too_old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
-        require(
-            not triton or head_dim in (16, 32, 64, 128),
-            f"on a GPU, MODEL_DIM / NUM_HEADS = {head_dim} must be 16, 32, 64 or 128",
-        )
+        check_gpu(setup.model, setup.dist.device)
 
     if setup.stream is not None:
         with torch.device("meta"):
@@ -5302,6 +5306,16 @@ def check_setup(setup: Setup) -> None:
             f"and {budget.weights} weights of at least {LEAST_BITS:g} bit: raise it or use a smaller model",
             UserError,
         )
+
+
+def check_gpu(config: ModelConfig, device: torch.device) -> None:
+    """Refuse a GPU that cannot run the network. Raises UserError."""
+    too_old = torch.cuda.get_device_capability(device) < (8, 0)
+    require(not too_old, "GPUs before the A100 cannot multiply bf16: use a later one, or DEVICE=cpu", UserError)
+    require(
+        not triton or config.head_dim in (16, 32, 64, 128),
+        f"on a GPU, MODEL_DIM / NUM_HEADS = {config.head_dim} must be 16, 32, 64 or 128",
+    )
 
 
 def describe_run(setup: Setup, run_id: str, log: Log) -> None:

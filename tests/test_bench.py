@@ -44,6 +44,18 @@ def test_the_entropy_coder_is_timed_and_near_the_entropy(capsys):
     assert 0 < measured["over_entropy_percent"] < 1
 
 
+def test_the_compressor_is_timed_for_a_full_batch_and_for_one_document(tiny_run, tiny_config, capsys):
+    try:
+        bench.compressor(tiny_config, tiny_run(), g.Dist(), tokens=20)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["codec", "documents:4", "rows:4", "tokens:80"],
+        ["codec", "documents:1", "rows:4", "tokens:20"],
+    ]
+
+
 @pytest.mark.parametrize(
     "kernel, kind",
     [

@@ -4,16 +4,19 @@ import dataclasses
 import io
 import json
 import math
+import os
 import random
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import any_gradient_rms, stored_tensors
+from graphs import fake_cuda_graphs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,16 +51,19 @@ def some_text(words: int, seed: int = 3) -> bytes:
 
 @pytest.fixture
 def make_artifact(tmp_path, monkeypatch, tiny_config, train_tokenizer):
-    """make_artifact(name, transform, seed, rms, **options of the tokenizer): a network of random weights whose
+    """make_artifact(name, transform, seed, rms, heads, **options of the tokenizer): a network of random weights whose
     predictions are far from even, in a file, with the RMS of gradients or without; the environment then leads to its
     tokenizer -> its path."""
 
-    def make(name: str = "tiny", transform: str = "none", seed: int = 0, rms: bool = False, **options) -> Path:
+    def make(
+        name: str = "tiny", transform: str = "none", seed: int = 0, rms: bool = False, heads: int = 4, **options
+    ) -> Path:
         proto = train_tokenizer(vocab_size=SIZE, byte_fallback=True, **options)
         (tmp_path / "tokenizer.model").write_bytes(proto)
         manifest = {"tokenizer": {"path": "tokenizer.model", "transform": transform}}
         (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-        model = train_gpt.GPT(dataclasses.replace(tiny_config, vocab_size=SIZE))
+        config = dataclasses.replace(tiny_config, vocab_size=SIZE, num_heads=heads, num_kv_heads=heads // 2)
+        model = train_gpt.GPT(config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for param in model.parameters():
@@ -72,7 +78,7 @@ def make_artifact(tmp_path, monkeypatch, tiny_config, train_tokenizer):
         return path
 
     knobs = dict(DATA_PATH=str(tmp_path), EVAL_SEQ_LEN="32", TTT_CHUNK_TOKENS="8", TTT_LORA_RANK="2", TTT_LR="0.02")
-    for knob, value in (knobs | {"TTT_BATCH_DOCS": "3"}).items():
+    for knob, value in (knobs | {"TTT_BATCH_DOCS": "3", "DEVICE": "cpu"}).items():
         monkeypatch.setenv(knob, value)
     return make
 
@@ -97,8 +103,9 @@ def scored_bits(predictor: codec.Predictor, documents: list[list[int]], **change
     docs = train_gpt.Documents(stream, np.ones(len(stream), np.int64), starts)
     table = train_gpt.ScoreTable(docs)
     run = dataclasses.replace(predictor.run, **changes)
-    learners = train_gpt.Learners(predictor.model, torch.device("cpu"))
-    train_gpt.score_batched(docs, range(len(docs)), run, train_gpt.Dist(), table, learners)
+    learners = train_gpt.Learners(predictor.model, predictor.device)
+    dist = train_gpt.Dist(device=predictor.device)
+    train_gpt.score_batched(docs, range(len(docs)), run, dist, table, learners)
     assert table.counted.tolist() == [len(document) for document in documents]
     return table.nats.sum() / math.log(2)
 
@@ -172,6 +179,164 @@ def test_the_optimizer_is_stored_unless_it_follows_from_the_artifact(make_artifa
     contents = codec.unpack_file(made.blob, "it")
     assert contents.header["knobs"].keys() == expected and "TTT_LR" in expected
     assert codec.decompress(path, contents) == some_text(9)
+
+
+# -----------------------------------------------------------------------------
+# Devices
+
+GPU = torch.device("cuda")
+FIVE = "\n\n".join(["", "tone", *(some_text(n, seed=n).decode() for n in (5, 30, 16))]).encode()  # documents
+FROM_A_CPU = (  # pack_file's, before a header could name a GPU
+    "504754013800ab2631b02c416155500a0b294808c1f42187545a624e31314185ec7623ec4e4f4b4d494e4ab4b4303733353136323440f6"
+    "8a11c22b96b500636f646564402a4ad95e31b6f2"
+)
+
+
+@pytest.mark.parametrize("late", ["8", "16"])
+def test_what_a_gpu_does_gives_the_bits_of_the_score_and_comes_back(artifact, monkeypatch, late):
+    """Played on a CPU: rows of no document, predictions replayed as graphs, which overwrite those before; two groups
+    of documents, some of them longer than the context."""
+    monkeypatch.setenv("TTT_LATE_CHUNK_TOKENS", late)
+    plain_steps = train_gpt.chunk_steps
+    monkeypatch.setattr(train_gpt, "chunk_steps", lambda n, run, _, goes_on: plain_steps(n, run, GPU, goes_on))
+    plain_init = train_gpt.BatchedTTT.__init__
+
+    def begin(self, *given):
+        plain_init(self, *given)
+        self.graphs = train_gpt.CUDAGraphs()
+
+    monkeypatch.setattr(train_gpt.BatchedTTT, "__init__", begin)
+    captured = fake_cuda_graphs(monkeypatch)
+    made = there_and_back(artifact, FIVE, separator=b"\n\n")
+    predictor = codec.open_predictor(artifact)
+    documents = [codec.to_tokens(predictor, False, text.decode()) for text in FIVE.split(b"\n\n")]
+    assert max(map(len, documents)) > 2 * predictor.run.eval_seq_len
+    bits = sum(scored_bits(predictor, [document]) for document in documents)
+    assert abs(8 * made.coded - bits) <= allowance(bits)
+    assert captured and not any(graph.fresh for graph in captured)
+
+
+def test_a_gpu_has_as_many_rows_as_keep_all_documents_side_by_side(artifact, monkeypatch):
+    monkeypatch.setenv("TTT_BATCH_DOCS", "100")
+    monkeypatch.setenv("TTT_LATE_CHUNK_TOKENS", "20")
+    on_cpu = codec.open_predictor(artifact)
+    assert codec.with_rows_for(on_cpu, 1).run == on_cpu.run
+    for documents, rows in ((1, 3), (2, 5), (39, 98), (40, 100), (1000, 100)):
+        run = codec.with_rows_for(on_cpu._replace(device=GPU), documents).run
+        assert run.ttt_batch_docs == rows
+        step = next(
+            s for s in train_gpt.chunk_steps(min(documents, rows), run, GPU, lambda rows, _: rows >= 0) if s.wave
+        )
+        assert len(step.rows) >= min(documents, 40)
+
+
+def test_a_gpu_is_asked_for_its_own_memory(artifact, monkeypatch):
+    predictor = codec.open_predictor(artifact)
+    given = predictor.model.config, predictor.run, 3
+    codec.require_memory(*given, torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1 << 12))
+    with pytest.raises(UserError, match="lower TTT_BATCH_DOCS"):
+        codec.require_memory(*given, GPU)
+
+
+def test_a_file_from_before_headers_could_name_a_gpu_is_read():
+    contents = codec.unpack_file(bytes.fromhex(FROM_A_CPU), "it")
+    assert contents.header.keys() == codec.HEADER.keys()
+    assert (contents.header["knobs"], contents.header["threads"], contents.coded) == ({"TTT_LR": "0.02"}, 2, b"coded")
+    assert codec.device_of(contents.header) == "cpu"
+
+
+def test_the_header_of_a_file_from_a_cpu_names_no_device(artifact):
+    header = codec.unpack_file(codec.compress(codec.open_predictor(artifact), b"a tale").blob, "it").header
+    assert header.keys() == codec.HEADER.keys()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """here(gpu): from now on torch sees this GPU, or none."""
+
+    def set_up(gpu: str | None) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: gpu)
+
+    return set_up
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", None])
+def test_what_a_cpu_compressed_a_cpu_decompresses_though_there_is_a_gpu(
+    artifact, compressed, monkeypatch, here, device
+):
+    here("NVIDIA H200")
+    if device is None:
+        monkeypatch.delenv("DEVICE")
+    else:
+        monkeypatch.setenv("DEVICE", device)
+    assert codec.decompress(artifact, codec.unpack_file(compressed, "it")) == some_text(5)
+
+
+@pytest.mark.parametrize(
+    "made_on, gpu, device, said",
+    [
+        ("cpu", "NVIDIA H200", "cuda", "compressed on a CPU, but DEVICE=cuda: set DEVICE=cpu or auto"),
+        ("NVIDIA H200", "NVIDIA H200", "cpu", "a GPU, NVIDIA H200, but DEVICE=cpu: set DEVICE=cuda or auto"),
+        ("NVIDIA H200", None, "auto", "compressed on a GPU, NVIDIA H200: it decompresses only there, .* no GPU"),
+        (
+            "NVIDIA H200",
+            "NVIDIA A100",
+            "auto",
+            "NVIDIA H200, under torch .* only there, and here is NVIDIA A100, torch",
+        ),
+        ("an older build", "NVIDIA H200", "cuda", "NVIDIA H200, under torch 1: .* here is NVIDIA H200, torch"),
+        ("\n\x1b[1m", "NVIDIA H200", "auto", r"a GPU, \\n\\x1b\[1m, under torch"),
+    ],
+)
+def test_another_device_is_refused_and_the_encoders_named(
+    artifact, compressed, monkeypatch, here, made_on, gpu, device, said
+):
+    here(gpu)
+    monkeypatch.setenv("DEVICE", device)
+    header, _, coded = codec.unpack_file(compressed, "it")
+    if made_on == "an older build":
+        header |= {"device": "NVIDIA H200", "build": "torch 1"}
+    elif made_on != "cpu":
+        header |= {"device": made_on, "build": codec.build(GPU)}
+    contents = codec.unpack_file(codec.pack_file(header, b"", coded), "it")
+    with pytest.raises(UserError, match=said) as error:
+        codec.decompress(artifact, contents)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("enabled", ["1", "0"])
+def test_documents_come_back_from_a_gpu_at_the_size_of_their_score(make_artifact, tmp_path, monkeypatch, enabled):
+    """From one process to another, and not on a CPU."""
+    path = make_artifact(heads=2)
+    for name, value in (("DEVICE", "auto"), ("TTT_BATCH_DOCS", "4"), ("TTT_ENABLED", enabled)):
+        monkeypatch.setenv(name, value)
+    source, out, back = (tmp_path / name for name in ("source", "out", "back"))
+    source.write_bytes(FIVE)
+
+    def run(*command: str, **env: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", *command, "--artifact", str(path)]
+        return subprocess.run(command, cwd=ROOT, timeout=300, env=os.environ | env, capture_output=True, text=True)
+
+    done = run("tools.compress", str(source), str(out), "--split", r"\n\n")
+    assert done.returncode == 0, done.stderr
+    done = run("tools.decompress", str(out), str(back))
+    assert done.returncode == 0, done.stderr
+    assert back.read_bytes() == FIVE
+    contents = codec.unpack_file(out.read_bytes(), "it")
+    assert contents.header["device"] == torch.cuda.get_device_name()
+    done = run("tools.decompress", str(out), str(back), DEVICE="cpu")
+    assert done.returncode == 2 and torch.cuda.get_device_name() in done.stderr
+
+    try:
+        predictor = codec.open_predictor(path, device="cuda")
+        documents = [codec.to_tokens(predictor, False, text.decode()) for text in FIVE.split(b"\n\n")]
+        bits = sum(scored_bits(predictor, [document]) for document in documents)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert abs(8 * len(contents.coded) - bits) <= allowance(bits)
 
 
 # -----------------------------------------------------------------------------
@@ -294,6 +459,8 @@ def test_no_frame_unpacks_into_more_edits_than_a_file_may_have():
         {"split": "xy"},
         {"caseops": 1},
         {"more": 1},
+        {"device": 1},
+        {"device": "NVIDIA H200", "more": 1},
     ],
 )
 def test_a_header_that_cannot_be_is_refused_though_its_checksum_fits(compressed, change):
@@ -341,7 +508,7 @@ def test_a_decoder_that_learns_otherwise_finds_no_text(artifact, compressed, mon
 
 
 def test_another_build_is_named_and_tried(artifact, compressed, monkeypatch, capsys):
-    monkeypatch.setattr(codec, "build", lambda: "torch 9")
+    monkeypatch.setattr(codec, "build", lambda device: "torch 9")
     assert codec.decompress(artifact, codec.unpack_file(compressed, "it")) == some_text(5)
     assert "torch 9" in capsys.readouterr().err
 

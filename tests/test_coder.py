@@ -31,7 +31,7 @@ def cut_at(*places: int) -> np.ndarray:
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 30.0])
 def test_length_is_the_sum_of_bits(sharpness):
     logits = sharpness * torch.randn(300, 1000)
-    bounds = [intervals(row) for row in logits]
+    bounds = list(intervals(logits))
     symbols = torch.multinomial(logits.softmax(-1), 1)[:, 0].tolist()
     data = coded(bounds, symbols)
     bits = -logits.double().log_softmax(-1)[range(300), symbols].sum().item() / math.log(2)
@@ -62,22 +62,53 @@ def test_no_symbol_no_bytes():
 
 def test_every_symbol_has_a_part_and_all_have_the_total():
     logits = torch.tensor([0.0, 500.0, -500.0, -math.inf, 500.0])
-    bounds = intervals(logits)
+    (bounds,) = intervals(logits[None])
     assert np.diff(bounds).min() == 1 and bounds[0] == 0 and bounds[-1] == TOTAL
     assert np.diff(bounds)[1] >= np.diff(bounds)[4] > TOTAL // 3
 
 
+ODD = [
+    torch.zeros(301),
+    torch.full((301,), -math.inf).index_fill(0, torch.tensor([4, 77]), 0.0),
+    torch.linspace(-800, 800, 301),
+    torch.tensor([1e-30, 1.0] * 150 + [1.0]),
+]
+
+
+def intervals_of_one(logits: torch.Tensor) -> np.ndarray:
+    """The formula, in numpy, for (V,): files compressed on a CPU depend on it."""
+    probabilities = torch.softmax(logits.double(), 0).numpy()
+    widths = 1 + np.floor(probabilities * (TOTAL - len(probabilities))).astype(np.int64)
+    widths[np.argmax(probabilities)] += TOTAL - widths.sum()
+    return np.concatenate([[0], np.cumsum(widths)])
+
+
 def test_intervals_depend_on_the_values_alone():
-    rows = torch.randn(7, 301) * 5
-    for i in range(7):
-        alone = rows[i].clone()
-        assert (intervals(rows[i]) == intervals(alone)).all()
-        assert (intervals(torch.nn.functional.pad(alone, (i, 3))[i:-3]) == intervals(alone)).all()
+    """Not on what is asked for beside them, nor on where the logits lie."""
+    rows = torch.cat([torch.randn(7, 301) * 5, torch.stack(ODD)])
+    together = intervals(rows)
+    assert together.shape == (11, 302)
+    for row, bounds in zip(rows, together, strict=True):
+        assert (bounds == intervals_of_one(row)).all()
+        assert (bounds == intervals(row[None])).all()
+    places = torch.randn(11, 4, 301).index_copy(1, torch.tensor([2]), rows[:, None])
+    assert (intervals(places[:, 2]) == together).all()
+    assert (intervals(places[np.array([1, 9]), 2]) == together[[1, 9]]).all()
+
+
+@pytest.mark.gpu
+def test_intervals_on_a_gpu_have_a_part_for_every_symbol_and_repeat():
+    rows = torch.cat([torch.randn(124, 301) * 5, torch.stack(ODD)]).cuda()
+    bounds = intervals(rows)
+    assert np.diff(bounds).min() >= 1 and (bounds[:, 0] == 0).all() and (bounds[:, -1] == TOTAL).all()
+    assert (intervals(rows.clone()) == bounds).all()
+    expected = np.stack([intervals_of_one(row) for row in rows.cpu()])
+    assert np.abs(bounds - expected).max() < 700  # a row's widths may each be rounded the other way
 
 
 def test_scores_that_are_no_numbers_are_refused():
     with pytest.raises(UserError, match="TTT_LR"):
-        intervals(torch.tensor([0.0, math.nan]))
+        intervals(torch.tensor([[0.0, 1.0], [0.0, math.nan]]))
 
 
 def test_data_that_ends_early_is_noticed():

@@ -1,5 +1,5 @@
-"""Speed on this machine: training steps in both loop modes, adaptation, each kernel against its reference, and the
-entropy coder.
+"""Speed on this machine: training steps in both loop modes, adaptation, each kernel against its reference, the entropy
+coder and the compressor.
 
 python -m tools.bench                     everything, in the entry's shapes; knobs are environment variables, as for
                                           the entry
@@ -7,6 +7,7 @@ python -m tools.bench --only steps        training steps, and where their time g
 python -m tools.bench --only adaptation   chunks of test-time training, and where their time goes
 python -m tools.bench --only kernels      forward and backward passes of kernels and references; needs a GPU
 python -m tools.bench --only coder        seconds and bytes of the entropy coder, on one CPU core everywhere
+python -m tools.bench --only codec        tokens a second that compress and decompress, TTT_BATCH_DOCS documents and one
 
 On a CPU set DEVICE=cpu and smaller shapes; profiles and kernels are then left out.
 """
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import train_gpt as g
+from tools import codec
 from tools.artifact import end_in_a_line
 
 CATEGORIES = {  # by the names of kernels in a profile; the first pattern that matches counts
@@ -293,6 +295,39 @@ def gaussian_calls(symbols: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], n
     return calls, counts.reshape(contexts, alphabet)
 
 
+# ---- Compressor ----
+
+
+def compressor(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist, tokens: int) -> None:
+    """Time the coding of random documents, as many as may be side by side and a lone one, once kernels are compiled;
+    their graphs are captured anew, as for every file. Torch stays deterministic."""
+    codec.make_deterministic(torch.get_num_threads())
+    model = make_model(model_config, run, dist).requires_grad_(False)
+    for count in (run.ttt_batch_docs, 1):
+        text = torch.randint(2, model_config.vocab_size, (count, tokens - 1)).tolist()
+        predictor = codec.with_rows_for(codec.Predictor(model, run, None, "", dist.device), count)
+        there_and_back(predictor, [document[: 4 * run.ttt_chunk_tokens] + [g.BOS] for document in text])
+        size, encoded, decoded = there_and_back(predictor, [[*document, g.BOS] for document in text])
+        print(
+            f"codec documents:{count} rows:{predictor.run.ttt_batch_docs} tokens:{count * tokens} "
+            f"encoded_per_s:{count * tokens / encoded:.1f} decoded_per_s:{count * tokens / decoded:.1f} "
+            f"bits_per_token:{8 * size / (count * tokens):.3f} {peak_memory()}",
+            flush=True,
+        )
+
+
+def there_and_back(predictor: codec.Predictor, documents: list[list[int]]) -> tuple[int, float, float]:
+    """Encode and decode documents -> bytes, seconds of both."""
+    tokens = sum(map(len, documents))
+    start = time.perf_counter()
+    data = codec.encode(predictor, documents, codec.Progress("encoding", tokens))
+    encoded = time.perf_counter()
+    found = codec.decode(predictor, len(documents), tokens, data, codec.Progress("decoding", tokens))
+    decoded = time.perf_counter()
+    g.require(found == documents, "documents came back as others", g.DataError)
+    return len(data), encoded - start, decoded - encoded
+
+
 # ---- Memory and profiles ----
 
 
@@ -331,8 +366,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["steps", "adaptation", "kernels", "coder"], help="see above")
+    parser.add_argument("--only", choices=["steps", "adaptation", "kernels", "coder", "codec"], help="see above")
     parser.add_argument("--count", type=int, default=4, help="training steps to time [4]")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a document that is compressed [1024]")
     options = parser.parse_args()
     model_config, run = g.read_env()
     dist = g.Dist.from_env(run.device)
@@ -358,6 +394,9 @@ def main() -> int:
         trainer = make_trainer(model_config, run, dist)
         for looping in (False, True):
             steps(trainer, looping, options.count)
+        del trainer
+    if options.only in (None, "codec"):
+        compressor(model_config, run, dist, options.tokens)
     dist.close()
     return 0
 

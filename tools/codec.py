@@ -14,6 +14,7 @@ Sections: Predictor, Text, Edits, Coding, Files, Commands.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -46,7 +47,7 @@ MAX_BYTES = 1 << 26  # of a text, and of all its edits
 DATA_KNOBS = ("DATA_PATH", "TOKENIZER_PATH")  # where the tokenizer is
 CODING_KNOBS = ("EVAL_SEQ_LEN", "SEED")  # together with the TTT_ knobs they determine the predictions
 FIXED_KNOBS = {
-    "DEVICE": "cpu",
+    "COMPILE": "1",  # a GPU's graphs belong to the format
     "RESUME": "",
     "EVAL_STRIDE": "1",
 }  # the stride is unused, but may not exceed the context
@@ -58,23 +59,29 @@ class Predictor(NamedTuple):
     run: train_gpt.RunConfig
     tokenizer: train_gpt.Tokenizer
     sha256: str  # of the artifact
+    device: torch.device
 
 
-def open_predictor(path: Path, knobs: Mapping[str, str] | None = None) -> Predictor:
-    """Open an artifact on the CPU. Its knobs are `knobs`, if given; else a knob comes from the environment, else from
-    the run that made the artifact, else it has its default. No data but the tokenizer is needed. Raises UserError."""
+def open_predictor(path: Path, knobs: Mapping[str, str] | None = None, device: str = "cpu") -> Predictor:
+    """Open an artifact on a device, a value of the knob DEVICE. Its other knobs are `knobs`, if given; else a knob
+    comes from the environment, else from the run that made the artifact, else it has its default. No data but the
+    tokenizer is needed. Raises UserError."""
     env = knobs_of_run(path, os.environ) | dict(os.environ)
     if knobs is not None:
         env = {name: env[name] for name in DATA_KNOBS if name in env} | dict(knobs)
-    _, run = train_gpt.read_env(env | {"ARTIFACT": str(path)} | FIXED_KNOBS)
+    _, run = train_gpt.read_env(env | {"ARTIFACT": str(path), "DEVICE": device} | FIXED_KNOBS)
+    dist = train_gpt.Dist.from_env(run.device, {})  # alone, whatever torchrun may have set
     blob = train_gpt.read_file(path)
     header, _ = train_gpt.read_header(blob, str(path))
     config = train_gpt.stored_config(header["meta"], str(path))
     run = train_gpt.decide_optimizer(run, header, str(path))
     tokenizer = train_gpt.load_tokenizer(run, config.vocab_size)
-    setup = train_gpt.Setup(config, run, train_gpt.Dist(), tokenizer, NO_DOCUMENTS, None)
+    if dist.device.type == "cuda":
+        train_gpt.check_gpu(config, dist.device)
+        train_gpt.prepare_torch(run, dist.device)
+    setup = train_gpt.Setup(config, run, dist, tokenizer, NO_DOCUMENTS, None)
     model = train_gpt.load_artifact(path, setup).requires_grad_(False)
-    return Predictor(model, run, tokenizer, hashlib.sha256(blob).hexdigest())
+    return Predictor(model, run, tokenizer, hashlib.sha256(blob).hexdigest(), dist.device)
 
 
 def affects_coding(knob: str) -> bool:
@@ -97,10 +104,14 @@ def make_deterministic(threads: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def build() -> str:
-    """What the bits of a prediction depend on besides the artifact, the knobs and the number of threads."""
+def build(device: torch.device) -> str:
+    """What the bits of a prediction depend on besides the artifact, the knobs, and the GPU or the number of threads."""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    if device.type == "cuda":
+        triton = train_gpt.triton.__version__ if train_gpt.triton else "none"
+        instructions = f"CUDA {torch.version.cuda}, Triton {triton}"
     entry = hashlib.sha256(train_gpt.code()).hexdigest()[:8]
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, entry {entry}"
+    return f"torch {torch.__version__}, {instructions}, entry {entry}"
 
 
 # -----------------------------------------------------------------------------
@@ -327,7 +338,8 @@ class Reader:
 # Coding: documents side by side, chunk by chunk. Encoder and decoder share `code_group` and differ in how the tokens of
 # a chunk become known: the encoder has them and predicts all of them at once; the decoder finds one and predicts again.
 # A prediction must therefore not vary, not even in its last bit, with the tokens after it, which the decoder does not
-# have yet: the encoder checks that.
+# have yet: the encoder checks that. Both compute it by the same pass over all of the chunk and all rows, on a GPU by
+# the same CUDA graph: a pass of another shape might round otherwise.
 
 
 class Chunk(NamedTuple):
@@ -338,7 +350,7 @@ class Chunk(NamedTuple):
     documents: np.ndarray  # (B,) which document each row holds
     last_tokens: np.ndarray  # (B,) the token before the chunk
     active: np.ndarray  # (B,) bool, the row holds a document, which has not ended before the chunk
-    predict: Callable[[np.ndarray], Tensor]  # inputs (B, C) -> logits (B, C, V); may be called repeatedly
+    predict: Callable[[np.ndarray], Tensor]  # inputs (B, C) -> logits (B, C, V), until the next call
 
 
 class TokenCoder(Protocol):
@@ -346,14 +358,9 @@ class TokenCoder(Protocol):
         """Code a chunk -> its tokens (B, C), with nothing but BOS from the end of a document on."""
 
 
-def code_group(predictor: Predictor, documents: range, coder: TokenCoder) -> None:
+def code_group(run: train_gpt.RunConfig, learners: train_gpt.Learners, documents: range, coder: TokenCoder) -> None:
     """Code these documents to their ends, adapting to each, chunk by chunk as the scorer does."""
-    model = predictor.model
-    run = predictor.run
-    require(run.batched_ttt, "text is coded document by document: TTT_PARAMS=lora and TTT_SCOPE=document are needed")
-    require_memory(model.config, run, len(documents))
-    device = torch.device("cpu")
-    learners = train_gpt.Learners(model, device)
+    device = learners.device
     # Of every document; the last entries are for rows without one.
     last_tokens = np.full(len(documents) + 1, BOS)
     ended = np.append(np.zeros(len(documents), bool), True)
@@ -361,11 +368,11 @@ def code_group(predictor: Predictor, documents: range, coder: TokenCoder) -> Non
     def go_on(rows: np.ndarray, _first: int) -> np.ndarray:
         return ~ended[rows]
 
-    @torch.no_grad()
+    def on_device(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
     def predict(inputs: np.ndarray) -> Tensor:
-        learner = learners.current
-        states, _ = learner.hidden(torch.from_numpy(inputs))
-        return model.head.logits(states, model.embed, learner.adapter.head)
+        return learners.current.predict(on_device(inputs))
 
     for step in train_gpt.chunk_steps(len(documents), run, device, go_on):
         learner = learners.at(step)
@@ -379,27 +386,35 @@ def code_group(predictor: Predictor, documents: range, coder: TokenCoder) -> Non
             return  # nothing would be scored with what the last chunk teaches
 
         to_learn = bool(run.ttt_enabled) and step.first + size >= run.ttt_min_doc_tokens
-        inputs = inputs_of(before, targets)
-        chunk = learner.score(torch.from_numpy(inputs), torch.from_numpy(targets), to_learn)
+        chunk = learner.score(on_device(inputs_of(before, targets)), on_device(targets), to_learn)
         if to_learn:
-            chunk = learner.learn(chunk, torch.from_numpy(counted(targets, active)))
+            chunk = learner.learn(chunk, on_device(counted(targets, active)))
         learner.advance(chunk)
         last_tokens[rows] = targets[:, -1]
 
 
-def require_memory(config: train_gpt.ModelConfig, run: train_gpt.RunConfig, documents: int) -> None:
-    """Refuse what this computer cannot hold: LoRA with gradients and moments, and the logits of a chunk. Fp32. Half of
+def require_memory(
+    config: train_gpt.ModelConfig, run: train_gpt.RunConfig, documents: int, device: torch.device
+) -> None:
+    """Refuse what this device cannot hold: LoRA with gradients and moments, and the logits of a chunk. Fp32. Half of
     it is a margin for learners of fewer documents, which take over as documents end."""
     passes = len(train_gpt.layer_plan(config, looping=True))
     widths = 2 * config.model_dim * passes * len(run.lora_targets) + config.model_dim + config.vocab_size
     need = 32 * documents * (run.ttt_lora_rank * widths + run.ttt_chunk_tokens * config.vocab_size)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    have = memory_of(device)
     require(
         need < have,
         f"{documents} documents side by side with TTT_LORA_RANK={run.ttt_lora_rank} need "
         f"{need / 2**30:.1f} GiB of memory, {have / 2**30:.1f} are there: lower TTT_BATCH_DOCS",
         UserError,
     )
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that this device has, in use or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def inputs_of(last_tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -430,13 +445,14 @@ class TokenEncoder:
             targets[row, : len(part)] = part
 
         inputs = inputs_of(chunk.last_tokens, targets)
-        logits = chunk.predict(inputs)
+        logits = chunk.predict(inputs).clone()  # the check predicts again
         self.check_causality(chunk, inputs, logits)
 
         mask = counted(targets, chunk.active)
         for place in range(chunk.size):  # in the order in which the decoder finds them
-            for row in np.flatnonzero(mask[:, place]):
-                self.encoder.put(intervals(logits[row, place]), int(targets[row, place]))
+            rows = np.flatnonzero(mask[:, place])
+            for row, bounds in zip(rows, intervals(logits[rows, place]), strict=True):
+                self.encoder.put(bounds, int(targets[row, place]))
         self.done += int(mask.sum())
         self.progress(self.done)
         return targets
@@ -470,8 +486,9 @@ class TokenDecoder:
             logits = chunk.predict(inputs_of(chunk.last_tokens, targets))
             self.done += int(active.sum())
             require(self.done <= self.tokens, "more tokens come out than went in", DataError)
-            for row in np.flatnonzero(active):
-                token = self.decoder.get(intervals(logits[row, place]))
+            rows = np.flatnonzero(active)
+            for row, bounds in zip(rows, intervals(logits[rows, place]), strict=True):
+                token = self.decoder.get(bounds)
                 self.documents[chunk.documents[row]].append(token)
                 targets[row, place] = token
                 active[row] = token != BOS
@@ -483,9 +500,30 @@ class TokenDecoder:
 
 def code_documents(predictor: Predictor, documents: int, coder: TokenCoder) -> None:
     """Code so many documents, TTT_BATCH_DOCS side by side."""
-    at_a_time = predictor.run.ttt_batch_docs
+    run = predictor.run
+    check_adaptation(run)
+    at_a_time = run.ttt_batch_docs
+    rows = at_a_time if predictor.device.type == "cuda" else min(at_a_time, documents)
+    require_memory(predictor.model.config, run, rows, predictor.device)
+    learners = train_gpt.Learners(predictor.model, predictor.device)
     for first in range(0, documents, at_a_time):
-        code_group(predictor, range(first, min(first + at_a_time, documents)), coder)
+        code_group(run, learners, range(first, min(first + at_a_time, documents)), coder)
+
+
+def check_adaptation(run: train_gpt.RunConfig) -> None:
+    require(run.batched_ttt, "text is coded document by document: TTT_PARAMS=lora and TTT_SCOPE=document are needed")
+
+
+def with_rows_for(predictor: Predictor, documents: int) -> Predictor:
+    """On a GPU a row costs the same with no document in it: the predictor with a TTT_BATCH_DOCS no larger than so many
+    documents need to stay side by side to their ends. A CPU has no such rows."""
+    if predictor.device.type == "cpu":
+        return predictor
+    run = predictor.run
+    late = train_gpt.late_run(run).ttt_chunk_tokens
+    needed = -(-documents * max(late, run.ttt_chunk_tokens) // run.ttt_chunk_tokens)  # late rows are fewer: chunk_steps
+    rows = min(run.ttt_batch_docs, needed)
+    return predictor._replace(run=dataclasses.replace(run, ttt_batch_docs=rows))
 
 
 def encode(predictor: Predictor, documents: Sequence[Sequence[int]], progress: Callable[[int], None]) -> bytes:
@@ -531,6 +569,7 @@ HEADER = {
     "threads": int,
     "tokens": int,
 }
+GPU_HEADER = HEADER | {"device": str}  # with the GPU's name; without, a CPU made the file
 DEFLATE_DICTIONARY = (  # part of the format: headers are deflated as if they followed this text
     b'{"artifact":"0123456789abcdef","build":"torch 2.13.0+cu128, AVX2, AVX512, entry ","caseops":true,'
     b'"documents":1,"edits":0,"knobs":{"EVAL_SEQ_LEN":"512","TTT_BATCH_DOCS":"16","TTT_CHUNK_TOKENS":"64",'
@@ -569,15 +608,17 @@ def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compr
         f"{len(data)} bytes, {len(parts)} documents: at most {MAX_BYTES} and {MAX_DOCUMENTS} go into a file; cut it up",
         UserError,
     )
+    check_adaptation(predictor.run)
     check_work(knobs_to_store(predictor))
     caseops = uses_caseops(predictor)
     documents, passes = to_documents(predictor, caseops, parts, separator)
+    predictor = with_rows_for(predictor, len(documents))
     edits = pack_edits(passes)
     tokens = sum(map(len, documents))
     coded = encode(predictor, documents, Progress("compressing", tokens))
     header = {
         "artifact": predictor.sha256[:16],
-        "build": build(),
+        "build": build(predictor.device),
         "caseops": caseops,
         "documents": len(documents),
         "edits": len(edits),
@@ -587,6 +628,8 @@ def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compr
         "threads": torch.get_num_threads(),
         "tokens": tokens,
     }
+    if predictor.device.type == "cuda":
+        header["device"] = train_gpt.device_name(predictor.device)
     blob = pack_file(header, edits, coded)
     header_bytes = len(blob) - len(edits) - len(coded)
     return Compressed(blob, header_bytes, len(edits), len(coded), tokens, len(documents))
@@ -627,8 +670,10 @@ def inflate(data: bytes) -> bytes:
 
 def check_header(header: Any) -> None:
     """Refuse values that cannot be: a file with a valid checksum may still have been made by somebody else."""
-    require(isinstance(header, dict) and header.keys() == HEADER.keys(), "the header has other entries")
-    require(all(type(header[name]) is kind for name, kind in HEADER.items()), "an entry of the header has a wrong type")
+    require(isinstance(header, dict), "the header is not a table")
+    kinds = GPU_HEADER if "device" in header else HEADER
+    require(header.keys() == kinds.keys(), "the header has other entries")
+    require(all(type(header[name]) is kind for name, kind in kinds.items()), "an entry of the header has a wrong type")
     require(0 < header["documents"] <= min(header["tokens"], MAX_DOCUMENTS), "the number of documents is impossible")
     require(header["tokens"] <= 16 * MAX_BYTES, "the number of tokens is impossible")
     require(header["edits"] >= 0, "the size of the edits is impossible")
@@ -649,21 +694,43 @@ def check_work(knobs: Mapping[str, str]) -> None:
         require(value <= most, f"{name}={value}: a compressed text may use at most {most}")
 
 
+def device_of(header: Mapping[str, Any]) -> str:
+    """The device that a text was compressed on, as a value of the knob DEVICE. Raises UserError where that device is
+    not here or DEVICE is another. Another GPU or build is refused, as its numbers are others; another CPU is not, as
+    its numbers may be the same."""
+    allowed = os.environ.get("DEVICE", "auto")
+    device = "cuda" if "device" in header else "cpu"
+    where = f"compressed on a GPU, {printable(header['device'])}" if device == "cuda" else "compressed on a CPU"
+    require(allowed in {"auto", device}, f"{where}, but DEVICE={allowed}: set DEVICE={device} or auto", UserError)
+    if device == "cpu":
+        return device
+
+    require(torch.cuda.is_available(), f"{where}: it decompresses only there, and torch sees no GPU here", UserError)
+    gpu = torch.device("cuda")
+    here = train_gpt.device_name(gpu), build(gpu)
+    require(
+        here == (header["device"], header["build"]),
+        f"{where}, under {printable(header['build'])}: it decompresses only there, and here is {', '.join(here)}",
+        UserError,
+    )
+    return device
+
+
 def decompress(path: Path, contents: Contents) -> bytes:
     """The text of a file that was compressed with the artifact at `path`. Raises UserError."""
     header = contents.header
     make_deterministic(header["threads"])
-    predictor = open_predictor(path, header["knobs"])
+    predictor = open_predictor(path, header["knobs"], device_of(header))
     require(
         predictor.sha256.startswith(header["artifact"]),
         f"{path} is artifact {predictor.sha256[:16]}, the text "
         f"was compressed with {header['artifact']}: name that one with --artifact",
         DataError,
     )
-    same_build = header["build"] == build()
+    here = build(predictor.device)
     why = "these predictions are not the encoder's, whose computer may be of another kind"
-    if not same_build:
-        why = f"compressed under {header['build']}, which is not what runs here, {build()}"
+    if header["build"] != here:
+        why = f"compressed under {header['build']}, which is not what runs here, {here}"
         print(f"warning: {printable(why)}; it is tried, and the text's checksum tells", file=sys.stderr, flush=True)
 
     progress = Progress("decompressing", header["tokens"])

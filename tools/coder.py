@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from train_gpt import DataError, UserError
@@ -22,18 +23,22 @@ RENORMALISE = TOP >> 8  # between two symbols the range lies in (RENORMALISE, TO
 
 
 def intervals(logits: Tensor) -> np.ndarray:
-    """Logits of one prediction (V,) fp32 on the CPU -> bounds (V + 1,) int64, rising from 0 to TOTAL. Symbol s gets
-    bounds[s] to bounds[s + 1]: its share of TOTAL, rounded down, plus 1 so that every symbol can be coded. What is left
-    over goes to the likeliest symbol, the first of equals.
+    """Logits of n predictions (n, V) fp32 -> bounds (n, V + 1) int32, each row rising from 0 to TOTAL. Symbol s of a
+    row gets bounds[s] to bounds[s + 1]: its share of TOTAL, rounded down, plus 1 so that every symbol can be coded.
+    What is left over goes to the likeliest symbol, the first of equals.
 
-    Takes one prediction at a time, in memory of its own: a vectorised kernel may treat the end of an array, or an array
-    of another alignment, differently, and encoder and decoder hold this prediction in different arrays."""
-    probabilities = torch.softmax(logits.double(), 0).numpy()
-    if not np.isfinite(probabilities).all():
+    This is done where the logits are. On a GPU a softmax of other shape may round otherwise, so encoder and decoder
+    must ask for the same predictions together."""
+    probabilities = torch.softmax(logits.double(), 1)  # in memory of its own, however the logits lie in theirs
+    if not torch.isfinite(probabilities).all():
         raise UserError("the model's logits are not finite: adaptation has diverged; lower TTT_LR")
-    widths = 1 + np.floor(probabilities * (TOTAL - len(probabilities))).astype(np.int64)
-    widths[np.argmax(probabilities)] += TOTAL - widths.sum()
-    return np.concatenate([[0], np.cumsum(widths)])
+    symbols = probabilities.size(1)
+    widths = 1 + (probabilities * (TOTAL - symbols)).floor().long()
+    ends = widths.cumsum(1)
+    left_over = TOTAL - ends[:, -1:]
+    likeliest = probabilities.argmax(1, keepdim=True)
+    ends += left_over * (torch.arange(symbols, device=logits.device) >= likeliest)
+    return F.pad(ends, (1, 0)).int().cpu().numpy()
 
 
 class Encoder:
@@ -92,7 +97,8 @@ class Decoder:
         if place >= TOTAL or self.read > len(self.data) + STATE_BYTES:
             raise DataError("the coded text makes no sense: this computer does not predict what the encoder's did")
 
-        symbol = int(np.searchsorted(bounds, place, side="right")) - 1
+        # Of the same type, so that numpy need not convert all bounds.
+        symbol = int(np.searchsorted(bounds, bounds.dtype.type(place), side="right")) - 1
         begin, end = int(bounds[symbol]), int(bounds[symbol + 1])
         self.offset -= unit * begin
         self.range = unit * (end - begin)

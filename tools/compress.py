@@ -8,15 +8,20 @@ Any bytes come back exactly (python -m tools.decompress): what the tokenizer can
 The knobs TTT_..., EVAL_SEQ_LEN and SEED are taken from the environment, else from the run that made the artifact, and
 stored in OUT. DATA_PATH or TOKENIZER_PATH must lead to the tokenizer.
 
+It runs on the GPU if there is one, else on the CPU; DEVICE=cpu or cuda decides otherwise. What a GPU compressed, only a
+GPU decompresses, and what a CPU compressed, only a CPU; `decompress` takes the one that OUT names.
+
 What is promised: OUT decompresses on the same computer with the same torch, artifact and train_gpt.py, whose names it
-carries. Elsewhere the last bit of a sum may differ, and with it everything after: decompression is tried, and fails
-with a message if the text's checksum is wrong. So this is a proof that the score is a code length, and not an archiver.
-It runs on the CPU, with as many threads as OMP_NUM_THREADS says or there are cores, and the decoder then uses as many.
+carries. Elsewhere the last bit of a sum may differ, and with it everything after. A GPU of another name or with another
+build is refused. Another CPU is tried, and fails with a message if the text's checksum is wrong. So this is a proof
+that the score is a code length, and not an archiver. On a CPU as many threads are used as OMP_NUM_THREADS says or there
+are cores, and the decoder then uses as many.
 
 Speed: decompressing costs a forward pass over a chunk (TTT_CHUNK_TOKENS) for every token, compressing about five for
 every chunk. A CPU core took 0.14 s a token to decompress with the default network and 0.015 s with the small one, and
 to compress 0.02 s and 0.002 s. Progress is reported, with the time left. Documents in one file (--split) are coded side
-by side, TTT_BATCH_DOCS at a time, which is faster; memory grows with their number. At most 64 MiB go into a file.
+by side, TTT_BATCH_DOCS at a time, which is faster, most of all on a GPU; memory grows with their number. At most 64 MiB
+go into a file.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import lzma
+import os
 import sys
 from pathlib import Path
 
@@ -113,7 +119,7 @@ def main(arguments: list[str]) -> int:
         parser.error("give FILE and OUT, or --table N")
 
     codec.make_deterministic(torch.get_num_threads())
-    predictor = codec.open_predictor(find_artifact(args.artifact))
+    predictor = codec.open_predictor(find_artifact(args.artifact), device=os.environ.get("DEVICE", "auto"))
     if args.table is not None:
         print_table(predictor, args.table)
     else:

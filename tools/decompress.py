@@ -4,7 +4,8 @@ Decompress what `compress` wrote, with the artifact that it was written with.
     python -m tools.decompress OUT FILE
 
 OUT names the artifact by its hash and holds the knobs, so those of the environment are ignored; DATA_PATH or
-TOKENIZER_PATH must lead to the tokenizer. The text is written only if it matches its checksum. What is promised from
+TOKENIZER_PATH must lead to the tokenizer. It runs on the device that OUT was compressed on, which it names, and refuses
+where that is not here or DEVICE is another. The text is written only if it matches its checksum. What is promised from
 one computer to another, and how fast this is: python -m tools.compress --help.
 """
 

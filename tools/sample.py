@@ -5,6 +5,7 @@ Let an artifact write: it continues a prompt, without adaptation.
     python -m tools.sample "def main("         from a prompt; `-` reads it from standard input
 
 The text ends where the model ends its document, or after --tokens. The same seed gives the same text on one computer.
+It runs on the CPU.
 """
 
 from __future__ import annotations
