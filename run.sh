@@ -53,7 +53,7 @@ small_job() {
   else
     default TTT_LORA_RANK=8 TTT_LORA_ALPHA=16 TTT_CHUNK_TOKENS=16
     if [[ ${TTT_OPTIMIZER:-auto} == @(auto|rms) && ${TTT_SCOPE:-document} == document && ${GRAD_RMS_TOKENS:-} != 0 ]]; then
-      default TTT_LR=5e-3 # of steps that are divided by the RMS of gradients
+      default TTT_OPTIMIZER=rms TTT_LR=5e-3 # named, so that an artifact without the RMS of gradients is refused
     else
       default TTT_LR=1e-3
     fi

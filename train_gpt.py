@@ -312,7 +312,9 @@ class RunConfig:
     ttt_momentum: float = knob(0.9, "SGD's momentum", low=0, high=0.9999, only=SGD)
     ttt_beta1: float = knob(0.0, "AdamW's decay rate of the first moment", low=0, high=0.9999, only=ADAMW)
     ttt_beta2: float = knob(0.99, "AdamW's decay rate of the second moment", low=0, high=0.99999, only=ADAMW)
-    ttt_rms_floor: float = knob(0.0, "added to each RMS, as a fraction of that of all columns", low=0, only=RMS)
+    ttt_rms_floor: float = knob(
+        0.0, "added to each RMS, as a fraction of that of all columns of the same output", low=0, only=RMS
+    )
     ttt_weight_decay: float = knob(0.5, "decoupled weight decay", low=0, full=0.0, only=SGD_OR_ADAMW)
     ttt_grad_clip: float = knob(0.0, "largest norm of a document's gradient, 0 = no limit", low=0, full=1.0)
     ttt_ns_steps: int = knob(0, "Newton-Schulz steps on each update, 0 = none", low=0, high=5, only=SGD_OR_ADAMW)
@@ -404,7 +406,8 @@ class RunConfig:
         )
         require(
             self.ttt_optimizer != "rms" or self.ttt_lora_alpha > 0,
-            "TTT_OPTIMIZER=rms divides by a gradient's RMS, which is 0 under TTT_LORA_ALPHA=0: raise it",
+            "TTT_OPTIMIZER=rms divides by a gradient's RMS, which is 0 under TTT_LORA_ALPHA=0: raise it, or set "
+            "TTT_OPTIMIZER=adamw",
         )
         require(
             self.ttt_entropy_high == 0 or self.ttt_entropy_low < self.ttt_entropy_high,
@@ -3873,7 +3876,7 @@ def aligned(tokens: int) -> int:
 def fill_rows(wanted: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     """Put windows, in order, into rows of at most `row_tokens`."""
     rows = []
-    used = row_tokens + 1  # of the last row; at first there is none
+    used = row_tokens  # of the last row; at first there is none
     for window in wanted:
         size = window.end - window.start
         if aligned(used) + size > row_tokens:
@@ -4005,7 +4008,8 @@ class Adapter:
 
 class TTTOptimizer:
     """The update rule of test-time training on tensors (B, ...). Clipping, moments, decay and rate are each document's
-    own, so that no document's step depends on another. Another rule is another branch of `directions`."""
+    own, so that no document's step depends on another. Another rule is another branch of `directions`; what it knows of
+    each column beforehand is a multiplier of the rate."""
 
     def __init__(self, tensors: list[Tensor], multipliers: Sequence[float | Tensor], run: RunConfig):
         """`multipliers` of the learning rate, one for each tensor; under TTT_OPTIMIZER=rms one for each of its columns,
@@ -4045,13 +4049,12 @@ class TTTOptimizer:
             factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
             grads = [g * per_document(factor, g) for g in grads]
         for t, direction, multiplier in zip(tensors, self.directions(grads), self.multipliers, strict=True):
-            rate = per_document(lr, t)
-            if run.ttt_optimizer == "rms":
-                t.addcmul_(rate * multiplier, direction, value=-1.0)
-                continue
-            if run.ttt_ns_steps and direction.ndim == 3:
-                direction = orthogonalise(direction, run.ttt_ns_steps)
-            t.mul_(1 - rate * (multiplier * run.ttt_weight_decay)).addcmul_(rate, direction, value=-multiplier)
+            rate = per_document(lr, t) * multiplier
+            if run.ttt_optimizer != "rms":
+                if run.ttt_ns_steps and direction.ndim == 3:
+                    direction = orthogonalise(direction, run.ttt_ns_steps)
+                t.mul_(1 - rate * run.ttt_weight_decay)
+            t.addcmul_(rate, direction, value=-1.0)
 
 
 def per_document(values: Tensor, like: Tensor) -> Tensor:
@@ -4206,7 +4209,7 @@ class BatchedTTT(Learner):
     """B documents, each with a LoRA of its own. No row reaches another.
 
     Earlier chunks are attended to by the keys and values of their last forward pass, so that a step costs a chunk and
-    not a window. On a GPU a step that learns is replayed as CUDA graphs, captured for each size of the cache.
+    not a window. On a GPU a step that learns is replayed as CUDA graphs.
     """
 
     def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
@@ -4246,7 +4249,7 @@ class BatchedTTT(Learner):
         """Score the next chunk, inputs and targets (B, C) each, from what was learned before it. `to_learn`: whether
         `learn` will be called on it."""
         self.cache.make_room(tokens.size(1))
-        # On a GPU always with a graph for gradients, since without one torch may choose kernels that round otherwise.
+        # On a GPU always with an autograd graph: without one torch may choose kernels that round otherwise.
         with torch.set_grad_enabled(to_learn or tokens.is_cuda):
             chunk = self._replay_or_run("score", to_learn, self._score, tokens, targets)
         return chunk._replace(to_learn=to_learn)
@@ -4284,9 +4287,12 @@ class BatchedTTT(Learner):
         return (entropy * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     def _replay_or_run(self, name: str, to_learn: bool, work: Callable[..., Any], *inputs: Tensor) -> Any:
-        """Do a part of a step: on a GPU as a CUDA graph, unless the chunk was scored without gradients."""
-        if self.graphs is None or not to_learn:
+        """Do a part of a step: on a GPU as a CUDA graph, if the chunk is to be learned from."""
+        if self.graphs is None:
             return work(*inputs)
+        if not to_learn:
+            with self.graphs.on_stream():
+                return work(*inputs)
         return self.graphs((name, self.cache.size), work, *inputs)
 
     @torch.no_grad()
@@ -4319,8 +4325,10 @@ class ChunkStep(NamedTuple):
     first: int  # position of the chunk in every document
     run: RunConfig  # settings of its learner: TTT_CHUNK_TOKENS is the size of the chunk
     rows: np.ndarray  # (B,) which document each row holds, -1 for none; some may have ended
-    kept: np.ndarray | None  # None if rows are those of the step before; else the index (B,) of each among those
-    wave: int  # 0; then 1, 2, ... for the groups that go on with late chunks, each from where step 0 has ended
+    # None if rows are those of the step before; else the index (B,) of each among those: of a wave's first step among
+    # the last rows of wave 0. A row without a document may have any index.
+    kept: np.ndarray | None
+    wave: int  # 0; then 1, 2, ... for the groups that go on with late chunks, each from where wave 0 has ended
 
 
 def chunk_steps(
@@ -4389,15 +4397,19 @@ class Learners:
         self.model = model
         self.device = device
         self.by_size: dict[tuple[int, bool], BatchedTTT] = {}  # (rows, late chunks or not)
-        self.current: BatchedTTT | None = None
-        self.before_waves: BatchedTTT | None = None
-        self.wave = 0
+        self.current: BatchedTTT | None = None  # of the latest step,
+        self.wave = 0  # which belongs to this wave
+        self.before_waves: BatchedTTT | None = None  # as wave 0 has left it
 
     def at(self, step: ChunkStep) -> BatchedTTT:
         """The learner for a step, with what its documents have learned in the steps before."""
         if step.first == 0:
             if (len(step.rows), False) not in self.by_size:
-                self.by_size.clear()  # each holds gigabytes; those for a group of another size are not needed again
+                # Each holds gigabytes, and those for a group of another size are not needed again.
+                self.by_size.clear()
+                self.current = self.before_waves = None
+            elif self.device.type == "cpu":  # where the number of late rows follows from the group
+                self.by_size = {key: learner for key, learner in self.by_size.items() if key == (len(step.rows), False)}
             self.current = self._learner(step)
             self.current.reset()
         elif step.kept is not None:
@@ -4471,7 +4483,8 @@ class GradientRMS(NamedTuple):
     Let x_t (in,) be the input at token t, and g_tj the gradient at column j of the output there, of the summed loss of
     a chunk of C targets. Then the number of column j is sqrt(mean |sum_t x_t g_tj|^2 / C), where the mean is that over
     chunks: the RMS of one target's gradient at row j of the matrix. Nothing of LoRA is in it: see `rms_of_gradients`.
-    """
+
+    After dynamic evaluation with RMS statistics, Krause et al., arXiv 1904.08378; theirs are of single weights."""
 
     columns: list[Tensor]  # (out,) fp32, for each of lora_outputs
     growth: Tensor  # (outputs,) fp32, of their columns with C: they go with C^growth
@@ -4507,17 +4520,24 @@ def rms_of_gradients(model: GPT, run: RunConfig) -> list[Tensor]:
 def check_gradient_rms(measured: GradientRMS | None, run: RunConfig, what: str) -> None:
     """Raises UserError, which names the artifact `what`, where TTT_OPTIMIZER=rms lacks what it divides by, or where
     that was measured on chunks of quite another length."""
-    chunk_tokens = run.ttt_chunk_tokens
     require(measured is not None, f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
-    low = measured.chunk_tokens / FARTHEST_CHUNKS
-    high = measured.chunk_tokens * LONGER_CHUNKS * FARTHEST_CHUNKS
-    require(
-        low <= chunk_tokens <= high,
-        f"{what}: TTT_OPTIMIZER=rms: gradients were measured on chunks of {measured.chunk_tokens} tokens, which says "
-        f"too little of TTT_CHUNK_TOKENS={chunk_tokens}: choose {low:g} to {high:g}, measure again "
-        "(python -m tools.calibrate), or set TTT_OPTIMIZER=adamw",
-        UserError,
-    )
+    check_chunks(measured.chunk_tokens, run, what)
+
+
+def check_chunks(measured_on: int, run: RunConfig, what: str) -> None:
+    """Raises UserError, which names `what`, where gradients that were measured on chunks of so many tokens say too
+    little of those that the run learns from."""
+    low = measured_on / FARTHEST_CHUNKS
+    high = measured_on * LONGER_CHUNKS * FARTHEST_CHUNKS
+    chunks = {"TTT_CHUNK_TOKENS": run.ttt_chunk_tokens, "TTT_LATE_CHUNK_TOKENS": late_run(run).ttt_chunk_tokens}
+    for name, chunk_tokens in chunks.items():
+        require(
+            low <= chunk_tokens <= high,
+            f"{what}: TTT_OPTIMIZER=rms: gradients are measured on chunks of {measured_on} tokens, which says too "
+            f"little of {name}={chunk_tokens}: choose {low:g} to {high:g}, measure an artifact again "
+            "(python -m tools.calibrate), or set TTT_OPTIMIZER=adamw",
+            UserError,
+        )
 
 
 NO_GRADIENT_RMS = (
@@ -4626,24 +4646,28 @@ def measure_gradient_rms(model: GPT, docs: Documents, run: RunConfig, dist: Dist
     """Measure gradients on documents, at least one of which has a whole chunk: up to `probed_tokens` of each. The same
     on every rank."""
     size = rms_chunk_tokens(run)
-    longer_size = min(LONGER_CHUNKS * size, probed_tokens(run))
+    longer_size = size * longer_chunks(docs, run)
     columns = measure_columns(model, docs, run, dist, size)
-    longer = measure_columns(model, docs, run, dist, longer_size)
     growth = torch.zeros(len(columns))
-    if longer is not None and longer_size > size:
+    if longer_size > size:
+        longer = measure_columns(model, docs, run, dist, longer_size)
         ratios = [b.norm() / a.norm() for a, b in zip(columns, longer, strict=True)]
         growth = torch.stack(ratios).log() / math.log(longer_size / size)
     return GradientRMS(columns, growth, size)
 
 
+def longer_chunks(docs: Documents, run: RunConfig) -> int:
+    """How many times as long the chunks are that show how gradients grow; 1 where no document has room for longer ones,
+    so that nothing shows it."""
+    longest = min(int(docs.lengths.max()), probed_tokens(run))
+    return min(LONGER_CHUNKS, longest // rms_chunk_tokens(run))
+
+
 @torch.no_grad()
-def measure_columns(model: GPT, docs: Documents, run: RunConfig, dist: Dist, size: int) -> list[Tensor] | None:
-    """`GradientRMS.columns`, measured on all whole chunks of `size` tokens; None if there are none."""
+def measure_columns(model: GPT, docs: Documents, run: RunConfig, dist: Dist, size: int) -> list[Tensor]:
+    """`GradientRMS.columns`, measured on all whole chunks of `size` tokens, of which there is at least one."""
     context = probed_tokens(run)
     chunks = np.minimum(docs.lengths, context) // size  # of every document
-    if not chunks.any():
-        return None
-
     rounds = deal_documents(chunks, dist.world, PROBED_DOCUMENTS)
     rows = len(rounds[0][0])  # of the largest group: with rows to spare, all others can share its CUDA graphs
     with without_weight_gradients(model):
@@ -4998,19 +5022,19 @@ class Evaluation:
         alone = Dist(device=self.dist.device)
         count = 2
         length = run.eval_seq_len
-        if run.batched_ttt:
-            length += 3 * late_run(run).ttt_chunk_tokens  # a graph is captured at the second chunk of its kind
-        docs = random_documents(self.model.config.vocab_size, count, length)
-
-        few = range(len(docs))[: run.micro_batch_tokens // length + 1 if on_gpu else 1]
+        full_row = max(1, run.micro_batch_tokens // length) if on_gpu else 1  # documents; a GPU has no shorter row
+        docs = random_documents(self.model.config.vocab_size, full_row, length)
         for _ in range(2):  # the first time compiles, the second is the speed
             started = time.perf_counter()
-            score_static(self.model, docs, few, run, alone, ScoreTable(docs))
+            score_static(self.model, docs, range(full_row), run, alone, ScoreTable(docs))
             spent = time.perf_counter() - started
-            self.static_tokens_per_s = static_costs(docs.lengths[few], run).sum() / spent
+            self.static_tokens_per_s = static_costs(docs.lengths, run).sum() / spent
 
         if not run.ttt_enabled or not on_gpu:
             return
+        if run.batched_ttt:
+            length += 3 * late_run(run).ttt_chunk_tokens  # a graph is captured at the second chunk of its kind
+        docs = random_documents(self.model.config.vocab_size, count, length)
         if not run.batched_ttt:
             short = dataclasses.replace(run, ttt_chunk_tokens=length)  # two chunks, of which the first is learned from
             score_sequentially(SequentialTTT(self.model, short, alone), docs, range(len(docs)), ScoreTable(docs))
@@ -5297,6 +5321,8 @@ def check_setup(setup: Setup) -> None:
         check_gpu(setup.model, setup.dist.device)
 
     if setup.stream is not None:
+        if run.ttt_enabled and run.ttt_optimizer == "rms":
+            check_chunks(rms_chunk_tokens(run), run, "what training would measure")
         with torch.device("meta"):
             sketch = GPT(setup.model)
         budget = Budget.of(sketch, run)
@@ -5457,8 +5483,7 @@ def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
     stored = read_tensors(data, header, at, what)
     model = restore(GPT(config).to(setup.dist.device), stored, what)
     if setup.run.ttt_enabled and setup.run.ttt_optimizer == "rms":
-        for run in (setup.run, late_run(setup.run)):
-            check_gradient_rms(model.gradient_rms, run, what)
+        check_gradient_rms(model.gradient_rms, setup.run, what)
     return model
 
 
@@ -5657,8 +5682,10 @@ def advice(text: str) -> Iterator[None]:
 
 def command_line(setup: Setup, **changes: str) -> str:
     """This run with other knobs, for a shell in the same folder: what differs from the defaults, and the start."""
-    defaults = settings(ModelConfig(), RunConfig(ttt_params=setup.run.ttt_params))  # on which other defaults depend
-    defaults["TTT_PARAMS"] = RunConfig().ttt_params
+    run = setup.run
+    others = dict(ttt_params=run.ttt_params, ttt_scope=run.ttt_scope, ttt_optimizer=run.ttt_optimizer)
+    defaults = settings(ModelConfig(), RunConfig(**others))  # those of other knobs depend on these
+    defaults |= {name.upper(): str(RunConfig.__dataclass_fields__[name].metadata["default"]) for name in others}
     knobs = changes | {name: v for name, v in settings(setup.model, setup.run).items() if name not in changes}
     words = [f"{name}={shlex.quote(value)}" for name, value in knobs.items() if value != defaults.get(name)]
     words.append(shlex.quote(sys.executable))
@@ -5717,8 +5744,12 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
         with watch.phase("gradients"):
             docs = gradient_documents(setup)
             trainer.model.gradient_rms = measure_gradient_rms(trainer.model, docs, run, dist)
-        line = "gradients: measured on {documents} documents of {tokens} tokens"
-        log.event("gradients", line, documents=len(docs), tokens=len(docs.tokens))
+        line = (
+            "gradients: measured on {documents} documents of {tokens} tokens, in chunks of {chunk} and {longer_chunk}"
+        )
+        chunk = rms_chunk_tokens(run)
+        longer = chunk * longer_chunks(docs, run)
+        log.event("gradients", line, documents=len(docs), tokens=len(docs.tokens), chunk=chunk, longer_chunk=longer)
     with watch.phase("calibrate"):
         batches = (setup.stream.batch(trainer.step + i) for i in range(run.gptq_calibration_batches))
         sensitivities = calibrate(trainer.model, batches, dist, run)
@@ -6937,8 +6968,7 @@ class CUDAGraphs:
 
     def __call__(self, key: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
         key = (key, *(x.shape for x in inputs))
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with self.on_stream():
             if key not in self.graphs:
                 # On clones, which are aligned in memory as those of the capture will be: for another alignment, Triton
                 # would compile a kernel anew, and a capture does not allow that.
@@ -6953,8 +6983,16 @@ class CUDAGraphs:
                     captured.copy_inputs(inputs)
                 captured.graph.replay()
                 result = captured.result
-        torch.cuda.current_stream().wait_stream(self.stream)
         return result
+
+    @contextlib.contextmanager
+    def on_stream(self) -> Iterator[None]:
+        """Inside, kernels are launched on the stream of the graphs. Work that is never captured belongs there, too, if
+        it builds gradients of what captured work learns: autograd would go on using the stream that it met first."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self.stream)
 
     def _capture(self, work: Callable[..., Any], inputs: Sequence[Tensor]) -> CapturedGraph:
         graph = torch.cuda.CUDAGraph()

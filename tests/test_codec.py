@@ -402,9 +402,17 @@ def test_edits_turn_one_string_into_another(got, changes):
 # Errors
 
 
+@pytest.fixture(scope="module")
+def kept() -> dict[str, bytes]:
+    """What `compressed` has made: it is the same each time."""
+    return {}
+
+
 @pytest.fixture
-def compressed(artifact) -> bytes:
-    return codec.compress(codec.open_predictor(artifact), some_text(5)).blob
+def compressed(artifact, kept) -> bytes:
+    if not kept:
+        kept["blob"] = codec.compress(codec.open_predictor(artifact), some_text(5)).blob
+    return kept["blob"]
 
 
 def test_damage_is_noticed_wherever_it_is(compressed):

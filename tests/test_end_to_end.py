@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,9 +91,9 @@ class Folder:
             [*command, *arguments], cwd=self.path, env=env, capture_output=True, text=True, timeout=300
         )
 
-    def result(self, **knobs) -> dict:
-        """Run to the end and read logs/<RUN_ID>.json."""
-        done = self.run(**knobs)
+    def result(self, run=None, **knobs) -> dict:
+        """Run to the end, by `here(self, **knobs)` if that is given, and read logs/<RUN_ID>.json."""
+        done = run(self, **knobs) if run else self.run(**knobs)
         assert done.returncode == 0, done.stderr[:2000]  # torchrun ends with a long report of its own
         return json.loads((self.path / "logs" / f"{knobs['RUN_ID']}.json").read_text())
 
@@ -111,6 +111,27 @@ def first(tmp_path_factory) -> SimpleNamespace:
     events = read_events(folder.path / "logs" / "first.events.jsonl")
     log = folder.path / "logs" / "first.txt"
     return SimpleNamespace(folder=folder, stdout=done.stdout, result=result, log=log, events=events)
+
+
+@pytest.fixture
+def here(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
+    """here(folder, *arguments, **knobs): a run in this process, which need not import torch again -> returncode,
+    stdout, stderr."""
+    monkeypatch.chdir(".")  # goes back in the end
+    monkeypatch.setattr(g, "install_signal_handlers", lambda ending: None)  # they would outlive the run
+    monkeypatch.setattr(g, "prepare_torch", lambda run, device: None)  # so would what it sets
+
+    def run(folder: Folder, *arguments: str, **knobs) -> SimpleNamespace:
+        os.chdir(folder.path)
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            for name, value in folder.environment(**knobs).items():
+                patch.setenv(name, value)
+            status = g.main([*arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
+
+    return run
 
 
 # ---- a complete run ---------------------------------------------------------
@@ -242,8 +263,8 @@ def test_an_artifact_is_scored_alone_without_training_data(first, tmp_path):
     assert alone["knobs"] == first.result["knobs"] | {"RUN_ID": "alone", "ARTIFACT": str(first.folder.artifact())}
 
 
-def test_a_time_that_packing_alone_takes_is_refused_before_training(tmp_path):
-    done = Folder(tmp_path).run(RUN_ID="short", ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0.4)
+def test_a_time_that_packing_alone_takes_is_refused_before_training(tmp_path, here):
+    done = here(Folder(tmp_path), RUN_ID="short", ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0.4)
     assert done.returncode == 2 and "MAX_WALLCLOCK_SECONDS=0.4" in done.stderr and "result" not in done.stdout
 
 
@@ -263,30 +284,30 @@ def test_ranks_whose_clocks_differ_name_their_files_alike(tmp_path, monkeypatch)
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [f"{start}.events.jsonl", f"{start}.txt"]
 
 
-def test_a_run_that_is_refused_leaves_the_files_of_its_name_alone(tmp_path):
+def test_a_run_that_is_refused_leaves_the_files_of_its_name_alone(tmp_path, here):
     folder, logs = Folder(tmp_path), tmp_path / "logs"
     kept = {"kept.txt": "of a run that took ten minutes", "kept.events.jsonl": '{"event": "run"}\n'}
     logs.mkdir()
     for name, text in kept.items():
         (logs / name).write_text(text)
     for wrong in ({"DATA_PATH": "absent"}, {"ARTIFACT_BYTES": 1000}):
-        assert folder.run(RUN_ID="kept", **wrong).returncode == 2
-        assert folder.run(RUN_ID="new", **wrong).returncode == 2
+        assert here(folder, RUN_ID="kept", **wrong).returncode == 2
+        assert here(folder, RUN_ID="new", **wrong).returncode == 2
         assert {path.name: path.read_text() for path in logs.iterdir()} == kept
 
 
 @pytest.mark.slow
-def test_a_budget_in_time_rehearses_what_follows_training(tmp_path):
-    result = Folder(tmp_path).result(RUN_ID="timed", ITERATIONS=0, MAX_WALLCLOCK_SECONDS=12, EVAL_SECONDS=30)
-    assert result["steps"] > 0 and result["train_seconds"] < 12 and result["degraded_documents"] == 0
+def test_a_budget_in_time_rehearses_what_follows_training(tmp_path, here):
+    result = Folder(tmp_path).result(here, RUN_ID="timed", ITERATIONS=0, MAX_WALLCLOCK_SECONDS=8, EVAL_SECONDS=30)
+    assert result["steps"] > 0 and result["train_seconds"] < 8 and result["degraded_documents"] == 0
 
 
-def test_a_flipped_byte_ends_with_status_2(first):
+def test_a_flipped_byte_ends_with_status_2(first, here):
     blob = bytearray(first.folder.artifact().read_bytes())
     blob[len(blob) // 2] ^= 1
     damaged = first.folder.path / "damaged.ptz"
     damaged.write_bytes(blob)
-    done = first.folder.run(RUN_ID="damaged", ARTIFACT="damaged.ptz")
+    done = here(first.folder, RUN_ID="damaged", ARTIFACT="damaged.ptz")
     assert done.returncode == 2 and "damaged.ptz" in done.stderr and "checksum" in done.stderr
     assert "result" not in done.stdout and "Traceback" not in done.stderr
 
@@ -429,8 +450,8 @@ def test_no_thread_of_a_group_outlives_it():
     ],
     ids=["off", "sgd", "adamw", "lora, stream", "full, document", "full, stream", "no time"],
 )
-def test_kinds_of_test_time_training_from_the_command_line(first, knobs, independent):
-    result = first.folder.result(RUN_ID="kind", ARTIFACT="logs/first.ptz", **knobs)
+def test_kinds_of_test_time_training_from_the_environment(first, here, knobs, independent):
+    result = first.folder.result(here, RUN_ID="kind", ARTIFACT="logs/first.ptz", **knobs)
     assert result["doc_independent"] == independent
     assert result["static_bpb"] == pytest.approx(first.result["static_bpb"], abs=1e-6)
     if "TTT_ENABLED" in knobs or "EVAL_SECONDS" in knobs:
@@ -441,7 +462,7 @@ def test_kinds_of_test_time_training_from_the_command_line(first, knobs, indepen
 
 
 @pytest.mark.slow
-def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path):
+def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path, here):
     folder = Folder(tmp_path)
     before = sorted(tmp_path.rglob("*"))
     done = folder.run("--check-setup")
@@ -450,23 +471,23 @@ def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path):
     assert "predicted artifact" in done.stdout
     assert "limits: 0 s of training, 0 s of evaluation (0: none)" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
-    refused = folder.run("--check-setup", TRAIN_ROW_TOKENS=100)
+    refused = here(folder, "--check-setup", TRAIN_ROW_TOKENS=100)
     assert refused.returncode == 2 and "TRAIN_ROW_TOKENS=100" in refused.stderr
 
 
 @pytest.mark.slow
-def test_a_score_that_is_not_finite_is_an_error_and_no_result(first):
+def test_a_score_that_is_not_finite_is_an_error_and_no_result(first, here):
     """`TTT_LR=1e3` reported val_bpb:nan with status 0, and JSON that is none."""
     env = dict(ARTIFACT=first.folder.artifact(), RUN_ID="astray", TTT_LR=1e8, TTT_OPTIMIZER="sgd", TTT_LORA_ALPHA=1e8)
-    done = first.folder.run(**env)
+    done = here(first.folder, **env)
     assert done.returncode == 2 and "have no finite score" in done.stderr and "lower TTT_LR" in done.stderr
     logs = first.folder.path / "logs"
     assert not (logs / "astray.json").exists() and not (logs / "astray.docs.npz").exists()
 
 
-def test_rates_that_destroy_the_network_end_in_that_message(first):
+def test_rates_that_destroy_the_network_end_in_that_message(first, here):
     """Not in a Cholesky that fails, after training is paid for."""
-    done = first.folder.run(RUN_ID="destroyed", MATRIX_LR=1e3)
+    done = here(first.folder, RUN_ID="destroyed", MATRIX_LR=1e3)
     assert done.returncode == 2 and "training diverged" in done.stderr and "lower MATRIX_LR" in done.stderr
     assert not (first.folder.path / "logs" / "destroyed.json").exists()
 
@@ -481,21 +502,15 @@ def test_torchrun_refuses_a_batch_that_two_ranks_cannot_share(tmp_path):
 
 
 @pytest.fixture
-def in_process(tmp_path, monkeypatch, capsys):
+def in_process(tmp_path, here):
     """in_process(**knobs): a run in this process, where functions can be replaced -> its exit status and stderr."""
     folder = Folder(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(g, "install_signal_handlers", lambda ending: None)  # they would outlive the run
-    monkeypatch.setattr(g, "prepare_torch", lambda run, device: None)  # so would what it sets
 
     def run(**knobs) -> tuple[int, str]:
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            for name, value in folder.environment(**knobs).items():
-                patch.setenv(name, value)
-            status = g.main([])
-        return status, capsys.readouterr().err
+        done = here(folder, **knobs)
+        return done.returncode, done.stderr
 
+    os.chdir(tmp_path)  # `here` goes back
     return run
 
 
@@ -700,14 +715,14 @@ def test_ctrl_c_ends_everything_soon_and_leaves_no_half_written_file(tmp_path, c
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", [ALONE, TWO_RANKS], ids=["one process", "torchrun"])
-def test_a_second_run_of_the_same_name_is_refused_and_leaves_the_first_alone(first, command):
+def test_a_second_run_of_the_same_name_is_refused_and_leaves_the_first_alone(first, here, command):
     """Two wrote one log, and one scored the artifact of the other."""
     folder, logs, name = first.folder, first.folder.path / "logs", f"twice_{len(command)}"
     with started(folder, command, ITERATIONS=100_000, RUN_ID=name) as process:
         wait_for(process, "step:4 ")
         own = process.pid if command == ALONE else rank_of(process, 0)
         for arguments, knobs in (((), dict(ARTIFACT="logs/first.ptz")), (("--check-setup",), {})):
-            refused = folder.run(*arguments, RUN_ID=name, **knobs)
+            refused = here(folder, *arguments, RUN_ID=name, **knobs)
             assert refused.returncode == 2 and refused.stdout == ""
             assert f"error: RUN_ID={name} is in use: process {own} on {platform.node()}" in refused.stderr
         wait_for(process, "step:")
@@ -727,17 +742,18 @@ def rank_of(process: subprocess.Popen, rank: int) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
 @pytest.mark.parametrize(
-    "moment, knobs",
+    "moment, killed, knobs",
     [
-        ("step:4 ", dict(ITERATIONS=100_000)),
-        ("before quantisation", dict(GPTQ_CALIBRATION_BATCHES=1000)),
-        ("pack 1", dict(TTT_EPOCHS=64)),
+        ("step:4 ", 0, dict(ITERATIONS=100_000)),
+        ("step:4 ", 1, dict(ITERATIONS=100_000)),
+        ("before quantisation", 1, dict(GPTQ_CALIBRATION_BATCHES=1000)),
+        ("pack 1", 0, dict(TTT_EPOCHS=64)),
     ],
-    ids=["training", "quantising", "evaluation"],
+    ids=["training, the first", "training, the second", "quantising", "evaluation"],
 )
-def test_when_a_rank_is_killed_the_other_ends_soon_with_one_line(tmp_path, moment, knobs, killed):
+def test_when_a_rank_is_killed_the_other_ends_soon_with_one_line(tmp_path, moment, killed, knobs):
+    """Either rank, and whatever it waits in: test_ranks.py."""
     with started(Folder(tmp_path), TWO_RANKS, RUN_ID="lost", **knobs) as process:
         wait_for(process, moment)
         os.kill(rank_of(process, killed), signal.SIGKILL)
@@ -751,7 +767,7 @@ def test_when_a_rank_is_killed_the_other_ends_soon_with_one_line(tmp_path, momen
 
 
 @pytest.mark.slow
-def test_a_run_that_is_cut_off_goes_on_from_its_checkpoint_as_if_nothing_had_been(tmp_path):
+def test_a_run_that_is_cut_off_goes_on_from_its_checkpoint_as_if_nothing_had_been(tmp_path, here):
     folder = Folder(tmp_path)
     with started(folder, ALONE, ITERATIONS=60, CHECKPOINT_SECONDS=0.001, RUN_ID="cut") as process:
         wait_for(process, "step:20 ")
@@ -759,7 +775,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_checkpoint_as_if_nothing_had_bee
         process.communicate(timeout=30)
     assert not folder.artifact("cut").exists()
     resumed = folder.result(ITERATIONS=60, RESUME="logs/cut.ckpt", RUN_ID="resumed")
-    whole = folder.result(ITERATIONS=60, RUN_ID="whole")
+    whole = folder.result(here, ITERATIONS=60, RUN_ID="whole")
     assert 20 <= resumed["history"][0][0] < 60, "it began where it was cut off"
     assert resumed["history"][-1][2] == whole["history"][-1][2]
     assert folder.artifact("resumed").read_bytes() == folder.artifact("whole").read_bytes()

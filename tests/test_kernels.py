@@ -246,7 +246,7 @@ def test_the_loss_equals_its_reference(device, tokens, vocab, cap):
 @on_cpu
 def test_the_network_has_the_same_gradients_with_kernels_as_without(tiny_config, monkeypatch):
     """Of every parameter: whatever lies beside a kernel in memory, and whichever gradients add up."""
-    model = g.GPT(tiny_config)
+    model = g.GPT(dataclasses.replace(tiny_config, num_heads=2, num_kv_heads=1))
     g.init_weights(model, seed=1)
     tokens, targets = torch.randint(2, 64, (2, 1, 70))
     for p in model.parameters():
@@ -266,7 +266,8 @@ def test_the_network_has_the_same_gradients_with_kernels_as_without(tiny_config,
 @on_cpu
 def test_a_document_is_learned_from_alike_with_kernels_and_without(tiny_config, tiny_run, monkeypatch):
     """Chunks that find the cache empty, filled in part, and wrapped round, each scored, learned from and cached."""
-    model = g.GPT(dataclasses.replace(tiny_config, num_heads=2, num_kv_heads=1)).requires_grad_(False)
+    small = dict(num_layers=2, loop_start=0, loop_end=0, xsa_last_n=1, unet_skips=1, parallel_start_layer=1)
+    model = g.GPT(dataclasses.replace(tiny_config, num_heads=2, num_kv_heads=1, **small)).requires_grad_(False)
     g.init_weights(model, seed=1)
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn(p.shape))
@@ -380,8 +381,10 @@ g.FusedLoss.apply(tensor(2, 8192), torch.zeros(2, dtype=torch.int64), 30.0).sum(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability, room", [(80, 166_912), (86, 101_376), (90, 232_448)])
+@pytest.mark.longest
+@pytest.mark.parametrize("capability, room", [(86, 101_376), (90, 232_448)])
 def test_kernels_compile_for_a_gpu_and_fit_its_shared_memory(capability, room, tmp_path):
+    """What is compiled for 8.0 takes as much as for 8.6, and there is more room (166,912 bytes)."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(g.__file__).parent)}
     command = [sys.executable, "-c", COMPILE, str(capability), "64", "128"]

@@ -560,7 +560,6 @@ BAD = {  # environment, what happens to the data folder, what the message must h
     "size limit": ({"ARTIFACT_BYTES": "1000"}, unchanged, ["ARTIFACT_BYTES=1000"]),
 }
 AS_A_PROCESS = ["unknown knob", "truncated", "tampered artifact"]
-AS_A_PROCESS += [pytest.param(case, marks=pytest.mark.slow) for case in BAD if case not in AS_A_PROCESS]
 
 
 @pytest.fixture

@@ -562,14 +562,14 @@ def test_bad_lines_are_skipped_counted_and_named_when_asked(model_file, tmp_path
 
 @pytest.mark.parametrize("longer", [False, True])
 def test_one_endless_line_in_a_small_file_takes_little_memory(tmp_path, longer):
-    """Some 100 KB that stand for 1 GB, without and with a window of 2 GB."""
+    """Some 50 KB that stand for 500 MB, without and with a window of 2 GB."""
     options = {"window_log": 31} if longer else {}
     parameters = zstandard.ZstdCompressionParameters(compression_level=1, **options)
     compressor = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     path = tmp_path / "a.jsonl.zst"
     with open(path, "wb") as file:
         file.write(compressor.compress(b'"'))
-        for _ in range(1000):
+        for _ in range(500):
             file.write(compressor.compress(bytes(1 << 20)))
         file.write(compressor.flush())
     assert path.stat().st_size < 200_000
@@ -584,7 +584,7 @@ for skip in (False, True):
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < (1_400_000 if longer else 300_000)  # KB; the window holds what was read, 1 GB
+    assert int(done.stdout) < (750_000 if longer else 300_000)  # KB; the window holds what was read, 500 MB
 
 
 LINES = b'"one"\n"two"\n'

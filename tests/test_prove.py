@@ -225,6 +225,9 @@ def test_no_knob_raises_the_limit_of_the_contest(audit, places):
         ("/opt/x.so", False, False),
         ("/opt/site/x-1.0.dist-info/entry_points.txt", True, True),
         ("/opt/site/x-1.0.dist-info/knowledge.txt", False, False),
+        ("/opt/site/zstandard/__init__.py", True, True),
+        ("/opt/site/zstandard_more/__init__.py", False, False),
+        ("/opt/site/knowledge.py", False, False),
         ("/opt/site/x-1.0.dist-info/more/entry_points.txt", False, False),
         ("/opt/other/x-1.0.dist-info/entry_points.txt", False, False),
         ("/usr/share/fineweb_train_000000.bin", False, False),
@@ -239,7 +242,7 @@ def test_no_knob_raises_the_limit_of_the_contest(audit, places):
 )
 def test_what_an_evaluation_may_open(tmp_path, monkeypatch, path, on_cpu, on_gpu):
     monkeypatch.setattr(prove, "LIBRARIES", ["/opt/driver"])
-    monkeypatch.setattr(prove, "PACKAGES", ["/opt/site"])
+    monkeypatch.setattr(prove, "PYTHONPATH", ["/opt/site"])
     path = path.format(folder=tmp_path)
     assert [prove.expected(path, tmp_path, compiles) for compiles in (False, True)] == [on_cpu, on_gpu]
 

@@ -254,7 +254,7 @@ def test_the_interval_is_what_the_textbook_does_one_draw_at_a_time():
         assert interval == pytest.approx((parts[:, k].sum() / size.sum(), low[k], high[k]))
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("seeds", [2, 5])
 def test_an_interval_over_seeds_covers_the_truth_and_one_over_documents_alone_does_not(seeds):
     """Seeds move every document alike by 0.003, which no choice of documents shows."""
     covered = {"seeds and documents": 0, "documents": 0}

@@ -133,10 +133,10 @@ def test_the_heads_numbers_are_means_over_all_targets_that_there_might_be():
 
 
 @pytest.mark.parametrize(
-    "knobs", [dict(ttt_lora_rank=4, ttt_lora_alpha=9.0), dict(ttt_lora_rank=12, ttt_lora_alpha=2.0)]
+    "chunk, knobs",
+    [(8, dict(ttt_lora_rank=4, ttt_lora_alpha=9.0)), (16, dict(ttt_lora_rank=12, ttt_lora_alpha=2.0))],
 )
-@pytest.mark.parametrize("chunk", [8, 16])
-def test_what_was_measured_is_converted_to_any_rank_alpha_and_chunk(knobs, chunk):
+def test_what_was_measured_is_converted_to_any_rank_alpha_and_chunk(chunk, knobs):
     docs = own_text(300)
     model().gradient_rms = g.measure_gradient_rms(model(), docs, run_config(), g.Dist())
     run = run_config(ttt_optimizer="rms", ttt_chunk_tokens=chunk, **knobs)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,6 +199,33 @@ def test_a_sweep_ranks_what_it_ran_and_runs_nothing_twice(stand_in, capsys):
     assert width == 900 and height > 100
     assert sweep.main(["TTT_LR=0.2,0.1,0.3", "TTT_EPOCHS=1", "--name", "first"]) == 1, "0.3 has failed"
     assert len(stand_in.started()) == 5 and stand_in.started()[-1][0] == "0.3"
+
+
+def test_a_sweep_that_is_kept_goes_on_where_its_logs_and_data_are_not_the_same(stand_in, monkeypatch, capsys):
+    stand_in.makes("0.1", gap=0.01)
+    stand_in.makes("0.2")
+    kept = stand_in.folder / "races/first"
+    command = ["--name", "first", "--keep", str(kept)]
+    assert sweep.main(["TTT_LR=0.1,0.2", *command]) == 0
+    table = (kept / "results.md").read_text()
+    left = sorted(path.suffix for path in kept.iterdir() if not path.name.startswith("results"))
+    assert left == [".json", ".json", ".npz", ".npz", ".txt", ".txt"], "and no weights"
+
+    shutil.rmtree(stand_in.folder / "logs")  # another machine, with the data elsewhere
+    moved = stand_in.folder / "elsewhere"
+    shutil.copytree(os.environ["DATA_PATH"], moved)
+    monkeypatch.setenv("DATA_PATH", str(moved))
+    assert sweep.main(["TTT_LR=0.2,0.1", *command]) == 0
+    assert len(stand_in.started()) == 2, "nothing ran twice"
+    assert [line for line in (kept / "results.md").read_text().splitlines() if line.startswith("| 0")] == [
+        line for line in table.splitlines() if line.startswith("| 0")
+    ]
+
+    shutil.rmtree(stand_in.folder / "logs")
+    damaged = next(kept.glob("*.docs.npz"))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    assert sweep.main(["TTT_LR=0.2,0.1", *command]) == 0
+    assert len(stand_in.started()) == 3, "what is damaged is run again"
 
 
 def test_a_failing_combination_is_reported_and_the_rest_goes_on(stand_in, capsys):
@@ -790,6 +818,7 @@ def sweeping(folder: Path, env: dict[str, str], *arguments: str):
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_a_sweep_of_two_runs_is_cut_off_and_gone_on_with(tiny_data, tiny_env, tmp_path):
     env = tiny_env(HOLDOUT_TOKENS=str(HELD), RUN_ID=None, TTT_LR=None)
     command = ["TTT_LR=0.001,0.01", "--name", "two"]
@@ -820,6 +849,7 @@ def test_a_sweep_of_two_runs_is_cut_off_and_gone_on_with(tiny_data, tiny_env, tm
 
 
 @pytest.mark.slow
+@pytest.mark.longest
 def test_the_entry_races_an_edit_of_itself(tiny_data, tiny_env, tmp_path):
     env = tiny_env(HOLDOUT_TOKENS=str(HELD), RUN_ID=None, MATRIX_LR=None, SEED=None)
     old = "matrix_lr: float = knob(0.026,"

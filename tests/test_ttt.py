@@ -930,12 +930,14 @@ def test_what_is_captured_is_freed_at_once():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["static", "lora, adamw", "lora, sgd, epochs, cosine", "lora, rms"])
+@pytest.mark.parametrize(
+    "name", ["static", "lora, adamw", "lora, sgd, epochs, cosine", "lora, rms", "lora, after 20 tokens"]
+)
 def test_a_documents_score_is_its_own_to_the_last_bit_on_a_gpu(name):
     """Alone, among others, in another order, as one of several ranks scores it, and whatever follows."""
     knobs = dict(ttt_enabled=0) if name == "static" else SYSTEMS[name]
     run = dict(device="cuda", eval_seq_len=128, eval_stride=32, micro_batch_tokens=512, train_batch_tokens=512)
-    run |= dict(ttt_late_chunk_tokens=32, ttt_batch_docs=8)
+    run |= dict(ttt_late_chunk_tokens=32, ttt_batch_docs=8, compile=1)
     lengths = (900, 410, 300, 129, 128, 127, 64, 17, 5, 1, 77, 600)
     texts = [np.random.default_rng(n).integers(2, 48, n).tolist() for n in lengths]
     model = random_model().cuda()

@@ -6,9 +6,9 @@ it, or for chunks of another length.
 
 This is training: its seconds belong on the training clock. The text is the last GRAD_RMS_TOKENS training tokens before
 those that ARTIFACT held out, in DATA_PATH, which must hold the text that ARTIFACT was trained on. Gradients are
-measured on chunks of TTT_CHUNK_TOKENS, with a context of TRAIN_SEQ_LEN. These knobs come from the environment, else
-from the run beside the artifact; but GRAD_RMS_TOKENS from the environment, else its default. The weights stay as they
-are.
+measured on chunks of TTT_CHUNK_TOKENS, in the first 512 tokens of each document, or TRAIN_SEQ_LEN. These knobs come
+from the environment, else from the run beside the artifact; but GRAD_RMS_TOKENS from the environment, else its default.
+The weights stay as they are.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def open_training_text(path: Path, meta: dict[str, Any]) -> g.Setup:
     run = dataclasses.replace(run, holdout_tokens=held, ttt_enabled=0)
 
     dist = g.Dist.from_env(run.device)
+    g.require(dist.world == 1, f"WORLD_SIZE={dist.world}: this runs alone, without torchrun")
     g.prepare_torch(run, dist.device)
     tokenizer = g.load_tokenizer(run, config.vocab_size)
     stream = g.TrainingStream(run, config.vocab_size, dist)

@@ -303,7 +303,8 @@ def changed_settings(run: Run) -> dict[str, str]:
     knobs = common_knobs(run)
     defaults = dict(declared_defaults(run.source, default_argument(knobs)))
     if defaults.get("TTT_OPTIMIZER") == "auto":
-        defaults["TTT_OPTIMIZER"] = "adamw" if knobs.get("GRAD_RMS_TOKENS") == "0" else "rms"
+        has_rms = knobs.get("GRAD_RMS_TOKENS") != "0" and knobs.get("TTT_SCOPE") == "document"
+        defaults["TTT_OPTIMIZER"] = "rms" if has_rms else "adamw"
     return {name: value for name, value in knobs.items() if value != defaults.get(name)}
 
 

@@ -396,11 +396,14 @@ def code_group(run: train_gpt.RunConfig, learners: train_gpt.Learners, documents
 def require_memory(
     config: train_gpt.ModelConfig, run: train_gpt.RunConfig, documents: int, device: torch.device
 ) -> None:
-    """Refuse what this device cannot hold: LoRA with gradients and moments, and the logits of a chunk. Fp32. Half of
-    it is a margin for learners of fewer documents, which take over as documents end."""
+    """Refuse what this device cannot hold: LoRA with gradients and moments, the logits of a chunk, keys and values.
+    Fp32. All twice, for the learners of fewer documents that take over as documents end or reach late chunks."""
     passes = len(train_gpt.layer_plan(config, looping=True))
     widths = 2 * config.model_dim * passes * len(run.lora_targets) + config.model_dim + config.vocab_size
-    need = 32 * documents * (run.ttt_lora_rank * widths + run.ttt_chunk_tokens * config.vocab_size)
+    cached = passes * 2 * config.kv_dim * run.eval_seq_len
+    need = (
+        2 * documents * (16 * run.ttt_lora_rank * widths + 16 * run.ttt_chunk_tokens * config.vocab_size + 4 * cached)
+    )
     have = memory_of(device)
     require(
         need < have,

@@ -64,7 +64,7 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
         "readout": one_of("last", "half", "average"),
     },
     "before_quantisation": {"prequant_bpb": number, "last_bpb": number},
-    "gradients": {"documents": whole, "tokens": whole},
+    "gradients": {"documents": whole, "tokens": whole, "chunk": whole, "longer_chunk": whole},
     "damping": {"damping": number},
     "rounding": {"attempt": whole, "fineness": signed, "artifact_bytes": whole, "bits": signed},
     # Of older runs:
@@ -143,7 +143,9 @@ def named(name: str, events: Iterable[Event]) -> list[dict[str, Any]]:
 # these, and not by what its own source says that its lines look like.
 
 TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, the latest first
-    "gradients": ("gradients: measured on {documents} documents of {tokens} tokens",),
+    "gradients": (
+        "gradients: measured on {documents} documents of {tokens} tokens, in chunks of {chunk} and {longer_chunk}",
+    ),
     "damping": (
         "damping: a Hessian is not positive definite with GPTQ_DAMPING, which was raised to {damping:g} for it",
     ),

@@ -446,6 +446,16 @@ class Audit:
         return self.learners[run]
 
     @functools.cached_property
+    def early_late(self) -> dict[str, int]:
+        """Knobs under which late chunks begin after four others, so that documents of the sample reach them; none where
+        they are not those of a document that adapts."""
+        if not self.run.ttt_enabled or not self.run.batched_ttt:
+            return {}
+        context = 4 * self.chunk
+        knobs = dict(eval_seq_len=context, eval_stride=min(self.run.eval_stride, context))
+        return knobs | dict(ttt_late_chunk_tokens=2 * self.chunk)
+
+    @functools.cached_property
     def units(self) -> list[Text]:
         """What is scored by itself: a document, or, of a stream, two in a row."""
         return [joined([self.texts[i - 1], text]) if self.stream else text for i, text in enumerate(self.texts)]
@@ -537,6 +547,16 @@ def causality(audit: Audit) -> Seen:
         for what, tokens, same in futures(audit, unit.tokens):
             nats = audit.score(Text(tokens, unit.bytes)).nats
             widest.compare(f"document {n}, {what}", nats[:same], heard.nats[:same], unit.bytes[1 : same + 1])
+    for n, unit in zip(audit.chosen, audit.units, strict=True) if audit.early_late else ():
+        cut = len(unit.tokens) * 3 // 4  # other tokens from there on
+        if cut > audit.early_late["eval_seq_len"]:
+            changed = np.append(unit.tokens[:cut], audit.other(unit.tokens[cut:]))
+            nats, expected = (
+                audit.score(Text(tokens, unit.bytes), **audit.early_late).nats[: cut - 1]
+                for tokens in (changed, unit.tokens)
+            )
+            what = f"document {n} in late chunks, other tokens from {cut} on"
+            widest.compare(what, nats, expected, unit.bytes[1:cut])
     first = min(audit.texts, key=lambda text: len(text.tokens))
     next_one = audit.texts[-1]
     same = len(first.tokens)
@@ -596,6 +616,11 @@ def independence(audit: Audit) -> Seen:
     batch = by_document(audit.texts, audit.together.nats)
     ranks = sum(heard.sums for heard in audit.by_rank)
     widest = Widest()
+    if audit.early_late:
+        late = by_document(audit.texts, audit.score(joined(audit.texts), **audit.early_late).nats)
+        for n, text, nats in zip(audit.chosen, audit.texts, late, strict=True):
+            alone = audit.score(text, **audit.early_late).nats
+            widest.compare(f"document {n} with late chunks in its batch, and alone", nats, alone, text.bytes[1:])
     total = 0.0
     for i, (text, alone) in enumerate(zip(audit.texts, audit.alone, strict=True)):
         for way, nats in {"in its batch": batch[i], "in another batch": elsewhere[i]}.items():
@@ -658,7 +683,8 @@ def single_pass(audit: Audit) -> Seen:
 
 INSTALLED = ("/usr", "/bin", "/lib", "/lib64", "/etc", "/proc", "/sys", sys.prefix, sys.base_prefix)
 LIBRARIES = [os.path.realpath(name) for name in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if name]
-PACKAGES = [os.path.realpath(name) for name in os.environ.get("PYTHONPATH", "").split(os.pathsep) if name]
+PYTHONPATH = [os.path.realpath(name) for name in os.environ.get("PYTHONPATH", "").split(os.pathsep) if name]
+PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "zstandard")  # that the entry may import
 DEVICES = r"/dev/(null|zero|u?random|shm/.*%s)"
 STARTS = ("subprocess.Popen", "os.posix_spawn")
 COMPILERS = ("cc", "gcc", "clang", "ptxas", "ldconfig", "file")  # what Triton starts
@@ -738,11 +764,18 @@ def expected(path: str, folder: Path, compiles: bool) -> bool:
     torch_folder = Path(torch.__file__).resolve().parent.parent
     installed = any(Path(path).is_relative_to(os.path.realpath(root)) for root in (folder, torch_folder, *INSTALLED))
     library = ".so" in Path(path).suffixes and str(Path(path).parent) in LIBRARIES
-    of_package = Path(path).parent  # where PYTHONPATH has packages, each says in one file what it plugs in
-    plugs_in = of_package.suffix == ".dist-info" and str(of_package.parent) in PACKAGES
-    plugs_in = plugs_in and Path(path).name == "entry_points.txt"
     devices = DEVICES % ("|nvidia.*" if compiles else "")
-    return installed or library or plugs_in or bool(re.fullmatch(devices, path))
+    return installed or library or of_package(path) or bool(re.fullmatch(devices, path))
+
+
+def of_package(path: str) -> bool:
+    """Whether this belongs to one of the entry's packages that PYTHONPATH has, or is the file in which any package
+    there says what it plugs in."""
+    for folder in PYTHONPATH:
+        if Path(path).is_relative_to(folder):
+            top, *rest = Path(path).relative_to(folder).parts
+            return top in PACKAGES or (top.endswith(".dist-info") and rest == ["entry_points.txt"])
+    return False
 
 
 def wrong_result(audit: Audit, result: dict) -> list[str]:
@@ -862,6 +895,7 @@ def reported(audit: Audit) -> Seen:
         "it is of other validation documents": run.validation != setup.validation.sha256(),
         "it was scored with other knobs": any(run.result["knobs"].get(name) != value for name, value in knobs.items()),
         f"it was scored on {run.result['device']}": not same_device,
+        f"it was scored by {run.result['versions']}": run.result["versions"] != train_gpt.versions(),
         "it was short of time": run.result["degraded_documents"] > 0,
         "its scores depend on their order": audit.stream,
     }
@@ -880,7 +914,7 @@ def reported(audit: Audit) -> Seen:
     )
 
 
-SCORING = ("TTT_", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SEED")  # knobs that change a score
+SCORING = ("TTT_", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SEED", "MICRO_BATCH_TOKENS")  # knobs that change a score's bits
 PROPERTIES = {
     "causality": causality,
     "score before update": score_before_update,

@@ -58,7 +58,7 @@ class System(NamedTuple):
     knobs: str
 
 
-# Every knob that counts is named, so that another default of the program does not change a published system. What a
+# The knobs of a rule are named, so that another default of the program does not change a published system. What a
 # source does not name: SGD's momentum is 0.9, AdamW's betas are those of #1855, nothing decays, LoRA is not scaled
 # (alpha is the rank), and the context is 2,048 tokens.
 FULL = (
@@ -175,18 +175,17 @@ def environment(artifact: str, knobs: Mapping[str, str], with_ttt: bool = True) 
     env |= knobs
     env |= {"ARTIFACT": artifact, "RESUME": "", "EVAL_SECONDS": "0"}
     if "MICRO_BATCH_TOKENS" not in env:
-        env["MICRO_BATCH_TOKENS"] = str(whole_contexts(env))
+        env["MICRO_BATCH_TOKENS"] = str(smallest_row(env))
     return env
 
 
-def whole_contexts(env: Mapping[str, str]) -> int:
-    """MICRO_BATCH_TOKENS where nobody says it: the default, rounded up to whole contexts, so that one fits."""
-    default = g.KNOBS["MICRO_BATCH_TOKENS"][0].metadata["default"]
+def smallest_row(env: Mapping[str, str]) -> int:
+    """MICRO_BATCH_TOKENS where nobody says it: the default, or a context if that is longer."""
     field, kind = g.KNOBS["EVAL_SEQ_LEN"]
     context = field.metadata["default"]
     if "EVAL_SEQ_LEN" in env:
         context = g.parse_knob("EVAL_SEQ_LEN", env["EVAL_SEQ_LEN"], kind, field.metadata)
-    return -(-default // context) * context  # rounded up
+    return max(g.KNOBS["MICRO_BATCH_TOKENS"][0].metadata["default"], context)
 
 
 # ---- Documents ----

@@ -20,7 +20,9 @@ On a cluster, --launcher 'srun -N1 --gpus=1' --jobs 8 runs eight at once, each b
 same folders there.
 
 Leaves logs/sweeps/<name>/: results.md, results.csv, results.png, and the files of every run. Finished combinations are
-not run again (same knobs, source, data and artifact), so the same command goes on with an interrupted sweep.
+not run again (same knobs, source, data and artifact), so the same command goes on with an interrupted sweep. With
+--keep FOLDER, the results, the sources and what is known of every run (its result, log, events and scores of documents,
+no weights) go into FOLDER, too, and are found there: a race may be kept in a repository and go on on another machine.
 """
 
 from __future__ import annotations
@@ -83,6 +85,8 @@ APART = {  # knobs that no sweep may vary, and why
 ONLY_TRAINING = ("Model", "Budget", "Data", "Optimizer", "Quantisation")  # groups of knobs
 ASK_SECONDS = 300.0  # to import a source on a busy machine
 STOP_SECONDS = 10.0  # a run that was told to end has so long
+KEPT = (".json", ".docs.npz", ".events.jsonl", ".txt")  # suffixes of a run's files: all that a comparison reads
+RESULTS = ("results.md", "results.csv", "results.png")
 LONGEST_LABEL = 60  # characters; longer ones would leave the picture no room
 
 
@@ -326,7 +330,7 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
     config, run = config_to_open(jobs[0], world)
     setup = train_gpt.make_setup(config, run, train_gpt.Dist(world=world))
     count = f"{len(setup.validation):,} documents ({setup.validation.target_bytes().sum():,} bytes)"
-    shards = [] if setup.stream is None else [[str(p.resolve()), p.stat().st_size] for p in setup.stream.paths]
+    shards = [] if setup.stream is None else [[p.name, p.stat().st_size] for p in setup.stream.paths]
     identity = {"validation": setup.validation.sha256(), "tokenizer": setup.tokenizer.sha256, "train": shards}
     if on == "training":
         return ScoredText(f"{count} of the last {held:,} training tokens, held out of training", False, identity)
@@ -344,7 +348,7 @@ def config_to_open(job: Job, world: int) -> tuple[train_gpt.ModelConfig, train_g
 
 def name_runs(jobs: list[Job], folder: Path, scored: ScoredText, gpus: int, artifact: str | None) -> None:
     """Give every job a run_id: a hash of the knobs that have an effect, the source, the data and the artifact; where
-    sources are raced, behind the source's own. A job whose run is there under that name is done."""
+    sources are raced, behind the source's own. No path is in it: it is the same on every machine."""
     ineffective = {*APART} - {"VOCAB_SIZE", "HOLDOUT_TOKENS"}
     digest = ""
     if artifact:
@@ -362,11 +366,34 @@ def name_runs(jobs: list[Job], folder: Path, scored: ScoredText, gpus: int, arti
         job.env |= {"RUN_ID": job.run_id}
         first = seen.setdefault(job.run_id, job)
         require(first is job, f"{first.label} and {job.label} are the same combination")
+
+
+def find_finished(jobs: list[Job], kept: Path | None) -> None:
+    """A job whose run is there under its name, in logs/ or in the folder `kept`, is done."""
+    for job in jobs:
+        if kept is not None and not job.file(".json").exists():
+            copy_run(kept / Path(job.run_id).name, job.file(""))
         with contextlib.suppress(DataError):  # not run yet, or cut off
             job.run = load_run(job.run_id)
             job.state = "done"
             job.at = "before"
             job.bpb = job.run.bpb
+
+
+def copy_run(source: Path, target: Path) -> None:
+    """Copy those files of KEPT that a run has, its result last: a copy that was cut off is no run. Paths without
+    suffixes; nothing is done where the source has no result."""
+    found = [suffix for suffix in reversed(KEPT) if Path(f"{source}{suffix}").exists()]
+    for suffix in found if KEPT[0] in found else ():
+        train_gpt.write_atomically(Path(f"{target}{suffix}"), [train_gpt.read_file(f"{source}{suffix}")], parents=True)
+
+
+def keep_results(folder: Path, kept: Path, jobs: list[Job]) -> None:
+    """Copy the tables of a sweep, and the sources that ran, to where it is kept."""
+    for name in RESULTS:
+        train_gpt.write_atomically(kept / name, [train_gpt.read_file(folder / name)], parents=True)
+    for source in {job.source for job in jobs if job.source.name}:
+        train_gpt.write_atomically(source.file(kept), [source.content], parents=True)
 
 
 # -----------------------------------------------------------------------------
@@ -481,10 +508,13 @@ def note_progress(job: Job, event: Event) -> None:
 class Sweep:
     """Runs jobs, as many at once as there are slots, and shows how far they are."""
 
-    def __init__(self, jobs: list[Job], slots: list[str | None], command: Sequence[str], folder: Path):
+    def __init__(
+        self, jobs: list[Job], slots: list[str | None], command: Sequence[str], folder: Path, kept: Path | None = None
+    ):
         self.jobs = take_turns(jobs)
         self.command = command  # that starts a source
         self.folder = folder
+        self.kept = kept  # where finished runs are copied to
         self.screen = Screen(jobs)
         self.free = list(slots)
         self.slots = len(slots)
@@ -537,6 +567,8 @@ class Sweep:
         self.free.append(one.slot)
         self.took.append(time.monotonic() - one.started_at)
         conclude(one.job, status)
+        if self.kept is not None and one.job.state == "done":
+            copy_run(one.job.file(""), self.kept / Path(one.job.run_id).name)
 
     def seconds_left(self) -> float | None:
         """Seconds until the sweep is done, from how long jobs took so far; None until one has ended."""
@@ -950,6 +982,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--source", metavar="A.py,B.py", help=sources)
     parser.add_argument("--jobs", type=int, metavar="N", help="at once [as many as fit; with --launcher 1]")
     parser.add_argument("--launcher", default="", metavar="WORDS", help="what stands before every job's command")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where runs are looked for and left, too")
     parser.add_argument("--gpus", type=int, default=1, help="of one job [%(default)s]")
     return parser
 
@@ -997,9 +1030,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with locked(folder):
         scored = choose_documents(jobs, options.on, folder, options.gpus)
         name_runs(jobs, folder, scored, options.gpus, options.eval)
+        find_finished(jobs, options.keep)
         print(f"{len(jobs)} combinations, {len(slots)} at a time, scored on {scored.description}", flush=True)
         try:
-            Sweep(jobs, slots, command_of(options.gpus, launcher), folder).run_all()
+            Sweep(jobs, slots, command_of(options.gpus, launcher), folder, options.keep).run_all()
         except KeyboardInterrupt:
             done = sum(job.state == "done" for job in jobs)
             print(f"{done} of {len(jobs)} combinations are done; the same command goes on with the rest", flush=True)
@@ -1007,6 +1041,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = rank(jobs)
         require(bool(rows), f"every combination failed, the first: {jobs[0].at}", UserError)
         print("\n" + write_results(folder, jobs, rows, scored, command_given(jobs, arguments)))
+        if options.keep is not None:
+            keep_results(folder, options.keep, jobs)
 
     print(f"{folder}/results.md, results.csv, results.png")
     chosen = without_seed(rows[0].knobs)  # seeds alone leave nothing to choose
