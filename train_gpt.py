@@ -4307,14 +4307,19 @@ class BatchedTTT(Learner):
         self.optimizer.steps_done.copy_(other.optimizer.steps_done)
 
 
+def late_chunk_tokens(run: RunConfig) -> int:
+    """Tokens of a chunk from token EVAL_SEQ_LEN of a document on."""
+    return run.ttt_late_chunk_tokens or max(run.ttt_chunk_tokens, min(64, run.eval_seq_len // 32))
+
+
 def late_run(run: RunConfig) -> RunConfig:
-    """The settings of late chunks, from token EVAL_SEQ_LEN of a document on.
+    """The settings of late chunks.
 
     They are longer: a document of 78,000 tokens would otherwise take almost 5,000 steps, each of which leaves a GPU
     idle, as few documents are so long. Their gradients are means over more targets, so that the part of them which
     these have in common stands out by the root of their number: the rate grows as much, and what is learned from a text
     stays about the same."""
-    size = run.ttt_late_chunk_tokens or max(run.ttt_chunk_tokens, min(64, run.eval_seq_len // 32))
+    size = late_chunk_tokens(run)
     growth = math.sqrt(size / run.ttt_chunk_tokens)
     return dataclasses.replace(run, ttt_chunk_tokens=size, ttt_lr=run.ttt_lr * growth)
 
@@ -4434,7 +4439,7 @@ def score_batched(
     """Score documents that adapt side by side."""
     group = np.array(group)
     lengths = np.append(docs.lengths[group], 0)  # the last one is for rows without a document
-    text = padded_documents(docs, group, late_run(run).ttt_chunk_tokens).to(dist.device)  # (n + 1, T)
+    text = padded_documents(docs, group, late_chunk_tokens(run)).to(dist.device)  # (n + 1, T)
     scored = []  # nats stay on the device meanwhile: reading them would make it wait for Python at every chunk
     for step in chunk_steps(len(group), run, dist.device, lambda rows, first: lengths[rows] > first):
         learner = learners.at(step)
@@ -4529,7 +4534,7 @@ def check_chunks(measured_on: int, run: RunConfig, what: str) -> None:
     little of those that the run learns from."""
     low = measured_on / FARTHEST_CHUNKS
     high = measured_on * LONGER_CHUNKS * FARTHEST_CHUNKS
-    chunks = {"TTT_CHUNK_TOKENS": run.ttt_chunk_tokens, "TTT_LATE_CHUNK_TOKENS": late_run(run).ttt_chunk_tokens}
+    chunks = {"TTT_CHUNK_TOKENS": run.ttt_chunk_tokens, "TTT_LATE_CHUNK_TOKENS": late_chunk_tokens(run)}
     for name, chunk_tokens in chunks.items():
         require(
             low <= chunk_tokens <= high,
@@ -5033,7 +5038,7 @@ class Evaluation:
         if not run.ttt_enabled or not on_gpu:
             return
         if run.batched_ttt:
-            length += 3 * late_run(run).ttt_chunk_tokens  # a graph is captured at the second chunk of its kind
+            length += 3 * late_chunk_tokens(run)  # a graph is captured at the second chunk of its kind
         docs = random_documents(self.model.config.vocab_size, count, length)
         if not run.batched_ttt:
             short = dataclasses.replace(run, ttt_chunk_tokens=length)  # two chunks, of which the first is learned from

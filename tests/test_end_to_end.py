@@ -159,7 +159,7 @@ EVENTS = {  # of a run on a CPU in which nothing special happens, in order: thei
     "trained": {"step", "file", "bytes"},
     "readout": {"documents", "last", "half", "average", "readout"},
     "before_quantisation": {"prequant_bpb", "last_bpb"},
-    "gradients": {"documents", "tokens"},
+    "gradients": {"documents", "tokens", "chunk", "longer_chunk"},
     "rounding": {"attempt", "fineness", "artifact_bytes", "bits"},
     "score": {"artifact", "static_bpb", "val_bpb"},
     "phase": {"name", "seconds", "clock"},

@@ -523,7 +523,7 @@ def with_rows_for(predictor: Predictor, documents: int) -> Predictor:
     if predictor.device.type == "cpu":
         return predictor
     run = predictor.run
-    late = train_gpt.late_run(run).ttt_chunk_tokens
+    late = train_gpt.late_chunk_tokens(run)
     needed = -(-documents * max(late, run.ttt_chunk_tokens) // run.ttt_chunk_tokens)  # late rows are fewer: chunk_steps
     rows = min(run.ttt_batch_docs, needed)
     return predictor._replace(run=dataclasses.replace(run, ttt_batch_docs=rows))
