@@ -1,7 +1,9 @@
 """Rules of test-time training side by side: the tool's figures against plain arithmetic, and its table."""
 
 import dataclasses
+import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -54,6 +56,25 @@ def write_artifact(path: Path, data: Path, rms: bool = True) -> Path:
 
 def run_tool(*arguments: object) -> int:
     return rules.main([str(argument) for argument in arguments])
+
+
+def test_what_the_environment_does_not_say_is_as_in_the_run_beside_the_artifact(artifact, monkeypatch, capsys):
+    """But for what another rule would make meaningless."""
+    _, run = g.read_env(os.environ | {"ARTIFACT": ""})
+    knobs = g.settings(TINY_MODEL, dataclasses.replace(run, ttt_optimizer="rms", ttt_lr=0.02, ttt_rms_floor=0.5))
+    for name in knobs:
+        monkeypatch.delenv(name, raising=False)
+    Path(artifact).with_suffix(".json").write_text(json.dumps({"knobs": knobs}))
+    env = rules.environment(artifact, {})
+    assert (env["DATA_PATH"], env["TTT_LR"], env["TTT_RMS_FLOOR"]) == (knobs["DATA_PATH"], "0.02", "0.5")
+    other = rules.environment(artifact, {"TTT_OPTIMIZER": "adamw"})
+    assert other["DATA_PATH"] == knobs["DATA_PATH"] and not {"TTT_LR", "TTT_RMS_FLOOR"} & other.keys()
+    published = rules.environment(artifact, {"TTT_LR": "0.5"}, with_ttt=False)
+    assert {name for name in published if name.startswith("TTT_")} == {"TTT_LR"}
+    monkeypatch.setenv("TTT_LR", "0.03")
+    assert rules.environment(artifact, {})["TTT_LR"] == "0.03"
+    assert run_tool(artifact, "default", "TTT_OPTIMIZER=adamw", "--context", 32, "--documents", 4) == 0
+    assert list(read_table(capsys.readouterr().out)) == ["static", "default", "TTT_OPTIMIZER=adamw"]
 
 
 def figure(cell: str) -> tuple[float, float]:

@@ -7,8 +7,9 @@ Which rule of test-time training brings what: one artifact, scored by one proces
 
 SETTING is knobs, with spaces in quotes or with commas: "TTT_OPTIMIZER=adamw TTT_LR=1e-4"; "" or default is what the
 artifact does by itself; a published system's name stands for its knobs, and knobs behind it change it. Other knobs come
-from the environment, as for the entry; a published system ignores the TTT_ ones there. DATA_PATH must name the text
-that the artifact was trained on, of which the held-out documents are scored; with --on validation, a validation set.
+from the environment, else from the run beside the artifact, else they have their defaults; a published system ignores
+their TTT_ knobs. DATA_PATH must name the text that the artifact was trained on, of which the held-out documents are
+scored; with --on validation, a validation set.
 
 The yardstick is the score without adaptation at EVAL_SEQ_LEN=2048 (--context). A setting's gain over it has two parts:
 what its EVAL_SEQ_LEN and EVAL_STRIDE bring without adaptation ("context"), and what adaptation adds ("rule"). All are
@@ -37,7 +38,7 @@ import torch
 import train_gpt as g
 from data.prepare import whole_number
 from tools import ask_source
-from tools.artifact import end_in_a_line
+from tools.artifact import end_in_a_line, knobs_of_run
 from tools.holdout import score_holdout
 from tools.results import FEWEST, bits_per_byte, ratio_and_error
 from tools.values import printable
@@ -169,9 +170,11 @@ def choose_settings(texts: Sequence[str], published: bool) -> list[Setting]:
 
 
 def environment(artifact: str, knobs: Mapping[str, str], with_ttt: bool = True) -> dict[str, str]:
-    """This environment with these knobs, in which the artifact is scored without a limit of time: what is short of it
-    would not adapt. Without `with_ttt`, its own TTT_ knobs are left out."""
-    env = {name: value for name, value in os.environ.items() if with_ttt or not name.startswith("TTT_")}
+    """These knobs, then those of this environment, then those of the run beside the artifact, in which it is scored
+    without a limit of time: what is short of it would not adapt. Without `with_ttt`, only the given TTT_ knobs count.
+    """
+    others = knobs_of_run(Path(artifact), os.environ | knobs) | os.environ
+    env = {name: value for name, value in others.items() if with_ttt or not name.startswith("TTT_")}
     env |= knobs
     env |= {"ARTIFACT": artifact, "RESUME": "", "EVAL_SECONDS": "0"}
     if "MICRO_BATCH_TOKENS" not in env:
