@@ -853,6 +853,11 @@ class OutputHead(nn.Module):
         """(B, T, D), (V, D) -> (B, T, V) fp32"""
         return softcap(self.uncapped_logits(x, embedding, lora), self.cap)
 
+    def probabilities(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """`logits` (..., V) -> their probabilities, and the slopes of the cap there, by which gradients pass it"""
+        slope = 1 - (z / self.cap).square() if self.cap else torch.ones_like(z)
+        return z.softmax(-1), slope
+
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, lora: LoRA | None = None) -> Tensor:
         """(B, T, D), (B, T), (V, D) -> negative log-likelihood of every target, (B, T) nats"""
         z = self.uncapped_logits(x, embedding, lora).flatten(0, 1)
@@ -2934,6 +2939,19 @@ LOOPED_FACTOR = 1.5  # on what is measured of blocks that a loop passes repeated
 HEAD_CHUNK = 4096  # tokens whose logits are in memory at a time
 
 
+@contextlib.contextmanager
+def without_weight_gradients(model: GPT) -> Iterator[None]:
+    """Inside, gradients of weights are not computed, and no compiled code runs."""
+    requires_grad = {p: p.requires_grad for p in model.parameters()}
+    try:
+        model.requires_grad_(False)
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for p, required in requires_grad.items():
+            p.requires_grad_(required)
+
+
 class Calibration:
     """Gathers the sensitivity of every matrix from passes over text, forward and backward; the labels are samples of
     the model's own predictions."""
@@ -2954,20 +2972,16 @@ class Calibration:
 
     def run(self, batches: Iterable[MicroBatch]) -> None:
         """Add text. Activations of all of a micro-batch are in memory, uncompiled ones, which take more of it."""
-        requires_grad = {p: p.requires_grad for p in self.model.parameters()}
         hooked = (self.watch(name, module) for name, module in self.model.named_modules())
         handles = [handle for handle in hooked if handle is not None]
         try:
-            self.model.requires_grad_(False)  # gradients of weights are not needed
-            with torch.compiler.set_stance("force_eager"), torch.enable_grad():  # hooks do not fire in compiled code
+            with without_weight_gradients(self.model), torch.enable_grad():  # hooks do not fire in compiled code
                 for batch in batches:
                     states, _ = self.model.hidden(batch.tokens, batch.segments)
                     states.backward(self.head_gradient(states.detach().flatten(0, 1)).view_as(states))
                     self.tokens += batch.tokens.numel()
                     self.counts += batch.tokens.flatten().bincount(minlength=len(self.counts))
         finally:
-            for p, required in requires_grad.items():
-                p.requires_grad_(required)
             for handle in handles:
                 handle.remove()
 
@@ -3018,13 +3032,11 @@ class Calibration:
 
         With logits z, p their softmax and c the slope of the soft cap, the loss has the gradient c (p - onehot) at the
         uncapped logits, and the expected second derivative c^2 p (1 - p) there."""
-        cap = self.model.head.cap
         embedding = self.model.embed
         gradients = []
         for x in states.split(HEAD_CHUNK):
             z = self.model.head.logits(x[None], embedding, None)[0]  # (chunk, V) fp32
-            slope = 1 - (z / cap).square() if cap else torch.ones_like(z)
-            p = z.softmax(-1)
+            p, slope = self.model.head.probabilities(z)
             labels = torch.multinomial(p, 1, generator=self.generator)[:, 0]
             curvature = p * (1 - p) * slope.square()
             x = x.float()
@@ -4629,10 +4641,8 @@ class ProbedDocuments:
         With the targets that the text has, columns of tokens that do not come in so little text would get numbers that
         are a hundred times too small, and steps that are as much too large once they come."""
         z = self.model.head.logits(states, self.model.embed, None)
-        p = z.softmax(-1)
-        curvature = p * (1 - p)
-        if self.model.head.cap:
-            curvature *= (1 - (z / self.model.head.cap).square()).square()
+        p, slope = self.model.head.probabilities(z)
+        curvature = p * (1 - p) * slope.square()
         weights = states.float().square().sum(-1) * counted[:, None]
         return (curvature * weights[..., None]).sum((0, 1))
 
@@ -4705,19 +4715,6 @@ def probe_documents(
         first = n * size
         end = first + size
         probed.read(tokens[:, first:end], tokens[:, first + 1 : end + 1], is_counted[:, n])
-
-
-@contextlib.contextmanager
-def without_weight_gradients(model: GPT) -> Iterator[None]:
-    """Inside, gradients of weights are not computed, and no compiled code runs."""
-    requires_grad = {p: p.requires_grad for p in model.parameters()}
-    try:
-        model.requires_grad_(False)
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        for p, required in requires_grad.items():
-            p.requires_grad_(required)
 
 
 # How it is stored: as logarithms, for zstd to compress, which finds columns that are alike in several layer passes.
@@ -5037,16 +5034,15 @@ class Evaluation:
 
         if not run.ttt_enabled or not on_gpu:
             return
-        if run.batched_ttt:
-            length += 3 * late_chunk_tokens(run)  # a graph is captured at the second chunk of its kind
-        docs = random_documents(self.model.config.vocab_size, count, length)
         if not run.batched_ttt:
+            docs = random_documents(self.model.config.vocab_size, count, length)
             short = dataclasses.replace(run, ttt_chunk_tokens=length)  # two chunks, of which the first is learned from
             score_sequentially(SequentialTTT(self.model, short, alone), docs, range(len(docs)), ScoreTable(docs))
             return
 
-        shorter = random_documents(self.model.config.vocab_size, count, min(length, 512))
-        for text in (docs, shorter):  # the first time compiles and captures
+        length += 3 * late_chunk_tokens(run)  # a graph is captured at the second chunk of its kind
+        longer, shorter = (random_documents(self.model.config.vocab_size, count, n) for n in (length, min(length, 512)))
+        for text in (longer, shorter):  # the first time compiles and captures
             started = time.perf_counter()
             score_batched(text, range(count), run, alone, ScoreTable(text), self.learners)
             cost = batched_cost(text.lengths, run, self.dist.device)
@@ -5690,7 +5686,7 @@ def command_line(setup: Setup, **changes: str) -> str:
     run = setup.run
     others = dict(ttt_params=run.ttt_params, ttt_scope=run.ttt_scope, ttt_optimizer=run.ttt_optimizer)
     defaults = settings(ModelConfig(), RunConfig(**others))  # those of other knobs depend on these
-    defaults |= {name.upper(): str(RunConfig.__dataclass_fields__[name].metadata["default"]) for name in others}
+    defaults |= {name.upper(): str(KNOBS[name.upper()][0].metadata["default"]) for name in others}
     knobs = changes | {name: v for name, v in settings(setup.model, setup.run).items() if name not in changes}
     words = [f"{name}={shlex.quote(value)}" for name, value in knobs.items() if value != defaults.get(name)]
     words.append(shlex.quote(sys.executable))

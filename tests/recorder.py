@@ -8,6 +8,23 @@ import torch
 
 import train_gpt as g
 
+SMALL_MODEL = g.ModelConfig(
+    vocab_size=48,
+    num_layers=2,
+    model_dim=32,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_mult=2,
+    rope_dims=4,
+    attn_gate_width=8,
+    smear_width=8,
+    unet_skips=1,
+    parallel_start_layer=1,
+    num_loops=1,
+    loop_start=0,
+    loop_end=0,
+)
+
 
 class Recorder(g.ScoreTable):
     """Keeps the nats of every target in the order in which they are added, and what `state` returns each time."""

@@ -13,26 +13,11 @@ import torch
 import torch.multiprocessing as mp
 from conftest import stored_tensors
 from graphs import fake_cuda_graphs
-from recorder import random_gpt
+from recorder import SMALL_MODEL, random_gpt
 
 import train_gpt as g
 
-CONFIG = g.ModelConfig(
-    vocab_size=48,
-    num_layers=3,
-    model_dim=32,
-    num_heads=2,
-    num_kv_heads=1,
-    mlp_mult=2,
-    rope_dims=4,
-    attn_gate_width=8,
-    smear_width=8,
-    unet_skips=1,
-    parallel_start_layer=2,
-    num_loops=1,
-    loop_start=1,
-    loop_end=1,
-)
+CONFIG = dataclasses.replace(SMALL_MODEL, num_layers=3, parallel_start_layer=2, loop_start=1, loop_end=1)
 CPU = torch.device("cpu")
 CONTEXT = 32
 OUTPUTS = g.lora_outputs(CONFIG)

@@ -15,27 +15,12 @@ from graphs import fake_cuda_graphs
 from hypothesis import given
 from hypothesis import strategies as st
 from masked import attend_masked, chunk_mask
-from recorder import Recorder, random_gpt
+from recorder import SMALL_MODEL, Recorder, random_gpt
 
 import train_gpt as g
 from tools import prove
 
-CONFIG = g.ModelConfig(
-    vocab_size=48,
-    num_layers=2,
-    model_dim=32,
-    num_heads=2,
-    num_kv_heads=1,
-    mlp_mult=2,
-    rope_dims=4,
-    attn_gate_width=8,
-    smear_width=8,
-    unet_skips=1,
-    parallel_start_layer=1,
-    num_loops=1,
-    loop_start=0,
-    loop_end=0,
-)
+CONFIG = SMALL_MODEL
 CHUNK, CONTEXT = 8, 24
 LORA = dict(ttt_lr=0.02, ttt_weight_decay=0.0)
 RMS = dict(ttt_optimizer="rms", ttt_lr=0.05)
