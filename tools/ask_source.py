@@ -4,9 +4,10 @@ of its own, since importing a source runs it:
 
     python -P tools/ask_source.py SOURCE < question > answer
 
-question {"environments": [{NAME: text}], "gpus": number, "trains": bool}; answer {"knobs": {NAME: its group}, and
-"settings": for every environment the knobs that a run under it has, or a text that says why it can have none}. Standard
-library alone: nothing of the tools' own train_gpt.py may mix with what is asked.
+question {"environments": [{NAME: text}], "gpus": number, "trains": bool, "needs": [names]}; answer {"knobs": {NAME: its
+group}, "settings": for every environment the knobs that a run under it has, or a text that says why it can have none,
+"lacking": those of the names that the source does not define}. Standard library alone: nothing of the tools' own
+train_gpt.py may mix with what is asked.
 """
 
 from __future__ import annotations
@@ -45,9 +46,12 @@ def settings_under(entry: ModuleType, env: Mapping[str, str], gpus: int, trains:
     return entry.settings(model, run)
 
 
-def answer(entry: ModuleType, environments: Iterable[Mapping[str, str]], gpus: int, trains: bool) -> dict[str, Any]:
+def answer(
+    entry: ModuleType, environments: Iterable[Mapping[str, str]], gpus: int, trains: bool, needs: Iterable[str] = ()
+) -> dict[str, Any]:
     said = [settings_under(entry, env, gpus, trains) for env in environments]
-    return {"knobs": knob_groups(entry), "settings": said}
+    lacking = [name for name in needs if not hasattr(entry, name)]
+    return {"knobs": knob_groups(entry), "settings": said, "lacking": lacking}
 
 
 def load(path: str) -> ModuleType:

@@ -18,6 +18,7 @@ import os
 import stat
 import warnings
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,7 @@ import numpy as np
 
 from tools.events import MAX_BYTES as MAX_EVENT_BYTES
 from tools.events import Event, named, read_events
-from tools.values import any_text, digest, missing_or_wrong, number, parse_object, table_of, text, whole
+from tools.values import any_text, digest, missing_or_wrong, number, optional, parse_object, table_of, text, whole
 from tools.welch import two_sided
 from train_gpt import LOGS, DataError
 
@@ -89,11 +90,29 @@ TRAINING_FIELDS = {  # of a run that trained; one with ARTIFACT has none of them
     "history": is_history,
     "train_seconds": number,
 }
+TRAIN_ONLY = "train_only"  # marks the result of a run that tools/train_only.py made: it is no score
+TRAIN_ONLY_FIELDS = {  # of such a run, which has no others
+    name: (FIELDS | LATER_FIELDS | TRAINING_FIELDS)[name]
+    for name in (
+        *("run_id", "seed", "code_sha256", "code_bytes", "knobs", "world_size", "device", "versions", "phases"),
+        *("documents", "tokens", "bytes", "excess_bytes", "validation", "prequant_bpb"),
+        *("steps", "train_tokens", "epochs", "history", "train_seconds"),
+    )
+} | {
+    TRAIN_ONLY: lambda value: value is True,
+    "readout": text,
+    "tokens_per_s": number,
+    "train_loss": optional(number),  # null where no step was logged
+    "peak_memory_bytes": whole,  # of the GPU; 0 on a CPU
+}
+TRAIN_ONLY_PER_DOCUMENT = {"prequant_nats": "f", "tokens": "i", "bytes": "i"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run whose files agree with each other. Arrays are over the validation documents, in their order."""
+    """A finished run whose files agree with each other. Arrays are over the validation documents, in their order.
+
+    Of one that only trained, all scores are those before quantisation."""
 
     path: Path  # of the .json; log and docs_path lie beside it
     result: dict[str, Any]  # what the .json holds, every field of FIELDS checked
@@ -113,6 +132,11 @@ class Run:
     def trained(self) -> bool:
         """Whether the run trained, and has TRAINING_FIELDS; or else scored an artifact."""
         return "steps" in self.result
+
+    @property
+    def train_only(self) -> bool:
+        """Whether it only trained: nothing was packed, read back or scored in the end."""
+        return TRAIN_ONLY in self.result
 
     @property
     def recorded(self) -> bool:
@@ -190,13 +214,17 @@ def beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name.removesuffix(".json") + suffix)
 
 
-def load_run(name: str | Path, folder: Path = LOGS) -> Run:
-    """A run by its RUN_ID (in `folder`), or the path of its .json or of another of its files. Raises DataError where a
-    file is missing or damaged, a field is missing or of another kind, or the files contradict each other; the message
-    lists every contradiction."""
+def load_run(name: str | Path, folder: Path = LOGS, train_only: bool = False) -> Run:
+    """A run by its RUN_ID (in `folder`), or the path of its .json or of another of its files; with `train_only`, one
+    that only trained, which is refused else. Raises DataError where a file is missing or damaged, a field is missing or
+    of another kind, or the files contradict each other; the message lists every contradiction."""
     path = result_path(str(name), folder)
-    result = read_result(path)
-    run = Run(path, result, **read_documents(beside(path, ".docs.npz")))
+    result = read_result(path, train_only)
+    documents = read_documents(beside(path, ".docs.npz"), train_only)
+    if train_only:
+        nats = documents["prequant_nats"]
+        documents |= {"nats": nats, "static_nats": nats, "updates": np.zeros(len(nats), np.int64)}
+    run = Run(path, result, **documents)
     if wrong := disagreements(run):
         raise DataError(f"{path}: its files contradict each other: {'; '.join(wrong)}")
     return run
@@ -215,12 +243,17 @@ def result_path(name: str, folder: Path) -> Path:
     return named
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """The checked content of a .json."""
+def read_result(path: Path, train_only: bool = False) -> dict[str, Any]:
+    """The checked content of a .json; `train_only` as for `load_run`."""
     result = read_table(path)
-    kinds = FIELDS | {name: kind for name, kind in LATER_FIELDS.items() if name in result}
-    if TRAINING_FIELDS.keys() & result.keys():
-        kinds |= TRAINING_FIELDS
+    if TRAIN_ONLY in result and not train_only:
+        raise DataError(f"{path}: its run only trained (sweep --train-only): nothing was packed, and this is no score")
+    if train_only:
+        kinds = TRAIN_ONLY_FIELDS
+    else:
+        kinds = FIELDS | {name: kind for name, kind in LATER_FIELDS.items() if name in result}
+        if TRAINING_FIELDS.keys() & result.keys():
+            kinds |= TRAINING_FIELDS
     if wrong := missing_or_wrong(result, kinds):
         raise DataError(f"{path}: not the result of a run of this version: {wrong}")
     return result
@@ -253,11 +286,12 @@ def read_part(path: Path, most: int) -> bytes:
     return content
 
 
-def read_documents(path: Path) -> dict[str, Any]:
-    """The checked arrays of a .docs.npz, and `validation`."""
+def read_documents(path: Path, train_only: bool = False) -> dict[str, Any]:
+    """The checked arrays of a .docs.npz, and `validation`; with `train_only`, those of a run that only trained."""
     content = read_part(path, MAX_UNPACKED_BYTES)
+    needed = TRAIN_ONLY_PER_DOCUMENT if train_only else PER_DOCUMENT
     try:
-        found = read_arrays(content, path)
+        found = read_arrays(content, path, needed)
     except DataError:
         raise
     except Exception as error:  # zip, deflate and the header of an array each break in ways of their own
@@ -270,8 +304,9 @@ def read_documents(path: Path) -> dict[str, Any]:
     return {"prequant_nats": None} | found | {"validation": str(validation)}
 
 
-def read_arrays(content: bytes, path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .docs.npz by name. Sizes are checked before anything is unpacked."""
+def read_arrays(content: bytes, path: Path, needed: Iterable[str]) -> dict[str, np.ndarray]:
+    """The `needed` arrays of a .docs.npz by name, and those that later runs have. Sizes are checked before anything is
+    unpacked."""
     if content.count(zipfile.stringCentralDir) > MAX_ENTRIES:
         raise DataError(f"{path}: more than {MAX_ENTRIES} entries, a run writes {len(PER_DOCUMENT) + 1}")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -279,7 +314,7 @@ def read_arrays(content: bytes, path: Path) -> dict[str, np.ndarray]:
         if size > MAX_UNPACKED_BYTES:
             raise DataError(f"{path}: {size} bytes unpacked, at most {MAX_UNPACKED_BYTES} are expected")
         later = [name for name in LATER_PER_DOCUMENT if f"{name}.npy" in archive.namelist()]
-        return {name: read_array(archive.read(f"{name}.npy")) for name in (*PER_DOCUMENT, *later, "validation")}
+        return {name: read_array(archive.read(f"{name}.npy")) for name in (*needed, *later, "validation")}
 
 
 def read_array(content: bytes) -> np.ndarray:
@@ -297,8 +332,9 @@ def read_array(content: bytes) -> np.ndarray:
 
 def check_documents(path: Path, found: dict[str, np.ndarray]) -> None:
     """Every array has one number a document, of its kind, finite and not negative."""
-    count = len(found["nats"]) if found["nats"].ndim else 0
-    kinds = PER_DOCUMENT | {name: kind for name, kind in LATER_PER_DOCUMENT.items() if name in found}
+    count = found["tokens"].size
+    known = PER_DOCUMENT | LATER_PER_DOCUMENT
+    kinds = {name: kind for name, kind in known.items() if name in found}
     for name, kind in kinds.items():
         values = found[name]
         dtype = {"f": np.float64, "i": np.int64}[kind]
@@ -317,16 +353,21 @@ def disagreements(run: Run) -> list[str]:
         "documents": len(run.nats),
         "tokens": int(run.tokens.sum()),
         "bytes": int(run.bytes.sum()),
-        "adaptation_steps": int(run.updates.sum()),
         "validation": run.validation,
-        "artifact_bytes": sum(result["artifact_parts"].values()),
-        "total_bytes": result["artifact_bytes"] + result["code_bytes"],
         "code_sha256": hashlib.sha256(run.source).hexdigest(),
     }
+    if not run.train_only:
+        recomputed |= {
+            "adaptation_steps": int(run.updates.sum()),
+            "artifact_bytes": sum(result["artifact_parts"].values()),
+            "total_bytes": result["artifact_bytes"] + result["code_bytes"],
+        }
     wrong = [f"{name} is {result[name]}, found {value}" for name, value in recomputed.items() if result[name] != value]
     if not run.bytes.sum() or not run.tokens.sum():
         return [*wrong, "its documents stand for no text at all"]
-    figures = {"val_bpb": run.bpb, "static_bpb": run.static_bpb, "val_loss": run.loss}
+    figures = {}
+    if not run.train_only:
+        figures = {"val_bpb": run.bpb, "static_bpb": run.static_bpb, "val_loss": run.loss}
     if run.prequant_nats is not None:
         if not run.trained:
             return [*wrong, "documents have scores before quantisation, but the run trained nothing"]

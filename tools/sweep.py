@@ -56,6 +56,7 @@ import torch
 
 import train_gpt
 from tools import ask_source
+from tools import train_only as train_only_job
 from tools.artifact import end_in_a_line, knobs_of_run
 from tools.events import Event, read_events
 from tools.holdout import held_out_by, score_holdout
@@ -83,6 +84,7 @@ APART = {  # knobs that no sweep may vary, and why
     "RESUME": "every combination starts anew",
 } | dict.fromkeys(SAME_DOCUMENTS, "all combinations must score the same documents; set it in the environment")
 ONLY_TRAINING = ("Model", "Budget", "Data", "Optimizer", "Quantisation")  # groups of knobs
+NOT_TRAINING = ("Quantisation", "Test-time training")
 ASK_SECONDS = 300.0  # to import a source on a busy machine
 STOP_SECONDS = 10.0  # a run that was told to end has so long
 KEPT = (".json", ".docs.npz", ".events.jsonl", ".txt")  # suffixes of a run's files: all that a comparison reads
@@ -201,11 +203,14 @@ def training_knobs(groups: Mapping[str, str]) -> set[str]:
     return (names | {"ARTIFACT_BYTES", "CHECKPOINT_SECONDS"}) - {"MICRO_BATCH_TOKENS", "EVAL_SECONDS"}
 
 
-def check_names(names: Iterable[str], groups: Mapping[str, str], artifact: str | None) -> None:
-    """Refuse what no sweep of a source with these knobs, or none of an artifact's evaluation, can vary."""
+def check_names(names: Iterable[str], groups: Mapping[str, str], artifact: str | None, train_only: bool) -> None:
+    """Refuse what no sweep of a source with these knobs, or none of an artifact's evaluation, or none that only trains,
+    can vary."""
     train_gpt.refuse_unknown(names, groups)
     useless = training_knobs(groups) if artifact else set()
     for name in names:
+        packs = train_only and groups.get(name) in NOT_TRAINING
+        require(not packs, f"{name} changes nothing before quantisation, and --train-only does nothing after it")
         require(name in groups, f"{name} is not a knob (./run.sh help lists all)")
         require(name not in APART, f"{name} cannot be swept: {APART.get(name)}")
         require(name not in useless, f"{name} is for training, and --eval trains nothing")
@@ -228,7 +233,11 @@ def environment(knobs: Mapping[str, str]) -> dict[str, str]:
 
 
 def make_jobs(
-    combinations: list[dict[str, str]], artifact: str | None, gpus: int, sources: Sequence[Source]
+    combinations: list[dict[str, str]],
+    artifact: str | None,
+    gpus: int,
+    sources: Sequence[Source],
+    train_only: bool = False,
 ) -> list[Job]:
     """One job per combination and source, its environment read and checked as its run will do it."""
     for name in ("ARTIFACT", "RESUME"):
@@ -245,8 +254,9 @@ def make_jobs(
             env = knobs_of_run(Path(artifact), env) | env | {"ARTIFACT": artifact, "RESUME": ""}
         jobs.append(Job(source.knobs() | knobs, env, source))
     by_source = [[job for job in jobs if job.source is source] for source in sources]
-    answers = [ask_settings(theirs, gpus, artifact) for theirs in by_source]
-    check_sources(sources, [answer["knobs"] for answer in answers], names, artifact)
+    needs = train_only_job.NEEDED if train_only else ()
+    answers = [ask_settings(theirs, gpus, artifact, needs) for theirs in by_source]
+    check_sources(sources, answers, names, artifact, train_only)
     for theirs, answer in zip(by_source, answers, strict=True):
         for job, settings in zip(theirs, answer["settings"], strict=True):
             require(not isinstance(settings, str), f"{job.label}: {settings}")
@@ -255,10 +265,10 @@ def make_jobs(
     return jobs
 
 
-def ask_settings(jobs: list[Job], gpus: int, artifact: str | None) -> dict[str, Any]:
-    """What the source of these jobs says of its knobs and of their environments."""
+def ask_settings(jobs: list[Job], gpus: int, artifact: str | None, needs: Sequence[str]) -> dict[str, Any]:
+    """What the source of these jobs says of its knobs and of their environments, and which of `needs` it lacks."""
     source = jobs[0].source
-    question = {"environments": [job.env for job in jobs], "gpus": gpus, "trains": not artifact}
+    question = {"environments": [job.env for job in jobs], "gpus": gpus, "trains": not artifact, "needs": needs}
     return ask(source, question) if source.name else ask_source.answer(train_gpt, **question)
 
 
@@ -276,21 +286,32 @@ def ask(source: Source, question: Mapping[str, Any]) -> dict[str, Any]:
     last = done.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
     require(done.returncode == 0, f"--source {source.name}: it cannot be asked for its knobs: {''.join(last)}")
     said = parse_object(done.stdout)
-    wrong = missing_or_wrong(said, {"knobs": table_of(any_text), "settings": lambda value: isinstance(value, list)})
+    kinds = {"knobs": table_of(any_text), "settings": is_list, "lacking": is_list}
+    wrong = missing_or_wrong(said, kinds)
     require(not wrong, f"--source {source.name}: its answer is none: {wrong}")
     return said
 
 
+def is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 def check_sources(
-    sources: Sequence[Source], groups: list[dict[str, str]], names: list[str], artifact: str | None
+    sources: Sequence[Source], answers: list[dict[str, Any]], names: list[str], artifact: str | None, train_only: bool
 ) -> None:
-    """Refuse a knob that is set or swept and that one of the sources, {NAME: group} each, does not know."""
+    """Refuse a source that lacks what --train-only needs, by the `answers` of all, and a knob that is set or swept and
+    that one of them does not know."""
+    for source, answer in zip(sources, answers, strict=True):
+        lacking = ", ".join(map(str, answer["lacking"]))
+        name = source.name or "train_gpt.py"
+        require(not lacking, f"--source {name}: it has no {lacking}, without which it cannot be trained alone")
+    groups = [answer["knobs"] for answer in answers]
     known = {name for theirs in groups for name in theirs}
     said = {*names, *given()} & known
     for source, theirs in zip(sources, groups, strict=True):
         lacking = sorted(said - theirs.keys())
         require(not lacking, f"--source {source.name}: it has no knob {', '.join(lacking)}, which another source has")
-        check_names(names, theirs, artifact)
+        check_names(names, theirs, artifact, train_only)
 
 
 def require_equal_documents(jobs: list[Job]) -> None:
@@ -346,18 +367,21 @@ def config_to_open(job: Job, world: int) -> tuple[train_gpt.ModelConfig, train_g
     return train_gpt.read_env(files | {"TRAIN_ROW_TOKENS": "8", "TRAIN_BATCH_TOKENS": str(8 * world)})
 
 
-def name_runs(jobs: list[Job], folder: Path, scored: ScoredText, gpus: int, artifact: str | None) -> None:
+def name_runs(
+    jobs: list[Job], folder: Path, scored: ScoredText, gpus: int, artifact: str | None, train_only: bool = False
+) -> None:
     """Give every job a run_id: a hash of the knobs that have an effect, the source, the data and the artifact; where
     sources are raced, behind the source's own. No path is in it: it is the same on every machine."""
     ineffective = {*APART} - {"VOCAB_SIZE", "HOLDOUT_TOKENS"}
     digest = ""
+    kind = ["train only"] if train_only else []
     if artifact:
         ineffective |= training_knobs(ask_source.knob_groups(train_gpt))
         digest = hashlib.sha256(train_gpt.read_file(artifact)).hexdigest()
     seen: dict[str, Job] = {}
     for job in jobs:
         knobs = {name: value for name, value in job.settings.items() if name not in ineffective}
-        facts = [knobs, job.source.sha256, scored.identity, digest, gpus]
+        facts = [knobs, job.source.sha256, scored.identity, digest, gpus, *kind]
         identity = json.dumps(facts, sort_keys=True, allow_nan=False)
         name = hashlib.sha256(identity.encode()).hexdigest()[:12]
         if job.source.name:
@@ -368,13 +392,13 @@ def name_runs(jobs: list[Job], folder: Path, scored: ScoredText, gpus: int, arti
         require(first is job, f"{first.label} and {job.label} are the same combination")
 
 
-def find_finished(jobs: list[Job], kept: Path | None) -> None:
+def find_finished(jobs: list[Job], kept: Path | None, train_only: bool = False) -> None:
     """A job whose run is there under its name, in logs/ or in the folder `kept`, is done."""
     for job in jobs:
         if kept is not None and not job.file(".json").exists():
             copy_run(kept / Path(job.run_id).name, job.file(""))
         with contextlib.suppress(DataError):  # not run yet, or cut off
-            job.run = load_run(job.run_id)
+            job.run = load_run(job.run_id, train_only=train_only)
             job.state = "done"
             job.at = "before"
             job.bpb = job.run.bpb
@@ -449,12 +473,25 @@ def take_turns(jobs: list[Job]) -> list[Job]:
     return order
 
 
-class Running(NamedTuple):
+@dataclass(eq=False)
+class Running:
+    """A process of a job, and the one that is to have its place."""
+
     job: Job
     process: subprocess.Popen
     slot: str | None
     started_at: float
     events: GrowingEvents
+    trains: bool = False  # its set-up is over
+    successor: Running | None = None  # imported and waiting to be told
+
+
+class Command(NamedTuple):
+    """How the sweep's jobs are started."""
+
+    words: Sequence[str]  # before the path of a source
+    train_only: bool = False
+    ahead: bool = False  # whether a job can be started before its place is free, and wait
 
 
 class GrowingEvents:
@@ -487,6 +524,11 @@ def note_progress(job: Job, event: Event) -> None:
     """How far a run is, by one of its events."""
     values = event.values
     match event.name:
+        case "set_up":
+            job.at = "training"
+        case "readout":
+            job.at = "scoring"
+            job.eta = None
         case "step" | "validate":
             job.at = f"step {values['step']}"
             job.bpb = values.get("val_bpb", job.bpb)
@@ -509,10 +551,10 @@ class Sweep:
     """Runs jobs, as many at once as there are slots, and shows how far they are."""
 
     def __init__(
-        self, jobs: list[Job], slots: list[str | None], command: Sequence[str], folder: Path, kept: Path | None = None
+        self, jobs: list[Job], slots: list[str | None], command: Command, folder: Path, kept: Path | None = None
     ):
         self.jobs = take_turns(jobs)
-        self.command = command  # that starts a source
+        self.command = command
         self.folder = folder
         self.kept = kept  # where finished runs are copied to
         self.screen = Screen(jobs)
@@ -527,46 +569,70 @@ class Sweep:
             while self.running or any(job.state == "waiting" for job in self.jobs):
                 for job in self.jobs:
                     if self.free and job.state == "waiting":
-                        self.start(job)
+                        self.running.append(self.start(job, self.free.pop(0)))
                 for one in list(self.running):
                     self.look_after(one)
+                    self.prepare_successor(one)
                 self.screen.show(self.seconds_left())
                 time.sleep(0.1)
         finally:
             self.stop()
         self.screen.show(0.0, last=True)
 
-    def start(self, job: Job) -> None:
-        slot = self.free.pop(0)
+    def start(self, job: Job, slot: str | None, wait: bool = False) -> Running:
+        """Start a job's process; with `wait`, one that begins once it is told."""
         remove_leftovers(job)
         source = job.source.file(self.folder)
         train_gpt.write_atomically(source, [job.source.content], parents=True)
         env = job.env if slot is None else job.env | {"CUDA_VISIBLE_DEVICES": slot}
+        if self.command.train_only:
+            env = env | {"PYTHONSAFEPATH": "1"}  # as -P, for the ranks that torchrun starts, too
         with open(job.file(".err"), "wb") as errors:
             process = subprocess.Popen(
-                [*self.command, str(source.resolve())],
+                [*self.command.words, str(source.resolve()), *(["--wait"] if wait else [])],
                 env=env,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if wait else subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 preexec_fn=ends_with_its_parent(),
             )
-        job.state = "running"
-        job.at = "starting"
+        job.state = "ready" if wait else "running"
+        job.at = "waits for its place" if wait else "starting"
         events = GrowingEvents(job.file(".events.jsonl"))
-        self.running.append(Running(job, process, slot, time.monotonic(), events))
+        return Running(job, process, slot, time.monotonic(), events)
+
+    def prepare_successor(self, one: Running) -> None:
+        """Start the next job beside one that trains or scores, so that what needs no GPU is done by its turn."""
+        waiting = next((job for job in self.jobs if job.state == "waiting"), None)
+        if self.command.ahead and one in self.running and one.trains and one.successor is None and waiting is not None:
+            one.successor = self.start(waiting, one.slot, wait=True)
+
+    def give_place(self, one: Running) -> None:
+        """To the job that waits for it, or to any."""
+        if one.successor is None:
+            self.free.append(one.slot)
+            return
+        successor = one.successor
+        with contextlib.suppress(BrokenPipeError):  # it has failed, and is looked after as any other
+            successor.process.stdin.write(b"\n")
+            successor.process.stdin.close()
+        successor.job.state = "running"
+        successor.job.at = "starting"
+        successor.started_at = time.monotonic()
+        self.running.append(successor)
 
     def look_after(self, one: Running) -> None:
         """Read its events; when it has ended, see what came of it and free its place."""
         status = one.process.poll()
         for event in one.events.new():
             note_progress(one.job, event)
+            one.trains = one.trains or event.name == "set_up"
         if status is None:
             return
         self.running.remove(one)
-        self.free.append(one.slot)
+        self.give_place(one)
         self.took.append(time.monotonic() - one.started_at)
-        conclude(one.job, status)
+        conclude(one.job, status, self.command.train_only)
         if self.kept is not None and one.job.state == "done":
             copy_run(one.job.file(""), self.kept / Path(one.job.run_id).name)
 
@@ -576,14 +642,15 @@ class Sweep:
             return None
         each = sum(self.took) / len(self.took)
         now = time.monotonic()
-        waiting = sum(job.state == "waiting" for job in self.jobs)
+        waiting = sum(job.state in {"waiting", "ready"} for job in self.jobs)
         running = sum(max(0.0, each - (now - one.started_at)) for one in self.running)
         return (running + waiting * each) / self.slots
 
     def stop(self) -> None:
         """End what runs. After Ctrl-C the runs have had the signal, too, and get a second; then they are terminated,
         and in the end killed."""
-        processes = [one.process for one in self.running]
+        started = self.running + [one.successor for one in self.running if one.successor is not None]
+        processes = [one.process for one in started]
         for seconds, end in ((1.0, subprocess.Popen.terminate), (STOP_SECONDS, subprocess.Popen.kill)):
             deadline = time.monotonic() + seconds
             while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
@@ -591,11 +658,20 @@ class Sweep:
             for process in processes:
                 if process.poll() is None:
                     end(process)
-        for one in self.running:
+        for one in started:
             one.process.wait()
             one.job.file(".err").unlink(missing_ok=True)
             for partial in one.job.file("").parent.glob(".*.partial"):
                 partial.unlink()
+
+
+def job_command(options: argparse.Namespace, launcher: Sequence[str]) -> Command:
+    """How the jobs of a sweep are started. One that waits is told through its standard input, which neither a launcher
+    nor torchrun is sure to hand on."""
+    words = command_of(options.gpus, launcher)
+    if not options.train_only:
+        return Command(words)
+    return Command([*words, train_only_job.__file__], train_only=True, ahead=options.gpus == 1 and not launcher)
 
 
 def command_of(gpus: int, launcher: Sequence[str]) -> list[str]:
@@ -622,17 +698,18 @@ def remove_leftovers(job: Job) -> None:
             time.sleep(0.1)
 
 
-def conclude(job: Job, status: int) -> None:
+def conclude(job: Job, status: int, train_only: bool = False) -> None:
     """Settle a job whose process has ended: done if its run can be read, else failed, and `at` says why."""
     job.eta = None
     try:
         require(status == 0, reason_of(job.file(".err"), status), UserError)
-        run = load_run(job.run_id)
+        run = load_run(job.run_id, train_only=train_only)
         same = run.result["code_sha256"] == job.source.sha256
         require(same, "its copy of the source was changed meanwhile; start the sweep again")
         job.run = run
         job.state = "done"
-        job.at = f"{run.result['eval_seconds']:.0f} s of evaluation"
+        result = run.result
+        job.at = f"{result['steps']} steps" if train_only else f"{result['eval_seconds']:.0f} s of evaluation"
         job.bpb = run.bpb
         job.file(".err").unlink()
     except UserError as error:
@@ -696,7 +773,7 @@ class Screen:
         room = max(1, height - 3)
         shown = self.jobs
         if len(shown) > room:
-            order = ("running", "failed", "done", "waiting")
+            order = ("running", "failed", "done", "ready", "waiting")
             shown = sorted(shown, key=lambda job: order.index(job.state))[:room]
         lines = [self.summary(seconds_left), *map(self.line, shown)]
         if len(shown) < len(self.jobs):
@@ -767,16 +844,29 @@ IN_CSV = (  # results
 )
 
 
+TRAIN_ONLY_IN_CSV = (
+    "prequant_bpb",
+    "readout",
+    "steps",
+    "tokens_per_s",
+    "train_loss",
+    "train_seconds",
+    "peak_memory_bytes",
+)
+
+
 def results_csv(jobs: list[Job]) -> str:
     """One line per run, failed ones included."""
+    train_only = any(job.run.train_only for job in jobs if job.run)
+    columns = TRAIN_ONLY_IN_CSV if train_only else IN_CSV
     out = io.StringIO()
     table = csv.writer(out, lineterminator="\n")
     names = knob_names(job.knobs for job in jobs)
-    table.writerow([*names, "state", *IN_CSV, "run_id"])
+    table.writerow([*names, "state", *columns, "run_id"])
     for job in jobs:
         result = job.run.result if job.run else {}
         knobs = [job.knobs.get(name, "") for name in names]
-        figures = [result.get(name, "") for name in IN_CSV]
+        figures = [result.get(name, "") for name in columns]
         table.writerow([*knobs, job.state, *figures, job.run_id])
     return out.getvalue()
 
@@ -789,7 +879,8 @@ def results_table(name: str, jobs: list[Job], rows: list[Row], scored: ScoredTex
         lines += ["", "Sources:", ""]
         lines += [f"- `{printable(name)}`: sha256 {source.sha256}" for name, source in raced.items()]
     if raced or any(len(row.runs) > 1 for row in rows):
-        lines += differences_table(pairs_of(jobs, rows))
+        measures = ["before quantisation"] if rows[0].run.train_only else list(MEASURES)
+        lines += differences_table(pairs_of(jobs, rows), measures)
     failed = [f"- `{job.label}`: {printable(job.at)}" for job in jobs if job.state == "failed"]
     return [*lines, "", "Failed:", "", *failed] if failed else lines
 
@@ -802,18 +893,48 @@ def ranking(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, com
         "Differences are those to the first row, with paired 95 % bootstrap intervals over documents; "
         "± is the standard deviation over seeds."
     )
-    columns = ("bpb", "difference", "without adaptation", "seeds", "before quantisation", "steps", "evaluation, s")
-    head = [*knobs, *columns, "notes"]
+    cells_of = cells_of_training if rows[0].run.train_only else cells_of_score
+    head = [*knobs, *cells_of(rows[0])]
     lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.description}. {about}", ""]
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
-        seeds = " ".join(str(run.result["seed"]) for run in row.runs)
-        cells = [row.knobs.get(name, "") for name in knobs]
-        cells += [bpb_of(row), str(row.gap or ""), f"{row.run.static_bpb:.5f}", seeds]
-        cells += [mean_of(row, "prequant_bpb", ".5f"), mean_of(row, "steps", ".0f")]
-        cells += [mean_of(row, "eval_seconds", ".1f"), notes(row)]
+        cells = [*(row.knobs.get(name, "") for name in knobs), *cells_of(row).values()]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def cells_of_score(row: Row) -> dict[str, str]:
+    """{column: its cell} of a row whose runs scored an artifact."""
+    return {
+        "bpb": bpb_of(row),
+        "difference": str(row.gap or ""),
+        "without adaptation": f"{row.run.static_bpb:.5f}",
+        "seeds": seeds_of(row),
+        "before quantisation": mean_of(row, "prequant_bpb", ".5f"),
+        "steps": mean_of(row, "steps", ".0f"),
+        "evaluation, s": mean_of(row, "eval_seconds", ".1f"),
+        "notes": notes(row),
+    }
+
+
+def cells_of_training(row: Row) -> dict[str, str]:
+    """{column: its cell} of a row whose runs only trained."""
+    memory = max(run.result["peak_memory_bytes"] for run in row.runs)
+    return {
+        "before quantisation": bpb_of(row),
+        "difference": str(row.gap or ""),
+        "seeds": seeds_of(row),
+        "read-out": " ".join(run.result["readout"] for run in row.runs),
+        "steps": mean_of(row, "steps", ".0f"),
+        "tokens/s": mean_of(row, "tokens_per_s", ".0f"),
+        "last training loss": mean_of(row, "train_loss", ".4f"),
+        "training, s": mean_of(row, "train_seconds", ".1f"),
+        "peak memory, GiB": f"{memory / 2**30:.1f}" if memory else "",
+    }
+
+
+def seeds_of(row: Row) -> str:
+    return " ".join(str(run.result["seed"]) for run in row.runs)
 
 
 def mean_of(row: Row, name: str, form: str) -> str:
@@ -858,8 +979,8 @@ MEASURES = {  # column -> a run's nats of every document, or None where it has n
 }
 
 
-def differences_table(pairs: list[Pair]) -> list[str]:
-    """Each pair seed by seed, and over its seeds with a verdict."""
+def differences_table(pairs: list[Pair], measures: Sequence[str]) -> list[str]:
+    """Each pair seed by seed, and over its seeds with a verdict; `measures` are those of MEASURES that runs have."""
     if not pairs:
         return []
     lines = [
@@ -869,14 +990,14 @@ def differences_table(pairs: list[Pair]) -> list[str]:
         "choice of documents and, from two seeds on, for that of seeds (Student's t). Where that holds zero, the "
         "difference is unresolved. Runs behind a figure without an interval keep no score per document for it.",
         "",
-        f"| combination | compared with | seed | {' | '.join(MEASURES)} |",
-        "|" + "---|" * (3 + len(MEASURES)),
+        f"| combination | compared with | seed | {' | '.join(measures)} |",
+        "|" + "---|" * (3 + len(measures)),
     ]
     for pair in pairs:
         if not pair.runs:
-            lines.append(f"| {pair.name} | {pair.base} | none in common |" + " |" * len(MEASURES))
+            lines.append(f"| {pair.name} | {pair.base} | none in common |" + " |" * len(measures))
             continue
-        columns = [column_of(pair, name) for name in MEASURES]
+        columns = [column_of(pair, name) for name in measures]
         seeds = [str(run.result["seed"]) for _, run in pair.runs]
         for label, *cells in zip([*seeds, f"all {len(seeds)}"], *columns, strict=True):
             lines.append(f"| {pair.name} | {pair.base} | {label} | {' | '.join(cells)} |")
@@ -976,6 +1097,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--file", type=Path, help="combinations, one a line, instead of a grid")
     parser.add_argument("--eval", metavar="ARTIFACT", help="train nothing; score this artifact with every combination")
     documents = "score held-out training documents, or validation, which marks the table [%(default)s]"
+    alone = "train to the last second and score the weights before quantisation: nothing is packed"
+    parser.add_argument("--train-only", action="store_true", help=alone)
     parser.add_argument("--on", choices=("training", "validation"), default="training", help=documents)
     parser.add_argument("--name", help="folder in logs/sweeps [the names of the knobs, or the file's]")
     sources = "train_gpt.py files or git revisions, the first of which the others are compared with"
@@ -987,6 +1110,14 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse options that contradict each other."""
+    require(options.gpus > 0, f"--gpus {options.gpus}: at least 1")
+    if options.train_only:
+        require(not options.eval, "--train-only trains, and --eval does not: give one of them")
+        require(options.on == "training", "--train-only scores held-out training documents: leave --on out")
+
+
 def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) -> str:
     name = options.name
     if not name:
@@ -996,6 +1127,8 @@ def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) 
         name = "-".join(words)
         if options.eval:
             name += "-eval"
+        if options.train_only:
+            name += "-train"
         if options.on == "validation":
             name += "-validation"
     require(bool(re.fullmatch(r"\w[\w.-]*", name, re.ASCII)), f"--name {name!r}: expected letters, digits, _ . -")
@@ -1020,20 +1153,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """-> exit status: 1 when a combination failed."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = command_line().parse_intermixed_args(arguments)
-    require(options.gpus > 0, f"--gpus {options.gpus}: at least 1")
+    check_options(options)
     combinations = read_combinations(options)
     launcher = launcher_words(options.launcher)
-    jobs = make_jobs(combinations, options.eval, options.gpus, find_sources(options.source))
+    sources = find_sources(options.source)
+    jobs = make_jobs(combinations, options.eval, options.gpus, sources, options.train_only)
     slots = places(options, jobs[0].settings["DEVICE"])
     folder = SWEEPS / sweep_name(options, combinations)
 
     with locked(folder):
         scored = choose_documents(jobs, options.on, folder, options.gpus)
-        name_runs(jobs, folder, scored, options.gpus, options.eval)
-        find_finished(jobs, options.keep)
+        name_runs(jobs, folder, scored, options.gpus, options.eval, options.train_only)
+        find_finished(jobs, options.keep, options.train_only)
         print(f"{len(jobs)} combinations, {len(slots)} at a time, scored on {scored.description}", flush=True)
         try:
-            Sweep(jobs, slots, command_of(options.gpus, launcher), folder, options.keep).run_all()
+            Sweep(jobs, slots, job_command(options, launcher), folder, options.keep).run_all()
         except KeyboardInterrupt:
             done = sum(job.state == "done" for job in jobs)
             print(f"{done} of {len(jobs)} combinations are done; the same command goes on with the rest", flush=True)

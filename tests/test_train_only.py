@@ -1,0 +1,156 @@
+"""Jobs of `sweep --train-only`: they train as the entry does, begin when they are told, and are no scores."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_sweep import HELD, sweeping, tokenizer_of
+
+import train_gpt
+from tools import check, record, sweep, train_only
+from tools.artifact import end_in_a_line
+from tools.events import first_difference
+from tools.holdout import make_holdout
+from tools.results import load_run
+
+ENTRY = Path(train_gpt.__file__)
+
+
+@pytest.fixture
+def held_env(tiny_data, tiny_env, tmp_path):
+    """held_env(RUN_ID="x", ...): the environment of a tiny run that scores held-out training documents."""
+    folder = tmp_path / "held"
+    make_holdout(tiny_data, tokenizer_of(tiny_data), HELD, folder)
+    return lambda **changes: tiny_env(DATA_PATH=str(folder), HOLDOUT_TOKENS=str(HELD), **changes)
+
+
+def start(folder: Path, env: dict[str, str], *options: str, source: Path = ENTRY) -> subprocess.Popen:
+    command = [sys.executable, "-P", train_only.__file__, str(source), *options]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=env, **pipes)
+
+
+def finish(process: subprocess.Popen, said: str = "") -> str:
+    """Tell it something, and wait for its end -> its error output; it must have succeeded."""
+    _, errors = process.communicate(said, timeout=120)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def test_it_learns_what_a_whole_run_learns_bit_for_bit_and_is_no_score(
+    held_env, run_script, tmp_path, monkeypatch, capsys
+):
+    finish(start(tmp_path, held_env(RUN_ID="alone")))
+    whole = run_script(env=held_env(RUN_ID="whole", TTT_ENABLED="0", TTT_OPTIMIZER=None))
+    assert whole.returncode == 0, whole.stderr
+    logs = tmp_path / "logs"
+    trained = load_run("alone", logs, train_only=True)
+    scored = load_run("whole", logs)
+    assert trained.prequant_nats.tolist() == scored.prequant_nats.tolist(), "every document, every bit"
+    assert trained.validation == scored.validation and trained.bpb == scored.result["prequant_bpb"]
+    assert [loss for *_, loss in trained.result["history"]] == [loss for *_, loss in scored.result["history"]]
+    assert trained.result["readout"] == scored.result["readout"] and trained.result["steps"] == 3
+    assert trained.result["train_loss"] == pytest.approx(np.mean([loss for *_, loss in trained.result["history"]]))
+    assert first_difference(trained.log_text, trained.events) is None
+    left = sorted(path.name for path in logs.iterdir() if path.name.startswith("alone"))
+    assert left == ["alone.docs.npz", "alone.events.jsonl", "alone.json", "alone.txt"], "and no artifact"
+
+    for name, read in (("alone", load_run), ("whole", lambda *words: load_run(*words, train_only=True))):
+        with pytest.raises(train_gpt.DataError, match=r"its run only trained|it lacks train_only"):
+            read(name, logs)
+    monkeypatch.chdir(tmp_path)
+    assert record.find_finished(train_gpt.RunConfig(run_id="alone"), {}) is None
+    assert "its run only trained" in capsys.readouterr().out
+    kept = tmp_path / "record"
+    kept.mkdir()
+    for suffix, name in ((".json", "train_seed42.json"), (".docs.npz", "train_seed42.docs.npz")):
+        (kept / name).write_bytes((logs / f"alone{suffix}").read_bytes())
+    (kept / "train_seed42.log").write_bytes((logs / "alone.txt").read_bytes())
+    with pytest.raises(train_gpt.DataError, match="its run only trained"):
+        check.read_runs(kept)
+
+
+PROBE = """
+import torch
+
+def noting(call):
+    def noted(*words):
+        open("touched", "a").close()
+        return call(*words)
+    return noted
+
+for name in ("is_available", "_lazy_init", "set_device", "device_count"):
+    setattr(torch.cuda, name, noting(getattr(torch.cuda, name)))
+"""
+
+
+def test_it_waits_until_it_is_told_and_touches_no_gpu_before(held_env, tmp_path):
+    source = tmp_path / "probed.py"
+    main = '\nif __name__ == "__main__":'
+    assert main in ENTRY.read_text()
+    source.write_text(ENTRY.read_text().replace(main, PROBE + main))
+    process = start(tmp_path, held_env(RUN_ID="later", DEVICE="auto"), "--wait", source=source)
+    assert process.stdout.readline() == "waits\n"
+    assert not (tmp_path / "touched").exists() and not (tmp_path / "logs").exists()
+    finish(process, "\n")
+    assert (tmp_path / "touched").exists() and load_run("later", tmp_path / "logs", train_only=True).trained
+
+    (tmp_path / "logs/later.json").unlink()
+    process = start(tmp_path, held_env(RUN_ID="later"), "--wait")
+    _, errors = process.communicate(timeout=60)  # the end of its input is no word
+    assert process.returncode != 0 and "never told" in errors and not (tmp_path / "logs/later.json").exists()
+
+
+def test_a_source_that_cannot_be_trained_alone_is_refused(held_env, tmp_path, monkeypatch, capsys):
+    source = tmp_path / "older.py"
+    source.write_text(ENTRY.read_text().replace("def warm_up(", "def warm_up_as_before("))
+    process = start(tmp_path, held_env(RUN_ID="x"), source=source)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and errors.endswith("it has no warm_up: it cannot be trained alone\n")
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in held_env(RUN_ID="").items():
+        monkeypatch.setenv(name, value)
+    refused = (
+        (["SEED=0,1", "--source", f"{ENTRY},older.py"], "older.py: it has no warm_up"),
+        (["TTT_EPOCHS=1,2"], "TTT_EPOCHS changes nothing before quantisation"),
+        (["SEED=0,1", "--eval", "a.ptz"], "--train-only trains, and --eval does not"),
+        (["SEED=0,1", "--on", "validation"], "leave --on out"),
+    )
+    for words, message in refused:
+        assert end_in_a_line(lambda words=words: sweep.main(["--train-only", *words])) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.longest
+def test_a_race_of_training_alone_is_ranked_kept_and_gone_on_with(tiny_data, tiny_env, tmp_path):
+    env = tiny_env(HOLDOUT_TOKENS=str(HELD), RUN_ID=None, MATRIX_LR=None, SEED=None)
+    words = ["--train-only", "--name", "race", "--keep", "kept", "MATRIX_LR=0.02,0.05"]
+
+    def raced(*more: str) -> str:
+        with sweeping(tmp_path, env, *words, *more) as process:
+            out, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, out
+        return out
+
+    out = raced("SEED=0,1")
+    assert out.count("  ready  waits for its place") == 3, "every job but the first"
+    lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| MATRIX_LR=0.05")]
+    assert [line[2] for line in lines] == ["0", "1", "all 2"] and all("[" in line[3] for line in lines)
+    assert "| MATRIX_LR | before quantisation | difference | seeds | read-out | steps | tokens/s" in out
+    rows = list(csv.DictReader((tmp_path / "kept/results.csv").read_text().splitlines()))
+    runs = [load_run(row["run_id"], tmp_path / "logs", train_only=True) for row in rows]
+    assert [float(row["prequant_bpb"]) for row in rows] == [run.bpb for run in runs] and "val_bpb" not in rows[0]
+    assert len({run.bpb for run in runs}) == 4 and (tmp_path / "kept/results.png").exists()
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.json")}
+    os.rename(tmp_path / "logs", tmp_path / "logs of another machine")
+    assert "running" not in raced("SEED=1,0") and len(before) == 4
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+    assert json.loads(next(iter(before)).read_text())["train_only"] is True

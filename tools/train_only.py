@@ -1,0 +1,211 @@
+"""
+One job of `./run.sh sweep --train-only`: train, and score the weights as they are before quantisation.
+
+    python -P tools/train_only.py SOURCE           under the environment of a run: knobs, RUN_ID
+    python -P tools/train_only.py SOURCE --wait    imports and opens its data, says "waits", and begins once told by a
+                                                   line on its standard input; it touches no GPU before
+
+SOURCE is a train_gpt.py. Its own main runs, with `experiment` in the place of its experiment. The whole
+MAX_WALLCLOCK_SECONDS is for training: nothing is packed, nothing is read back, and there is no test-time training.
+DATA_PATH is a folder of tools/holdout.py, whose validation set is held-out training documents.
+
+Leaves the run's log, events, result and scores of documents. The result says "train_only", which no score does.
+Standard library, numpy and torch alone: nothing of the tools' own train_gpt.py may mix with what is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import io
+import os
+import sys
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+NEEDED = (  # of a source that can be trained alone
+    "Dist",
+    "LOGS",
+    "READOUTS",
+    "Stopwatch",
+    "UserError",
+    "check_ranks_agree",
+    "check_setup",
+    "choose_weights",
+    "code",
+    "describe_run",
+    "describe_setup",
+    "device_name",
+    "do_experiment",
+    "main",
+    "make_setup",
+    "make_trainer",
+    "open_log",
+    "random_batch",
+    "read_env",
+    "remove",
+    "report",
+    "score_all_static",
+    "settings",
+    "train",
+    "versions",
+    "warm_up",
+)
+LAST_LOSSES = 3  # logged steps whose mean is the training loss at the end
+
+
+def lacking(entry: ModuleType) -> list[str]:
+    """What a source would need for this, and has not."""
+    return [name for name in NEEDED if not hasattr(entry, name)]
+
+
+def experiment(entry: ModuleType, model_config: Any, run: Any, dist: Any, run_id: str, check_only: bool) -> None:
+    """In the place of a source's do_experiment: train, score before quantisation and report."""
+    watch = entry.Stopwatch(dist)
+    with watch.phase("load"):
+        setup = entry.make_setup(model_config, run, dist)
+        entry.check_ranks_agree(setup)
+        entry.check_setup(setup)
+    log = entry.open_log(run_id, dist, write_files=not check_only)
+    entry.describe_run(setup, run_id, log)
+    entry.describe_setup(setup, log)
+    if check_only:
+        return
+
+    checkpoint = entry.LOGS / f"{run_id}.ckpt"
+    held_out, trainer = set_up(entry, setup, log, watch)
+    with watch.phase("train"):
+        history = entry.train(trainer, setup.stream, log, watch, 0.0, validation(entry, trainer, setup), checkpoint)
+    trainer.cuda_graphs = None  # gives the memory of captured steps back to scoring
+
+    with watch.phase("choose"):
+        readout = entry.choose_weights(trainer, setup, held_out, log)
+    with watch.phase("validate"), trainer.average.applied(entry.READOUTS[readout]):
+        table = entry.score_all_static(trainer.model, setup)
+    table.require_finite("training diverged; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM")
+
+    result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(entry.code()).hexdigest()}
+    result |= {"train_only": True, "knobs": entry.settings(setup.model, run), "readout": readout}
+    result |= training_facts(trainer, setup, history, watch) | scores(setup, table)
+    if dist.main:
+        result |= {"code_bytes": len(entry.code()), "versions": entry.versions()}
+        result |= {"world_size": dist.world, "device": entry.device_name(dist.device)}
+        result["phases"] = {name: round(seconds, 3) for name, seconds in watch.seconds.items()}
+        entry.report(result, documents_file(table), watch, log, entry.LOGS / f"{run_id}.json")
+        entry.remove(checkpoint, log)
+
+
+def set_up(entry: ModuleType, setup: Any, log: Any, watch: Any) -> tuple[Any, Any]:
+    """-> the held-out documents, and a trainer whose step is compiled and that has its initial weights."""
+    with watch.phase("set-up"):
+        held_out = setup.stream.held_out()
+        trainer = entry.make_trainer(setup, held_out)
+        state = trainer.copy_state()
+        entry.warm_up(trainer, entry.random_batch(setup.run, setup.model.vocab_size, setup.dist))
+        trainer.load_state(state, 0)
+        setup.dist.finish_kernels()
+        setup.dist.barrier()
+    line = "set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing"
+    log.event("set_up", line, seconds=watch.total("set-up"), reserve_seconds=0.0)
+    return held_out, trainer
+
+
+def validation(entry: ModuleType, trainer: Any, setup: Any) -> Any:
+    """What VAL_LOSS_EVERY calls: bits per byte of the last iterate."""
+
+    def validate() -> float:
+        looping = trainer.looping(trainer.progress)
+        return entry.score_all_static(trainer.model, setup, looping).bits_per_byte
+
+    return validate
+
+
+def training_facts(trainer: Any, setup: Any, history: list, watch: Any) -> dict[str, Any]:
+    """What the result says of the training: seconds, nats a token, and bytes of the GPU's memory (0 on a CPU)."""
+    seconds = watch.total("train")
+    tokens = trainer.step * setup.run.train_batch_tokens
+    losses = [loss for _, _, loss in history[-LAST_LOSSES:]]
+    on_gpu = setup.dist.device.type == "cuda"
+    return {
+        "steps": trainer.step,
+        "train_tokens": tokens,
+        "epochs": tokens / setup.stream.total,
+        "history": history,
+        "train_seconds": seconds,
+        "tokens_per_s": tokens / max(seconds, 1e-9),
+        "train_loss": float(np.mean(losses)) if losses else None,  # where TRAIN_LOG_EVERY logged none
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(setup.dist.device) if on_gpu else 0,
+    }
+
+
+def scores(setup: Any, table: Any) -> dict[str, Any]:
+    """What the result says of the documents and their score."""
+    docs = table.docs
+    return {
+        "prequant_bpb": table.bits_per_byte,
+        "documents": len(docs),
+        "tokens": int(table.counted.sum()),
+        "bytes": int(docs.target_bytes().sum()),
+        "excess_bytes": docs.excess_bytes(setup.tokenizer.pieces),
+        "validation": docs.sha256(),
+    }
+
+
+def documents_file(table: Any) -> bytes:
+    """The score of every document, in their order: the bytes of an .npz."""
+    docs = table.docs
+    out = io.BytesIO()
+    np.savez_compressed(
+        out,
+        prequant_nats=table.nats,
+        tokens=docs.lengths,
+        bytes=docs.target_bytes(),
+        validation=np.array(docs.sha256()),
+    )
+    return out.getvalue()
+
+
+def load(path: str) -> ModuleType:
+    """A source as the module `train_gpt`."""
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_gpt"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def open_data(entry: ModuleType) -> None:
+    """Open what the run will read, so that the system has it in memory, as a rank on a CPU: the GPU is another's."""
+    with contextlib.suppress(entry.UserError):  # the run itself comes upon it and says it
+        setup = entry.make_setup(*entry.read_env(), entry.Dist())
+        setup.stream.held_out()
+        setup.stream.read(0, setup.run.train_batch_tokens)
+
+
+def wait_until_told() -> None:
+    """Return once there is a line on the standard input; where that ends without any, so does this process."""
+    print("waits", flush=True)
+    if not os.read(0, 1):
+        sys.exit("error: it was never told to begin")
+
+
+def main(path: str, *options: str) -> int:
+    """-> exit status, as that of a source."""
+    entry = load(path)
+    if missing := lacking(entry):
+        print(f"error: {path}: it has no {', '.join(missing)}: it cannot be trained alone", file=sys.stderr)
+        return 2
+    if options == ("--wait",):
+        open_data(entry)
+        wait_until_told()
+    entry.do_experiment = functools.partial(experiment, entry)
+    return entry.main([])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
