@@ -5,6 +5,8 @@ Try combinations of knobs, each a run of its own, and rank them on held-out trai
     ./run.sh sweep MATRIX_LR=0.02,0.026,0.03 SEED=0,1,2                                 train and score every one
     ./run.sh sweep --file combinations.txt                                              one NAME=value ... a line
     ./run.sh sweep --source train_gpt.py,B.py,HEAD~3 SEED=0,1,2                         race sources against the first
+    ./run.sh sweep --train-only MATRIX_LR=0.02,0.03 SEED=0,1                            train, and pack nothing
+    ./run.sh sweep --train-only --screen 12 MATRIX_LR=0.02,0.03 A=0,2+B=8,0 ...         many ideas in few runs
 
 Values are separated by commas, or by semicolons where values hold commas: 'TTT_LORA_TARGETS=q,v;q,k,v,o'. Combinations
 that differ in SEED alone share a line of the result. All other knobs are those of the environment; with --eval, what
@@ -15,6 +17,15 @@ from there. Every combination runs under every source, and each is compared with
 the end, for every seed with a paired interval over documents, and over all seeds. Seeds take turns in their order (A B,
 B A, A B, ...), so that a machine that grows slower favours nobody. The race is over equal seconds with
 MAX_WALLCLOCK_SECONDS, over equal steps with ITERATIONS=n MAX_WALLCLOCK_SECONDS=0.
+
+With --train-only, every job trains to the last second of MAX_WALLCLOCK_SECONDS and scores its weights before they are
+quantised; nothing is packed, read back or adapted. It is for what changes training alone. The next job of a GPU is
+imported, and its data opened, while one trains or scores. Its results are no scores: `record` and `check` refuse them.
+
+With --screen, every word is a factor, NAME=base,other, or several knobs that change together, A=0,2+B=8,0. Few runs
+tell the effect of each: 12 those of up to 11 factors (a design of Plackett and Burman), all with the SEED of the
+environment, the base first. Columns of the design that no factor has tell the noise of runs: --screen 12 takes 12 runs
+for fewer factors. results.md has the effects once all runs are done.
 
 On a cluster, --launcher 'srun -N1 --gpus=1' --jobs 8 runs eight at once, each behind these words. They must find the
 same folders there.
@@ -72,6 +83,7 @@ from tools.results import (
     ratio_intervals,
     require_same_documents,
 )
+from tools.screening import Design, effects_table, make_design, parse_factors, split_word
 from tools.values import any_text, missing_or_wrong, parse_object, printable, table_of
 from train_gpt import LOGS, ConfigError, DataError, UserError, require
 
@@ -89,6 +101,7 @@ ASK_SECONDS = 300.0  # to import a source on a busy machine
 STOP_SECONDS = 10.0  # a run that was told to end has so long
 KEPT = (".json", ".docs.npz", ".events.jsonl", ".txt")  # suffixes of a run's files: all that a comparison reads
 RESULTS = ("results.md", "results.csv", "results.png")
+LONGEST_NAME = 200  # of a sweep, in characters: file systems end at 255
 LONGEST_LABEL = 60  # characters; longer ones would leave the picture no room
 
 
@@ -148,11 +161,10 @@ def parse_grid(words: Sequence[str]) -> list[dict[str, str]]:
     names = []
     choices = []
     for word in words:
-        name, equals, values = word.partition("=")
-        require(equals == "=" and name.isidentifier(), f"{word!r}: expected NAME=value,value,...", ConfigError)
+        name, values = split_word(word)
         require(name not in names, f"{name} is given twice", ConfigError)
         names.append(name)
-        choices.append(values.split(";" if ";" in values else ","))
+        choices.append(values)
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*choices)]
 
 
@@ -821,9 +833,11 @@ def without_seed(knobs: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in knobs.items() if name != "SEED"}
 
 
-def write_results(folder: Path, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str) -> str:
+def write_results(
+    folder: Path, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str, design: Design | None = None
+) -> str:
     """results.csv, results.md and results.png -> the text of results.md."""
-    text = "\n".join(results_table(folder.name, jobs, rows, scored, command)) + "\n"
+    text = "\n".join(results_table(folder.name, jobs, rows, scored, command, design)) + "\n"
     train_gpt.write_atomically(folder / "results.csv", [results_csv(jobs).encode()])
     train_gpt.write_atomically(folder / "results.md", [text.encode()])
     draw(rows, scored, folder / "results.png")
@@ -871,14 +885,21 @@ def results_csv(jobs: list[Job]) -> str:
     return out.getvalue()
 
 
-def results_table(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str) -> list[str]:
-    """The lines of results.md."""
+def results_table(
+    name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str, design: Design | None
+) -> list[str]:
+    """The lines of results.md. The effects of a design need all of its runs."""
     lines = ranking(name, jobs, rows, scored, command)
     raced = {job.source.name: job.source for job in jobs if job.source.name}
     if raced:
         lines += ["", "Sources:", ""]
         lines += [f"- `{printable(name)}`: sha256 {source.sha256}" for name, source in raced.items()]
-    if raced or any(len(row.runs) > 1 for row in rows):
+    missing = sum(job.run is None for job in jobs)
+    if design is not None and missing:
+        lines += ["", f"No effects yet: {missing} of {len(jobs)} runs are missing; the same command goes on with them."]
+    elif design is not None:
+        lines += effects_table(design, [job.run for job in jobs])
+    elif raced or any(len(row.runs) > 1 for row in rows):
         measures = ["before quantisation"] if rows[0].run.train_only else list(MEASURES)
         lines += differences_table(pairs_of(jobs, rows), measures)
     failed = [f"- `{job.label}`: {printable(job.at)}" for job in jobs if job.state == "failed"]
@@ -1097,6 +1118,8 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--file", type=Path, help="combinations, one a line, instead of a grid")
     parser.add_argument("--eval", metavar="ARTIFACT", help="train nothing; score this artifact with every combination")
     documents = "score held-out training documents, or validation, which marks the table [%(default)s]"
+    screen = "a word is a factor of two values, and few runs tell the effect of each (N of them: 8, 12, 16, 20 or 24)"
+    parser.add_argument("--screen", type=int, nargs="?", const=0, metavar="N", help=screen)
     alone = "train to the last second and score the weights before quantisation: nothing is packed"
     parser.add_argument("--train-only", action="store_true", help=alone)
     parser.add_argument("--on", choices=("training", "validation"), default="training", help=documents)
@@ -1113,6 +1136,12 @@ def command_line() -> argparse.ArgumentParser:
 def check_options(options: argparse.Namespace) -> None:
     """Refuse options that contradict each other."""
     require(options.gpus > 0, f"--gpus {options.gpus}: at least 1")
+    if options.screen is not None:
+        require(bool(options.grid), "--screen: give its factors, NAME=base,other ...")
+        require(
+            not options.eval, "--screen tells effects before quantisation, where --eval has no score: leave one out"
+        )
+        require("," not in (options.source or ""), "--screen: give one source; two are a race")
     if options.train_only:
         require(not options.eval, "--train-only trains, and --eval does not: give one of them")
         require(options.on == "training", "--train-only scores held-out training documents: leave --on out")
@@ -1122,6 +1151,8 @@ def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) 
     name = options.name
     if not name:
         words = [options.file.stem] if options.file else [knob.lower() for knob in combinations[0]]
+        if options.screen is not None:
+            words = ["screen", *words]
         if options.source:
             words = ["race", *words]
         name = "-".join(words)
@@ -1132,14 +1163,30 @@ def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) 
         if options.on == "validation":
             name += "-validation"
     require(bool(re.fullmatch(r"\w[\w.-]*", name, re.ASCII)), f"--name {name!r}: expected letters, digits, _ . -")
+    require(len(name) <= LONGEST_NAME, f"the knobs give a name of {len(name)} characters: give a --name")
     return name
 
 
-def read_combinations(options: argparse.Namespace) -> list[dict[str, str]]:
-    """Those of the file or the grid; with sources alone, one without any knob."""
+def read_combinations(options: argparse.Namespace) -> tuple[list[dict[str, str]], Design | None]:
+    """Those of the file, the grid or the design, and this; with sources alone, one without any knob."""
     some = bool(options.grid) or bool(options.file) or bool(options.source)
     require(some and not (options.grid and options.file), "give a grid, NAME=value,value ..., or --file FILE")
-    return parse_file(options.file) if options.file else parse_grid(options.grid)
+    if options.screen is not None:
+        design = make_design(parse_factors(options.grid), options.screen)
+        return design.combinations(), design
+    return (parse_file(options.file) if options.file else parse_grid(options.grid)), None
+
+
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line. --screen may stand before a word of the grid, which is not its number."""
+    words = list(arguments)
+    for i, word in enumerate(words):
+        number_follows = i + 1 < len(words) and words[i + 1].isdigit()
+        if word == "--screen" and not number_follows:
+            words[i] = "--screen=0"
+    options = command_line().parse_intermixed_args(words)
+    check_options(options)
+    return options
 
 
 def command_given(jobs: list[Job], arguments: Sequence[str]) -> str:
@@ -1152,9 +1199,8 @@ def command_given(jobs: list[Job], arguments: Sequence[str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> exit status: 1 when a combination failed."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = command_line().parse_intermixed_args(arguments)
-    check_options(options)
-    combinations = read_combinations(options)
+    options = read_options(arguments)
+    combinations, design = read_combinations(options)
     launcher = launcher_words(options.launcher)
     sources = find_sources(options.source)
     jobs = make_jobs(combinations, options.eval, options.gpus, sources, options.train_only)
@@ -1174,13 +1220,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         rows = rank(jobs)
         require(bool(rows), f"every combination failed, the first: {jobs[0].at}", UserError)
-        print("\n" + write_results(folder, jobs, rows, scored, command_given(jobs, arguments)))
+        print("\n" + write_results(folder, jobs, rows, scored, command_given(jobs, arguments), design))
         if options.keep is not None:
             keep_results(folder, options.keep, jobs)
 
     print(f"{folder}/results.md, results.csv, results.png")
     chosen = without_seed(rows[0].knobs)  # seeds alone leave nothing to choose
-    if chosen and not options.source and not scored.is_validation:  # of sources, the verdicts say more than the order
+    says_more = options.source or design  # verdicts and effects say more than the order
+    if chosen and not says_more and not scored.is_validation:
         print(f"the best:\n{shell_words(chosen)}")
     return int(any(job.state == "failed" for job in jobs))
 

@@ -1,0 +1,200 @@
+"""
+Many ideas in few runs: two-level screening designs, and what they say of each idea.
+
+A factor is what may change: one knob or several that change together, each from its base to another value. In a design
+of Plackett and Burman (Biometrika 33, 1946) every run has half of the factors changed, and every factor is changed in
+half of the runs, the others balanced: N runs measure N - 1 effects, each from all N runs. A full grid of 11 factors has
+2,048 runs; here 12 are enough. The price: an effect is that of its factor plus parts of the interactions between others
+(a design of resolution III), so that what is found is a shortlist, to be raced.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tools.results import Interval, Run, ratio_intervals, require_same_documents
+from tools.welch import two_sided
+from train_gpt import ConfigError, DataError, require
+
+SIZES = (8, 12, 16, 20, 24)  # runs
+FEWEST_FACTORS = 3  # a full grid of two has four runs
+LENTH = 1.5  # times the median of |e| estimates the deviation of effects that are all noise
+CLEAR = 2.5  # estimated deviations from which an effect counts as none of the noise
+
+
+def split_word(word: str) -> tuple[str, list[str]]:
+    """NAME=v,w -> NAME and its values; semicolons separate values that hold commas. Raises ConfigError."""
+    name, equals, values = word.partition("=")
+    require(equals == "=" and name.isidentifier(), f"{word!r}: expected NAME=value,value,...", ConfigError)
+    return name, values.split(";" if ";" in values else ",")
+
+
+# -----------------------------------------------------------------------------
+# Design
+
+
+class Factor(NamedTuple):
+    """Knobs that change together."""
+
+    word: str  # as the command says it
+    base: dict[str, str]
+    other: dict[str, str]
+
+
+class Design(NamedTuple):
+    factors: list[Factor]
+    levels: np.ndarray  # (runs, runs - 1) of -1: base, and 1: other; the first row is all base
+    columns: list[int]  # of `levels`, one a factor
+
+    @property
+    def spare(self) -> list[int]:
+        """Columns that no factor has: their effects are noise of runs (and interactions)."""
+        return [i for i in range(self.levels.shape[1]) if i not in self.columns]
+
+    def combinations(self) -> list[dict[str, str]]:
+        """The knobs of every run, in the order of the rows."""
+        rows = []
+        for levels in self.levels[:, self.columns]:
+            knobs = {}
+            for factor, level in zip(self.factors, levels, strict=True):
+                knobs |= factor.other if level > 0 else factor.base
+            rows.append(knobs)
+        return rows
+
+
+def parse_factors(words: Sequence[str]) -> list[Factor]:
+    """NAME=base,other ..., knobs that change together joined by a plus. Raises ConfigError."""
+    factors = []
+    names: list[str] = []
+    for word in words:
+        parts = [split_word(part) for part in re.split(r"\+(?=[A-Za-z_]\w*=)", word)]
+        for name, pair in parts:
+            require(name not in names, f"{name} is given twice")
+            require(len(pair) == 2, f"{name}: --screen needs two values, the base and another; found {len(pair)}")
+            require(pair[0] != pair[1], f"{name}: its two values are the same, {pair[0]!r}")
+            require(name != "SEED", "SEED: all runs of --screen have that of the environment")
+            names.append(name)
+        base = {name: pair[0] for name, pair in parts}
+        other = {name: pair[1] for name, pair in parts}
+        factors.append(Factor(word, base, other))
+    return factors
+
+
+def make_design(factors: list[Factor], runs: int = 0) -> Design:
+    """A design of that many runs; 0: of the fewest. Raises ConfigError where there is none, or where it would run the
+    same combination twice."""
+    count = len(factors)
+    require(count >= FEWEST_FACTORS, f"--screen needs {FEWEST_FACTORS} factors or more, found {count}: run the grid")
+    require(count < max(SIZES), f"--screen: {count} factors need more than {max(SIZES)} runs: give fewer")
+    runs = runs or next(size for size in SIZES if size > count)
+    require(runs in SIZES, f"--screen {runs}: expected one of {', '.join(map(str, SIZES))}")
+    require(runs > count, f"--screen {runs}: {count} factors need {count + 1} runs or more")
+
+    levels = plackett_burman(runs)
+    for columns in itertools.combinations(range(runs - 1), count):
+        if len(np.unique(levels[:, columns], axis=0)) == runs:
+            return Design(factors, levels, list(columns))
+    raise ConfigError(f"--screen {runs}: any such design of {count} factors has a combination twice; give another size")
+
+
+def plackett_burman(runs: int) -> np.ndarray:
+    """(runs, runs - 1) of -1 and 1 with balanced columns, orthogonal in pairs, the first row all -1: from a Hadamard
+    matrix, Sylvester's for 16 runs, else Paley's, from the squares modulo the prime runs - 1."""
+    if runs == 16:
+        hadamard = np.array([[1]])
+        for _ in range(4):
+            hadamard = np.kron(hadamard, [[1, 1], [1, -1]])
+        return -hadamard[:, 1:]
+
+    prime = runs - 1
+    squares = {i * i % prime for i in range(prime)}  # 0 among them
+    levels = [[1 if (column - row) % prime in squares else -1 for column in range(prime)] for row in range(prime)]
+    return np.array([[-1] * prime, *levels])
+
+
+# -----------------------------------------------------------------------------
+# Effects
+
+
+def effects(levels: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Main effects of all columns of `levels` (runs, columns) on values (runs, ...): the mean of the runs at the second
+    value less that at the first, (columns, ...)."""
+    return np.tensordot(levels.T, values, 1) / (len(levels) / 2)
+
+
+class Noise(NamedTuple):
+    """What an effect may be by chance alone, as other runs of the same would show."""
+
+    error: float  # standard error of an effect, or its robust guess
+    reach: float  # of the 95 % interval to either side
+    told: bool  # whether columns that no factor has told it
+    freedom: int  # degrees of freedom: such columns
+
+
+def noise_of(all_effects: np.ndarray, spare: Sequence[int]) -> Noise:
+    """From the effects (columns,) of the spare columns, which have mean zero but for interactions: Student's t with as
+    many degrees of freedom. Without any, from all effects, of which few must be real: Lenth's pseudo standard error and
+    its margin of error (Lenth 1989, Technometrics 31, 469-473)."""
+    if spare:
+        error = math.sqrt(np.mean(all_effects[spare] ** 2))
+        return Noise(error, two_sided(0.95, len(spare)) * error, True, len(spare))
+    sizes = np.abs(all_effects)
+    first = LENTH * np.median(sizes)
+    error = LENTH * float(np.median(sizes[sizes < CLEAR * first])) if first else 0.0
+    return Noise(error, two_sided(0.95, len(sizes) / 3) * error, False, 0)
+
+
+def effects_table(design: Design, runs: Sequence[Run]) -> list[str]:
+    """The lines that say what every factor does to the score before quantisation, the best first; `runs` are those of
+    the design's rows. Raises DataError where they have no such scores, or scored different documents."""
+    for run in runs:
+        if run.prequant_nats is None:
+            raise DataError(f"{run.path}: it keeps no scores of documents before quantisation; run it again")
+        require_same_documents(runs[0], run)
+    bits = np.stack([run.prequant_nats for run in runs]) / math.log(2)  # (runs, documents)
+    size = runs[0].bytes
+    noise = noise_of(effects(design.levels, bits.sum(1) / size.sum()), design.spare)
+    by_document = ratio_intervals(effects(design.levels[:, design.columns], bits).T, size, 0)
+    steps = effects(design.levels[:, design.columns], np.array([run.result["steps"] for run in runs], float))
+
+    lines = ["", "Main effects:", "", explanation(noise, len(runs)), ""]
+    lines += ["| factor (base, other) | effect on bpb [over documents] | [over runs] | steps | verdict |"]
+    lines += ["|---|---|---|---|---|"]
+    rows = sorted(zip(design.factors, by_document, steps, strict=True), key=lambda row: row[1].value)
+    for factor, effect, more_steps in rows:
+        over_runs = f"[{effect.value - noise.reach:+.5f}, {effect.value + noise.reach:+.5f}]"
+        lines.append(f"| {factor.word} | {effect} | {over_runs} | {more_steps:+.0f} | {verdict(effect, noise)} |")
+    return lines
+
+
+def explanation(noise: Noise, runs: int) -> str:
+    """What the columns of the table mean, and how the noise of runs is known."""
+    text = (
+        f"On bits per byte before quantisation, of {runs} runs with one seed: the mean of the runs with the factor's "
+        "second value less that of the runs with its base; below zero, the second value is better. An effect holds "
+        "parts of the interactions between other factors, too. In brackets: a paired 95 % interval over documents, and "
+        "one for the noise of runs. An effect is unresolved unless both exclude zero. "
+    )
+    if noise.told:
+        return text + (
+            f"The noise is told by {noise.freedom} columns of the design that no factor has: the standard error of an "
+            f"effect is {noise.error:.5f} (Student's t with as many degrees of freedom)."
+        )
+    return text + (
+        "Every column has a factor, so that no column tells the noise of runs. Its interval is a guess that holds "
+        f"where most factors do nothing: Lenth's pseudo standard error (Lenth 1989) is {noise.error:.5f}, its margin "
+        f"of error {noise.reach:.5f}."
+    )
+
+
+def verdict(effect: Interval, noise: Noise) -> str:
+    within_documents = effect.low <= 0 <= effect.high
+    if within_documents or abs(effect.value) <= noise.reach:
+        return "**unresolved**"
+    return "better" if effect.value < 0 else "worse"
