@@ -185,6 +185,8 @@ def open_data(entry: ModuleType) -> None:
         setup = entry.make_setup(*entry.read_env(), entry.Dist())
         setup.stream.held_out()
         setup.stream.read(0, setup.run.train_batch_tokens)
+        if setup.run.device != "cpu" and setup.run.compile:
+            importlib.import_module("torch._inductor.compile_fx")  # seconds, which the first compilation would take
 
 
 def wait_until_told() -> None:
