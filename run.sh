@@ -17,7 +17,7 @@ usage() {
   ./run.sh decompress OUT FILE   and back, exactly
   ./run.sh sample ...   what an artifact would write after a prompt
   ./run.sh sweep ...    rank combinations of knobs on held-out training text: TTT_LR=5e-5,1e-4 [--eval ARTIFACT];
-                        or race sources: --source A.py,B.py SEED=0,1
+                        or race sources: --source A.py,B.py SEED=0,1; cheaper: --train-only; many ideas: --screen
   ./run.sh rules ...    what rules of test-time training gain on one artifact: ARTIFACT [SETTING ...] [--published]
   ./run.sh compare A B  where two runs differ, document by document
   ./run.sh plot RUN...  pictures of finished runs, into logs/plots/

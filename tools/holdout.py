@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from train_gpt import (
     Tokenizer,
     brief,
     check_vocabulary,
+    contest_bytes,
     find_shards,
     load_tokenizer,
     manifest_value,
@@ -38,15 +40,15 @@ from train_gpt import (
 NAMES = ("fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin")
 
 
-def score_holdout(run: RunConfig, vocab_size: int, folder: Path) -> RunConfig:
+def score_holdout(run: RunConfig, vocab_size: int, folder: Path, exact: bool = False) -> RunConfig:
     """The run with held-out training documents for a validation set, in `folder`: those that its artifact held out, or
-    without an artifact the last HOLDOUT_TOKENS. Raises UserError, also where DATA_PATH is not what the artifact was
-    trained on."""
+    without an artifact the last HOLDOUT_TOKENS; `exact` as for `make_holdout`. Raises UserError, also where DATA_PATH
+    is not what the artifact was trained on."""
     held = run.holdout_tokens
     digest = ""
     if run.artifact:
         _, held, digest = held_out_by(run.artifact)
-    facts = make_holdout(Path(run.data_path), load_tokenizer(run, vocab_size), held, folder)
+    facts = make_holdout(Path(run.data_path), load_tokenizer(run, vocab_size), held, folder, exact)
     require(
         not run.artifact or facts["sha256"] == digest,
         f"DATA_PATH={run.data_path}: its last {held} training "
@@ -71,8 +73,11 @@ def held_out_by(artifact: str) -> tuple[ModelConfig, int, str]:
     return stored_config(header["meta"], artifact), held, header["meta"].get("holdout")
 
 
-def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder: Path) -> dict:
-    """Make `folder` from the prepared data in `source`, or find it made -> what its manifest says under "holdout".
+def make_holdout(
+    source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder: Path, exact: bool = False
+) -> dict[str, Any]:
+    """Make `folder` from the prepared data in `source`, or find it made -> what its manifest says under "holdout". With
+    `exact`, a side-car counts the bytes of text, where the contest's formula might count too many.
 
     The folder appears whole or not at all. Raises ConfigError when nothing is held out, DataError when the stretch
     holds no whole document or the bytes of its text cannot be told."""
@@ -94,13 +99,15 @@ def make_holdout(source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder
         "transform": transform,
         "train": [[str(path.resolve()), path.stat().st_size] for path in paths],
     }
+    if exact:
+        facts["exact"] = True
     if manifest_value(folder, "holdout") == facts:
         return facts
     folder.parent.mkdir(parents=True, exist_ok=True)
     with workspace(folder) as partial:
         write_shard(partial / NAMES[0], [documents])
-        if transform == "caseops":
-            write_shard(partial / NAMES[1], [caseops_sidecar(documents, tokenizer)])
+        if transform == "caseops" or exact:
+            write_shard(partial / NAMES[1], [exact_sidecar(documents, tokenizer, transform)])
         for path in paths:
             (partial / path.name).symlink_to(path.resolve())
         (partial / "tokenizer.model").write_bytes(read_file(tokenizer.path))
@@ -149,6 +156,14 @@ def whole_documents(stretch: np.ndarray, holdout_tokens: int) -> np.ndarray:
         DataError,
     )
     return stretch[starts[0] : starts[-1]]
+
+
+def exact_sidecar(documents: np.ndarray, tokenizer: Tokenizer, transform: str) -> np.ndarray:
+    """Bytes of original text behind every token, (n,) uint16; what a lossy tokenizer drops is not known here."""
+    if transform == "caseops":
+        return caseops_sidecar(documents, tokenizer)
+    pieces = tokenizer.pieces
+    return (contest_bytes(documents, pieces) - pieces.excess[documents]).astype(np.uint16)
 
 
 def caseops_sidecar(documents: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:

@@ -65,7 +65,8 @@ def rank(jobs: list[Job]) -> list[Row]:
         )
         rows.append(Row(without_seed(group[0].knobs), mean, runs, None))
     rows.sort(key=lambda row: row.run.bpb)
-    gaps = differences(rows[0].run, [row.run for row in rows[1:]]) if len(rows) > 1 else []
+    others = [row.run for row in rows[1:]]
+    gaps = differences(rows[0].run, others, same_text="data" in rows[0].knobs) if others else []
     return rows[:1] + [row._replace(gap=gap) for row, gap in zip(rows[1:], gaps, strict=True)]
 
 
@@ -135,7 +136,7 @@ def results_table(
         lines += ["", f"No effects yet: {missing} of {len(jobs)} runs are missing; the same command goes on with them."]
     elif design is not None:
         lines += effects_table(design, [job.run for job in jobs])
-    elif raced or any(len(row.runs) > 1 for row in rows):
+    elif raced or "data" in jobs[0].knobs or any(len(row.runs) > 1 for row in rows):
         measures = ["before quantisation"] if rows[0].run.train_only else list(MEASURES)
         lines += differences_table(pairs_of(jobs, rows), measures)
     failed = [f"- `{job.label}`: {printable(job.at)}" for job in jobs if job.state == "failed"]
@@ -206,11 +207,12 @@ class Pair(NamedTuple):
     name: str
     base: str
     runs: list[tuple[Run, Run]]  # of the base, and of the combination
+    same_text: bool  # known to be scored, though their tokenizers may differ
 
 
 def pairs_of(jobs: list[Job], rows: list[Row]) -> list[Pair]:
-    """Every combination beside the same knobs under the first source; under the first source itself, beside the first
-    combination. In the order of the sweep."""
+    """Every combination beside the same knobs under the first source; under the first source itself, beside the same on
+    the first data; on that, beside the first combination. In the order of the sweep."""
     by_name = {shell_words(row.knobs): row for row in rows}
     first = without_seed(jobs[0].knobs)
     pairs = []
@@ -219,13 +221,14 @@ def pairs_of(jobs: list[Job], rows: list[Row]) -> list[Pair]:
         if row is None:  # all of its runs failed
             continue
         base_knobs = first
-        if row.knobs.get("source") != first.get("source"):
-            base_knobs = row.knobs | {"source": first["source"]}
+        for dimension in ("data", "source"):
+            if row.knobs.get(dimension) != first.get(dimension):
+                base_knobs = row.knobs | {dimension: first[dimension]}
         base = shell_words(base_knobs)
         if base != name and base in by_name:
             theirs = {run.result["seed"]: run for run in by_name[base].runs}
             runs = [(theirs[run.result["seed"]], run) for run in row.runs if run.result["seed"] in theirs]
-            pairs.append(Pair(name, base, runs))
+            pairs.append(Pair(name, base, runs, "data" in row.knobs))
     return pairs
 
 
@@ -267,7 +270,7 @@ def column_of(pair: Pair, measure: str) -> list[str]:
     if any(base is None or run is None for base, run in nats):
         return numbers_alone(pair)
     for base, run in pair.runs:
-        require_same_documents(base, run)
+        require_same_documents(base, run, pair.same_text)
     size = pair.runs[0][0].bytes
     gaps = np.stack([run - base for base, run in nats], 1) / math.log(2)
     each = ratio_intervals(gaps, size, 0)

@@ -393,8 +393,11 @@ class Interval(NamedTuple):
         return f"{self.value:+.5f} [{self.low:+.5f}, {self.high:+.5f}]"
 
 
-def require_same_documents(a: Run, b: Run) -> None:
-    """Raise DataError unless both scored the same documents and count the same bytes."""
+def require_same_documents(a: Run, b: Run, same_text: bool = False) -> None:
+    """Raise DataError unless both scored the same documents and count the same bytes. With `same_text`, it is known
+    that both held out the same documents, perhaps in tokens of their own: the bytes of each must be the same."""
+    if same_text and np.array_equal(a.bytes, b.bytes):
+        return
     if a.validation != b.validation or not np.array_equal(a.bytes, b.bytes) or not np.array_equal(a.tokens, b.tokens):
         totals = " and ".join(f"{r.name}: {len(r.nats)} documents, {r.bytes.sum()} bytes" for r in (a, b))
         raise DataError(
@@ -403,11 +406,13 @@ def require_same_documents(a: Run, b: Run) -> None:
         )
 
 
-def differences(base: Run, others: list[Run], seed: int = 0, chosen: np.ndarray | None = None) -> list[Interval]:
+def differences(
+    base: Run, others: list[Run], seed: int = 0, chosen: np.ndarray | None = None, same_text: bool = False
+) -> list[Interval]:
     """bpb of every other run minus that of `base`, in all documents or those of the mask `chosen` (documents,), with a
     paired 95 % interval: see `ratio_intervals`. All must have scored the same documents."""
     for other in others:
-        require_same_documents(base, other)
+        require_same_documents(base, other, same_text)
     keep = slice(None) if chosen is None else chosen
     gaps = np.stack([other.nats[keep] - base.nats[keep] for other in others], 1) / math.log(2)
     return ratio_intervals(gaps, base.bytes[keep], seed)

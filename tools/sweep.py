@@ -27,6 +27,9 @@ tell the effect of each: 12 those of up to 11 factors (a design of Plackett and 
 environment, the base first. Columns of the design that no factor has tell the noise of runs: --screen 12 takes 12 runs
 for fewer factors. results.md has the effects once all runs are done.
 
+With --data A,B, folders of one text that was prepared with several tokenizers are one more dimension. The last
+HOLDOUT_TOKENS of the first are held out, of the others as many whole documents, which must have the same bytes.
+
 On a cluster, --launcher 'srun -N1 --gpus=1' --jobs 8 runs eight at once, each behind these words. They must find the
 same folders there.
 
@@ -71,6 +74,7 @@ from tools.processes import ends_with_its_parent
 from tools.ranking import knob_names, rank, shell_words, without_seed, write_results
 from tools.results import Run, load_run
 from tools.screening import Design, make_design, parse_factors, split_word
+from tools.texts import Text, find_texts
 from tools.values import any_text, missing_or_wrong, parse_object, printable, table_of
 from train_gpt import LOGS, ConfigError, DataError, UserError, require
 
@@ -123,6 +127,7 @@ class Job:
     env: dict[str, str]
     source: Source
     settings: dict[str, str] = dataclasses.field(default_factory=dict)  # every knob that its run has
+    documents: dict = dataclasses.field(default_factory=dict)  # equal only for these, the same training data, tokenizer
     run_id: str = ""
     state: str = "waiting"  # waiting | running | done | failed
     at: str = ""  # how far, in words
@@ -227,8 +232,9 @@ def make_jobs(
     gpus: int,
     sources: Sequence[Source],
     train_only: bool = False,
+    texts: Sequence[Text] = (Text(""),),
 ) -> list[Job]:
-    """One job per combination and source, its environment read and checked as its run will do it."""
+    """One job per combination, source and text, its environment read and checked as its run will do it."""
     for name in ("ARTIFACT", "RESUME"):
         require(not os.environ.get(name), f"{name} is set in the environment: {APART[name]}")
     names = knob_names(combinations)
@@ -237,11 +243,11 @@ def make_jobs(
         require(not foreign, f"{name} is not a knob of this train_gpt.py, but in the environment: unset it to sweep it")
 
     jobs = []
-    for knobs, source in itertools.product(combinations, sources):
-        env = environment(knobs)
+    for knobs, text, source in itertools.product(combinations, texts, sources):
+        env = environment(knobs) | text.env()
         if artifact:
             env = knobs_of_run(Path(artifact), env) | env | {"ARTIFACT": artifact, "RESUME": ""}
-        jobs.append(Job(source.knobs() | knobs, env, source))
+        jobs.append(Job(source.knobs() | text.knobs() | knobs, env, source))
     by_source = [[job for job in jobs if job.source is source] for source in sources]
     needs = train_only_job.NEEDED if train_only else ()
     answers = [ask_settings(theirs, gpus, artifact, needs) for theirs in by_source]
@@ -305,8 +311,9 @@ def check_sources(
 
 def require_equal_documents(jobs: list[Job]) -> None:
     """Sources may have different defaults for the data; their scores would compare nothing."""
-    first = jobs[0]
-    for job in jobs[1:]:
+    firsts: dict[str | None, Job] = {}
+    for job in jobs:
+        first = firsts.setdefault(job.knobs.get("data"), job)
         for name in SAME_DOCUMENTS:
             values = (first.settings.get(name), job.settings.get(name))
             message = f"{name} is {values[0]} for {first.label}, {values[1]} for {job.label}"
@@ -318,20 +325,32 @@ class ScoredText(NamedTuple):
 
     description: str  # for people
     is_validation: bool
-    identity: dict  # equal only for these documents, this training data and this tokenizer
 
 
 def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> ScoredText:
-    """Point every job at the documents that it is to score, and open everything as the first run will."""
+    """Point every job at the documents that it is to score, and open everything as the first run of every text will ->
+    those of the first."""
+    by_text: dict[str | None, list[Job]] = {}
+    for job in jobs:
+        by_text.setdefault(job.knobs.get("data"), []).append(job)
+    found = [
+        choose_documents_of(theirs, on, folder / (f"data-{i}" if i else "data"), world)
+        for i, theirs in enumerate(by_text.values())
+    ]
+    return found[0]
+
+
+def choose_documents_of(jobs: list[Job], on: str, folder: Path, world: int) -> ScoredText:
+    """The same for the jobs of one text, whose held-out documents lie in `folder`."""
     config, run = config_to_open(jobs[0], world)
     held = run.holdout_tokens
     if on == "training":
         if run.artifact:
             config, held, _ = held_out_by(run.artifact)
-        score_holdout(run, config.vocab_size, folder / "data")
+        score_holdout(run, config.vocab_size, folder, exact="data" in jobs[0].knobs)
         for job in jobs:
-            job.env |= {"DATA_PATH": str(folder / "data")}
-            job.settings |= {"DATA_PATH": str(folder / "data")}
+            job.env |= {"DATA_PATH": str(folder)}
+            job.settings |= {"DATA_PATH": str(folder)}
     else:
         require(
             train_gpt.manifest_value(Path(run.data_path), "holdout") is None,
@@ -342,9 +361,11 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
     count = f"{len(setup.validation):,} documents ({setup.validation.target_bytes().sum():,} bytes)"
     shards = [] if setup.stream is None else [[p.name, p.stat().st_size] for p in setup.stream.paths]
     identity = {"validation": setup.validation.sha256(), "tokenizer": setup.tokenizer.sha256, "train": shards}
+    for job in jobs:
+        job.documents = identity
     if on == "training":
-        return ScoredText(f"{count} of the last {held:,} training tokens, held out of training", False, identity)
-    return ScoredText(f"validation, {count}: not for choosing", True, identity)
+        return ScoredText(f"{count} of the last {held:,} training tokens, held out of training", False)
+    return ScoredText(f"validation, {count}: not for choosing", True)
 
 
 def config_to_open(job: Job, world: int) -> tuple[train_gpt.ModelConfig, train_gpt.RunConfig]:
@@ -356,9 +377,7 @@ def config_to_open(job: Job, world: int) -> tuple[train_gpt.ModelConfig, train_g
     return train_gpt.read_env(files | {"TRAIN_ROW_TOKENS": "8", "TRAIN_BATCH_TOKENS": str(8 * world)})
 
 
-def name_runs(
-    jobs: list[Job], folder: Path, scored: ScoredText, gpus: int, artifact: str | None, train_only: bool = False
-) -> None:
+def name_runs(jobs: list[Job], folder: Path, gpus: int, artifact: str | None, train_only: bool = False) -> None:
     """Give every job a run_id: a hash of the knobs that have an effect, the source, the data and the artifact; where
     sources are raced, behind the source's own. No path is in it: it is the same on every machine."""
     ineffective = {*APART} - {"VOCAB_SIZE", "HOLDOUT_TOKENS"}
@@ -370,7 +389,7 @@ def name_runs(
     seen: dict[str, Job] = {}
     for job in jobs:
         knobs = {name: value for name, value in job.settings.items() if name not in ineffective}
-        facts = [knobs, job.source.sha256, scored.identity, digest, gpus, *kind]
+        facts = [knobs, job.source.sha256, job.documents, digest, gpus, *kind]
         identity = json.dumps(facts, sort_keys=True, allow_nan=False)
         name = hashlib.sha256(identity.encode()).hexdigest()[:12]
         if job.source.name:
@@ -802,6 +821,8 @@ def command_line() -> argparse.ArgumentParser:
     documents = "score held-out training documents, or validation, which marks the table [%(default)s]"
     screen = "a word is a factor of two values, and few runs tell the effect of each (N of them: 8, 12, 16, 20 or 24)"
     parser.add_argument("--screen", type=int, nargs="?", const=0, metavar="N", help=screen)
+    data = "folders of one text, prepared with several tokenizers, the first of which the others are compared with"
+    parser.add_argument("--data", metavar="A,B", help=data)
     alone = "train to the last second and score the weights before quantisation: nothing is packed"
     parser.add_argument("--train-only", action="store_true", help=alone)
     parser.add_argument("--on", choices=("training", "validation"), default="training", help=documents)
@@ -818,6 +839,10 @@ def command_line() -> argparse.ArgumentParser:
 def check_options(options: argparse.Namespace) -> None:
     """Refuse options that contradict each other."""
     require(options.gpus > 0, f"--gpus {options.gpus}: at least 1")
+    if options.data is not None:
+        require(not options.eval, "--data trains on each, and --eval does not: give one of them")
+        require(options.on == "training", "--data scores held-out training documents: leave --on out")
+        require(options.screen is None, "--data and --screen: give one of them")
     if options.screen is not None:
         require(bool(options.grid), "--screen: give its factors, NAME=base,other ...")
         require(
@@ -835,6 +860,8 @@ def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) 
         words = [options.file.stem] if options.file else [knob.lower() for knob in combinations[0]]
         if options.screen is not None:
             words = ["screen", *words]
+        if options.data:
+            words = ["data", *words]
         if options.source:
             words = ["race", *words]
         name = "-".join(words)
@@ -851,7 +878,7 @@ def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) 
 
 def read_combinations(options: argparse.Namespace) -> tuple[list[dict[str, str]], Design | None]:
     """Those of the file, the grid or the design, and this; with sources alone, one without any knob."""
-    some = bool(options.grid) or bool(options.file) or bool(options.source)
+    some = bool(options.grid) or bool(options.file) or bool(options.source or options.data)
     require(some and not (options.grid and options.file), "give a grid, NAME=value,value ..., or --file FILE")
     if options.screen is not None:
         design = make_design(parse_factors(options.grid), options.screen)
@@ -885,13 +912,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     combinations, design = read_combinations(options)
     launcher = launcher_words(options.launcher)
     sources = find_sources(options.source)
-    jobs = make_jobs(combinations, options.eval, options.gpus, sources, options.train_only)
+    jobs = make_jobs(combinations, options.eval, options.gpus, sources, options.train_only, find_texts(options.data))
     slots = places(options, jobs[0].settings["DEVICE"])
     folder = SWEEPS / sweep_name(options, combinations)
 
     with locked(folder):
         scored = choose_documents(jobs, options.on, folder, options.gpus)
-        name_runs(jobs, folder, scored, options.gpus, options.eval, options.train_only)
+        name_runs(jobs, folder, options.gpus, options.eval, options.train_only)
         find_finished(jobs, options.keep, options.train_only)
         print(f"{len(jobs)} combinations, {len(slots)} at a time, scored on {scored.description}", flush=True)
         try:
@@ -908,7 +935,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     print(f"{folder}/results.md, results.csv, results.png")
     chosen = without_seed(rows[0].knobs)  # seeds alone leave nothing to choose
-    says_more = options.source or design  # verdicts and effects say more than the order
+    says_more = options.source or options.data or design  # verdicts and effects say more than the order
     if chosen and not says_more and not scored.is_validation:
         print(f"the best:\n{shell_words(chosen)}")
     return int(any(job.state == "failed" for job in jobs))
