@@ -17,6 +17,7 @@ import functools
 import io
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are defined: they then run on a CPU, slowly
 
 import train_gpt  # noqa: E402
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # so a shell starts what runs in the background; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
