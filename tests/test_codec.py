@@ -103,9 +103,13 @@ def scored_bits(predictor: codec.Predictor, documents: list[list[int]], **change
     docs = train_gpt.Documents(stream, np.ones(len(stream), np.int64), starts)
     table = train_gpt.ScoreTable(docs)
     run = dataclasses.replace(predictor.run, **changes)
-    learners = train_gpt.Learners(predictor.model, predictor.device)
     dist = train_gpt.Dist(device=predictor.device)
-    train_gpt.score_batched(docs, range(len(docs)), run, dist, table, learners)
+    if run.ttt_enabled:
+        learners = train_gpt.Learners(predictor.model, predictor.device)
+        train_gpt.score_batched(docs, range(len(docs)), run, dist, table, learners)
+    else:
+        with torch.no_grad():
+            train_gpt.score_static(predictor.model, docs, range(len(docs)), run, dist, table)
     assert table.counted.tolist() == [len(document) for document in documents]
     return table.nats.sum() / math.log(2)
 
@@ -151,7 +155,13 @@ def test_documents_side_by_side_take_the_bits_of_each(artifact):
 
 def test_without_adaptation(artifact, monkeypatch):
     monkeypatch.setenv("TTT_ENABLED", "0")
-    there_and_back(artifact, some_text(5))
+    text = some_text(3)
+    made = there_and_back(artifact, text)
+    predictor = codec.open_predictor(artifact)
+    tokens = codec.to_tokens(predictor, False, text.decode())
+    assert len(tokens) <= predictor.run.eval_seq_len  # in a longer one, static windows see less than the codec's cache
+    bits = scored_bits(predictor, [tokens])
+    assert abs(8 * made.coded - bits) <= allowance(bits)
 
 
 def test_other_knobs_of_adaptation_reach_the_decoder(artifact, monkeypatch):
@@ -577,7 +587,12 @@ def test_the_table_is_of_validation_documents(artifact, tmp_path, capsys, write_
     assert [text.decode() for text in compress.held_out(predictor, 2)] == [texts[2], texts[3]]
     compress.main(["--table", "2", "--artifact", str(artifact)])
     rows = capsys.readouterr().out.splitlines()
-    sizes = [[int(cell) for cell in row.split("|")[2:8]] for row in rows[2:]]
+    sizes = [[int(cell.replace(",", "")) for cell in row.split("|")[2:10]] for row in rows[2:]]
+    for *_, coded, score in sizes:
+        assert 8 * abs(coded - score) <= allowance(8 * score)
+    for row, documents in zip(sizes, ([texts[2]], [texts[3]], [texts[2], texts[3]]), strict=True):
+        bits = sum(scored_bits(predictor, [codec.to_tokens(predictor, False, text)]) for text in documents)
+        assert row[-1] == round(bits / 8)
     assert [row[0] for row in sizes] == [len(texts[2]), len(texts[3]), len(texts[2]) + 1 + len(texts[3])]
     assert sizes[0][4] == len(codec.compress(predictor, texts[2].encode()).blob)
 

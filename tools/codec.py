@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import re
 import struct
@@ -50,7 +52,8 @@ FIXED_KNOBS = {
     "COMPILE": "1",  # a GPU's graphs belong to the format
     "RESUME": "",
     "EVAL_STRIDE": "1",
-}  # the stride is unused, but may not exceed the context
+}  # the stride is of no use to coding, but may not exceed the context
+STRIDE = train_gpt.RunConfig().eval_stride  # what a score without adaptation has
 NO_DOCUMENTS = train_gpt.split_documents(np.zeros(0, np.uint16), np.zeros(0, np.int64))
 
 
@@ -636,6 +639,18 @@ def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compr
     blob = pack_file(header, edits, coded)
     header_bytes = len(blob) - len(edits) - len(coded)
     return Compressed(blob, header_bytes, len(edits), len(coded), tokens, len(documents))
+
+
+def reported_bits(predictor: Predictor, texts: Sequence[bytes]) -> float:
+    """What the scorer reports for these documents, the end of each included."""
+    documents, _ = to_documents(predictor, uses_caseops(predictor), list(texts), b"\0")
+    stream = np.array([BOS, *itertools.chain(*documents)], np.uint16)
+    docs = train_gpt.Documents(stream, np.ones(len(stream), np.int64), np.flatnonzero(stream == BOS))
+    run = with_rows_for(predictor, len(documents)).run
+    run = dataclasses.replace(run, eval_stride=min(STRIDE, run.eval_seq_len))
+    dist = train_gpt.Dist(device=predictor.device)
+    scorer = train_gpt.Evaluation(predictor.model, docs, run, dist, train_gpt.Log(), lambda: 0.0)  # takes all its time
+    return float(scorer.score().nats.sum()) / math.log(2)
 
 
 def pack_file(header: dict[str, Any], edits: bytes, coded: bytes) -> bytes:

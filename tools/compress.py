@@ -87,16 +87,20 @@ def sizes_of_others(data: bytes) -> list[int]:
 def print_table(predictor: codec.Predictor, count: int) -> None:
     """Sizes in bytes: a line for each document, and one for all of them in one file."""
     texts = held_out(predictor, count)
-    print("| document | bytes | gzip -9 | xz -9e | zstd -19 | artifact | of which header | bits per byte |")
-    print("|" + "---|" * 8)
+    print("| document | bytes | gzip -9 | xz -9e | zstd -19 | artifact | header | its tokens | score | bits per byte |")
+    print("|" + "---|" * 10)
     for number, text in enumerate(texts, 1):
-        print_row(predictor, str(number), text)
-    print_row(predictor, "all", b"\0".join(texts), between=b"\0")
+        print_row(predictor, str(number), [text])
+    print_row(predictor, "all", texts)
 
 
-def print_row(predictor: codec.Predictor, name: str, text: bytes, between: bytes = b"") -> None:
-    made = codec.compress(predictor, text, between)
-    sizes = [len(text), *sizes_of_others(text), len(made.blob), made.header]
+def print_row(predictor: codec.Predictor, name: str, texts: list[bytes]) -> None:
+    """Sizes of these documents in one file. "artifact" is the whole file, of which "header" and "its tokens" are parts;
+    "score" is what the scorer reports for these tokens, in bytes."""
+    text = b"\0".join(texts)
+    made = codec.compress(predictor, text, b"\0" if len(texts) > 1 else b"")
+    score = round(codec.reported_bits(predictor, texts) / 8)
+    sizes = [len(text), *sizes_of_others(text), len(made.blob), made.header, made.coded, score]
     bits = 8 * len(made.blob) / max(1, len(text))
     print(f"| {name} | " + " | ".join(f"{size:,}" for size in sizes) + f" | {bits:.3f} |", flush=True)
 
