@@ -154,11 +154,11 @@ class ModelConfig:
     vocab_size: int = knob(8192, "pieces of the tokenizer", group="Model", unit="tokens", low=4, high=65536)
     num_layers: int = knob(11, "distinct blocks", low=1, high=1024)
     model_dim: int = knob(512, "width of the residual stream", low=8, high=16384)
-    num_heads: int = knob(8, "query heads", low=1)
-    num_kv_heads: int = knob(4, "key/value heads, each shared by a group of query heads", low=1)
+    num_heads: int = knob(4, "query heads", low=1)
+    num_kv_heads: int = knob(2, "key/value heads, each shared by a group of query heads", low=1)
     mlp_mult: int = knob(4, "hidden width of the MLP", unit="x MODEL_DIM", low=1, high=64)
     mlp_leaky_slope: float = knob(0.5, "the activation is LeakyReLU(slope) squared; 0 = ReLU squared", low=0, high=1)
-    rope_dims: int = knob(16, "dimensions of a head that RoPE rotates, 0 = none", low=0)
+    rope_dims: int = knob(32, "dimensions of a head that RoPE rotates, 0 = none", low=0)
     rope_base: float = knob(10000.0, "base of RoPE's wavelengths", low=1)
     qk_gain_init: float = knob(5.0, "initial value of the learned gain of each query head", low=0)
     xsa_last_n: int = knob(
@@ -241,10 +241,18 @@ class RunConfig:
     eval_seconds: float = knob(600.0, "from opening the artifact to the final score, 0 = no limit", unit="s", low=0)
     warmup_steps: int = knob(2, "steps on random tokens off the clock, in each loop mode", unit="steps", low=1)
 
-    train_batch_tokens: int = knob(786_432, "tokens per step over all ranks", group="Data", unit="tokens", low=8)
+    train_batch_tokens: int = knob(
+        0,
+        "tokens per step over all ranks; 0 = by the budget: 786,432 for 4,800 GPU-seconds, fewer for less",
+        group="Data",
+        unit="tokens",
+        low=0,
+    )
     train_row_tokens: int = knob(32_768, "size of the rows that a batch consists of", unit="tokens", low=8)
     micro_batch_tokens: int = knob(98_304, "most tokens in one forward pass on one device", unit="tokens", low=8)
-    train_seq_len: int = knob(2048, "longest context in training", unit="tokens", low=2)
+    train_seq_len: int = knob(
+        3072, "longest context in training; a third of it at first, later two thirds", unit="tokens", low=2
+    )
     holdout_tokens: int = knob(1 << 20, "end of the training shards, held out to choose weights", unit="tokens", low=0)
     train_log_every: int = knob(50, "steps between lines of progress", unit="steps", low=1)
     val_loss_every: int = knob(0, "steps between validations, off the clock; 0 = only at the end", unit="steps", low=0)
@@ -1866,15 +1874,37 @@ def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndar
     return np.repeat(stretches, counts) + index_in_stretch * seq_len
 
 
-def text_micro_batch(text: np.ndarray, run: RunConfig, device: torch.device) -> MicroBatch:
-    """Whole training rows, N tokens and the one that follows them, (N + 1,) -> a micro-batch of N targets."""
+def text_micro_batch(text: np.ndarray, row_tokens: int, context: int, device: torch.device) -> MicroBatch:
+    """Whole training rows, N tokens and the one that follows them, (N + 1,) -> a micro-batch of N targets, none of
+    which sees more than `context` tokens."""
     tokens = text[:-1]
     targets = text[1:]
-    starts = segment_starts(tokens, run.train_row_tokens, run.train_seq_len)
+    starts = segment_starts(tokens, row_tokens, context)
     return make_micro_batch(tokens, targets, starts, device)
 
 
 # ---- The training stream ----
+
+CONTEST_GPU_SECONDS = 4_800.0
+CONTEST_BATCH_TOKENS = 786_432
+BATCH_POWER = 2 / 3  # of the budget, by which the batch grows (EXPERIMENTS.md, section 29)
+
+
+def with_batch(run: RunConfig, world: int) -> RunConfig:
+    """The run with a batch, where TRAIN_BATCH_TOKENS=0 leaves it to the budget on `world` ranks.
+
+    A short run needs steps more than it needs quiet gradients. Each rank gets 1, 2, 3, 4, 6, 8, 12, ... rows, which
+    micro-batches of many sizes divide. What counts is the budget that was set, and no speed that was measured: the same
+    run has the same batch on any machine."""
+    if run.train_batch_tokens:
+        return run
+    wanted = float(CONTEST_BATCH_TOKENS)  # also without a limit in seconds
+    if run.max_wallclock_seconds:
+        wanted *= (run.max_wallclock_seconds * world / CONTEST_GPU_SECONDS) ** BATCH_POWER
+    smallest = world * run.train_row_tokens
+    sizes = [smallest * rows << doublings for rows in (1, 3) for doublings in range(32)]
+    nearest = min(sizes, key=lambda size: abs(math.log(size / wanted)))
+    return dataclasses.replace(run, train_batch_tokens=nearest)
 
 
 def split_batch(run: RunConfig, world: int) -> tuple[int, int]:
@@ -1928,7 +1958,8 @@ class TrainingStream:
         self.total = all_tokens - run.holdout_tokens  # tokens of an epoch
 
         self.loader = ThreadPoolExecutor(1)
-        self.loading: dict[int, Future[list[MicroBatch]]] = {}  # by number of the batch; at most the next one
+        # By number of the batch and its context; at most the next one.
+        self.loading: dict[tuple[int, int], Future[list[MicroBatch]]] = {}
 
         beginning = self.shards[0][: 1 << 24]
         require(BOS in beginning, f"{self.paths[0]}: no BOS ({BOS}); prepare the data again", DataError)
@@ -1948,15 +1979,18 @@ class TrainingStream:
         for path, shard in zip(self.paths, self.shards, strict=True):
             check_shard(path, shard, self.vocab_size, listed.get(path.name, {}))
 
-    def batch(self, number: int) -> list[MicroBatch]:
-        """This rank's micro-batches of a batch, grad_accum_steps of them. The next batch is loaded meanwhile."""
-        current = self.loading.get(number)
+    def batch(self, number: int, context: int = 0) -> list[MicroBatch]:
+        """This rank's micro-batches of a batch, grad_accum_steps of them, in which no target sees more than `context`
+        tokens (0: TRAIN_SEQ_LEN). The next batch is loaded meanwhile, for the same context: where that changes, once
+        more."""
+        context = context or self.run.train_seq_len
+        current = self.loading.get((number, context))
         if current is None:
-            current = self.loader.submit(self._load, number)
-        self.loading = {number + 1: self.loader.submit(self._load, number + 1)}
+            current = self.loader.submit(self._load, number, context)
+        self.loading = {(number + 1, context): self.loader.submit(self._load, number + 1, context)}
         return current.result()
 
-    def _load(self, number: int) -> list[MicroBatch]:
+    def _load(self, number: int, context: int) -> list[MicroBatch]:
         """Read this rank's share of a batch. The r-th of equal shares of consecutive rows goes to rank r."""
         micro_batch_tokens = self.micro_batch_rows * self.run.train_row_tokens
         rank_tokens = self.grad_accum_steps * micro_batch_tokens
@@ -1965,7 +1999,7 @@ class TrainingStream:
         micro_batches = []
         for start in range(begin, begin + rank_tokens, micro_batch_tokens):
             text = self.read(start, micro_batch_tokens + 1)  # and the last input's target
-            micro_batches.append(text_micro_batch(text, self.run, self.dist.device))
+            micro_batches.append(text_micro_batch(text, self.run.train_row_tokens, context, self.dist.device))
         return micro_batches
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -2546,6 +2580,16 @@ def lr_at(progress: float, run: RunConfig) -> float:
     return max(run.min_lr, min(1.0, falling))
 
 
+CONTEXT_GROWTH = ((0.1, 1), (0.7, 2), (math.inf, 3))  # until that part of the budget, so many thirds of TRAIN_SEQ_LEN
+
+
+def context_at(progress: float, run: RunConfig) -> int:
+    """The longest context in training, tokens: it grows, as far words help little until near ones are learned, and
+    short contexts make faster steps."""
+    thirds = next(thirds for until, thirds in CONTEXT_GROWTH if progress < until)
+    return max(1, run.train_seq_len * thirds // 3)
+
+
 def momentum_at(progress: float, run: RunConfig) -> float:
     """Muon's momentum rises linearly over the first MUON_MOMENTUM_WARMUP_FRAC of the budget."""
     fraction = 1.0
@@ -2778,7 +2822,7 @@ def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[MicroBatch
     generator = np.random.default_rng(run.seed)
     text = generator.integers(2, vocab_size, micro_batch_rows * run.train_row_tokens + 1).astype(np.uint16)
     text[generator.random(len(text)) < 1 / 500] = BOS
-    return [text_micro_batch(text, run, dist.device)] * grad_accum_steps
+    return [text_micro_batch(text, run.train_row_tokens, run.train_seq_len, dist.device)] * grad_accum_steps
 
 
 def warm_up(trainer: Trainer, batch: Sequence[MicroBatch]) -> None:
@@ -2858,7 +2902,8 @@ def train(
             break
 
         previous_loss = loss
-        loss = trainer.train_step(stream.batch(trainer.step), trainer.progress, trainer.looping(trainer.progress))
+        batch = stream.batch(trainer.step, context_at(trainer.progress, run))
+        loss = trainer.train_step(batch, trainer.progress, trainer.looping(trainer.progress))
         trainer.step += 1
         # The previous loss is read only now, when this step is queued: the GPU never waits for Python.
         check_loss(previous_loss.item(), trainer.step - 1)
@@ -5260,7 +5305,8 @@ class Setup(NamedTuple):
 
 
 def make_setup(model: ModelConfig, run: RunConfig, dist: Dist) -> Setup:
-    """Open and check all that the run will read."""
+    """Open and check all that the run will read, and decide what knobs leave open."""
+    run = with_batch(run, dist.world)
     if run.artifact:  # the artifact's own configuration counts, whatever the environment says about the model
         header, _ = read_header(read_on_main(run.artifact, dist), run.artifact)
         model = stored_config(header["meta"], run.artifact)

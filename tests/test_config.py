@@ -30,7 +30,6 @@ NEEDS = {  # without which a knob has no effect
 }
 SUITABLE = {  # values of other knobs that the changed value of this one needs
     "ARTIFACT": {},
-    "NUM_KV_HEADS": {"NUM_HEADS": "8"},
     "LOOP_START": {"LOOP_END": "9"},
     "TRAIN_BATCH_TOKENS": {"TRAIN_ROW_TOKENS": "8"},
     "MICRO_BATCH_TOKENS": {"TRAIN_BATCH_TOKENS": "8192", "TRAIN_ROW_TOKENS": "8"},
@@ -39,8 +38,8 @@ SUITABLE = {  # values of other knobs that the changed value of this one needs
 }
 OTHER_VALUES = {
     "MODEL_DIM": "1024",
-    "NUM_HEADS": "16",
-    "NUM_KV_HEADS": "2",
+    "NUM_HEADS": "8",
+    "NUM_KV_HEADS": "1",
     "NUM_LAYERS": "12",
     "ROPE_DIMS": "8",
     "ATTN_GATE_WIDTH": "8",
@@ -178,10 +177,10 @@ def test_any_text_becomes_a_number_in_range_or_a_config_error(name, text):
 @pytest.mark.parametrize(
     "env, mentioned",
     [
-        ({"MODEL_DIM": "500"}, ("MODEL_DIM=500", "NUM_HEADS=8")),
-        ({"NUM_KV_HEADS": "3"}, ("NUM_HEADS=8", "NUM_KV_HEADS=3")),
+        ({"MODEL_DIM": "501"}, ("MODEL_DIM=501", "NUM_HEADS=4")),
+        ({"NUM_KV_HEADS": "3"}, ("NUM_HEADS=4", "NUM_KV_HEADS=3")),
         ({"ROPE_DIMS": "7"}, ("ROPE_DIMS=7",)),
-        ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "64")),
+        ({"ROPE_DIMS": "130"}, ("ROPE_DIMS=130", "128")),
         ({"SMEAR_WIDTH": "513"}, ("SMEAR_WIDTH=513", "MODEL_DIM=512")),
         ({"ATTN_GATE_WIDTH": "513"}, ("ATTN_GATE_WIDTH=513", "MODEL_DIM=512")),
         ({"LOOP_END": "11"}, ("LOOP_START=3", "LOOP_END=11")),

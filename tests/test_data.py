@@ -466,9 +466,22 @@ def test_a_batch_is_a_function_of_its_number(tiny_data, tiny_run):
 def test_the_next_batch_is_loaded_ahead(tiny_data, tiny_run):
     stream = TrainingStream(tiny_run(), VOCAB, Dist())
     stream.batch(4)
-    ((number, loading),) = stream.loading.items()
-    assert number == 5 and isinstance(loading, Future)
+    (((number, context), loading),) = stream.loading.items()
+    assert (number, context) == (5, stream.run.train_seq_len) and isinstance(loading, Future)
     assert loading.result() is stream.batch(5)
+
+
+def test_a_batch_may_have_a_shorter_context_also_if_it_was_loaded_for_another(tiny_data, tiny_run):
+    run = tiny_run()
+    stream = TrainingStream(run, VOCAB, Dist())
+    for number, context in enumerate((8, 8, 32, 5)):
+        for (tokens, targets, segments), (same_tokens, same_targets, _) in zip(
+            stream.batch(number, context), TrainingStream(run, VOCAB, Dist()).batch(number), strict=True
+        ):
+            assert (tokens == same_tokens).all() and (targets == same_targets).all()
+            expected = plain_segment_starts(tokens[0].tolist(), run.train_row_tokens, context)
+            assert (segments.positions == 0).nonzero()[:, 0].tolist() == expected
+            assert len(stream.loading) == 1
 
 
 def test_rows_longer_than_all_data_are_refused(tiny_data, tiny_run):
@@ -563,6 +576,37 @@ def test_shards_may_begin_and_end_inside_a_long_document(tiny_data, tiny_run, wr
     write_shard(tiny_data / "fineweb_train_000000.bin", [5] * 290 + [BOS, *[6] * 209])
     inputs, _ = whole_batch([TrainingStream(tiny_run(), VOCAB, Dist())], 0)
     assert (inputs == 5).all()
+
+
+@pytest.mark.parametrize(
+    "seconds, world, batch",
+    [
+        (600, 8, 786_432),  # the contest's
+        (1200, 4, 786_432),
+        (0, 8, 786_432),  # no limit in seconds
+        (480, 2, 262_144),
+        (360, 1, 131_072),
+        (115, 1, 65_536),
+        (1, 1, 32_768),  # at least a row
+        (60, 8, 262_144),  # and a row for each rank
+        (600, 7, 688_128),  # three for each of seven
+    ],
+)
+def test_the_batch_follows_the_budget_and_ranks_share_it(seconds, world, batch):
+    run = train_gpt.RunConfig(max_wallclock_seconds=seconds, iterations=10)
+    run = train_gpt.with_batch(run, world)
+    assert run.train_batch_tokens == batch
+    train_gpt.split_batch(run, world)
+    assert train_gpt.with_batch(run, 3) == run  # what is set stays
+
+
+@given(seconds=st.floats(0.1, 1e5), world=st.integers(1, 16))
+def test_a_longer_budget_never_has_a_smaller_batch(seconds, world):
+    batches = [
+        train_gpt.with_batch(train_gpt.RunConfig(max_wallclock_seconds=s), world).train_batch_tokens
+        for s in (seconds, 1.5 * seconds)
+    ]
+    assert batches[0] <= batches[1]
 
 
 @given(rows=st.integers(1, 60), world=st.integers(1, 16), micro=st.integers(1, 70))

@@ -112,13 +112,25 @@ def test_each_step_uses_the_schedules_at_its_place_in_the_budget(settings, monke
     assert seen == [(g.lr_at(step / 8, run), g.momentum_at(step / 8, run)) for step in range(8)]
 
 
+def test_the_context_grows_by_thirds(settings, monkeypatch):
+    run = settings(iterations=10)
+    seen = []
+    plain = g.TrainingStream.batch
+    note = lambda stream, number, context: (seen.append(context), plain(stream, number, context))[1]  # noqa: E731
+    monkeypatch.setattr(g.TrainingStream, "batch", note)
+    go(new_trainer(run))
+    assert run.train_seq_len == 32 and seen == [10] + [21] * 6 + [32] * 3
+    assert g.context_at(0.5, g.RunConfig()) == 2048 and g.context_at(1.0, g.RunConfig()) == 3072
+
+
 def test_the_loss_is_the_mean_over_the_whole_batch(settings):
     run = settings(matrix_lr=0.0, embed_lr=0.0, scalar_lr=0.0, iterations=3)
     trainer = new_trainer(run)
     losses, _ = go(trainer)
     stream = g.TrainingStream(run, 64, g.Dist())
     for step, loss in enumerate(losses):
-        nats = [trainer.model(p.tokens, p.targets, p.segments, looping=step / 3 >= 0.35) for p in stream.batch(step)]
+        batch = stream.batch(step, g.context_at(step / 3, run))
+        nats = [trainer.model(p.tokens, p.targets, p.segments, looping=step / 3 >= 0.35) for p in batch]
         assert sum(n.numel() for n in nats) == 256
         assert loss == pytest.approx(torch.cat(nats, 1).mean().item(), rel=1e-5)
 

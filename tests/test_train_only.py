@@ -64,7 +64,7 @@ def test_it_learns_what_a_whole_run_learns_bit_for_bit_and_is_no_score(
         with pytest.raises(train_gpt.DataError, match=r"its run only trained|it lacks train_only"):
             read(name, logs)
     monkeypatch.chdir(tmp_path)
-    assert record.find_finished(train_gpt.RunConfig(run_id="alone"), {}) is None
+    assert record.find_finished(train_gpt.ModelConfig(), train_gpt.RunConfig(run_id="alone")) is None
     assert "its run only trained" in capsys.readouterr().out
     kept = tmp_path / "record"
     kept.mkdir()

@@ -373,6 +373,7 @@ def main() -> int:
     model_config, run = g.read_env()
     dist = g.Dist.from_env(run.device)
     dist.join()
+    run = g.with_batch(run, dist.world)
     g.prepare_torch(run, dist.device)
     if not dist.main:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints

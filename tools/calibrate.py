@@ -74,6 +74,7 @@ def open_training_text(path: Path, meta: dict[str, Any]) -> g.Setup:
 
     dist = g.Dist.from_env(run.device)
     g.require(dist.world == 1, f"WORLD_SIZE={dist.world}: this runs alone, without torchrun")
+    run = g.with_batch(run, dist.world)
     g.prepare_torch(run, dist.device)
     tokenizer = g.load_tokenizer(run, config.vocab_size)
     stream = g.TrainingStream(run, config.vocab_size, dist)

@@ -193,10 +193,10 @@ class Job(NamedTuple):
 def job_for(seed: int, facts: Facts, env: Mapping[str, str]) -> Job:
     env = dict(env) | {"SEED": str(seed), "RUN_ID": f"{facts.name}_seed{seed}"}
     model, run = read_env(env)
-    return Job(env, run, find_finished(run, train_gpt.settings(model, run)))
+    return Job(env, run, find_finished(model, run))
 
 
-def find_finished(run: RunConfig, knobs: dict[str, str]) -> Run | None:
+def find_finished(model: train_gpt.ModelConfig, run: RunConfig) -> Run | None:
     """The run of that name, if it is complete and of this code and these knobs."""
     path = LOGS / f"{run.run_id}.json"
     if not path.exists():
@@ -207,6 +207,7 @@ def find_finished(run: RunConfig, knobs: dict[str, str]) -> Run | None:
         reasons = [str(error)]
     else:
         had = found.result["knobs"]
+        knobs = train_gpt.settings(model, train_gpt.with_batch(run, found.result["world_size"]))
         reasons = [
             f"{name} was {had.get(name)}, is {knobs.get(name)}"
             for name in knobs | had

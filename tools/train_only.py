@@ -89,8 +89,8 @@ def experiment(entry: ModuleType, model_config: Any, run: Any, dist: Any, run_id
         table = entry.score_all_static(trainer.model, setup)
     table.require_finite("training diverged; lower MATRIX_LR, EMBED_LR or SCALAR_LR, or set GRAD_CLIP_NORM")
 
-    result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(entry.code()).hexdigest()}
-    result |= {"train_only": True, "knobs": entry.settings(setup.model, run), "readout": readout}
+    result = {"run_id": run_id, "seed": setup.run.seed, "code_sha256": hashlib.sha256(entry.code()).hexdigest()}
+    result |= {"train_only": True, "knobs": entry.settings(setup.model, setup.run), "readout": readout}
     result |= training_facts(trainer, setup, history, watch) | scores(setup, table)
     if dist.main:
         result |= {"code_bytes": len(entry.code()), "versions": entry.versions()}
