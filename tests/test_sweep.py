@@ -456,6 +456,17 @@ def test_a_combination_has_the_defaults_of_run_sh_that_go_with_it(monkeypatch):
         made("TTT_PARAMS=lora,full")
 
 
+def test_a_batch_that_the_budget_decides_is_swept_like_one_that_is_set(stand_in, monkeypatch, capsys):
+    monkeypatch.setenv("TRAIN_BATCH_TOKENS", "0")
+    (job,) = sweep.make_jobs([{"SEED": "1"}], None, 4, [OURS])
+    assert job.settings["TRAIN_BATCH_TOKENS"] == "786432", "steps alone limit it"
+    stand_in.makes("0.1")
+    assert sweep.main(["TTT_LR=0.1"]) == 0 and len(stand_in.started()) == 1
+    capsys.readouterr()
+    assert end_in_a_line(lambda: sweep.main(["TRAIN_BATCH_TOKENS=0,786432"])) == 2
+    assert "are the same combination" in capsys.readouterr().err
+
+
 def test_rules_are_swept_each_with_its_own_defaults(stand_in, monkeypatch):
     monkeypatch.delenv("TTT_WEIGHT_DECAY", raising=False)
     monkeypatch.delenv("TTT_RMS_FLOOR", raising=False)

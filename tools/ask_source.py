@@ -39,6 +39,8 @@ def settings_under(entry: ModuleType, env: Mapping[str, str], gpus: int, trains:
     """The knobs that a run of a source has under an environment, or why it refuses it."""
     try:
         model, run = entry.read_env(env)
+        if trains and hasattr(entry, "with_batch"):  # of older sources, TRAIN_BATCH_TOKENS always says it
+            run = entry.with_batch(run, gpus)
         if trains and hasattr(entry, "split_batch"):  # older sources check that later
             entry.split_batch(run, gpus)
     except ValueError as error:  # ConfigError is one
