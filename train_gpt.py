@@ -2741,7 +2741,8 @@ class Trainer:
         for name, ours in self.identity(finished).items():
             theirs = meta.get(name)
             if theirs != ours:
-                raise DataError(f"RESUME={path}: its {name} is {difference(theirs, ours)}")
+                remedy = f": set {name.upper()}={brief(theirs)}" if name.upper() in KNOBS else ""
+                raise DataError(f"RESUME={path}: its {name} is {difference(theirs, ours)}{remedy}")
 
         step, seconds = checked_progress(meta, self.run, path)
 

@@ -368,8 +368,10 @@ def test_a_checkpoint_of_another_run_is_refused(settings, tmp_path, what):
     else:
         other = new_trainer(settings(**{what: {"train_batch_tokens": 512, "train_row_tokens": 32}[what]}))
     before = other.copy_state()
-    with pytest.raises(g.DataError, match=f"RESUME={path}: its {what} is "):
+    with pytest.raises(g.DataError, match=f"RESUME={path}: its {what} is ") as error:
         other.load_checkpoint(str(path))
+    remedy = {"train_batch_tokens": ": set TRAIN_BATCH_TOKENS=256", "train_row_tokens": ": set TRAIN_ROW_TOKENS=64"}
+    assert str(error.value).endswith(remedy.get(what, "")), "the batch may follow from another budget"
     assert differing(before, other.copy_state()) == []
 
 
