@@ -106,6 +106,14 @@ def test_it_waits_until_it_is_told_and_touches_no_gpu_before(held_env, tmp_path)
     assert process.returncode != 0 and "never told" in errors and not (tmp_path / "logs/later.json").exists()
 
 
+@pytest.mark.parametrize("name", ["ARTIFACT", "RESUME"])
+def test_it_trains_from_the_start_alone(held_env, tmp_path, name):
+    process = start(tmp_path, held_env(RUN_ID="x", **{name: "logs/other"}))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and f"error: {name}=logs/other: this trains from the start" in errors
+    assert not (tmp_path / "logs/x.txt").exists()
+
+
 def test_a_source_that_cannot_be_trained_alone_is_refused(held_env, tmp_path, monkeypatch, capsys):
     source = tmp_path / "older.py"
     source.write_text(ENTRY.read_text().replace("def warm_up(", "def warm_up_as_before("))

@@ -65,7 +65,10 @@ def lacking(entry: ModuleType) -> list[str]:
 
 
 def experiment(entry: ModuleType, model_config: Any, run: Any, dist: Any, run_id: str, check_only: bool) -> None:
-    """In the place of a source's do_experiment: train, score before quantisation and report."""
+    """In the place of a source's do_experiment: train, score before quantisation and report. Raises UserError."""
+    for name, value in {"ARTIFACT": run.artifact, "RESUME": run.resume}.items():
+        if value:
+            raise entry.UserError(f"{name}={value}: this trains from the start: unset it")
     watch = entry.Stopwatch(dist)
     with watch.phase("load"):
         setup = entry.make_setup(model_config, run, dist)
