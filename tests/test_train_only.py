@@ -135,6 +135,18 @@ def test_a_source_that_cannot_be_trained_alone_is_refused(held_env, tmp_path, mo
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("slot, seconds, ahead", [(None, "0.0", True), (None, "60.0", False), ("0", "60.0", True)])
+def test_no_import_takes_steps_from_a_run_whose_seconds_count(tmp_path, monkeypatch, slot, seconds, ahead):
+    jobs = [sweep.Job({}, {}, None, {"MAX_WALLCLOCK_SECONDS": seconds}) for _ in range(2)]
+    running = sweep.Running(jobs[0], None, slot, 0.0, None, trains=True)
+    jobs[0].state = "running"
+    whole = sweep.Sweep(jobs, [slot], sweep.Command([], train_only=True, ahead=True), tmp_path)
+    whole.running = [running]
+    monkeypatch.setattr(whole, "start", lambda job, slot, wait: (job, slot, wait))
+    whole.prepare_successor(running)
+    assert running.successor == ((jobs[1], slot, True) if ahead else None)
+
+
 @pytest.mark.slow
 @pytest.mark.longest
 def test_a_race_of_training_alone_is_ranked_kept_and_gone_on_with(tiny_data, tiny_env, tmp_path):

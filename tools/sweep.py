@@ -611,8 +611,10 @@ class Sweep:
 
     def prepare_successor(self, one: Running) -> None:
         """Start the next job beside one that trains or scores, so that what needs no GPU is done by its turn."""
+        if not self.command.ahead or one not in self.running or not one.trains or one.successor is not None:
+            return
         waiting = next((job for job in self.jobs if job.state == "waiting"), None)
-        if self.command.ahead and one in self.running and one.trains and one.successor is None and waiting is not None:
+        if waiting is not None and not loses_steps(one):
             one.successor = self.start(waiting, one.slot, wait=True)
 
     def give_place(self, one: Running) -> None:
@@ -671,6 +673,12 @@ class Sweep:
             one.job.file(".err").unlink(missing_ok=True)
             for partial in one.job.file("").parent.glob(".*.partial"):
                 partial.unlink()
+
+
+def loses_steps(one: Running) -> bool:
+    """Whether an import beside this run would take training steps from it: on a CPU that has a limit in seconds. The
+    last run of a sweep, beside which nothing is imported, would seem to learn faster."""
+    return one.slot is None and float(one.job.settings.get("MAX_WALLCLOCK_SECONDS", "0")) > 0
 
 
 def job_command(options: argparse.Namespace, launcher: Sequence[str]) -> Command:
