@@ -127,6 +127,16 @@ def test_ways_to_pack_are_compared(checkpoint, capsys):
     assert len({tuple(figures[:4]) for figures in found.values()}) == 4  # the others make a difference
 
 
+def test_it_calibrates_on_as_much_text_as_the_training_did(checkpoint, tiny_config, tmp_path, monkeypatch):
+    def batch() -> int:
+        return packing.open_text("holdout", tmp_path / "held", tiny_config, str(checkpoint)).run.train_batch_tokens
+
+    monkeypatch.setenv("TRAIN_BATCH_TOKENS", "0")  # which here, without a limit in seconds, would be 786,432
+    assert batch() == 256
+    monkeypatch.setenv("TRAIN_BATCH_TOKENS", "512")
+    assert batch() == 512
+
+
 def test_a_patch_is_taken_back(checkpoint, capsys):
     before = g.Walk.contexts, g.MatrixPlan.grid, g.GradientSums.add, g.RARE_TOKEN_CAUTION, g.LOOPED_FACTOR
     found = table(capsys, checkpoint, "--only", "one-table,unweighted,looped-2")

@@ -7,10 +7,10 @@ same bytes, read back, and compared with the network before packing, on held-out
 ./run.sh packing WEIGHTS --artifact A    beside them, an artifact of the same weights
 ./run.sh packing WEIGHTS --on validation for a final figure: nothing is chosen there
 
-Knobs are environment variables, as for the entry; DATA_PATH and ARTIFACT_BYTES matter here, and TRAIN_BATCH_TOKENS and
-GPTQ_CALIBRATION_BATCHES say on how much text is calibrated. KL is the divergence from the predictions of the network
-before packing: it needs no labels, so it is the quieter measure of the two. Both are in bits per byte, with the
-standard error over documents.
+Knobs are environment variables, as for the entry; DATA_PATH and ARTIFACT_BYTES matter here. TRAIN_BATCH_TOKENS (unless
+it is set, that of the training) and GPTQ_CALIBRATION_BATCHES say on how much text is calibrated. KL is the divergence
+from the predictions of the network before packing: it needs no labels, so it is the quieter measure of the two. Both
+are in bits per byte, with the standard error over documents.
 """
 
 from __future__ import annotations
@@ -224,6 +224,15 @@ def load_weights(path: str) -> g.GPT:
     return model
 
 
+def batch_of(path: str) -> int:
+    """Tokens per step of the training that a checkpoint is of. Raises DataError."""
+    header, _ = g.read_header(g.read_file(path), path)
+    tokens = header["meta"].get("train_batch_tokens")
+    known = type(tokens) is int and 0 < tokens <= g.MAX_KNOB
+    g.require(known, f"{path}: its train_batch_tokens is {g.brief(tokens)}: set TRAIN_BATCH_TOKENS", g.DataError)
+    return tokens
+
+
 def calibrate(model: g.GPT, setup: g.Setup, batches: float) -> dict[str, g.Sensitivity]:
     """Sensitivities from this many batches of training text."""
     run = setup.run
@@ -267,9 +276,12 @@ def columns(judge: Judge, packed: g.GPT, size: int, pack_seconds: float, unpack_
     )
 
 
-def open_text(on: str, folder: Path, config: g.ModelConfig) -> g.Setup:
-    """Set-up whose validation is what is compared on, and whose stream is what is calibrated on."""
+def open_text(on: str, folder: Path, config: g.ModelConfig, weights: str) -> g.Setup:
+    """Set-up whose validation is what is compared on, and whose stream is what is calibrated on: batches as large as
+    those of the training that made the checkpoint `weights`, which may have had more GPUs and seconds than this."""
     _, run = g.read_env()
+    if not run.train_batch_tokens:
+        run = dataclasses.replace(run, train_batch_tokens=batch_of(weights))
     if on == "holdout":
         run = score_holdout(run, config.vocab_size, folder / "data")
     dist = g.Dist.from_env(run.device)
@@ -298,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     model = load_weights(options.weights)
     with tempfile.TemporaryDirectory() as folder:
-        setup = open_text(options.on, Path(folder), model.config)
+        setup = open_text(options.on, Path(folder), model.config, options.weights)
         model.to(setup.dist.device)
         judge = Judge(model, setup.validation, setup.run)
         start = time.perf_counter()
