@@ -127,6 +127,7 @@ def test_a_source_that_cannot_be_trained_alone_is_refused(held_env, tmp_path, mo
     refused = (
         (["SEED=0,1", "--source", f"{ENTRY},older.py"], "older.py: it has no warm_up"),
         (["TTT_EPOCHS=1,2"], "TTT_EPOCHS changes nothing before quantisation"),
+        (["EVAL_SECONDS=1,2"], "EVAL_SECONDS changes nothing before quantisation"),
         (["SEED=0,1", "--eval", "a.ptz"], "--train-only trains, and --eval does not"),
         (["SEED=0,1", "--on", "validation"], "leave --on out"),
     )

@@ -203,7 +203,7 @@ def check_names(names: Iterable[str], groups: Mapping[str, str], artifact: str |
     train_gpt.refuse_unknown(names, groups)
     useless = training_knobs(groups) if artifact else set()
     for name in names:
-        packs = train_only and groups.get(name) in NOT_TRAINING
+        packs = train_only and (groups.get(name) in NOT_TRAINING or name in {"ARTIFACT_BYTES", "EVAL_SECONDS"})
         require(not packs, f"{name} changes nothing before quantisation, and --train-only does nothing after it")
         require(name in groups, f"{name} is not a knob (./run.sh help lists all)")
         require(name not in APART, f"{name} cannot be swept: {APART.get(name)}")
