@@ -236,6 +236,15 @@ def test_what_is_not_the_same_run_is_run_again(home, facts, monkeypatch, capsys)
         patch.setenv("MATRIX_LR", "0.5")
         assert found() is None and "MATRIX_LR was 0.026, is 0.5" in capsys.readouterr().out
     with monkeypatch.context() as patch:
+        patch.setenv("TRAIN_BATCH_TOKENS", "0")
+        decided = train_gpt.with_batch(train_gpt.read_env()[1], 1).train_batch_tokens
+        assert found() is None and f"TRAIN_BATCH_TOKENS was 256, is {decided}" in capsys.readouterr().out
+        damaged = home / "logs/Tiny_seed0.json"
+        whole = damaged.read_text()
+        damaged.write_text(json.dumps(json.loads(whole) | {"world_size": 0}))
+        assert found() is None and "world_size" in capsys.readouterr().out
+        damaged.write_text(whole)
+    with monkeypatch.context() as patch:
         patch.setattr(train_gpt, "code", lambda: b"another")
         assert found() is None and "train_gpt.py has changed" in capsys.readouterr().out
     for ending, reason in ((".txt", "where its events give 'result "), (".events.jsonl", "do not end with a result")):

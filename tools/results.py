@@ -29,7 +29,7 @@ from tools.events import MAX_BYTES as MAX_EVENT_BYTES
 from tools.events import Event, named, read_events
 from tools.values import any_text, digest, missing_or_wrong, number, optional, parse_object, table_of, text, whole
 from tools.welch import two_sided
-from train_gpt import LOGS, DataError
+from train_gpt import LOGS, MAX_RANKS, DataError
 
 MAX_UNPACKED_BYTES = 1 << 28  # of a .docs.npz: six million documents
 MAX_LOG_BYTES = 1 << 27  # of a log: source, lines for people and, in a record, events
@@ -55,6 +55,11 @@ def is_history(value: Any) -> bool:
     return all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(value))
 
 
+def is_world(value: Any) -> bool:
+    """A number of ranks."""
+    return whole(value) and 0 < value <= MAX_RANKS
+
+
 FIELDS = {
     "run_id": text,
     "seed": whole,
@@ -74,7 +79,7 @@ FIELDS = {
     "code_bytes": whole,
     "total_bytes": whole,
     "artifact_parts": table_of(whole),
-    "world_size": whole,
+    "world_size": is_world,
     "device": text,
     "versions": text,
     "validation": digest,
