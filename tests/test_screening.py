@@ -159,6 +159,7 @@ def test_a_screen_runs_its_design_and_tells_effects_once_all_is_done(screened, c
         (["--screen", *FACTORS, "--eval", "a.ptz"], "leave one out"),
         (["--screen", *FACTORS, "--source", "a.py,b.py"], "give one source"),
         (["--screen", "9", *FACTORS], "--screen 9: expected one of"),
+        (["--screen", "TTT_EPOCHS=1,2", *FACTORS], "TTT_EPOCHS changes nothing before quantisation"),
         ([*FACTORS, "--screen"], "KNOB_A"),
     ],
 )

@@ -202,12 +202,19 @@ def check_names(names: Iterable[str], groups: Mapping[str, str], artifact: str |
     can vary."""
     train_gpt.refuse_unknown(names, groups)
     useless = training_knobs(groups) if artifact else set()
+    if train_only:
+        require_training_knobs(names, groups)
     for name in names:
-        packs = train_only and (groups.get(name) in NOT_TRAINING or name in {"ARTIFACT_BYTES", "EVAL_SECONDS"})
-        require(not packs, f"{name} changes nothing before quantisation, and --train-only does nothing after it")
         require(name in groups, f"{name} is not a knob (./run.sh help lists all)")
         require(name not in APART, f"{name} cannot be swept: {APART.get(name)}")
         require(name not in useless, f"{name} is for training, and --eval trains nothing")
+
+
+def require_training_knobs(names: Iterable[str], groups: Mapping[str, str]) -> None:
+    """Refuse knobs that change nothing in a score before quantisation. Raises ConfigError."""
+    for name in names:
+        late = groups.get(name) in NOT_TRAINING or name in {"ARTIFACT_BYTES", "EVAL_SECONDS"}
+        require(not late, f"{name} changes nothing before quantisation, where --train-only and --screen measure")
 
 
 def given() -> dict[str, str]:
@@ -890,7 +897,9 @@ def read_combinations(options: argparse.Namespace) -> tuple[list[dict[str, str]]
     require(some and not (options.grid and options.file), "give a grid, NAME=value,value ..., or --file FILE")
     if options.screen is not None:
         design = make_design(parse_factors(options.grid), options.screen)
-        return design.combinations(), design
+        combinations = design.combinations()
+        require_training_knobs(knob_names(combinations), ask_source.knob_groups(train_gpt))
+        return combinations, design
     return (parse_file(options.file) if options.file else parse_grid(options.grid)), None
 
 
