@@ -3,7 +3,9 @@ coder and the compressor.
 
 python -m tools.bench                     everything, in the entry's shapes; knobs are environment variables, as for
                                           the entry
-python -m tools.bench --only steps        training steps, and where their time goes: a profile by kind of kernel
+python -m tools.bench --only steps        training steps, and where their time goes: a profile by kind of kernel. They
+                                          have the longest context, TRAIN_SEQ_LEN, and TRAIN_BATCH_TOKENS=0 is by the
+                                          budget, MAX_WALLCLOCK_SECONDS
 python -m tools.bench --only adaptation   chunks of test-time training, and where their time goes
 python -m tools.bench --only kernels      forward and backward passes of kernels and references; needs a GPU
 python -m tools.bench --only coder        seconds and bytes of the entropy coder, on one CPU core everywhere
