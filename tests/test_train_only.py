@@ -171,6 +171,7 @@ def test_a_race_of_training_alone_is_ranked_kept_and_gone_on_with(tiny_data, tin
     assert len({run.bpb for run in runs}) == 4 and (tmp_path / "kept/results.png").exists()
 
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.json")}
+    assert not list((tmp_path / "kept").glob("*.txt")), "each would hold the source"
     os.rename(tmp_path / "logs", tmp_path / "logs of another machine")
     assert "running" not in raced("SEED=1,0") and len(before) == 4
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())

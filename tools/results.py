@@ -359,10 +359,10 @@ def disagreements(run: Run) -> list[str]:
         "tokens": int(run.tokens.sum()),
         "bytes": int(run.bytes.sum()),
         "validation": run.validation,
-        "code_sha256": hashlib.sha256(run.source).hexdigest(),
     }
     if not run.train_only:
         recomputed |= {
+            "code_sha256": hashlib.sha256(run.source).hexdigest(),
             "adaptation_steps": int(run.updates.sum()),
             "artifact_bytes": sum(result["artifact_parts"].values()),
             "total_bytes": result["artifact_bytes"] + result["code_bytes"],

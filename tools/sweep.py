@@ -90,7 +90,10 @@ ONLY_TRAINING = ("Model", "Budget", "Data", "Optimizer", "Quantisation")  # grou
 NOT_TRAINING = ("Quantisation", "Test-time training")
 ASK_SECONDS = 300.0  # to import a source on a busy machine
 STOP_SECONDS = 10.0  # a run that was told to end has so long
-KEPT = (".json", ".docs.npz", ".events.jsonl", ".txt")  # suffixes of a run's files: all that a comparison reads
+# Suffixes of a run's files: all that a comparison reads. Of a run that only trained, its log would add nothing but the
+# source, which is kept once for all.
+KEPT = (".json", ".docs.npz", ".events.jsonl", ".txt")
+KEPT_OF_TRAINING = KEPT[:3]
 RESULTS = ("results.md", "results.csv", "results.png")
 LONGEST_NAME = 200  # of a sweep, in characters: file systems end at 255
 
@@ -411,7 +414,7 @@ def find_finished(jobs: list[Job], kept: Path | None, train_only: bool = False) 
     """A job whose run is there under its name, in logs/ or in the folder `kept`, is done."""
     for job in jobs:
         if kept is not None and not job.file(".json").exists():
-            copy_run(kept / Path(job.run_id).name, job.file(""))
+            copy_run(kept / Path(job.run_id).name, job.file(""), train_only)
         with contextlib.suppress(DataError):  # not run yet, or cut off
             job.run = load_run(job.run_id, train_only=train_only)
             job.state = "done"
@@ -419,10 +422,11 @@ def find_finished(jobs: list[Job], kept: Path | None, train_only: bool = False) 
             job.bpb = job.run.bpb
 
 
-def copy_run(source: Path, target: Path) -> None:
-    """Copy those files of KEPT that a run has, its result last: a copy that was cut off is no run. Paths without
+def copy_run(source: Path, target: Path, train_only: bool) -> None:
+    """Copy those files of a run that are kept, its result last: a copy that was cut off is no run. Paths without
     suffixes; nothing is done where the source has no result."""
-    found = [suffix for suffix in reversed(KEPT) if Path(f"{source}{suffix}").exists()]
+    kept = KEPT_OF_TRAINING if train_only else KEPT
+    found = [suffix for suffix in reversed(kept) if Path(f"{source}{suffix}").exists()]
     for suffix in found if KEPT[0] in found else ():
         train_gpt.write_atomically(Path(f"{target}{suffix}"), [train_gpt.read_file(f"{source}{suffix}")], parents=True)
 
@@ -651,7 +655,7 @@ class Sweep:
         self.took.append(time.monotonic() - one.started_at)
         conclude(one.job, status, self.command.train_only)
         if self.kept is not None and one.job.state == "done":
-            copy_run(one.job.file(""), self.kept / Path(one.job.run_id).name)
+            copy_run(one.job.file(""), self.kept / Path(one.job.run_id).name, self.command.train_only)
 
     def seconds_left(self) -> float | None:
         """Seconds until the sweep is done, from how long jobs took so far; None until one has ended."""
