@@ -5657,8 +5657,9 @@ def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log
     return best
 
 
-def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict[str, Any]:
-    """From random weights, or those of a checkpoint, to an artifact on the disk -> what the result says about it."""
+def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict[str, Any], np.ndarray]:
+    """From random weights, or those of a checkpoint, to an artifact on the disk -> what the result says about it, and
+    nats as `read_out_and_pack`."""
     run = setup.run
     stream = setup.stream
     checkpoint = path.with_suffix(".ckpt")
@@ -5686,12 +5687,12 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict
             kept = save_or_warn(trainer, checkpoint, seconds, log, finished=True)
         weights_file = str(checkpoint) if kept else ""
     with how_to_go_on(trainer, setup, log, run.run_id or path.stem, weights_file):
-        readout = read_out_and_pack(trainer, setup, held_out, log, watch, path)
+        readout, prequant_nats = read_out_and_pack(trainer, setup, held_out, log, watch, path)
     if setup.dist.main:
         remove(checkpoint, log)
 
     train_tokens = trainer.step * run.train_batch_tokens
-    return {
+    said = {
         "steps": trainer.step,
         "train_tokens": train_tokens,
         "epochs": train_tokens / stream.total,
@@ -5699,6 +5700,7 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> dict
         "history": history,
         "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK),
     }
+    return said, prequant_nats
 
 
 @contextlib.contextmanager
@@ -5752,8 +5754,9 @@ def remove(path: Path, log: Log) -> None:
 
 def read_out_and_pack(
     trainer: Trainer, setup: Setup, held_out: Documents, log: Log, watch: Stopwatch, path: Path
-) -> dict[str, Any]:
-    """From trained weights to an artifact on the disk -> what the result says about the weights that it holds."""
+) -> tuple[dict[str, Any], np.ndarray]:
+    """From trained weights to an artifact on the disk -> what the result says about the weights that it holds,
+    and their nats of every validation document, (documents,), before quantisation."""
     with watch.phase("validate"):
         last_bpb = score_all_static(trainer.model, setup).bits_per_byte
     with watch.phase("choose"):
@@ -5766,8 +5769,7 @@ def read_out_and_pack(
         line = "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}"
         log.event("before_quantisation", line, prequant_bpb=prequant_bpb, last_bpb=last_bpb)
         pack_weights(trainer, setup, log, watch, path)
-    said = {"last_bpb": last_bpb, "readout": weights_used, "prequant_bpb": prequant_bpb}
-    return said | {"prequant_nats": table.nats}  # (documents,): for the file of documents, not for the result
+    return {"last_bpb": last_bpb, "readout": weights_used, "prequant_bpb": prequant_bpb}, table.nats
 
 
 def gradient_documents(setup: Setup) -> Documents:
@@ -7095,8 +7097,8 @@ def do_experiment(model_config: ModelConfig, run: RunConfig, dist: Dist, run_id:
         artifact = Path(run.artifact)
     else:
         artifact = LOGS / f"{run_id}.ptz"
-        result |= train_and_pack(setup, log, watch, artifact)
-        prequant_nats = result.pop("prequant_nats", None)
+        trained, prequant_nats = train_and_pack(setup, log, watch, artifact)
+        result |= trained
         command = command_line(setup, ARTIFACT=str(artifact), RESUME="", RUN_ID="")  # under a name of its own
         how_to_score = f"the artifact is in {artifact}; this scores it: {command}"
     with advice(how_to_score):
