@@ -6456,6 +6456,22 @@ def score_gradient(p, v, d_y, delta):
 
 
 @jit
+def place_of_rows(chunk, slots, heads: tl.constexpr, kv_heads: tl.constexpr, tile_rows: tl.constexpr):
+    """What a program that owns a tile of rows works on -> token and query head of every row, (R,) each, and how many
+    queries of all heads, own keys of all heads, and cached keys are stored before its own."""
+    document = tl.program_id(0).to(tl.int64)  # a cache may hold more numbers than 32 bits count
+    kv_head = tl.program_id(1)
+    group: tl.constexpr = heads // kv_heads
+    row = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)  # (R,)
+    token = row // group
+    head = kv_head * group + row % group
+    queries = document * chunk * heads
+    own_keys = document * chunk * kv_heads
+    cached_keys = (document * kv_heads + kv_head) * slots
+    return token, head, queries, own_keys, cached_keys
+
+
+@jit
 def cached_attention_forward_kernel(
     q_ptr,
     k_ptr,
@@ -6474,15 +6490,9 @@ def cached_attention_forward_kernel(
     tile_rows: tl.constexpr,
 ):
     """y and lse of a tile of rows."""
-    document = tl.program_id(0).to(tl.int64)  # a cache may hold more numbers than 32 bits count
+    token, head, queries, own_keys, cached_keys = place_of_rows(chunk, slots, heads, kv_heads, tile_rows)
     kv_head = tl.program_id(1)
     group: tl.constexpr = heads // kv_heads
-    row = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)  # (R,)
-    token = row // group
-    head = kv_head * group + row % group
-    queries = document * chunk * heads  # before this document's
-    own_keys = document * chunk * kv_heads
-    cached_keys = (document * kv_heads + kv_head) * slots
     q = load_tile(q_ptr + queries * width, token, chunk, heads, head[:, None], width)  # (R, h)
 
     row_max = tl.full([tile_rows], MASKED, tl.float32)
@@ -6530,15 +6540,9 @@ def cached_attention_query_backward_kernel(
     tile_rows: tl.constexpr,
 ):
     """delta, and the gradient of the queries in a tile of rows."""
-    document = tl.program_id(0).to(tl.int64)
+    token, head, queries, own_keys, cached_keys = place_of_rows(chunk, slots, heads, kv_heads, tile_rows)
     kv_head = tl.program_id(1)
     group: tl.constexpr = heads // kv_heads
-    row = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)  # (R,)
-    token = row // group
-    head = kv_head * group + row % group
-    queries = document * chunk * heads  # before this document's
-    own_keys = document * chunk * kv_heads
-    cached_keys = (document * kv_heads + kv_head) * slots
     q = load_tile(q_ptr + queries * width, token, chunk, heads, head[:, None], width)  # (R, h)
     d_y = load_tile(d_y_ptr + queries * width, token, chunk, heads, head[:, None], width)
     y = load_tile(y_ptr + queries * width, token, chunk, heads, head[:, None], width)
