@@ -7,6 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import train_gpt
+
 
 class FakeGraph(TorchDispatchMode):
     """Records the operations that run while it is captured; a replay runs them again and writes to the same memory.
@@ -54,3 +56,15 @@ def fake_cuda_graphs(monkeypatch) -> list[FakeGraph]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     return captured
+
+
+def replays_of(learner: type, monkeypatch) -> list[FakeGraph]:
+    """Let a class of train_gpt.py believe that it is on a GPU, as `fake_cuda_graphs` -> the captured graphs."""
+    plain = learner.__init__
+
+    def begin(self, *given):
+        plain(self, *given)
+        self.graphs = train_gpt.CUDAGraphs()
+
+    monkeypatch.setattr(learner, "__init__", begin)
+    return fake_cuda_graphs(monkeypatch)

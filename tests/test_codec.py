@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import any_gradient_rms, stored_tensors
-from graphs import fake_cuda_graphs
+from graphs import replays_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -209,14 +209,7 @@ def test_what_a_gpu_does_gives_the_bits_of_the_score_and_comes_back(artifact, mo
     monkeypatch.setenv("TTT_LATE_CHUNK_TOKENS", late)
     plain_steps = train_gpt.chunk_steps
     monkeypatch.setattr(train_gpt, "chunk_steps", lambda n, run, _, goes_on: plain_steps(n, run, GPU, goes_on))
-    plain_init = train_gpt.BatchedTTT.__init__
-
-    def begin(self, *given):
-        plain_init(self, *given)
-        self.graphs = train_gpt.CUDAGraphs()
-
-    monkeypatch.setattr(train_gpt.BatchedTTT, "__init__", begin)
-    captured = fake_cuda_graphs(monkeypatch)
+    captured = replays_of(train_gpt.BatchedTTT, monkeypatch)
     made = there_and_back(artifact, FIVE, separator=b"\n\n")
     predictor = codec.open_predictor(artifact)
     documents = [codec.to_tokens(predictor, False, text.decode()) for text in FIVE.split(b"\n\n")]

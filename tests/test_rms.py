@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import stored_tensors
-from graphs import fake_cuda_graphs
+from graphs import replays_of
 from recorder import SMALL_MODEL, random_gpt
 
 import train_gpt as g
@@ -186,14 +186,7 @@ def test_replayed_chunks_are_measured_like_others(monkeypatch):
     monkeypatch.setattr(g, "PROBED_DOCUMENTS", 4)
     monkeypatch.setattr(g.KVCache, "SMALLEST", 8)
     expected = g.measure_gradient_rms(model(), unequal_documents(), run_config(), g.Dist())
-    plain = g.ProbedDocuments.__init__
-
-    def begin(self, *given):
-        plain(self, *given)
-        self.graphs = g.CUDAGraphs()
-
-    monkeypatch.setattr(g.ProbedDocuments, "__init__", begin)
-    captured = fake_cuda_graphs(monkeypatch)
+    captured = replays_of(g.ProbedDocuments, monkeypatch)
     assert same(expected, g.measure_gradient_rms(model(), unequal_documents(), run_config(), g.Dist()))
     assert captured and not any(graph.fresh for graph in captured)
 

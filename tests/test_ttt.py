@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from graphs import fake_cuda_graphs
+from graphs import replays_of
 from hypothesis import given
 from hypothesis import strategies as st
 from masked import attend_masked, chunk_mask
@@ -869,14 +869,7 @@ def test_two_ranks_find_what_one_finds(tmp_path):
 @pytest.fixture
 def replays(monkeypatch):
     """The graphs that were captured, once BatchedTTT believes that it is on a GPU."""
-    plain = g.BatchedTTT.__init__
-
-    def begin(self, *given):
-        plain(self, *given)
-        self.graphs = g.CUDAGraphs()
-
-    monkeypatch.setattr(g.BatchedTTT, "__init__", begin)
-    return fake_cuda_graphs(monkeypatch)
+    return replays_of(g.BatchedTTT, monkeypatch)
 
 
 @pytest.mark.usefixtures("replays")
