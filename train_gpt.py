@@ -618,11 +618,6 @@ class LoRA(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         return (x @ self.down.to(x.dtype)) @ self.up.to(x.dtype) * self.scale
 
-    def of_document(self, i: int) -> LoRA:
-        """The correction of document i alone, B = 1."""
-        down = self.down if self.down.ndim == 2 else self.down[i : i + 1]
-        return LoRA(down, self.up[i : i + 1], self.scale)
-
 
 class LayerLoRA(NamedTuple):
     """The corrections of one layer pass; None leaves a matrix as it is. `mlp` is parallel to the whole MLP."""
@@ -1902,7 +1897,7 @@ def with_batch(run: RunConfig, world: int) -> RunConfig:
     if run.max_wallclock_seconds:
         wanted *= (run.max_wallclock_seconds * world / CONTEST_GPU_SECONDS) ** BATCH_POWER
     smallest = world * run.train_row_tokens
-    sizes = [smallest * rows << doublings for rows in (1, 3) for doublings in range(32)]
+    sizes = [smallest * rows * 2**doublings for rows in (1, 3) for doublings in range(32)]
     nearest = min(sizes, key=lambda size: abs(math.log(size / wanted)))
     return dataclasses.replace(run, train_batch_tokens=nearest)
 
@@ -2012,9 +2007,9 @@ class TrainingStream:
         while count > 0:
             i = int(np.searchsorted(self.shard_ends, position, side="right"))
             available = min(count, self.total - position)
-            start = int(position - self.shard_starts[i])
-            part = self.shards[i][start : start + available]
-            check_vocabulary(self.paths[i], part, self.vocab_size, start)
+            begin = int(position - self.shard_starts[i])
+            part = self.shards[i][begin : begin + available]
+            check_vocabulary(self.paths[i], part, self.vocab_size, begin)
             parts.append(part)
             count -= len(part)
             position = (position + len(part)) % self.total
@@ -2266,7 +2261,9 @@ class FrequencyTables:
         frequencies = low + 256 * high
 
         sums = frequencies.sum(1)
-        for table in np.flatnonzero((sums != 0) & (sums != FREQUENCY_SUM)):
+        wrong = np.flatnonzero((sums != 0) & (sums != FREQUENCY_SUM))
+        if len(wrong):
+            table = wrong[0]
             expected = f"expected {FREQUENCY_SUM}, or 0 where a table is not in use"
             raise DataError(f"frequency tables: the sum of table {table} is {sums[table]}, {expected}")
         return cls(frequencies)
@@ -2311,7 +2308,9 @@ class RansEncoder:
             raise ValueError(f"a symbol or a context is out of range: there are {tables} tables of {alphabet} symbols")
 
         intervals = self.intervals.ravel().take(contexts * alphabet + symbols)
-        for i in np.flatnonzero(intervals >> 16 == 0):
+        missing = np.flatnonzero(intervals >> 16 == 0)
+        if len(missing):
+            i = missing[0]
             raise ValueError(f"symbol {symbols[i]} has no frequency in the table of context {contexts[i]}")
         self.calls.append(intervals)
 
@@ -2662,8 +2661,7 @@ class Trainer:
         """Add a micro-batch's gradients to p.grad -> its share of the mean loss of the batch, nats."""
 
         def work(tokens: Tensor, targets: Tensor, *segments: Tensor) -> Tensor:
-            segments = type(micro_batch.segments)(*segments)
-            loss = self.model(tokens, targets, segments, looping=looping).sum() / self.run.train_batch_tokens
+            loss = self.model(tokens, targets, Segments(*segments), looping=looping).sum() / self.run.train_batch_tokens
             loss.backward()
             return loss.detach()
 
@@ -3570,8 +3568,8 @@ def layout_of_matrices(shapes: Shapes, found: Layout, what: str) -> Layout:
     )
     all_rows = sum(rows for rows, _ in shapes.values())
     all_columns = sum(columns for _, columns in shapes.values())
-    layout = {"integers": bytes_of("integers"), "integer_tables": bytes_of("integer_tables"), "trellis": 1}
-    layout = {name: (torch.uint8, torch.Size([size])) for name, size in layout.items()}
+    sizes = {"integers": bytes_of("integers"), "integer_tables": bytes_of("integer_tables"), "trellis": 1}
+    layout: Layout = {name: (torch.uint8, torch.Size([size])) for name, size in sizes.items()}
     for part, size in zip(Grid._fields, (all_rows, all_columns, all_rows, all_columns), strict=True):
         layout[part] = torch.int8, torch.Size([size])
     return {PREFIX + name: entry for name, entry in layout.items()}
@@ -4203,7 +4201,9 @@ class KVCache:
 
     def make_room(self, tokens: int) -> None:
         """Grow to hold `tokens` more, or as many as a chunk may attend to."""
-        size = self.size or (self.capacity if self.device.type == "cuda" else min(self.capacity, self.SMALLEST))
+        size = self.size
+        if size == 0:
+            size = self.capacity if self.device.type == "cuda" else min(self.capacity, self.SMALLEST)
         while size < min(self.capacity, self.position + tokens):
             size = min(self.capacity, 2 * size)
         if self.buffers and size == self.size:
@@ -4638,7 +4638,7 @@ class Probe:
         """The gradient g at the outputs (B, C, columns) -> |sum_t x_t g_tj|^2, summed over documents, (columns,)."""
         gradient = gradient.float()
         products = self.inputs @ self.inputs.mT  # (B, C, C)
-        return (products @ gradient * gradient).sum((0, 1))
+        return ((products @ gradient) * gradient).sum((0, 1))
 
 
 class ProbedDocuments:
@@ -5086,12 +5086,12 @@ class Evaluation:
             score_sequentially(SequentialTTT(self.model, short, alone), docs, range(len(docs)), ScoreTable(docs))
             return
 
-        length += 3 * late_chunk_tokens(run)  # a graph is captured at the second chunk of its kind
-        longer, shorter = (random_documents(self.model.config.vocab_size, count, n) for n in (length, min(length, 512)))
-        for text in (longer, shorter):  # the first time compiles and captures
+        longer = length + 3 * late_chunk_tokens(run)  # a graph is captured at the second chunk of its kind
+        for size in (longer, min(longer, 512)):  # the first compiles and captures, the second is the speed
+            docs = random_documents(self.model.config.vocab_size, count, size)
             started = time.perf_counter()
-            score_batched(text, range(count), run, alone, ScoreTable(text), self.learners)
-            cost = batched_cost(text.lengths, run, self.dist.device)
+            score_batched(docs, range(count), run, alone, ScoreTable(docs), self.learners)
+            cost = batched_cost(docs.lengths, run, self.dist.device)
             self.seconds_per_token = (time.perf_counter() - started) / cost
 
     def score(self) -> ScoreTable:
@@ -5221,10 +5221,12 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
 def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
     """A name that looks like one of ours, but is misspelt or retired, fails loudly; names of other programs do not."""
     for name in sorted(set(names) - set(knobs) - BUILD_TOOLS):
-        require(name not in RETIRED, f"{name} is retired: {RETIRED.get(name)}; unset it")
+        if name in RETIRED:
+            raise ConfigError(f"{name} is retired: {RETIRED[name]}; unset it")
         similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
         near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
-        require(not near, f"{name} is not a knob; did you mean {''.join(near)}? (python train_gpt.py --help lists all)")
+        if near:
+            raise ConfigError(f"{name} is not a knob; did you mean {near[0]}? (python train_gpt.py --help lists all)")
 
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
@@ -5335,11 +5337,12 @@ def check_ranks_agree(setup: Setup) -> None:
     digests = b"".join(hashlib.sha256(content).digest() for content in compared.values())
     everyone = setup.dist.gather_bytes(digests)
     hosts = setup.dist.hosts
+    size = hashlib.sha256().digest_size
     for rank, theirs in enumerate(everyone):
         for i, what in enumerate(compared):
-            begin = 32 * i
+            part = slice(i * size, (i + 1) * size)
             require(
-                theirs[begin : begin + 32] == everyone[0][begin : begin + 32],
+                theirs[part] == everyone[0][part],
                 f"rank {rank} on {hosts[rank]} has other {what} than rank 0 on {hosts[0]}: "
                 f"start all machines with the same {what}",
             )
@@ -5692,7 +5695,7 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
         remove(checkpoint, log)
 
     train_tokens = trainer.step * run.train_batch_tokens
-    said = {
+    result = {
         "steps": trainer.step,
         "train_tokens": train_tokens,
         "epochs": train_tokens / stream.total,
@@ -5700,7 +5703,7 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
         "history": history,
         "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK),
     }
-    return said, prequant_nats
+    return result, prequant_nats
 
 
 @contextlib.contextmanager

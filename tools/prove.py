@@ -79,6 +79,12 @@ def state_of(tensors: Iterable[Tensor]) -> str:
     return str(torch.stack(sums).tolist())
 
 
+def lora_of_document(lora: train_gpt.LoRA, i: int) -> train_gpt.LoRA:
+    """The correction of document i alone, B = 1."""
+    down = lora.down if lora.down.ndim == 2 else lora.down[i : i + 1]
+    return lora._replace(down=down, up=lora.up[i : i + 1])
+
+
 class Ear(nn.Module):
     """Stands before the output layer and notes what passes, what had been learned by then, and, in some calls, what
     every entry of the vocabulary would have scored."""
@@ -115,7 +121,7 @@ class Ear(nn.Module):
     def look(self, x: Tensor, targets: Tensor, nats: Tensor, embedding: Tensor, delta) -> tuple[float, float]:
         """One hidden state of (B, T, D) with every entry of the vocabulary as its target -> Call.sums, Call.strays."""
         row, place = (int(self.chance.integers(size)) for size in targets.shape)
-        own = None if delta is None else delta.of_document(row)
+        own = None if delta is None else lora_of_document(delta, row)
         every = [
             self.head(x[row, place].expand(1, len(part), -1), part[None], embedding, own)[0]
             for part in torch.arange(self.vocab, device=x.device).split(1024)
