@@ -208,14 +208,14 @@ class ModelConfig:
 
 
 # For `only`: what a knob of test-time training needs in order to have an effect.
-# `LORA | DOCUMENT` joins two tables: both conditions must hold.
-LORA = {"ttt_params": ("lora",)}
-FULL = {"ttt_params": ("full",)}
-DOCUMENT = {"ttt_scope": ("document",)}
-SGD = {"ttt_optimizer": ("sgd",)}
-ADAMW = {"ttt_optimizer": ("adamw",)}
-RMS = {"ttt_optimizer": ("rms",)}
-SGD_OR_ADAMW = {"ttt_optimizer": ("sgd", "adamw")}
+# `NEEDS_LORA | NEEDS_DOCUMENT` joins two tables: both conditions must hold.
+NEEDS_LORA = {"ttt_params": ("lora",)}
+NEEDS_FULL = {"ttt_params": ("full",)}
+NEEDS_DOCUMENT = {"ttt_scope": ("document",)}
+NEEDS_SGD = {"ttt_optimizer": ("sgd",)}
+NEEDS_ADAMW = {"ttt_optimizer": ("adamw",)}
+NEEDS_RMS = {"ttt_optimizer": ("rms",)}
+NEEDS_SGD_OR_ADAMW = {"ttt_optimizer": ("sgd", "adamw")}
 
 
 MAX_RUN_ID_BYTES = 200  # most file systems allow 255, and a run appends to it
@@ -314,28 +314,30 @@ class RunConfig:
         "most EVAL_SEQ_LEN / 32 and at least TTT_CHUNK_TOKENS",
         unit="tokens",
         low=0,
-        only=LORA | DOCUMENT,
+        only=NEEDS_LORA | NEEDS_DOCUMENT,
     )
     ttt_cosine: int = knob(0, "1 = the rate follows a cosine over the epochs of a chunk", low=0, high=1, full=1)
-    ttt_momentum: float = knob(0.9, "SGD's momentum", low=0, high=0.9999, only=SGD)
-    ttt_beta1: float = knob(0.0, "AdamW's decay rate of the first moment", low=0, high=0.9999, only=ADAMW)
-    ttt_beta2: float = knob(0.99, "AdamW's decay rate of the second moment", low=0, high=0.99999, only=ADAMW)
+    ttt_momentum: float = knob(0.9, "SGD's momentum", low=0, high=0.9999, only=NEEDS_SGD)
+    ttt_beta1: float = knob(0.0, "AdamW's decay rate of the first moment", low=0, high=0.9999, only=NEEDS_ADAMW)
+    ttt_beta2: float = knob(0.99, "AdamW's decay rate of the second moment", low=0, high=0.99999, only=NEEDS_ADAMW)
     ttt_rms_floor: float = knob(
-        0.0, "added to each RMS, as a fraction of that of all columns of the same output", low=0, only=RMS
+        0.0, "added to each RMS, as a fraction of that of all columns of the same output", low=0, only=NEEDS_RMS
     )
-    ttt_weight_decay: float = knob(0.5, "decoupled weight decay", low=0, full=0.0, only=SGD_OR_ADAMW)
+    ttt_weight_decay: float = knob(0.5, "decoupled weight decay", low=0, full=0.0, only=NEEDS_SGD_OR_ADAMW)
     ttt_grad_clip: float = knob(0.0, "largest norm of a document's gradient, 0 = no limit", low=0, full=1.0)
-    ttt_ns_steps: int = knob(0, "Newton-Schulz steps on each update, 0 = none", low=0, high=5, only=SGD_OR_ADAMW)
+    ttt_ns_steps: int = knob(0, "Newton-Schulz steps on each update, 0 = none", low=0, high=5, only=NEEDS_SGD_OR_ADAMW)
     ttt_entropy_low: float = knob(0.0, "predictive entropy below which the rate is scaled down", unit="nats", low=0)
     ttt_entropy_high: float = knob(0.0, "entropy above which the rate is scaled down, 0 = no limit", unit="nats", low=0)
-    ttt_min_doc_tokens: int = knob(0, "tokens of a document to score before learning starts", low=0, only=DOCUMENT)
-    ttt_batch_docs: int = knob(128, "documents that adapt side by side", low=1, only=LORA | DOCUMENT)
-    ttt_lora_rank: int = knob(80, "rank of LoRA", low=1, only=LORA)
-    ttt_lora_alpha: float = knob(144.0, "LoRA is scaled by alpha / rank", low=0, only=LORA)
-    ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "where LoRA is added: any of q,k,v,o,mlp,head", only=LORA)
-    ttt_freeze_blocks: int = knob(2, "first blocks that do not adapt", low=0, only=FULL)
-    ttt_lr_mult_mlp_out: float = knob(3.0, "factor on the rate of MLP output matrices", low=0, only=FULL)
-    ttt_lr_mult_in: float = knob(0.5, "factor on the rate of q, k, v and MLP input matrices", low=0, only=FULL)
+    ttt_min_doc_tokens: int = knob(
+        0, "tokens of a document to score before learning starts", low=0, only=NEEDS_DOCUMENT
+    )
+    ttt_batch_docs: int = knob(128, "documents that adapt side by side", low=1, only=NEEDS_LORA | NEEDS_DOCUMENT)
+    ttt_lora_rank: int = knob(80, "rank of LoRA", low=1, only=NEEDS_LORA)
+    ttt_lora_alpha: float = knob(144.0, "LoRA is scaled by alpha / rank", low=0, only=NEEDS_LORA)
+    ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "where LoRA is added: any of q,k,v,o,mlp,head", only=NEEDS_LORA)
+    ttt_freeze_blocks: int = knob(2, "first blocks that do not adapt", low=0, only=NEEDS_FULL)
+    ttt_lr_mult_mlp_out: float = knob(3.0, "factor on the rate of MLP output matrices", low=0, only=NEEDS_FULL)
+    ttt_lr_mult_in: float = knob(0.5, "factor on the rate of q, k, v and MLP input matrices", low=0, only=NEEDS_FULL)
 
     def __post_init__(self):
         self._check_run_id()
@@ -1006,7 +1008,7 @@ def compile_parts(model: GPT) -> None:
 # Distributed and log: everything here is a no-op, or the obvious thing, when there is one rank.
 
 
-def together(method: Callable) -> Callable:
+def collective(method: Callable) -> Callable:
     """For methods of Dist in which all ranks take part: where one fails since another rank has died, the watch ends the
     run and says which. If all ranks live, the error is raised."""
 
@@ -1096,14 +1098,14 @@ class Dist:
         torch_dist.irecv(number, source, group).wait(datetime.timedelta(seconds=seconds))
         return int(number)
 
-    @together
+    @collective
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.world > 1:
             torch_dist.all_reduce(x)
         return x
 
-    @together
+    @collective
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum (n, ...) over ranks and keep this rank's n / world rows."""
         if self.world == 1 or not x.is_cuda:  # gloo has no reduce-scatter
@@ -1112,7 +1114,7 @@ class Dist:
         torch_dist.reduce_scatter_tensor(out, x)
         return out
 
-    @together
+    @collective
     def all_gather(self, x: Tensor) -> Tensor:
         """(n, ...) of every rank -> (n * world, ...) on all."""
         if self.world == 1:
@@ -1121,7 +1123,7 @@ class Dist:
         torch_dist.all_gather_into_tensor(out, x.contiguous())
         return out
 
-    @together
+    @collective
     def broadcast(self, *values: float) -> list[float]:
         """Rank 0's numbers, on every rank."""
         numbers = torch.tensor(values, dtype=torch.float64)
@@ -1129,7 +1131,7 @@ class Dist:
             torch_dist.broadcast(numbers, src=0)
         return numbers.tolist()
 
-    @together
+    @collective
     def broadcast_bytes(self, data: bytes) -> bytes:
         """Rank 0's bytes, on every rank."""
         if self.world == 1:
@@ -1146,7 +1148,7 @@ class Dist:
         everyone = self.all_gather(torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
         return [part.numpy().tobytes() for part in everyone.chunk(self.world)]
 
-    @together
+    @collective
     def all_reduce_max(self, value: float) -> float:
         """The largest of the ranks' numbers, on every rank."""
         number = torch.tensor(value, dtype=torch.float64)
@@ -3255,11 +3257,11 @@ class MatrixPlan:
         largest = (weight.abs() / column_octaves.exp2()).amax(1)
         self.finest_row_octaves = (largest.clamp(min=1e-30) / (0.75 * LARGEST_INTEGER)).log2()
 
-        self.spread = 0.0
+        self.logit_noise = 0.0  # variance of the logit of a row that weighs 1, at octave 0; 0 if rows are not tokens
         if sensitivity.inputs is not None:
             inputs = sensitivity.inputs[self.order][:, self.order]
             explained = (self.upper @ inputs @ self.upper.mT).trace()  # tr((H + damping)^-1 E[x x^T])
-            self.spread = RARE_TOKEN_CAUTION * noise * float(explained)
+            self.logit_noise = RARE_TOKEN_CAUTION * noise * float(explained)
 
     def row_octaves(self, octave: float) -> Tensor:
         """log2 of the rows' part of the steps, (out,), where 2^octave is the factor of the network.
@@ -3268,8 +3270,8 @@ class MatrixPlan:
         probability P costs P (e^(v/2) - 1): minimising bits and that cost together, where v grows with the squared
         step, bounds the steps of rare tokens by Lambert's W."""
         octaves = octave + self.level - 0.5 * self.rows.log2()
-        if self.spread:
-            x = self.spread * 4.0**octave / self.rows
+        if self.logit_noise:
+            x = self.logit_noise * 4.0**octave / self.rows
             octaves = octaves + 0.5 * (2 * lambert_w(x / 2) / x).log2()
         return octaves
 
@@ -3607,8 +3609,8 @@ class Quantiser:
         self, weights: Mapping[str, Tensor], sensitivities: Mapping[str, Sensitivity], run: RunConfig, dist: Dist
     ):
         self.dist = dist
-        self.weights = sum(w.numel() for w in weights.values())
-        self.trellis = Trellis(trellis_states(run, self.weights))
+        self.weight_count = sum(w.numel() for w in weights.values())
+        self.trellis = Trellis(trellis_states(run, self.weight_count))
         self.shapes = {name: tuple(weights[name].shape) for name in sorted(weights)}
         by_shape: dict[tuple[int, int], list[str]] = {}
         for name, shape in self.shapes.items():
@@ -3663,7 +3665,7 @@ class Quantiser:
         for _ in range(4):  # of steps that follow the octave but for those of rare tokens
             excess = -bits + 0.5 * math.log2(2 * math.pi * math.e) - (self.trellis.states > 0)
             for name, grid in self.grids(octave).items():
-                share = math.prod(self.shapes[name]) / self.weights
+                share = math.prod(self.shapes[name]) / self.weight_count
                 excess += share * (grid.row_classes.mean() + grid.column_classes.mean()) / 8
             octave += excess
         return octave
@@ -3760,14 +3762,14 @@ def make_artifact(
             return blob
         tried.append((octave, size))
         aim = (1 - FIT_TOLERANCE * (attempt - 1)) * budget.goal  # less each time: the noise of rounding may be larger
-        octave += (size - aim) / bytes_an_octave(tried, budget.weights / 8)
+        octave += (size - aim) / bytes_per_octave(tried, budget.weights / 8)
     raise UserError(
         f"the artifact of {size} bytes and {len(code())} bytes of code are {size - budget.limit} bytes over "
         f"ARTIFACT_BYTES={run.artifact_bytes}: raise it or use a smaller model"
     )
 
 
-def bytes_an_octave(tried: Sequence[tuple[float, int]], one_bit: float) -> float:
+def bytes_per_octave(tried: Sequence[tuple[float, int]], one_bit: float) -> float:
     """How many bytes it saves to double all steps: about a bit a weight, and less where steps are coarse, as the last
     two of the roundings (octave, bytes) show."""
     if len(tried) < 2:
