@@ -11,7 +11,7 @@ A run leaves logs/<RUN_ID>.txt (its source, settings, progress and result), .eve
 programs), .json (the result), .docs.npz (the score of every document) and .ptz (the artifact). Until the artifact is
 written, .ckpt holds the trained weights.
 
-The rooms of this file, in order; `run_experiment` at the very end walks through them:
+The sections of this file, in order; `run_experiment` at the very end walks through them:
 
     Config                      every knob with its default, its range and a line of doc
     Model                       the network, with a plain reference beside every kernel that it uses
@@ -114,7 +114,7 @@ def brief(value: Any) -> str:
     """What a file holds, for a message."""
     try:
         return printable(repr(value), 60)
-    except RecursionError:  # as deep as a parser just follows
+    except RecursionError:  # too deep for repr, though a parser has followed it
         return "nested deeply"
 
 
@@ -669,7 +669,9 @@ class JointProjection(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with QK norm, partial RoPE, XSA and a gate for each head's output."""
+    """Grouped-query attention with QK norm, partial RoPE, XSA and a gate for each head's output.
+
+    XSA: exclusive self-attention, Zhai, arXiv 2603.09078. The gate: Qiu et al., arXiv 2505.06708."""
 
     def __init__(self, c: ModelConfig, index: int):
         super().__init__()
@@ -851,6 +853,7 @@ class OutputHead(nn.Module):
         self.cap = c.logit_softcap
 
     def uncapped_logits(self, x: Tensor, embedding: Tensor, lora: LoRA | None) -> Tensor:
+        """(B, T, D), (V, D) -> (B, T, V) in the dtype of x"""
         z = F.linear(x, embedding.to(x.dtype))
         return z if lora is None else z + lora(x)
 
@@ -932,7 +935,7 @@ class GPT(nn.Module):
 
         Attention is causal within every segment (then B is 1), else within every row. With a cache, the tokens are the
         one before the chunk, which is needed only to smear its embedding, and the chunk's own: T = 1 + C; the states
-        are the chunk's, (B, C, D)."""
+        are the chunk's, (B, C, D). `adapter` adds LoRA for test-time training; `looping` runs the loop of blocks."""
         cached = isinstance(context, CachedContext)
         positions = torch.arange(tokens.size(1), device=tokens.device) if context is None else context.positions
         x0 = self.input(tokens, positions, self.embed, activation_dtype(tokens.device))
@@ -1220,6 +1223,7 @@ class RankWatch:
         verdict = self.ALL_LEAVE if self.leaving.is_set() else self.GO_ON
         heard = []
         for rank in range(1, self.dist.world):
+            # Once a rank is lost, the others are not waited for: those that were heard must learn of it soon.
             patience = self.SILENCE_S if verdict < 0 else self.PAUSE_S
             try:
                 leaves = self.dist.receive(rank, self.group, patience)
@@ -1958,7 +1962,7 @@ class TrainingStream:
         # By number of the batch and its context; at most the next one.
         self.loading: dict[tuple[int, int], Future[list[MicroBatch]]] = {}
 
-        beginning = self.shards[0][: 1 << 24]
+        beginning = self.shards[0][: 1 << 24]  # 32 MiB, far more than a document
         require(BOS in beginning, f"{self.paths[0]}: no BOS ({BOS}); prepare the data again", DataError)
         require(
             self.total > run.train_row_tokens,
@@ -1978,8 +1982,8 @@ class TrainingStream:
 
     def batch(self, number: int, context: int = 0) -> list[MicroBatch]:
         """This rank's micro-batches of a batch, grad_accum_steps of them, in which no target sees more than `context`
-        tokens (0: TRAIN_SEQ_LEN). The next batch is loaded meanwhile, for the same context: where that changes, once
-        more."""
+        tokens (0: TRAIN_SEQ_LEN). The next batch is loaded meanwhile, for the same context; if the next call asks for
+        another one, it is loaded again."""
         context = context or self.run.train_seq_len
         current = self.loading.get((number, context))
         if current is None:
@@ -2434,7 +2438,7 @@ MAX_UNPACKED_BYTES = 1 << 31
 MAX_DIMENSIONS = 4
 MAX_TENSORS = 1 << 17  # checkpoints of 1,024 blocks have half as many; a header of 16 MB could list a million
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8, "u1": torch.uint8}
-ALREADY_CODED = torch.uint8  # zstd would find nothing in them
+ALREADY_CODED = torch.uint8  # the type of what the entropy coder has written, in which zstd would find nothing
 TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 
 
@@ -2581,7 +2585,8 @@ def lr_at(progress: float, run: RunConfig) -> float:
     return max(run.min_lr, min(1.0, falling))
 
 
-CONTEXT_GROWTH = ((0.1, 1), (0.7, 2), (math.inf, 3))  # until that part of the budget, so many thirds of TRAIN_SEQ_LEN
+# Until that part of the budget, so many thirds of TRAIN_SEQ_LEN (EXPERIMENTS.md, section 29)
+CONTEXT_GROWTH = ((0.1, 1), (0.7, 2), (math.inf, 3))
 
 
 def context_at(progress: float, run: RunConfig) -> int:
@@ -2845,7 +2850,7 @@ PATIENCE = 100  # steps: a high rate may throw the loss up at first, and trainin
 
 
 class DivergenceCheck:
-    """Ends a training whose loss is not finite, or stays above that of twice guessing for many steps."""
+    """Ends a training whose loss is not finite, or stays above twice that of uniform guessing for PATIENCE steps."""
 
     def __init__(self, vocab_size: int):
         self.limit = 2 * math.log(vocab_size)  # nats a token
@@ -2886,6 +2891,7 @@ def train(
     history = []
     loss = torch.zeros(())
     check_loss = DivergenceCheck(stream.vocab_size)
+    # What earlier runs spent: else the average would take it for the share of the last step.
     trainer.progress = progress_at(run, trainer.step, trainer.seconds_before, reserve)
     logged_at = trainer.seconds_before
     saved_at = trainer.seconds_before
@@ -2981,7 +2987,8 @@ class GradientSums:
         self.hessian.addmm_(weighted.mT, weighted)
 
 
-LOOPED_FACTOR = 1.5  # on what is measured of blocks that a loop passes repeatedly: their errors add up
+# On what is measured of blocks that a loop passes repeatedly: their errors add up (EXPERIMENTS.md, section 26)
+LOOPED_FACTOR = 1.5
 HEAD_CHUNK = 4096  # tokens whose logits are in memory at a time
 
 
@@ -3225,7 +3232,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-RARE_TOKEN_CAUTION = 10.0  # factor on the noise of their logits: see `MatrixPlan.row_octaves`
+# Factor on the noise of their logits: see `MatrixPlan.row_octaves`. A tenth or ten times of it changes little
+# (EXPERIMENTS.md, section 26).
+RARE_TOKEN_CAUTION = 10.0
 
 
 class MatrixPlan:
@@ -3302,7 +3311,7 @@ class Trellis(NamedTuple):
     @property
     def noise(self) -> float:
         """Variance of the rounding error, in squared steps."""
-        return 0.259 if self.states else 1 / 12
+        return 0.259 if self.states else 1 / 12  # measured: 0.261 with 8 states, 0.255 with 32
 
     def advance(self, state: np.ndarray, bit: np.ndarray) -> np.ndarray:
         """The state after `state` when the integer k had bit 1 of k as `bit`; arrays of uint8."""
@@ -3601,7 +3610,7 @@ def decode_matrices(stored: Mapping[str, Tensor], shapes: Shapes) -> dict[str, T
 
 
 class Quantiser:
-    """Rounds all matrices of a network, as finely as a given factor of all steps says; see the room's beginning.
+    """Rounds all matrices of a network, as finely as a given factor of all steps says.
 
     Ranks share the work: each prepares and rounds some matrices of every shape."""
 
@@ -4390,8 +4399,8 @@ class ChunkStep(NamedTuple):
     first: int  # position of the chunk in every document
     run: RunConfig  # settings of its learner: TTT_CHUNK_TOKENS is the size of the chunk
     rows: np.ndarray  # (B,) which document each row holds, -1 for none; some may have ended
-    # None if rows are those of the step before; else the index (B,) of each among those: of a wave's first step among
-    # the last rows of wave 0. A row without a document may have any index.
+    # None if rows are those of the step before. Else the index (B,) of each row among those or, in the first step of a
+    # wave, among the last rows of wave 0; any index for a row without a document.
     kept: np.ndarray | None
     wave: int  # 0; then 1, 2, ... for the groups that go on with late chunks, each from where wave 0 has ended
 
@@ -4462,9 +4471,9 @@ class Learners:
         self.model = model
         self.device = device
         self.by_size: dict[tuple[int, bool], BatchedTTT] = {}  # (rows, late chunks or not)
-        self.current: BatchedTTT | None = None  # of the latest step,
-        self.wave = 0  # which belongs to this wave
-        self.before_waves: BatchedTTT | None = None  # as wave 0 has left it
+        self.current: BatchedTTT | None = None  # the learner of the latest step
+        self.wave = 0  # of the latest step
+        self.before_waves: BatchedTTT | None = None  # the learner of wave 0's last step, from which each wave goes on
 
     def at(self, step: ChunkStep) -> BatchedTTT:
         """The learner for a step, with what its documents have learned in the steps before."""
@@ -4610,20 +4619,6 @@ NO_GRADIENT_RMS = (
 )
 
 
-def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> RunConfig:
-    """The run, after the artifact `what`, which has this header, has decided what TTT_OPTIMIZER=auto means. Raises
-    UserError where the run asks for what the artifact does not hold."""
-    has_rms = has_gradient_rms(table_layout(header, what))
-    require(has_rms or run.ttt_optimizer != "rms", f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
-    if run.ttt_optimizer != "auto":
-        return run
-    decided = dataclasses.replace(run, ttt_optimizer="rms" if has_rms else "adamw")
-    for f in fields(run):
-        unchanged = getattr(run, f.name) == f.metadata["default"]
-        require(unchanged or has_effect(f, decided), f"{f.name.upper()} {NO_EFFECT} {conditions(f)}")
-    return decided
-
-
 class Probe:
     """Stands where LoRA would: it corrects nothing, and shows the gradient where a correction would be added."""
 
@@ -4765,7 +4760,7 @@ def probe_documents(
         probed.read(tokens[:, first:end], tokens[:, first + 1 : end + 1], is_counted[:, n])
 
 
-# How it is stored: as logarithms, for zstd to compress, which finds columns that are alike in several layer passes.
+# It is stored as logarithms, which zstd compresses well: columns are alike in several layer passes.
 
 GRADIENT_PREFIX = "gradients."  # of the names of stored tensors
 LEVELS = 4  # to an octave: numbers are exact to 9 %
@@ -4913,7 +4908,7 @@ class SequentialTTT(Learner):
         return [self.dist.all_reduce(g).view_as(t) for g, t in zip(grads, self.tensors, strict=True)]
 
     def mean_entropy(self, chunk: SequentialChunk, mask: Sequence[np.ndarray]) -> Tensor:
-        return self.dist.all_reduce(chunk.entropy) / chunk.targets
+        return self.dist.all_reduce(chunk.entropy) / chunk.targets  # `score` has applied the mask
 
 
 def lr_multiplier(name: str, run: RunConfig) -> float:
@@ -5119,7 +5114,7 @@ class Evaluation:
             return True
         rest = 1.5 * static_tokens_left / self.static_tokens_per_s / self.dist.world  # with a margin of a half
         end = self.seconds() + next_seconds + rest
-        return self.dist.all_reduce_max(end) <= self.run.eval_seconds * 0.98
+        return self.dist.all_reduce_max(end) <= self.run.eval_seconds * 0.98  # 2 % for what a forecast misses
 
     def _score_documents(self) -> None:
         """Round by round, each rank its group. When time runs short, documents that have not begun do not adapt."""
@@ -5259,6 +5254,20 @@ def conditions(f: dataclasses.Field) -> str:
     return " and ".join(f"{name.upper()}={' or '.join(values)}" for name, values in f.metadata["only"].items())
 
 
+def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> RunConfig:
+    """The run, after the artifact `what`, which has this header, has decided what TTT_OPTIMIZER=auto means. Raises
+    UserError where the run asks for what the artifact does not hold."""
+    has_rms = has_gradient_rms(table_layout(header, what))
+    require(has_rms or run.ttt_optimizer != "rms", f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
+    if run.ttt_optimizer != "auto":
+        return run
+    decided = dataclasses.replace(run, ttt_optimizer="rms" if has_rms else "adamw")
+    for f in fields(run):
+        unchanged = getattr(run, f.name) == f.metadata["default"]
+        require(unchanged or has_effect(f, decided), f"{f.name.upper()} {NO_EFFECT} {conditions(f)}")
+    return decided
+
+
 def settings(*configs: Any) -> dict[str, str]:
     """The knobs of these configs as an environment would give them; those without effect are left out, and
     defaults that an artifact is still to decide."""
@@ -5367,7 +5376,7 @@ def check_setup(setup: Setup) -> None:
     free = shutil.disk_usage(LOGS if LOGS.exists() else ".").free  # logs/ may be a link to another disk
     need = artifact_room(run)
     if run.checkpoint_seconds:
-        need += 600 << 20
+        need += 600 << 20  # one checkpoint of the default network takes 430 MiB
     require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some disk", UserError)
 
     if setup.dist.device.type == "cuda":
@@ -6358,8 +6367,8 @@ class FusedAttention(torch.autograd.Function):
         assert qkv.numel() < 2**31, "the kernels count in 32 bits: lower MICRO_BATCH_TOKENS"
         N = len(qkv)
         _, H, K, h = heads
-        tiles = -(-N // TILE_TOKENS)
-        gain = torch.cat([gain * score_scale(h), gain.new_ones(K)])  # (H + K,): keys have none
+        tiles = triton.cdiv(N, TILE_TOKENS)
+        gain = torch.cat([gain * score_scale(h), gain.new_ones(K)])  # (H + K,): keys have no gain
         qk = qkv.new_empty(N, (H + K) * h)
         y = qkv.new_empty(N, H * h)
         out = qkv.new_empty(N, H * h)
@@ -6382,7 +6391,7 @@ class FusedAttention(torch.autograd.Function):
         qkv, gain, gate, cos, sin, qk, y, lse, positions, ends = ctx.saved_tensors
         N = len(qkv)
         _, H, K, h = ctx.heads
-        tiles = -(-N // TILE_TOKENS)
+        tiles = triton.cdiv(N, TILE_TOKENS)
         d_out = d_out.contiguous()
         d_y = torch.empty_like(y)
         d_gate = torch.empty_like(gate)
@@ -6921,6 +6930,11 @@ class FusedMix(torch.autograd.Function):
         return d_x, d_x0, d_mix.sum(0), None, None
 
 
+# ---- Trellis kernel ----
+#
+# A search goes row by row, with too little work in each row for a launch of its own: one program walks a whole column.
+
+
 @jit
 def nearest_in_coset_tile(v, coset):
     """The integer nearest to v whose remainder by 4 is `coset`."""
@@ -6959,7 +6973,7 @@ def viterbi_kernel(
         tl.store(choices_ptr + begin + i, tl.sum(second << state, 0))
         cost = tl.where(live != 0, tl.minimum(path_0, path_1), cost)
 
-    tl.debug_barrier()  # choices are read by other threads than wrote them
+    tl.debug_barrier()  # the threads that read choices are not those that wrote them
     at = tl.argmin(cost, 0)
     for step in range(length):
         i = length - 1 - step
@@ -7316,7 +7330,7 @@ def run_to_the_end(check_only: bool, ending: Ending) -> int:
         return 2
     except Exception:
         ending.begun = True
-        sys.excepthook(*sys.exc_info())  # as if it was not caught
+        sys.excepthook(*sys.exc_info())  # as if it had not been caught
         return 1
     return 0
 

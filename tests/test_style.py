@@ -36,12 +36,12 @@ def test_every_function_can_be_seen_whole():
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FUNCTION} == {}
 
 
-def test_the_docstring_lists_the_rooms_in_order():
+def test_the_docstring_lists_the_sections_in_order():
     titles = re.findall(r"^# ={118}\n# (.*)$", SOURCE, re.M)
-    table = train_gpt.__doc__.partition("The rooms of this file")[2].partition("Shapes:")[0]
-    rooms = re.findall(r"^    (\S.*?)  ", table, re.M)
-    assert len(rooms) == len(titles)
-    assert [title for room, title in zip(rooms, titles, strict=True) if not title.startswith(room)] == []
+    table = train_gpt.__doc__.partition("The sections of this file")[2].partition("Shapes:")[0]
+    sections = re.findall(r"^    (\S.*?)  ", table, re.M)
+    assert len(sections) == len(titles)
+    assert [title for section, title in zip(sections, titles, strict=True) if not title.startswith(section)] == []
 
 
 def test_every_knob_is_read_somewhere():
