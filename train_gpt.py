@@ -3931,13 +3931,10 @@ class EvalRow(NamedTuple):
     counted: np.ndarray  # (N,) bool, the target is scored in this row
 
 
-WINDOW_ALIGNMENT = 64  # tokens; the tiles of attention's kernels
-
-
 def aligned(tokens: int) -> int:
     """A number of tokens, rounded up to where a window may begin in a packed row. As tiles of attention then begin
     where windows do, a score is the same to the last bit wherever the row puts its window."""
-    return -(-tokens // WINDOW_ALIGNMENT) * WINDOW_ALIGNMENT
+    return -(-tokens // TILE_TOKENS) * TILE_TOKENS
 
 
 def fill_rows(wanted: Iterable[Window], row_tokens: int) -> list[list[Window]]:
@@ -5633,7 +5630,7 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
     seconds += watch.total("calibrate") * run.gptq_calibration_batches
     seconds += len(READOUTS) * watch.total("choose")
     seconds += 2 * watch.total("quantise", "pack")  # two tries to fit the bytes
-    return dist.all_reduce_max(1.15 * seconds + 0.5)
+    return dist.all_reduce_max(1.15 * seconds + 0.5)  # with a margin: a file over the limit of time is no entry
 
 
 def blank(docs: Documents) -> Documents:
