@@ -4,7 +4,7 @@ Train a small GPT, pack it into 16 MB, read it back and score it in bits per byt
     torchrun --standalone --nproc_per_node=8 train_gpt.py     the entry: 600 s to train, 600 s to evaluate, 8 GPUs
     python train_gpt.py                                       the same on one device
     python train_gpt.py --help                                every knob; a knob is an environment variable
-    python train_gpt.py --check-setup                         what would be run, and whether it can be
+    python train_gpt.py --check-setup                         what would run, and whether it can
     ARTIFACT=logs/RUN.ptz python train_gpt.py                 score an artifact; no training data needed
 
 A run leaves logs/<RUN_ID>.txt (its source, settings, progress and result), .events.jsonl (progress and result, for
@@ -14,18 +14,18 @@ written, .ckpt holds the trained weights.
 The sections of this file, in order; `run_experiment` at the very end walks through them:
 
     Config                      every knob with its default, its range and a line of doc
-    Model                       the network, with a plain reference beside every kernel that it uses
+    Model                       the network, with a plain reference for every kernel
     Distributed and log         ranks, log, stopwatch, files
     Data                        shards, tokenizer, documents, training batches
     Optimizer                   Muon and AdamW
-    Entropy coder               rANS: integers in as many bits as their frequencies ask for
+    Entropy coder               rANS: integers in barely more bits than their entropy
     Container                   the file format of artifacts and checkpoints
     Training                    schedules, training step, checkpoints, warm-up, training loop
-    Quantiser                   calibration, GPTQ along a trellis, and the fit to the limit of bytes
+    Quantiser                   calibration, GPTQ along a trellis, and fitting the byte limit
     Scoring                     bits per byte without adaptation
     Test-time training          bits per byte with adaptation
     Set-up and report           read and check the settings; train and pack; evaluate; report
-    Appendix: Triton kernels    fast versions of what the model describes plainly
+    Appendix: Triton kernels    fast versions of the model's plain references
     Appendix: CUDA graphs       capture and replay
     Main                        the run in one page, signals, exit status
 
@@ -64,7 +64,7 @@ import numpy as np
 import sentencepiece
 import torch
 import torch.distributed as torch_dist
-import torch.distributed.nn  # noqa: F401  early: imported later, its defaults hold the process group, whose threads crash the exit
+import torch.distributed.nn  # noqa: F401  early: its defaults must hold no process group, whose threads crash the exit
 import torch.nn.functional as F
 import zstandard
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ except ImportError:
     triton = tl = None
 
 
-BOS = 1  # stands before every document; a constant of the data, not a knob
+BOS = 1  # precedes every document; a constant of the data, not a knob
 
 
 class UserError(ValueError):
@@ -85,7 +85,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """A knob, or a combination of knobs, that cannot be run."""
+    """A knob's value, or a combination of values, that cannot be run."""
 
 
 class DataError(UserError):
@@ -97,13 +97,13 @@ def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> Non
         raise error(message)
 
 
-MOST_SHOWN = 600  # characters of a line that is not ours
+MOST_SHOWN = 600  # characters of a line from outside
 MOST_OF_AN_ERROR = 4_000  # characters
 
 
 def printable(text: str, most: int = MOST_SHOWN, kept: str = "") -> str:
-    """Text that is not ours, safe to show in one line: what would end the line, move the cursor, or is no character at
-    all becomes an escape, except for characters in `kept`, and the middle of a long text is left out."""
+    """Make text from outside safe to show on one line: escape what would end the line, move the cursor or is no valid
+    character, except for characters in `kept`, and cut out the middle of a long text."""
     if len(text) > most:
         half = most // 2
         text = f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
@@ -111,10 +111,10 @@ def printable(text: str, most: int = MOST_SHOWN, kept: str = "") -> str:
 
 
 def brief(value: Any) -> str:
-    """What a file holds, for a message."""
+    """A value from a file, shortened for a message."""
     try:
         return printable(repr(value), 60)
-    except RecursionError:  # too deep for repr, though a parser has followed it
+    except RecursionError:  # too deep for repr, though the parser could read it
         return "nested deeply"
 
 
@@ -135,21 +135,21 @@ def knob(
     only: Mapping[str, tuple[str, ...]] | None = None,
     absent: Any = None,
 ) -> Any:
-    """A field of a config. `full` is the default under TTT_PARAMS=full, and `rms` that under TTT_OPTIMIZER=rms, where
-    they differ. `only` names the knobs and their values without which this one has no effect; setting it is then
-    refused. `group` starts a new group of --help. `absent` is what a field of ModelConfig means to artifacts that were
-    written before it existed."""
+    """A field of a config. `full` and `rms` are its defaults under TTT_PARAMS=full and TTT_OPTIMIZER=rms, where they
+    differ. `only` maps other knobs to the values with which this one has an effect; with any other value, setting it
+    is refused. `group` starts a new group in --help. `absent` is the value of a ModelConfig field in artifacts
+    written before the field existed."""
     meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, only=only or {}, absent=absent)
     meta |= dict(full=full, rms=rms)
     return field(default=default if full is None and rms is None else None, metadata=meta)
 
 
-MAX_PASSES = 1024  # of blocks in one forward pass: a forged artifact could ask for passes without end
+MAX_PASSES = 1024  # of blocks in one forward pass: a forged artifact could demand any number
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What an artifact carries to rebuild its network. A width, count or scale of 0 turns a part off."""
+    """What an artifact carries to rebuild its network. A width, count or scale of 0 turns its part off."""
 
     vocab_size: int = knob(8192, "pieces of the tokenizer", group="Model", unit="tokens", low=4, high=65536)
     num_layers: int = knob(11, "distinct blocks", low=1, high=1024)
@@ -218,7 +218,7 @@ NEEDS_RMS = {"ttt_optimizer": ("rms",)}
 NEEDS_SGD_OR_ADAMW = {"ttt_optimizer": ("sgd", "adamw")}
 
 
-MAX_RUN_ID_BYTES = 200  # most file systems allow 255, and a run appends to it
+MAX_RUN_ID_BYTES = 200  # most file systems allow 255, and a run adds suffixes
 
 
 @dataclass(frozen=True)
@@ -346,7 +346,7 @@ class RunConfig:
         self._check_ttt()
 
     def _check_run_id(self) -> None:
-        """It names files in logs/, or in a subfolder of it."""
+        """RUN_ID names files in logs/ or in a subfolder of it."""
         parts = self.run_id.split("/")
         visible = self.run_id.isprintable() and all(part != "" and part[0] != "." for part in parts)
         longest = max(len(part.encode(errors="replace")) for part in parts)
@@ -357,8 +357,8 @@ class RunConfig:
         )
 
     def _fill_in_defaults(self) -> None:
-        """Some defaults depend on what adapts, and by which optimizer. Those that wait until an artifact has been
-        opened are None meanwhile: see `decide_optimizer`."""
+        """Fill in the defaults that depend on what adapts and on the optimizer. Defaults that depend on the artifact
+        stay None until it is opened: see `decide_optimizer`."""
         if self.ttt_optimizer in (None, "auto"):
             object.__setattr__(self, "ttt_optimizer", self._automatic_optimizer())
         for f in fields(self):
@@ -371,7 +371,7 @@ class RunConfig:
                 object.__setattr__(self, f.name, default)
 
     def _automatic_optimizer(self) -> str:
-        """What TTT_OPTIMIZER=auto means; "auto" if that depends on an artifact which is still to be opened."""
+        """What TTT_OPTIMIZER=auto means; still "auto" if that depends on an artifact not yet opened."""
         if self.ttt_params == "full":
             return "sgd"
         if self.ttt_scope == "stream":
@@ -434,7 +434,7 @@ class RunConfig:
 
     @property
     def batched_ttt(self) -> bool:
-        """Many documents adapt side by side, each with a LoRA of its own."""
+        """Whether many documents adapt side by side, each with its own LoRA."""
         return self.ttt_params == "lora" and self.ttt_scope == "document"
 
 
@@ -444,8 +444,8 @@ CONFIGS = (ModelConfig, RunConfig)
 # ======================================================================================================================
 # Model: one forward pass serves training, scoring and adaptation.
 #
-# A parameter's name is also its name in artifacts. Where a kernel exists, its plain reference stands beside the code
-# that uses it, and says what it computes; the kernels themselves are an appendix.
+# Parameters have the same names in artifacts. Every kernel has a plain reference beside the code that uses the
+# kernel; it defines what the kernel computes. The kernels themselves are in an appendix.
 
 
 # ---- Attention ----
@@ -468,18 +468,18 @@ class Segments(NamedTuple):
 
 
 class CachedLayer(NamedTuple):
-    """What a chunk of C tokens attends to in one layer pass: all cached tokens, and those of itself that are not later.
+    """What a chunk of C tokens attends to in one layer pass: all cached tokens and, causally, itself.
 
-    How many tokens are cached is known on the device alone, so that CUDA graphs can be replayed as the cache fills."""
+    Only the device knows how many tokens are cached, so that CUDA graphs can be replayed as the cache fills."""
 
-    filled: Tensor  # () int64, the first slots of the cache that hold tokens, in whatever order
+    filled: Tensor  # () int64, how many of the cache's first slots hold tokens, in any order
     buffer: Tensor  # (2, B, K, L, h), keys and values of earlier tokens
 
 
 class CachedContext(NamedTuple):
     """What a chunk of C tokens attends to in all layer passes."""
 
-    positions: Tensor  # (1 + C,) int64, of the token before the chunk and of its own
+    positions: Tensor  # (1 + C,) int64, of the token before the chunk and of the chunk's tokens
     filled: Tensor  # () int64, see CachedLayer
     buffers: list[Tensor]  # one for each layer pass, see CachedLayer
 
@@ -489,17 +489,17 @@ Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's rotation angles
 
 
 def activation_dtype(device: torch.device) -> torch.dtype:
-    """What the network computes in, and what keys and values are cached in; its weights are fp32."""
+    """The dtype of activations and of cached keys and values; weights are fp32."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether Triton kernels run on this tensor; elsewhere their references do."""
+    """Whether Triton kernels run on this tensor; otherwise their references do."""
     return x.is_cuda and triton is not None
 
 
 def use_training_kernels(x: Tensor, weight: Tensor) -> bool:
-    """The kernels of MLP and input mix pay off only on the long rows of training, where weights have gradients."""
+    """Whether the MLP and input mix use kernels: these pay off only on long training rows, with weight gradients."""
     return use_kernels(x) and torch.is_grad_enabled() and weight.requires_grad
 
 
@@ -530,7 +530,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
-    """Causal attention within segments (then B is 1), after a cache, or within rows.
+    """Causal attention within segments (then B is 1), over a cache, or within rows.
 
     (B, T, H, h), (B, T, K, h), (B, T, K, h) -> (B, T, H, h)
     """
@@ -636,8 +636,7 @@ LORA_TARGETS = (*LayerLoRA._fields, "head")
 
 
 class Linear(nn.Module):
-    """A matrix: fp32 master weight (out, in), multiplied in the dtype of x. A scale of its outputs (out,) is folded
-    into the weight."""
+    """A matrix: fp32 master weight (out, in), applied in the dtype of x. An output scale (out,) is folded in."""
 
     def __init__(self, d_in: int, d_out: int):
         super().__init__()
@@ -654,7 +653,7 @@ class Linear(nn.Module):
 
 
 class JointProjection(nn.Module):
-    """Several matrices (out, in), multiplied with one input by one product; a module, so that hooks see it."""
+    """Applies several matrices (out, in) to one input in one matmul; a module, so that hooks see it."""
 
     def forward(self, x: Tensor, weights: Sequence[Tensor], loras: Sequence[LoRA | None]) -> Tensor:
         """(B, T, in) -> outputs side by side (B, T, sum of out)"""
@@ -707,7 +706,7 @@ class Attention(nn.Module):
         if gate is None:
             gate = qkv.new_ones(1, qkv.size(1), self.heads.query)
         cos, sin = rope
-        rows = qkv.flatten(0, 1)  # not qkv[0]: the backward pass of a view is free, that of an index is a copy
+        rows = qkv.flatten(0, 1)  # not qkv[0]: the backward pass of a view is free, but indexing's is a copy
         y = FusedAttention.apply(rows, self.q_gain, gate.flatten(0, 1), cos[:, 0], sin[:, 0], segments, self.heads)
         return y[None]
 
@@ -734,8 +733,8 @@ class MLP(nn.Module):
 
 
 def mix_reference(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gate_width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a block begins with: (B, T, D), (B, T, D), (2, D), ()
-    -> mixed = mix[0] x + mix[1] x0, normalised = scale norm(mixed), the first columns of it (B, T, gate_width)"""
+    """The start of a block: (B, T, D), (B, T, D), (2, D), ()
+    -> mixed = mix[0] x + mix[1] x0, normalised = scale norm(mixed), the latter's first columns (B, T, gate_width)"""
     mixed = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
     normalised = norm(mixed) * scale.to(x.dtype)
     return mixed, normalised, normalised[..., :gate_width]
@@ -750,7 +749,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention = Attention(c, index)
         self.mlp = MLP(c)
-        # A tensor, not a number: blocks then differ in data alone and share their compiled code.
+        # A tensor, not a number: blocks then differ only in data and share their compiled code.
         self.register_buffer("input_scale", torch.tensor((index + 1.0) ** -c.ln_scale_power), persistent=False)
         self.attn_scale = nn.Parameter(torch.ones(c.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
@@ -817,7 +816,7 @@ class Lookup(nn.Module):
 
 
 class TokenEmbedding(nn.Module):
-    """Normalised embeddings of tokens; a gate adds ("smears") the embedding of the token before."""
+    """Normalised embeddings of tokens; a gate adds ("smears") the previous token's embedding."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -830,7 +829,7 @@ class TokenEmbedding(nn.Module):
         e = self.lookup(tokens, embedding)
         if self.smear is not None:
             gate = self.smear_gain * (e[..., : len(self.smear)] @ self.smear).sigmoid()
-            gate = gate * ((tokens != BOS) & (positions > 0))  # nothing leaks into a document, nor into a segment
+            gate = gate * ((tokens != BOS) & (positions > 0))  # nothing leaks into a document or segment
             e = torch.cat([e[:, :1], e[:, 1:] + gate[:, 1:, None] * e[:, :-1]], 1)
         return norm(e).to(dtype)
 
@@ -846,7 +845,7 @@ def loss_reference(z: Tensor, targets: Tensor, cap: float) -> Tensor:
 
 
 class OutputHead(nn.Module):
-    """Hidden states to predictions: logits by the tied embedding, soft-capped, over the whole vocabulary."""
+    """Hidden states to predictions: soft-capped logits from the tied embedding, over the whole vocabulary."""
 
     def __init__(self, c: ModelConfig):
         super().__init__()
@@ -862,7 +861,7 @@ class OutputHead(nn.Module):
         return softcap(self.uncapped_logits(x, embedding, lora), self.cap)
 
     def probabilities(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`logits` (..., V) -> their probabilities, and the slopes of the cap there, by which gradients pass it"""
+        """`logits` (..., V) -> their probabilities, and the soft cap's derivative at each logit"""
         slope = 1 - (z / self.cap).square() if self.cap else torch.ones_like(z)
         return z.softmax(-1), slope
 
@@ -887,7 +886,7 @@ class LayerPass(NamedTuple):
 
     block: int
     pushes_skip: bool  # its output is saved for a later pass
-    pops_skip: int | None  # row of skip_weight and skip_gate by which the output saved last joins its input
+    pops_skip: int | None  # row of skip_weight and skip_gate that mixes the last saved output into its input
 
 
 def layer_plan(c: ModelConfig, looping: bool) -> tuple[LayerPass, ...]:
@@ -933,8 +932,8 @@ class GPT(nn.Module):
         """Tokens (B, T) -> normalised states before the head (B, T, D), and with a cache the new keys and values of
         every layer pass, (2, B, K, C, h) each.
 
-        Attention is causal within every segment (then B is 1), else within every row. With a cache, the tokens are the
-        one before the chunk, which is needed only to smear its embedding, and the chunk's own: T = 1 + C; the states
+        Attention is causal within segments if there are any (then B is 1), else within rows. With a cache, `tokens`
+        is the token before the chunk, needed only to smear its embedding, and then the chunk: T = 1 + C; the states
         are the chunk's, (B, C, D). `adapter` adds LoRA for test-time training; `looping` runs the loop of blocks."""
         cached = isinstance(context, CachedContext)
         positions = torch.arange(tokens.size(1), device=tokens.device) if context is None else context.positions
@@ -944,7 +943,7 @@ class GPT(nn.Module):
             positions = positions[1:]
         rope = rope_angles(positions, self.config.rope_dims, self.config.rope_base)
 
-        a = x0.clone()  # a copy, as the compiler would specialise a block for two arguments that are one tensor
+        a = x0.clone()  # a copy: the compiler would specialise a block if two of its arguments were one tensor
         m = None  # the second stream, where blocks are parallel
         skips, new_kvs = [], []
         for i, layer in enumerate(layer_plan(self.config, looping)):
@@ -952,7 +951,7 @@ class GPT(nn.Module):
             lora = NO_LORA if adapter is None else adapter.passes[i]
             layer_context = CachedLayer(context.filled, context.buffers[i]) if cached else context
             if block.parallel and m is None:
-                m = a  # as it is before a skip joins: skips go to the first stream alone
+                m = a  # before a skip joins: skips go only to the first stream
             if layer.pops_skip is not None:
                 a = self.skip(a, skips.pop(), self.skip_weight[layer.pops_skip], self.skip_gate[layer.pops_skip])
             if block.parallel:
@@ -980,15 +979,15 @@ class GPT(nn.Module):
 
 
 def param_role(name: str) -> Literal["embedding", "matrix", "scalar"]:
-    """The one place that says what a parameter is; initialisation, optimizer and quantiser ask it."""
+    """What kind of parameter a name stands for: initialisation, optimizer and quantiser all decide by this."""
     if name == "embed":
         return "embedding"
     return "matrix" if name.endswith(".weight") else "scalar"
 
 
 def init_weights(model: GPT, seed: int) -> None:
-    """Matrices orthogonal, but zero where they write to the residual stream; the embedding narrow. Scalars keep the
-    values they were built with. Drawn on the CPU, so that every device starts alike."""
+    """Make matrices orthogonal, or zero where they write to the residual stream, and the embedding small. Scalars
+    keep the values they were built with. Drawn on the CPU, so that every device starts from the same weights."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         if param_role(name) == "embedding":
@@ -1000,9 +999,9 @@ def init_weights(model: GPT, seed: int) -> None:
 
 
 def compile_parts(model: GPT) -> None:
-    """Compile block by block: blocks of a kind share one graph. Only training pays for it; evaluation runs eagerly."""
+    """Compile block by block: blocks of a kind share one graph. For training only; evaluation runs eagerly."""
     for block in model.blocks:
-        block.mlp.may_fuse = has_tma(model.embed.device)  # without TMA, its descriptors would break the graph
+        block.mlp.may_fuse = has_tma(model.embed.device)  # without TMA, FusedMLP's descriptors would break the graph
     for part in (model.input, model.head, model.skip, *model.blocks):
         part.compile()
 
@@ -1012,8 +1011,8 @@ def compile_parts(model: GPT) -> None:
 
 
 def collective(method: Callable) -> Callable:
-    """For methods of Dist in which all ranks take part: where one fails since another rank has died, the watch ends the
-    run and says which. If all ranks live, the error is raised."""
+    """A decorator for Dist's methods in which all ranks take part. If a call fails because another rank has died, the
+    watch ends the run and names that rank; if all ranks are alive, the error is raised."""
 
     @functools.wraps(method)
     def call(self: Dist, *values: Any) -> Any:
@@ -1028,10 +1027,10 @@ def collective(method: Callable) -> Callable:
 
 
 class Dist:
-    """The ranks of a run. GPU tensors travel by NCCL; decisions go by gloo from host to host, so that no rank waits for
-    its GPU to take one."""
+    """The ranks of a run. GPU tensors travel over NCCL, decisions over gloo between hosts, so that no decision waits
+    for a GPU."""
 
-    MEETING_S = 300  # from the first rank to the last, which may have to read torch from a slow disk
+    MEETING_S = 300  # between the first and last rank's arrival; a rank may load torch from a slow disk
 
     def __init__(self, rank: int = 0, world: int = 1, device: torch.device | str = "cpu"):
         self.rank = rank
@@ -1043,7 +1042,7 @@ class Dist:
 
     @classmethod
     def from_env(cls, device: str, env: Mapping[str, str] = os.environ) -> Dist:
-        """One of the ranks that torchrun started (it sets RANK, WORLD_SIZE and LOCAL_RANK), or the only one."""
+        """This process's rank as set by torchrun (RANK, WORLD_SIZE and LOCAL_RANK), else the only rank."""
         use_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         require(not use_gpu or torch.cuda.is_available(), "DEVICE=cuda, but torch sees no GPU: use DEVICE=cpu or auto")
         world = torchrun_number(env, "WORLD_SIZE", default=1, low=1, high=MAX_RANKS)
@@ -1066,11 +1065,11 @@ class Dist:
         return cls(rank, world, f"cuda:{local_rank}" if use_gpu else "cpu")
 
     def join(self, on_loss: Callable[[str], None] | None = None) -> None:
-        """Meet the other ranks. Raises UserError if one does not come.
+        """Meet the other ranks. Raises UserError if one does not show up.
 
-        From then on until `close`, a thread notices within seconds that another rank has died, whatever this one is
-        doing, and calls `on_loss` with a line that says which. NCCL would wait for minutes, and a rank that scores
-        documents hears nothing of the others until the end.
+        From then until `close`, a thread notices within seconds if another rank dies, whatever this rank is doing,
+        and calls `on_loss` with a line that names the dead rank. NCCL would wait for minutes, and a rank that scores
+        documents hears nothing from the others until the end.
         """
         if self.world == 1:
             return
@@ -1089,14 +1088,14 @@ class Dist:
             ) from error
         if on_loss is not None:
             longest = datetime.timedelta(seconds=4 * RankWatch.SILENCE_S)
-            group = torch_dist.new_group(backend="gloo", timeout=longest)  # of its own: the main thread uses the other
+            group = torch_dist.new_group(backend="gloo", timeout=longest)  # not the group that the main thread uses
             self.watch = RankWatch(self, group, on_loss)
 
     def send(self, number: int, to: int, group: Any) -> None:
         torch_dist.isend(torch.tensor(number), to, group).wait()
 
     def receive(self, source: int, group: Any, seconds: float) -> int:
-        """Raises RuntimeError if that rank is gone, or says nothing for so long."""
+        """A number from rank `source`. Raises RuntimeError if that rank is gone, or silent for `seconds`."""
         number = torch.tensor(0)
         torch_dist.irecv(number, source, group).wait(datetime.timedelta(seconds=seconds))
         return int(number)
@@ -1147,7 +1146,7 @@ class Dist:
         return buffer.numpy().tobytes()
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
-        """The bytes of every rank, on every rank; they must be equally many."""
+        """The bytes of every rank, on every rank; all must pass the same number of bytes."""
         everyone = self.all_gather(torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
         return [part.numpy().tobytes() for part in everyone.chunk(self.world)]
 
@@ -1167,7 +1166,7 @@ class Dist:
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """Leave, once all ranks do."""
+        """Leave the group once all ranks do."""
         if self.watch is not None:
             self.watch.stop()
         if self.world > 1:
@@ -1175,14 +1174,14 @@ class Dist:
 
 
 class RankWatch:
-    """A thread on every rank. Again and again the others send rank 0 a word and wait for its answer, so that whoever is
-    gone, or silent for long, is missed soon: when a process ends, by whatever means, its connections close."""
+    """A thread on every rank. In every round the others send rank 0 a message and wait for its reply, so that a rank
+    that is gone or long silent is soon noticed: when a process ends, however it ends, its connections close."""
 
     PAUSE_S = 0.5  # between two rounds
-    SILENCE_S = 120.0  # after which a rank counts as lost; a machine may stop for a while, as when it is moved
-    GRACE_S = 1.0  # for a rank that meets the same error as the lost one, and says so itself
+    SILENCE_S = 120.0  # until a rank counts as lost; a machine may pause for a while, as in a live migration
+    GRACE_S = 1.0  # for a rank that hits the same error as the lost one to report it itself
 
-    # What rank 0 answers, if not the number of a lost rank.
+    # Rank 0's replies, other than the number of a lost rank.
     GO_ON = -1
     ALL_LEAVE = -2
 
@@ -1200,7 +1199,7 @@ class RankWatch:
         self.thread.join()
 
     def wait_for_verdict(self) -> None:
-        """Give the watch the time to notice that a rank is lost."""
+        """Give the watch time to notice a lost rank."""
         self.thread.join(4 * (self.PAUSE_S + self.GRACE_S))
 
     def _run(self) -> None:
@@ -1223,7 +1222,7 @@ class RankWatch:
         verdict = self.ALL_LEAVE if self.leaving.is_set() else self.GO_ON
         heard = []
         for rank in range(1, self.dist.world):
-            # Once a rank is lost, the others are not waited for: those that were heard must learn of it soon.
+            # Once a rank is lost, do not wait long for the rest: the ranks already heard must learn of it soon.
             patience = self.SILENCE_S if verdict < 0 else self.PAUSE_S
             try:
                 leaves = self.dist.receive(rank, self.group, patience)
@@ -1234,7 +1233,7 @@ class RankWatch:
                 verdict = rank if verdict < 0 else verdict
 
         for rank in heard:
-            with contextlib.suppress(RuntimeError):  # the next round will miss it
+            with contextlib.suppress(RuntimeError):  # the next round will notice
                 self.dist.send(verdict, rank, self.group)
         return verdict
 
@@ -1250,7 +1249,7 @@ MAX_RANKS = 4096
 
 
 def torchrun_number(env: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:
-    """A variable that torchrun sets. Raises ConfigError if it is no whole number of the range."""
+    """A variable that torchrun sets. Raises ConfigError unless it is a whole number from `low` to `high`."""
     text = env.get(name, str(default))
     ok = re.fullmatch(r"\d{1,9}", text, re.ASCII) is not None and low <= int(text) <= high
     require(ok, f"{name}={text[:80]!r}: expected a whole number from {low} to {high}: {TORCHRUN}")
@@ -1258,13 +1257,13 @@ def torchrun_number(env: Mapping[str, str], name: str, default: int, low: int, h
 
 
 class LogFile:
-    """A file that grows by lines. What cannot be written waits in memory for the next line: a full disk may have room
-    again by then."""
+    """A file that grows line by line. What cannot be written stays in memory until the next line: a full disk may
+    have room again by then."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        # Unbuffered, and one write per line: a run that is killed leaves whole lines.
+        # Unbuffered, and one write per line: a killed run leaves whole lines.
         self.file = open(path, "wb", buffering=0)  # noqa: SIM115, open for the whole run
         self.waiting = b""
 
@@ -1274,14 +1273,14 @@ class LogFile:
         while self.waiting:
             written = self.file.write(self.waiting)
             self.waiting = self.waiting[written:]
-        self.path.stat()  # a deleted file takes every line, and nobody will find them
+        self.path.stat()  # raises if the file is deleted: writes would still succeed, unseen
 
 
 class Log:
     """What a run reports: lines for people, on the screen and in logs/<RUN_ID>.txt, and the same values as events for
-    programs, one strict JSON object a line, in logs/<RUN_ID>.events.jsonl. Only rank 0 has files and a screen.
+    programs, one strict JSON object per line, in logs/<RUN_ID>.events.jsonl. Only rank 0 has files and a screen.
 
-    A line that cannot be written is a warning, once for each place, and not the end of the run."""
+    A line that cannot be written does not end the run; each place causes one warning."""
 
     def __init__(self, path: Path | None = None, screen: Callable[[str], None] | None = None):
         """`path` is the file of lines; the file of events lies beside it."""
@@ -1292,11 +1291,11 @@ class Log:
             self.lines_file = LogFile(path)
             self.events_file = LogFile(path.with_suffix(".events.jsonl"))
         self.failed: set[str] = set()  # places where a line could not be written
-        self.untold: list[str] = []  # warnings about them, told when the line that failed is done with
+        self.untold: list[str] = []  # warnings about them, to report after the failed line
         self.warnings: set[str] = set()
 
     def line(self, text: str, screen: bool = True) -> None:
-        """Text for people that is no event."""
+        """Report text for people that is not an event."""
         if self.screen is not None and screen:
             self._write(self.screen, text, "the screen")
         if self.lines_file is not None:
@@ -1304,8 +1303,8 @@ class Log:
         self._tell()
 
     def event(self, event: str, template: str = "", /, **values: Any) -> None:
-        """Report an event. The line for people is `template`, formatted with the values; without one there is none.
-        Whoever sees the line finds the event on the disk: it is written first."""
+        """Report an event. The line for people is `template`, formatted with the values; without a template there is
+        no line. The event is written first: whoever sees the line finds the event on disk."""
         if self.events_file is not None:
             # JSON has no NaN and no infinity: a loss that is not finite becomes null.
             finite = {
@@ -1319,7 +1318,7 @@ class Log:
         self._tell()
 
     def warn(self, text: str) -> None:
-        """Report what is no reason to end the run; the same text only once."""
+        """Report a problem that need not end the run; the same text only once."""
         if text not in self.warnings:
             self.warnings.add(text)
             self.event("warning", "warning: {text}", text=text)
@@ -1327,7 +1326,7 @@ class Log:
     def _write(self, write: Callable[[str], None], text: str, place: str) -> None:
         try:
             write(text)
-        except (OSError, ValueError) as error:  # ValueError: a screen that is closed, or whose encoding lacks a letter
+        except (OSError, ValueError) as error:  # ValueError: a closed screen, or one that cannot encode it
             if place not in self.failed:
                 self.failed.add(place)
                 self.untold.append(printable(f"{place}: a line cannot be written: {error}; the run goes on"))
@@ -1342,12 +1341,12 @@ def print_now(text: str) -> None:
 
 
 class Stopwatch:
-    """Seconds spent in each phase. Some phases count against a limit; a pause of the clock is a phase of its own."""
+    """Seconds spent in each phase. Only some count against a limit; to pause the clock, start another phase."""
 
     def __init__(self, dist: Dist):
         self.dist = dist
         self.seconds = {}  # {phase: seconds so far}
-        self.running = []  # phases that have started and not ended, the innermost last
+        self.running = []  # phases in progress, innermost last
         self.since = time.perf_counter()  # up to here, all time is in `seconds`
 
     def _charge(self) -> None:
@@ -1360,7 +1359,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time spent inside counts for `name` and not for the phase around it. Kernels are waited for at both ends."""
+        """Time spent inside counts towards `name`, not the enclosing phase. Waits for kernels at both ends."""
         self.dist.finish_kernels()
         self._charge()
         self.running.append(name)
@@ -1372,7 +1371,7 @@ class Stopwatch:
             self.running.pop()
 
     def total(self, *names: str) -> float:
-        """Seconds so far of these phases, the running one included."""
+        """Seconds spent in these phases so far, including the running one."""
         self._charge()
         return sum(self.seconds.get(name, 0.0) for name in names)
 
@@ -1384,7 +1383,7 @@ EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")
 
 def write_atomically(path: Path | str, chunks: Iterable[bytes], parents: bool = False) -> None:
     """Write to a temporary file beside `path`, then rename it: a reader sees the whole file or none, and an interrupted
-    write leaves nothing behind. With `parents`, a folder that is missing is made. Raises UserError."""
+    write leaves nothing behind. With `parents`, missing folders are created. Raises UserError."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -1403,7 +1402,7 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes], parents: bool = 
 
 
 def read_on_main(path: str | Path, dist: Dist) -> bytes:
-    """The content of rank 0's file, on every rank: another machine may lack it, or have an older one of that name."""
+    """The content of rank 0's file, on every rank: another machine may lack it or hold an older version."""
     return dist.broadcast_bytes(read_file(path) if dist.main else b"")
 
 
@@ -1428,7 +1427,7 @@ SHARD_HEADER_INTS = 256
 def read_shard(path: Path | str) -> np.ndarray:
     """Memory-map a shard: 256 little-endian int32 (magic, version, count, zeros), then `count` uint16 -> (count,).
 
-    Raises DataError if the file cannot be read, is no shard, or has another size than its header promises.
+    Raises DataError if the file cannot be read, is not a shard, or does not have the size its header promises.
     """
     path = Path(path)
     header_bytes = 4 * SHARD_HEADER_INTS
@@ -1479,17 +1478,17 @@ SAMPLED_TOKENS = 64  # at each place
 
 
 def sample_shard(shard: np.ndarray) -> list[tuple[int, np.ndarray]]:
-    """Some 4,000 tokens of a shard, from its first to its last -> (position, tokens there) of each place.
+    """About 4,000 tokens spread over the whole shard -> (position, tokens there) for each place.
 
-    Enough to notice a shard of other text or of another tokenizer, and cheap: 64 pages are read from the disk.
+    Enough to notice a shard of other text or another tokenizer, and cheap: it reads 64 pages from disk.
     """
     places = np.linspace(0, max(0, len(shard) - SAMPLED_TOKENS), SAMPLED_PLACES, dtype=np.int64)
     return [(start, shard[start : start + SAMPLED_TOKENS]) for start in np.unique(places).tolist()]
 
 
 def check_shard(path: Path, shard: np.ndarray, vocab_size: int, listed: Mapping[str, Any]) -> None:
-    """Compare a training shard with the manifest's entry for it, and a sample of its tokens with the vocabulary: a run
-    should not end at the step that meets the first foreign token. Raises DataError."""
+    """Check a training shard against its manifest entry, and a sample of its tokens against the vocabulary: a run
+    should not fail only at the step that reaches the first bad token. Raises DataError."""
     count = listed.get("tokens", len(shard))
     require(
         count == len(shard),
@@ -1508,8 +1507,8 @@ def find_shards(folder: str, kind: str) -> list[Path]:
 
 
 def manifest_value(folder: Path, *keys: str) -> Any:
-    """An entry of a prepared folder's manifest.json; None if there is no such file or entry. Raises DataError for a
-    file that is no JSON: without it, nothing would tell whether the folder is what was prepared."""
+    """An entry of a prepared folder's manifest.json; None if there is no such file or entry. Raises DataError if the
+    file is not JSON: then nothing tells whether the folder holds what was prepared."""
     path = folder / "manifest.json"
     if not path.exists():
         return None
@@ -1531,11 +1530,11 @@ class PieceBytes(NamedTuple):
     sizes: np.ndarray  # (V,) int64, UTF-8 bytes of the piece without its leading space mark
     leading_space: np.ndarray  # (V,) bool, the piece begins with the space mark
     control: np.ndarray  # (V,) bool, control, unknown or unused: no bytes, and a space right after it is not counted
-    excess: np.ndarray  # (V,) int64, bytes in `sizes` that text lacks: a space mark further on is 3 bytes, its space 1
+    excess: np.ndarray  # (V,) int64, bytes in `sizes` beyond the text's: a later space mark is 3 bytes, its space 1
 
 
 def piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> PieceBytes:
-    """A byte piece is 1 byte; any other its UTF-8 length without the leading "▁"; control and unknown pieces 0."""
+    """Byte pieces are 1 byte, others their UTF-8 length without a leading "▁"; control and unknown pieces 0."""
     vocab_size = processor.get_piece_size()
     sizes = np.zeros(vocab_size, np.int64)
     leading_space = np.zeros(vocab_size, bool)
@@ -1556,9 +1555,9 @@ def piece_bytes(processor: sentencepiece.SentencePieceProcessor) -> PieceBytes:
 
 
 def contest_bytes(tokens: np.ndarray, pieces: PieceBytes) -> np.ndarray:
-    """Bytes every token stands for: those of its piece, and 1 for a leading space that follows text. (n,) -> (n,) int64
+    """Bytes every token stands for: its piece's, plus 1 for a leading space after text. (n,) -> (n,) int64
 
-    A space after a control token, such as BOS, is not counted, nor one before the very first token.
+    The space is not counted after a control token, such as BOS, or at the very first token.
     """
     follows_text = np.concatenate([[False], ~pieces.control[tokens[:-1]]])
     return pieces.sizes[tokens] + (pieces.leading_space[tokens] & follows_text)
@@ -1584,7 +1583,7 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     else:
         raise DataError(f"{run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH")
 
-    # The manifest may name anything, and a device or a pipe might never end.
+    # The manifest may name anything, and reading a device or a pipe might never end.
     require(os.path.isfile(path) or not os.path.exists(path), f"{path}: not a file; set TOKENIZER_PATH", DataError)
     blob = read_file(path, "; set TOKENIZER_PATH")
     processor = sentencepiece.SentencePieceProcessor()
@@ -1612,8 +1611,8 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
 class Documents(NamedTuple):
     """A stream of n tokens to score, such as the validation set, and where its documents begin.
 
-    The targets of a document are its tokens after BOS, and the BOS of the next document, which ends it. So every token
-    of the stream but the first is the target of exactly one document; the last document has no closing BOS.
+    A document's targets are its tokens after BOS and then the next document's BOS, which closes it. So every token of
+    the stream but the first is a target of exactly one document; the last document has no closing BOS.
     """
 
     tokens: np.ndarray  # (n,) uint16, BOS before every document
@@ -1641,8 +1640,8 @@ class Documents(NamedTuple):
         return cumulative[begin + self.lengths] - cumulative[begin]
 
     def excess_bytes(self, pieces: PieceBytes) -> int:
-        """How many bytes the contest's formula counts that the text lacks, which makes bits per byte look better than
-        they are. 0 for tokenizers that have a space only at the beginning of a piece, and where side-cars count."""
+        """How many bytes the contest's formula counts beyond the text's own, which flatters bits per byte. 0 for
+        tokenizers with spaces only at the start of pieces, and where side-cars give the bytes."""
         return int(pieces.excess[self.tokens].sum()) if self.by_formula else 0
 
     def sha256(self) -> str:
@@ -1651,16 +1650,16 @@ class Documents(NamedTuple):
 
 
 def split_documents(tokens: np.ndarray, token_bytes: np.ndarray, by_formula: bool = False) -> Documents:
-    """Tokens (n,), the bytes they stand for (n,), by the contest's formula or not -> documents, one for every BOS."""
+    """Tokens (n,) and their bytes (n,), counted by the contest's formula or not -> documents, one for every BOS."""
     starts = np.append(np.flatnonzero(tokens == BOS), len(tokens))
     return Documents(tokens, token_bytes, starts, by_formula)
 
 
 def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Documents:
-    """All validation shards as one stream. They are checked whole: a bad one would cost a whole run. Only the stream
-    must begin with a document: the contest's own script cuts shards inside documents, and may leave one empty.
+    """All validation shards as one stream. Every token is checked: a bad one would cost a whole run. Only the stream
+    as a whole must begin with a document: the contest's script cuts shards inside documents and may leave one empty.
 
-    Raises DataError for a damaged shard or side-car, a missing side-car, files that are not the manifest's, and a
+    Raises DataError for a damaged shard or side-car, a missing side-car, files that differ from the manifest, and a
     validation set without text.
     """
     shards = {path: read_shard(path) for path in find_shards(folder, "val")}
@@ -1673,7 +1672,7 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
     token_bytes = read_sidecars(folder, shards)
     by_formula = token_bytes is None
     if by_formula:
-        # Markers are no text, but the formula would count three bytes for each: the score would be too low.
+        # Markers are not text, but the formula would count three bytes for each: the score would be too low.
         require(
             transform_of(Path(folder), tokenizer) == "none",
             f"DATA_PATH={folder}: its text was changed by CaseOps, so that only side-cars (fineweb_val_bytes_*.bin) "
@@ -1692,8 +1691,8 @@ def load_validation(folder: str, vocab_size: int, tokenizer: Tokenizer) -> Docum
 
 
 def check_continuity(shards: Mapping[Path, np.ndarray]) -> None:
-    """Validation must begin with BOS and hold a document. A shard that begins inside a document needs the one before it
-    by number: after another, the end of one document would be scored as the end of a different one."""
+    """Validation must begin with BOS and hold a document. A shard that begins inside a document needs the shard
+    numbered just before it: after any other, the end of one document would be scored as the end of another."""
     first = next((path for path, shard in shards.items() if len(shard) > 0), next(iter(shards)))
     beginning = shards[first][:4].tolist()
     require(
@@ -1719,8 +1718,8 @@ def check_continuity(shards: Mapping[Path, np.ndarray]) -> None:
 def read_sidecars(folder: str, shards: Mapping[Path, np.ndarray]) -> np.ndarray | None:
     """The bytes behind every token of these validation shards, (n,) uint16, from fineweb_val_bytes_NNNNNN.bin.
 
-    None if the folder has no side-car and its manifest lists none: then the contest's formula counts. One that is
-    missing may not be replaced by the formula: it would count the pieces that mark capitals as bytes of text.
+    None if the folder has no side-car and its manifest lists none: then the contest's formula counts. The formula
+    must not replace a missing side-car: it would count the pieces that mark capitals as bytes of text.
     """
     paths = [sidecar_of(path) for path in shards]
     expected = manifest_value(Path(folder), "splits", "val", "sidecars")
@@ -1742,8 +1741,8 @@ def sidecar_of(shard: Path) -> Path:
 
 
 def check_digests(folder: Path, tokenizer: Tokenizer) -> None:
-    """The tokenizer, the validation shards and their side-cars must be those that the manifest describes: one flipped
-    bit in a side-car, or another tokenizer of the same size, would change the score and say nothing."""
+    """Raise DataError unless the tokenizer, the validation shards and their side-cars are those in the manifest: one
+    flipped bit in a side-car, or another tokenizer of the same size, would silently change the score."""
     expected = manifest_value(folder, "tokenizer", "sha256")
     require(
         expected in (None, tokenizer.sha256),
@@ -1782,8 +1781,7 @@ def listed_files(folder: Path, split: str, kind: str) -> dict[str, dict[str, Any
 
 
 def check_listed(folder: Path, split: str, kind: str, paths: Iterable[Path]) -> None:
-    """Where a manifest lists the shards of a split, there may be no other ones, and no other side-cars. Raises
-    DataError."""
+    """Raise DataError for a shard or side-car missing from the manifest, if the manifest lists the split's shards."""
     if not listed_files(folder, split, "shards"):
         return
     listed = listed_files(folder, split, kind)
@@ -1795,7 +1793,7 @@ def check_listed(folder: Path, split: str, kind: str, paths: Iterable[Path]) -> 
         )
 
 
-MARKERS = frozenset("\ue001\ue002\ue003\ue004")  # with which CaseOps spells capitals
+MARKERS = frozenset("\ue001\ue002\ue003\ue004")  # CaseOps marks capitals with these
 
 
 def has_markers(processor: sentencepiece.SentencePieceProcessor) -> bool:
@@ -1804,9 +1802,9 @@ def has_markers(processor: sentencepiece.SentencePieceProcessor) -> bool:
 
 
 def transform_of(folder: Path, tokenizer: Tokenizer) -> Literal["caseops", "none"]:
-    """How the text of a folder was changed before it was tokenised: by CaseOps if the manifest says so, or if the
-    tokenizer has pieces with its markers. Raises DataError if the manifest names another transform, or denies one that
-    the pieces show."""
+    """How a folder's text was transformed before tokenisation: by CaseOps if the manifest says so, or if the
+    tokenizer has pieces with its markers. Raises DataError if the manifest names an unknown transform, or "none"
+    although pieces have markers."""
     stated = manifest_value(folder, "tokenizer", "transform")
     marked = has_markers(tokenizer.processor)
     require(
@@ -1830,9 +1828,9 @@ class MicroBatch(NamedTuple):
 
 
 def make_micro_batch(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray, device: torch.device) -> MicroBatch:
-    """Tokens (N,), targets (N,) and the first tokens of segments (S,) -> tensors on the device.
+    """Tokens (N,), targets (N,) and the start positions of segments (S,) -> tensors on the device.
 
-    The copy to a GPU is asynchronous: it leaves from pinned memory and nobody waits for it.
+    The copy to a GPU is asynchronous, from pinned memory.
     """
     sizes = np.diff(starts, append=len(tokens))
     positions = np.arange(len(tokens)) - np.repeat(starts, sizes)
@@ -1852,7 +1850,7 @@ def make_micro_batch(tokens: np.ndarray, targets: np.ndarray, starts: np.ndarray
 
 
 def split_rows(batch: MicroBatch, row_tokens: int) -> Iterator[MicroBatch]:
-    """A micro-batch of whole rows -> one for each row."""
+    """A micro-batch of whole rows -> one micro-batch per row."""
     for start in range(0, batch.tokens.size(1), row_tokens):
         row = slice(start, start + row_tokens)
         positions, ends = batch.segments
@@ -1860,7 +1858,7 @@ def split_rows(batch: MicroBatch, row_tokens: int) -> Iterator[MicroBatch]:
 
 
 def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndarray:
-    """Where attention restarts in consecutive rows: at every row, at every BOS, and seq_len tokens after each.
+    """Where attention restarts in consecutive rows: at every row and BOS, and every seq_len tokens after them.
 
     Tokens (N,) -> positions (S,), ascending.
     """
@@ -1876,8 +1874,8 @@ def segment_starts(tokens: np.ndarray, row_tokens: int, seq_len: int) -> np.ndar
 
 
 def text_micro_batch(text: np.ndarray, row_tokens: int, context: int, device: torch.device) -> MicroBatch:
-    """Whole training rows, N tokens and the one that follows them, (N + 1,) -> a micro-batch of N targets, none of
-    which sees more than `context` tokens."""
+    """Whole training rows of N tokens and the token after them, (N + 1,) -> a micro-batch of N targets, each
+    predicted from at most `context` tokens."""
     tokens = text[:-1]
     targets = text[1:]
     starts = segment_starts(tokens, row_tokens, context)
@@ -1888,15 +1886,15 @@ def text_micro_batch(text: np.ndarray, row_tokens: int, context: int, device: to
 
 CONTEST_GPU_SECONDS = 4_800.0
 CONTEST_BATCH_TOKENS = 786_432
-BATCH_POWER = 2 / 3  # of the budget, by which the batch grows (EXPERIMENTS.md, section 29)
+BATCH_POWER = 2 / 3  # the batch grows as the budget to this power (EXPERIMENTS.md, section 29)
 
 
 def with_batch(run: RunConfig, world: int) -> RunConfig:
-    """The run with a batch, where TRAIN_BATCH_TOKENS=0 leaves it to the budget on `world` ranks.
+    """The run with its batch size set: TRAIN_BATCH_TOKENS=0 derives it from the budget on `world` ranks.
 
-    A short run needs steps more than it needs quiet gradients. Each rank gets 1, 2, 3, 4, 6, 8, 12, ... rows, which
-    micro-batches of many sizes divide. What counts is the budget that was set, and no speed that was measured: the same
-    run has the same batch on any machine."""
+    A short run needs more steps rather than less gradient noise. Each rank gets 1, 2, 3, 4, 6, 8, 12, ... rows, which
+    divide into micro-batches of many sizes. Only the configured budget counts, not a measured speed: the same run has
+    the same batch on any machine."""
     if run.train_batch_tokens:
         return run
     wanted = float(CONTEST_BATCH_TOKENS)  # also without a limit in seconds
@@ -1912,7 +1910,7 @@ def split_batch(run: RunConfig, world: int) -> tuple[int, int]:
     """How each rank processes its share of a batch -> (rows of a micro-batch, gradient accumulation steps).
 
     A micro-batch is as large as MICRO_BATCH_TOKENS allows. Raises ConfigError if the ranks cannot share the rows
-    equally, and names the nearest batch that they can.
+    equally, and names the nearest batch that works.
     """
     rows = run.train_batch_tokens // run.train_row_tokens
     nearest = max(1, round(rows / world)) * world * run.train_row_tokens
@@ -1928,12 +1926,12 @@ def split_batch(run: RunConfig, world: int) -> tuple[int, int]:
 
 
 class TrainingStream:
-    """The training shards as one endless stream of tokens: after the last one the first follows again.
+    """The training shards as one endless stream of tokens: the first shard follows the last.
 
-    Batch b is tokens b * TRAIN_BATCH_TOKENS and on, whatever the number of ranks, cut into rows of TRAIN_ROW_TOKENS. It
-    travels in one direction:
+    Batch b starts at token b * TRAIN_BATCH_TOKENS, whatever the number of ranks, and is cut into rows of
+    TRAIN_ROW_TOKENS. How it is loaded:
 
-        batch(b)           hands it out, and starts to load batch b + 1
+        batch(b)           returns it, and starts loading batch b + 1
         _load(b)           in a thread: this rank's share of the rows, one micro-batch after another
         read(start, n)     checked tokens, from the memory-mapped shards
         text_micro_batch   inputs, targets and segments, copied to the device
@@ -1954,12 +1952,12 @@ class TrainingStream:
         self.shard_ends = np.cumsum(sizes)
         self.shard_starts = self.shard_ends - sizes
 
-        # The end of the last shard is held out: choices made on it are made on text that no training has seen.
+        # The end of the last shard is held out, so that choices are made on text that training never sees.
         all_tokens = int(self.shard_ends[-1])
         self.total = all_tokens - run.holdout_tokens  # tokens of an epoch
 
         self.loader = ThreadPoolExecutor(1)
-        # By number of the batch and its context; at most the next one.
+        # By batch number and context; holds at most the next batch.
         self.loading: dict[tuple[int, int], Future[list[MicroBatch]]] = {}
 
         beginning = self.shards[0][: 1 << 24]  # 32 MiB, far more than a document
@@ -1972,8 +1970,8 @@ class TrainingStream:
         )
 
     def check_shards(self) -> None:
-        """Raise DataError for a shard that is not the manifest's, or whose sample leaves the vocabulary. What the
-        sample misses, `read` finds when it is used."""
+        """Raise DataError for a shard that differs from the manifest, or with a sampled token outside the vocabulary.
+        `read` later catches what the sample misses."""
         folder = Path(self.run.data_path)
         check_listed(folder, "train", "shards", self.paths)
         listed = listed_files(folder, "train", "shards")
@@ -1981,9 +1979,9 @@ class TrainingStream:
             check_shard(path, shard, self.vocab_size, listed.get(path.name, {}))
 
     def batch(self, number: int, context: int = 0) -> list[MicroBatch]:
-        """This rank's micro-batches of a batch, grad_accum_steps of them, in which no target sees more than `context`
-        tokens (0: TRAIN_SEQ_LEN). The next batch is loaded meanwhile, for the same context; if the next call asks for
-        another one, it is loaded again."""
+        """This rank's grad_accum_steps micro-batches of a batch, with targets predicted from at most `context` tokens
+        (0: TRAIN_SEQ_LEN). Meanwhile the next batch is loaded for the same context; it is loaded again if the next
+        call asks for another context."""
         context = context or self.run.train_seq_len
         current = self.loading.get((number, context))
         if current is None:
@@ -1992,7 +1990,7 @@ class TrainingStream:
         return current.result()
 
     def _load(self, number: int, context: int) -> list[MicroBatch]:
-        """Read this rank's share of a batch. The r-th of equal shares of consecutive rows goes to rank r."""
+        """Read this rank's share of a batch: consecutive rows, the r-th of equal shares for rank r."""
         micro_batch_tokens = self.micro_batch_rows * self.run.train_row_tokens
         rank_tokens = self.grad_accum_steps * micro_batch_tokens
         begin = number * self.run.train_batch_tokens + self.dist.rank * rank_tokens
@@ -2033,14 +2031,14 @@ class TrainingStream:
         return whole_documents(text)
 
     def last_documents(self, tokens: int) -> Documents:
-        """The whole documents among the last `tokens` tokens of an epoch, which end where the held-out ones begin."""
+        """The whole documents among the last `tokens` tokens of an epoch, just before the held-out tokens."""
         count = min(tokens, self.total)
         return whole_documents(self.read(self.total - count, count))
 
 
 def whole_documents(text: np.ndarray) -> Documents:
-    """The documents of a stretch of training tokens (n,), from its first BOS to its last. Their text's bytes are
-    unknown: a token counts as one."""
+    """The documents of a stretch of training tokens (n,), from its first BOS to its last. Their bytes are unknown:
+    every token counts as one byte."""
     starts = np.flatnonzero(text == BOS)
     if len(starts):
         text = text[starts[0] : starts[-1]]
@@ -2050,7 +2048,7 @@ def whole_documents(text: np.ndarray) -> Documents:
 
 
 # ======================================================================================================================
-# Optimizer: Muon for matrices, AdamW for all other parameters. Matrices of one shape form a stack, shared by the ranks.
+# Optimizer: Muon for matrices, AdamW for the rest. Matrices of one shape form a stack, split across ranks.
 
 
 # Coefficients of each Newton-Schulz step: Polar Express, Amsel et al. 2025 (arXiv 2505.16932)
@@ -2064,7 +2062,7 @@ POLAR_EXPRESS = (
 
 
 def orthogonalise(g: Tensor, steps: int) -> Tensor:
-    """Roughly the nearest semi-orthogonal matrix of each: all singular values go to about 1. (n, r, c) -> (n, r, c)"""
+    """Roughly the nearest semi-orthogonal matrix to each: all singular values near 1. (n, r, c) -> (n, r, c)"""
     x = g.to(torch.bfloat16) if g.is_cuda else g.float()  # the iteration tolerates bf16
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -2077,7 +2075,7 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
 
 
 def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
-    """Nesterov momentum, rows normalised, orthogonalised, scaled to the matrix's aspect ratio. (n, r, c) -> (n, r, c)
+    """Nesterov momentum, row normalisation, orthogonalisation, scaling by aspect ratio. (n, r, c) -> (n, r, c)
 
     Muon, Jordan 2024; row normalisation as in MuonEq-R. `momentum` is updated in place."""
     momentum.mul_(mu).add_(g)
@@ -2111,10 +2109,10 @@ def adam_directions(
 
 
 class MuonAdam:
-    """Both optimizers of all parameters, for any number of ranks.
+    """Muon and AdamW for all parameters, on any number of ranks.
 
-    Ranks sum their gradients, each updates its share of every stack of matrices, and all gather the updates. With equal
-    sums, the number of ranks changes nothing."""
+    Ranks sum their gradients, each computes the updates for its share of every stack of matrices, and all gather
+    them. Given equal sums, the result does not depend on the number of ranks."""
 
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.run = run
@@ -2124,10 +2122,10 @@ class MuonAdam:
         for name, p in model.named_parameters():
             by_role[param_role(name)].append(p)
 
-        shapes = dict.fromkeys(p.shape for p in by_role["matrix"])  # a set that keeps its order
+        shapes = dict.fromkeys(p.shape for p in by_role["matrix"])  # an ordered set
         stacks = [[p for p in by_role["matrix"] if p.shape == shape] for shape in shapes]
         self.stacks = sorted(stacks, key=lambda ps: -sum(p.numel() for p in ps))
-        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices of a rank, rounded up
+        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank, rounded up
         self.momentum = [ps[0].new_zeros(n, *ps[0].shape) for n, ps in zip(self.share, self.stacks, strict=True)]
 
         self.adam_params = by_role["embedding"] + by_role["scalar"]
@@ -2140,10 +2138,10 @@ class MuonAdam:
         covered = sorted(map(id, self.params))
         assert covered == sorted(map(id, model.parameters())), "every parameter has exactly one optimizer"
         for p in self.params:
-            p.grad = torch.zeros_like(p)  # stays there: captured passes add to it; what a pass does not use stays zero
+            p.grad = torch.zeros_like(p)  # never replaced: CUDA graphs add to it; unused parameters keep zeros
 
     def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Sum the gradients over ranks -> (this rank's share of every stack, all of Adam's, norm of the whole)."""
+        """Sum the gradients over ranks -> (this rank's share of every stack, all of Adam's, the global norm)."""
         shares = []
         for n, ps in zip(self.share, self.stacks, strict=True):
             g = torch.stack([p.grad for p in ps])  # (matrices, r, c)
@@ -2188,7 +2186,7 @@ class MuonAdam:
         return grad_norm
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint needs, whole on every rank, so that it fits any number of ranks."""
+        """The state for a checkpoint, complete on every rank, so that any number of ranks can load it."""
         state = {}
         for i, (momentum, ps) in enumerate(zip(self.momentum, self.stacks, strict=True)):
             state[f"momentum.{i}"] = self.dist.all_gather(momentum)[: len(ps)]
@@ -2210,32 +2208,32 @@ class MuonAdam:
 
 
 # ======================================================================================================================
-# Entropy coder: integers in as many bits as their frequencies ask for, the same bits on every machine.
+# Entropy coder: integers in barely more bits than their entropy, the same bits on every machine.
 #
-# rANS (Duda 2013, arXiv 1311.2540): one number, the state, holds all symbols coded so far. A symbol of frequency f out
-# of M makes the state M / f times as large, so it costs log2(M / f) bits. Symbols leave the state in reverse order:
-# therefore the encoder begins with the last one. Whenever the state would pass 32 bits, its low 16 leave as a word.
+# rANS (Duda 2013, arXiv 1311.2540): one number, the state, holds all symbols coded so far. A symbol of frequency f
+# out of M multiplies the state by M / f, so it costs log2(M / f) bits. Symbols come out in reverse order, so the
+# encoder begins with the last one. Whenever the state would exceed 32 bits, its low 16 are written out as a word.
 #
-# Here many states, the lanes, advance side by side and share one stream of words (Giesen 2014, arXiv 1402.3392). A call
-# is cut into slices of as many symbols as there are lanes, and symbol i of a slice belongs to lane i.
+# Here many states, the lanes, advance side by side and share one stream of words (Giesen 2014, arXiv 1402.3392). A
+# call is cut into slices with one symbol per lane: symbol i of a slice belongs to lane i.
 #
 #   number of lanes (2 bytes; all numbers are little-endian)
 #   state of every lane, from which the decoder starts (4 each)
 #   words in the order in which the decoder reads them (2 each)
 
 
-PROBABILITY_BITS = 14  # rounded to 12 bits, the frequencies of Gaussian integers cost 0.05 %, to 14 bits 0.01 %
+PROBABILITY_BITS = 14  # rounding the frequencies of Gaussian integers to 12 bits costs 0.05 %, to 14 bits 0.01 %
 FREQUENCY_SUM = 1 << PROBABILITY_BITS
 WORD_BITS = 16
-LOWEST_STATE = 1 << WORD_BITS  # of a state between symbols: so a symbol moves at most one word
-MAX_LANES = 1024  # each costs 3 bytes; with fewer of them, numpy's overhead for a call outweighs its work
-SYMBOLS_PER_LANE = 4096  # at least, so that lanes do not weigh on a short stream
+LOWEST_STATE = 1 << WORD_BITS  # of a state between symbols, so that a symbol moves at most one word
+MAX_LANES = 1024  # each costs 3 bytes; with fewer, numpy's overhead per call outweighs its work
+SYMBOLS_PER_LANE = 4096  # at least, so that lanes cost little in a short stream
 
 
 class FrequencyTables:
-    """How frequent every symbol is in every context: `frequencies` (T, A) int64 for T contexts and symbols 0 to A - 1,
-    at most FREQUENCY_SUM of them. A row, the table of a context, sums to FREQUENCY_SUM, or is zero where the context
-    never occurs."""
+    """Symbol frequencies by context: `frequencies` (T, A) int64 for T contexts and symbols 0 to A - 1, A <=
+    FREQUENCY_SUM. Each row, the table of one context, sums to FREQUENCY_SUM, or is zero if the context never
+    occurs."""
 
     def __init__(self, frequencies: np.ndarray):
         self.frequencies = frequencies
@@ -2243,12 +2241,12 @@ class FrequencyTables:
 
     @classmethod
     def from_counts(cls, counts: np.ndarray) -> FrequencyTables:
-        """The tables with which symbols that occur so often, (T, A) int64, take the fewest bits."""
+        """The tables that code symbols with these counts, (T, A) int64, in the fewest bits."""
         return cls(np.stack([nearest_frequencies(row) for row in counts.astype(np.int64)]))
 
     def starts(self) -> np.ndarray:
-        """Sum of the frequencies before each symbol (T, A) int64. The symbol owns the slots from there on, as many as
-        its frequency, of the FREQUENCY_SUM slots of its table."""
+        """Sum of the frequencies before each symbol, (T, A) int64. Of its table's FREQUENCY_SUM slots, a symbol of
+        frequency f owns the f slots that begin there."""
         return self.frequencies.cumsum(1) - self.frequencies
 
     def to_bytes(self) -> bytes:
@@ -2258,7 +2256,7 @@ class FrequencyTables:
 
     @classmethod
     def from_bytes(cls, data: bytes, tables: int, alphabet: int) -> FrequencyTables:
-        """What `to_bytes` made of so many tables of so many symbols. Raises DataError."""
+        """Read what `to_bytes` wrote for `tables` tables of `alphabet` symbols. Raises DataError."""
         size = 2 * tables * alphabet
         with untrusted("frequency tables"):
             raw = decompress(data, size)
@@ -2276,14 +2274,14 @@ class FrequencyTables:
 
 
 def nearest_frequencies(counts: np.ndarray) -> np.ndarray:
-    """Frequencies (A,) int64 that sum to FREQUENCY_SUM, at least 1 for every symbol that occurs, as nearly proportional
-    to counts (A,) int64 as that allows; all zero if there are none."""
+    """Counts (A,) int64 -> frequencies (A,) int64 that sum to FREQUENCY_SUM: as nearly proportional as possible, but
+    at least 1 for every symbol that occurs; all zero if no symbol does."""
     total = int(counts.sum())
     if total == 0:
         return np.zeros_like(counts)
     frequencies = np.maximum((counts * FREQUENCY_SUM + total // 2) // total, counts > 0)
     while (missing := FREQUENCY_SUM - int(frequencies.sum())) != 0:
-        largest = np.argsort(-frequencies, kind="stable")[: abs(missing)]  # a slot more or less matters least to them
+        largest = np.argsort(-frequencies, kind="stable")[: abs(missing)]  # one slot more or less matters least here
         frequencies[largest] += np.sign(missing)
         frequencies = np.maximum(frequencies, counts > 0)
     return frequencies
@@ -2298,16 +2296,16 @@ class RansEncoder:
     """put() symbols with their contexts, in calls of any size, then finish()."""
 
     def __init__(self, tables: FrequencyTables):
-        # (T, A): the frequency of a symbol, above 16 bits that hold its start.
+        # (T, A): a symbol's frequency in the upper bits, its start in the lower 16.
         self.intervals = (tables.frequencies << 16 | tables.starts()).astype(np.uint32)
         self.calls: list[np.ndarray] = []
 
     def put(self, symbols: np.ndarray, contexts: np.ndarray) -> None:
-        """Symbols (n,), each in its context (n,); integers of any type. Raises ValueError where the context's table
-        does not have the symbol."""
+        """Add symbols (n,), each in its context (n,); integers of any type. Raises ValueError if a context's table
+        lacks the symbol."""
         if symbols.ndim != 1 or symbols.shape != contexts.shape:
             raise ValueError(f"shapes {symbols.shape} and {contexts.shape}: expected one dimension and one length")
-        symbols = symbols.astype(np.int64, casting="same_kind")  # refuses what is no integer
+        symbols = symbols.astype(np.int64, casting="same_kind")  # refuses non-integers
         contexts = contexts.astype(np.int64, casting="same_kind")
         tables, alphabet = self.intervals.shape
         if not all_below(symbols, alphabet) or not all_below(contexts, tables):
@@ -2321,7 +2319,7 @@ class RansEncoder:
         self.calls.append(intervals)
 
     def finish(self) -> bytes:
-        """The stream of all that was put."""
+        """The stream of all symbols put so far."""
         sizes = [len(call) for call in self.calls]
         lanes = lane_count(sum(sizes), max(sizes, default=0))
         states = np.full(lanes, LOWEST_STATE, np.uint32)
@@ -2333,17 +2331,17 @@ class RansEncoder:
 
 
 def lane_count(symbols: int, widest: int) -> int:
-    """Lanes of a stream of so many symbols, `widest` of them in its largest call."""
+    """Number of lanes for a stream of `symbols` symbols, `widest` of them in its largest call."""
     return max(1, min(MAX_LANES, symbols // SYMBOLS_PER_LANE, widest))
 
 
 def encode_slice(states: np.ndarray, intervals: np.ndarray) -> bytes:
-    """Put a symbol into each of the first states, in place. -> the words that had to leave before, by lane"""
+    """Put a symbol into each of the first states, in place -> the words written out to make room, by lane"""
     states = states[: len(intervals)]
     frequencies = intervals >> 16
     starts = intervals & 0xFFFF
 
-    full = np.flatnonzero(states >> (32 - PROBABILITY_BITS) >= frequencies)  # the next state would pass 32 bits
+    full = np.flatnonzero(states >> (32 - PROBABILITY_BITS) >= frequencies)  # the next state would exceed 32 bits
     leaving = states[full]
     states[full] = leaving >> WORD_BITS
 
@@ -2356,11 +2354,11 @@ class RansDecoder:
     """take() the symbols of each put(), in the same order, then finish(). The contexts of a call may depend on the
     symbols of earlier calls.
 
-    A damaged stream is either noticed, at the latest by finish(), or it is the intact stream of other symbols, which
-    the checksum of a container notices. It causes no more work than the symbols that are asked for."""
+    Damage is noticed by finish() at the latest, unless it happens to give a valid stream of other symbols, which only
+    a container's checksum detects. Either way, decoding takes no more work than the requested symbols need."""
 
     def __init__(self, data: bytes, tables: FrequencyTables):
-        """A stream and the tables that it was encoded with. Raises DataError where no stream can begin like this."""
+        """A stream and the tables that it was encoded with. Raises DataError if no stream can begin like this."""
         lanes = int.from_bytes(data[:2], "little")
         end = 2 + 4 * lanes
         require(1 <= lanes <= MAX_LANES, f"coded symbols: {lanes} lanes, expected 1 to {MAX_LANES}", DataError)
@@ -2370,8 +2368,8 @@ class RansDecoder:
         self.words_read = 0
         require(bool((self.states >= LOWEST_STATE).all()), "coded symbols: a state is too small", DataError)
 
-        # By slot: its symbol, and the frequency of that, above 16 bits that hold the slot's place in it. Table t begins
-        # at slot t * FREQUENCY_SUM, since those that are not in use have slots as well.
+        # For every slot: its symbol; and that symbol's frequency (upper bits) and the slot's place among the symbol's
+        # slots (lower 16). Unused tables have slots too, so that table t begins at slot t * FREQUENCY_SUM.
         frequencies = tables.frequencies.copy()
         frequencies[~tables.in_use, 0] = FREQUENCY_SUM
         count, alphabet = frequencies.shape
@@ -2384,8 +2382,8 @@ class RansDecoder:
         self.intervals = (np.repeat(first_places, frequencies.ravel()) + slots).astype(np.uint32)
 
     def take(self, contexts: np.ndarray) -> np.ndarray:
-        """The next symbols (n,) int16, each in its context (n,), integers of any type. Raises DataError where a context
-        has no table, and where the stream ends early."""
+        """The next symbols (n,) int16, each in its context (n,), integers of any type. Raises DataError if a context
+        has no table or the stream ends early."""
         contexts = contexts.astype(np.int64, casting="same_kind")
         possible = all_below(contexts, len(self.in_use)) and bool(self.in_use[contexts].all())
         require(possible, "coded symbols: a context for which there is no table", DataError)
@@ -2397,7 +2395,7 @@ class RansDecoder:
         return symbols
 
     def _take_slice(self, first_slots: np.ndarray, symbols: np.ndarray) -> None:
-        """Take a symbol out of each of the first states, then read a word for those that became too small."""
+        """Take a symbol out of each of the first states, then read a word into every state that became too small."""
         states = self.states[: len(symbols)]
         slots = first_slots + (states & (FREQUENCY_SUM - 1))
         self.symbols.take(slots, out=symbols, mode="clip")  # no slot is out of range: "clip" only avoids a copy
@@ -2415,14 +2413,14 @@ class RansDecoder:
         self.words_read = end
 
     def finish(self) -> None:
-        """Raises DataError unless exactly the symbols of the stream have been taken."""
+        """Raise DataError unless exactly the stream's symbols have been taken."""
         left = len(self.words) - self.words_read
         require(left == 0, f"coded symbols: {left} words are left over", DataError)
         require(bool((self.states == LOWEST_STATE).all()), "coded symbols: the stream is damaged", DataError)
 
 
 # ======================================================================================================================
-# Container: one format for artifacts and checkpoints. It describes itself, is checksummed and is read without pickle.
+# Container: one format for artifacts and checkpoints. It is self-describing, checksummed and read without pickle.
 #
 #   magic (8 bytes)
 #   length of the header (4, little-endian)
@@ -2436,15 +2434,15 @@ DIGEST_BYTES = 16
 MAX_HEADER_BYTES = 1 << 24
 MAX_UNPACKED_BYTES = 1 << 31
 MAX_DIMENSIONS = 4
-MAX_TENSORS = 1 << 17  # checkpoints of 1,024 blocks have half as many; a header of 16 MB could list a million
+MAX_TENSORS = 1 << 17  # a checkpoint of 1,024 blocks has half as many; a header of 16 MB could list a million
 STORED_TYPES = {"f4": torch.float32, "f2": torch.float16, "i1": torch.int8, "u1": torch.uint8}
-ALREADY_CODED = torch.uint8  # the type of what the entropy coder has written, in which zstd would find nothing
+ALREADY_CODED = torch.uint8  # the type of the entropy coder's output, which zstd cannot shrink further
 TYPE_NAMES = {dtype: name for name, dtype in STORED_TYPES.items()}
 
 
 def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | None) -> bytes:
-    """Tensors of STORED_TYPES and a table that JSON can hold -> a container. zstd compresses the tensors at `level`;
-    None leaves them as they are."""
+    """Tensors of STORED_TYPES and a JSON-serialisable table -> a container. zstd compresses the tensors at `level`;
+    None stores them as they are."""
 
     def tensor_bytes(t: Tensor) -> bytes:
         raw = t.detach().cpu().contiguous().numpy().tobytes()
@@ -2452,7 +2450,7 @@ def pack(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], level: int | No
             return raw
         return zstandard.ZstdCompressor(level=level, write_content_size=True).compress(raw)
 
-    with ThreadPoolExecutor() as pool:  # a frame for each tensor: in parallel, and with its own statistics
+    with ThreadPoolExecutor() as pool:  # one frame per tensor: in parallel, each with its own statistics
         blobs = list(pool.map(tensor_bytes, tensors.values()))
     table = [
         [name, TYPE_NAMES[t.dtype], list(t.shape), len(blob)]
@@ -2469,7 +2467,7 @@ def blake2b(body: bytes) -> bytes:
 
 
 def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
-    """A container's bytes -> its checked header, and where the tensors begin. Raises DataError, which names `what`."""
+    """A container's bytes -> (checked header, offset of the tensors). Raises a DataError that names `what`."""
     body, checksum = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
     magic = body[: len(CONTAINER_MAGIC)]
     require(magic == CONTAINER_MAGIC, f"{what}: not a file of this program, begins with {magic!r}", DataError)
@@ -2488,14 +2486,14 @@ def read_header(data: bytes, what: str) -> tuple[dict[str, Any], int]:
 
 
 def unpack(data: bytes, what: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A container's bytes -> (meta, tensors by name). Nothing is trusted before it is checked; raises DataError, which
-    names `what`."""
+    """A container's bytes -> (meta, tensors by name). Nothing is trusted before it is checked; raises a DataError
+    that names `what`."""
     header, at = read_header(data, what)
     return dict(header["meta"]), read_tensors(data, header, at, what)
 
 
 def read_tensors(data: bytes, header: Mapping[str, Any], at: int, what: str) -> dict[str, Tensor]:
-    """A container's bytes, with what `read_header` found in them -> tensors by name. Raises DataError."""
+    """A container's bytes and what `read_header` returned for them -> tensors by name. Raises DataError."""
     tensors: dict[str, Tensor] = {}
     with untrusted(what):
         # A limit for all tensors together, so that a small file cannot fill the memory.
@@ -2519,14 +2517,14 @@ def table_layout(header: Mapping[str, Any], what: str) -> Layout:
             if not isinstance(name, str) or name in found:
                 raise ValueError(f"tensor {brief(name)} comes twice")
             sides = shape if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
-            if not all(type(n) is int and 0 <= n < MAX_UNPACKED_BYTES for n in sides):  # torch cannot show larger
+            if not all(type(n) is int and 0 <= n < MAX_UNPACKED_BYTES for n in sides):  # huge ones overflow torch.Size
                 raise ValueError(f"{brief(name)}: {brief(shape)} is not a shape")
             found[name] = STORED_TYPES[kind], torch.Size(shape)
         return found
 
 
 def require_layout(expected: Layout, found: Layout, what: str) -> None:
-    """A file must hold these tensors and no others. Raises DataError, which names the first that differs."""
+    """A file must hold exactly the expected tensors. Raises a DataError that names the first that differs."""
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         name = wrong[0]
@@ -2535,7 +2533,7 @@ def require_layout(expected: Layout, found: Layout, what: str) -> None:
 
 @contextlib.contextmanager
 def untrusted(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is the fault of the file `what`: DataError."""
+    """Whatever goes wrong inside becomes a DataError that blames the file `what`."""
     try:
         yield
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, zstandard.ZstdError) as error:
@@ -2543,14 +2541,14 @@ def untrusted(what: str) -> Iterator[None]:
 
 
 def decompress(frame: bytes, most: int) -> bytes:
-    """A zstd frame of at most `most` bytes -> its content."""
+    """A zstd frame -> its content, at most `most` bytes."""
     size = zstandard.get_frame_parameters(frame).content_size
     require(0 <= size <= most, f"a frame claims {size} bytes, at most {most} are expected")
     return zstandard.ZstdDecompressor().decompress(frame, max_output_size=size, allow_extra_data=False)
 
 
 def read_tensor(blob: bytes, dtype: torch.dtype, shape: torch.Size, compressed: bool, room: int) -> Tensor:
-    """Stored bytes -> a tensor of a type and shape of `table_layout`, of at most `room` bytes."""
+    """Stored bytes -> a tensor of at most `room` bytes, with a type and shape from `table_layout`."""
     expected = math.prod(shape) * dtype.itemsize
     require(expected <= room, f"shape {shape} is too large")
     raw = decompress(blob, expected) if compressed and dtype != ALREADY_CODED else blob
@@ -2561,11 +2559,11 @@ def read_tensor(blob: bytes, dtype: torch.dtype, shape: torch.Size, compressed: 
 
 
 # ======================================================================================================================
-# Training: the budget is time or steps, and every schedule is a pure function of the fraction of it that is spent.
+# Training: the budget is time or steps, and every schedule is a pure function of the fraction of the budget spent.
 
 
 def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
-    """Fraction of the training budget that `step` steps and `seconds` have spent; `reserve` seconds of the budget are
+    """Fraction of the training budget spent after `step` steps and `seconds`; `reserve` seconds of the budget are
     kept for quantisation. At 1 or more, training ends."""
     by_steps = 0.0
     if run.iterations:
@@ -2585,13 +2583,13 @@ def lr_at(progress: float, run: RunConfig) -> float:
     return max(run.min_lr, min(1.0, falling))
 
 
-# Until that part of the budget, so many thirds of TRAIN_SEQ_LEN (EXPERIMENTS.md, section 29)
+# (until this fraction of the budget, thirds of TRAIN_SEQ_LEN); EXPERIMENTS.md, section 29
 CONTEXT_GROWTH = ((0.1, 1), (0.7, 2), (math.inf, 3))
 
 
 def context_at(progress: float, run: RunConfig) -> int:
-    """The longest context in training, tokens: it grows, as far words help little until near ones are learned, and
-    short contexts make faster steps."""
+    """The longest context in training, in tokens. It grows: distant words help little until near ones are learned,
+    and short contexts make faster steps."""
     thirds = next(thirds for until, thirds in CONTEXT_GROWTH if progress < until)
     return max(1, run.train_seq_len * thirds // 3)
 
@@ -2620,8 +2618,8 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self, weight: float = 1.0) -> Iterator[None]:
-        """Inside, the model holds `weight` of the average and 1 - `weight` of its own weights (1 and 0: exactly the one
-        or the other); afterwards, its own weights again."""
+        """Inside, the model holds `weight` times the average plus 1 - `weight` times its own weights (1 and 0:
+        exactly one or the other); afterwards, its own weights again."""
         weights = [p.clone() for p in self.params]
         try:
             torch._foreach_lerp_(self.params, self.values, weight)
@@ -2636,8 +2634,8 @@ class Trainer:
     def __init__(
         self, model: GPT, run: RunConfig, dist: Dist, provenance: Mapping[str, Any], training_shards: str = ""
     ):
-        """`provenance` says what the artifact and every checkpoint come from: tokenizer and held-out text.
-        `training_shards` is the digest of the shards, which only checkpoints need: batches are known by number."""
+        """`provenance` says what the artifact and every checkpoint depend on: tokenizer and held-out text.
+        `training_shards` is the digest of the shards; only checkpoints need it, since they know batches by number."""
         self.model = model
         self.run = run
         self.dist = dist
@@ -2653,13 +2651,13 @@ class Trainer:
         self.step = 0
         self.progress = 0.0
         self.seconds_before = 0.0  # training time of the runs that this one continues
-        self.finished = False  # the checkpoint that this run continues is of a training that was over
+        self.finished = False  # whether the checkpoint that this run continues is of a finished training
 
     def looping(self, progress: float) -> bool:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
 
     def spend(self, progress: float) -> None:
-        """Note that the fraction `progress` of the budget is spent; the average takes in the last step."""
+        """Record that the fraction `progress` of the budget is spent, and update the average with the last step."""
         if self.step:
             self.average.update(progress - self.progress)
         self.progress = progress
@@ -2686,12 +2684,12 @@ class Trainer:
         return self.dist.all_reduce(loss)
 
     def weights(self) -> dict[str, Tensor]:
-        """The tensors that what follows training needs, by name; they share memory with what they describe."""
+        """The tensors needed after training, by name; they share the trainer's memory."""
         weights = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         return weights | {f"average.{i}": values for i, values in enumerate(self.average.values)}
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors that training changes, by name; most of them share memory with what they describe."""
+        """All tensors that training changes, by name; most of them share the trainer's memory."""
         return self.weights() | {f"optimizer.{name}": t for name, t in self.optimizer.state().items()}
 
     def copy_state(self) -> dict[str, Tensor]:
@@ -2703,14 +2701,14 @@ class Trainer:
             t.copy_(weights[name])
 
     def load_state(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Take over what `state()` gave after `step` steps."""
+        """Restore what `state()` returned after `step` steps."""
         self.load_weights(state)
         of_optimizer = {name.removeprefix("optimizer."): t for name, t in state.items()}
         self.optimizer.load_state(of_optimizer, step)
         self.step = step
 
     def identity(self, finished: bool = False) -> dict[str, Any]:
-        """What a run must share with the one that it continues."""
+        """What a run must have in common with the run it continues."""
         return {
             "kind": FINISHED if finished else "checkpoint",
             "model": dataclasses.asdict(self.model.config),
@@ -2721,8 +2719,8 @@ class Trainer:
         }
 
     def save_checkpoint(self, path: Path, seconds: float, finished: bool = False) -> None:
-        """Write a checkpoint: all that training changes, or, where it is finished, all that the rest needs, which is
-        less. Every rank must call this; rank 0 writes. Raises UserError, on every rank, if that fails."""
+        """Write a checkpoint: all that training changes or, if training is `finished`, only what the run still needs.
+        Every rank must call this; rank 0 writes. Raises UserError on every rank if that fails."""
         meta = self.identity(finished) | {"step": self.step, "seconds": seconds}
         state = self.weights() if finished else self.state()
         problem = ""
@@ -2730,15 +2728,15 @@ class Trainer:
             try:
                 require_room(path, sum(t.nbytes for t in state.values()), self.run)
                 write_atomically(path, [pack(meta, state, level=None)], parents=True)
-            except (UserError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: no memory, says torch
+            except (UserError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch is out of memory
                 problem = printable(str(error) or type(error).__name__)
         problem = self.dist.broadcast_bytes(problem.encode()).decode()
         require(not problem, problem, UserError)
 
     def load_checkpoint(self, path: str) -> None:
-        """Go on from a checkpoint of the same network, data and batches. Raises DataError, and changes nothing then.
+        """Continue from a checkpoint of the same network, data and batches. Raises DataError, changing nothing.
 
-        What is spent of the budget is not read: `train` measures it by this run's own budget."""
+        The fraction of the budget spent is not read: `train` measures it against this run's own budget."""
         data = read_on_main(path, self.dist)
         header, at = read_header(data, path)
         meta = header["meta"]
@@ -2774,7 +2772,7 @@ MAX_STEP = 10**9  # of a checkpoint, where ITERATIONS sets no limit
 
 
 def checked_progress(meta: Mapping[str, Any], run: RunConfig, path: str) -> tuple[int, float]:
-    """Steps and seconds of training that a checkpoint says it has behind it. Raises DataError."""
+    """Steps and seconds of training that a checkpoint claims, checked. Raises DataError."""
     step = meta.get("step")
     seconds = meta.get("seconds")
     limit = f"ITERATIONS={run.iterations}" if run.iterations else f"{MAX_STEP}"
@@ -2799,12 +2797,12 @@ def require_room(path: Path, size: int, run: RunConfig) -> None:
 
 
 def artifact_room(run: RunConfig) -> int:
-    """Bytes of disk that the artifact, its temporary file, and log and results beside it need at most."""
+    """Upper bound on the disk bytes of the artifact, its temporary file, the log and the results."""
     return 3 * run.artifact_bytes
 
 
 def save_or_warn(trainer: Trainer, path: Path, seconds: float, log: Log, finished: bool = False) -> bool:
-    """Write a checkpoint -> whether it is on the disk. If not, a warning is enough: the training itself is well."""
+    """Write a checkpoint -> whether it is on the disk. If not, a warning is enough: training can go on."""
     try:
         trainer.save_checkpoint(path, seconds, finished)
     except UserError as error:
@@ -2814,7 +2812,7 @@ def save_or_warn(trainer: Trainer, path: Path, seconds: float, log: Log, finishe
 
 
 def difference(theirs: Any, ours: Any) -> str:
-    """What a file says and what was expected, in a few words; of tables, the first entry that differs."""
+    """What a file says and what was expected, in a few words; for tables, only the first entry that differs."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         names = sorted(theirs.keys() | ours.keys())
         name = next(n for n in names if n not in theirs or n not in ours or theirs[n] != ours[n])
@@ -2833,7 +2831,7 @@ def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[MicroBatch
 
 def warm_up(trainer: Trainer, batch: Sequence[MicroBatch]) -> None:
     """Train on `batch` in both loop modes, until everything is compiled and captured. This changes the trainer: save
-    its state before, load it afterwards."""
+    its state before and restore it afterwards."""
     batches = [batch] * trainer.run.warmup_steps
     if trainer.cuda_graphs is not None:
         batches.insert(0, batch[:1])  # both modes run once before either is captured, which needs less memory
@@ -2846,18 +2844,18 @@ def warm_up(trainer: Trainer, batch: Sequence[MicroBatch]) -> None:
             trainer.train_step(micro_batches, 0.0, looping)
 
 
-PATIENCE = 100  # steps: a high rate may throw the loss up at first, and training recovers
+PATIENCE = 100  # steps: at a high learning rate the loss may jump at first, then recover
 
 
 class DivergenceCheck:
-    """Ends a training whose loss is not finite, or stays above twice that of uniform guessing for PATIENCE steps."""
+    """Ends training if the loss is not finite, or stays above twice that of uniform guessing for PATIENCE steps."""
 
     def __init__(self, vocab_size: int):
         self.limit = 2 * math.log(vocab_size)  # nats a token
         self.steps_above = 0
 
     def __call__(self, loss: float, step: int) -> None:
-        """See the loss of a step. Raises UserError."""
+        """Check the loss of a step. Raises UserError."""
         self.steps_above = self.steps_above + 1 if not loss < self.limit else 0
         require(
             math.isfinite(loss) and self.steps_above < PATIENCE,
@@ -2866,7 +2864,7 @@ class DivergenceCheck:
         )
 
     def at_the_end(self, loss: float, what: str) -> None:
-        """See a loss that training may not end with. Raises UserError."""
+        """Check the loss that training ends with. Raises UserError."""
         require(loss < self.limit, self.message(what, loss), UserError)
 
     def message(self, what: str, loss: float) -> str:
@@ -2885,13 +2883,13 @@ def train(
     validate: Callable[[], float],
     checkpoint: Path,
 ) -> list[tuple[int, float, float]]:
-    """Train until the budget is spent -> (step, seconds, loss) of every logged step. `validate` gives bits per byte,
-    `checkpoint` is the file that CHECKPOINT_SECONDS writes."""
+    """Train until the budget is spent -> (step, seconds, loss) of every logged step. `validate` returns bits per
+    byte, `checkpoint` is the file that CHECKPOINT_SECONDS writes."""
     run = trainer.run
     history = []
     loss = torch.zeros(())
     check_loss = DivergenceCheck(stream.vocab_size)
-    # What earlier runs spent: else the average would take it for the share of the last step.
+    # What earlier runs spent: otherwise the average would charge it to the last step.
     trainer.progress = progress_at(run, trainer.step, trainer.seconds_before, reserve)
     logged_at = trainer.seconds_before
     saved_at = trainer.seconds_before
@@ -2933,8 +2931,8 @@ def train(
 def log_step(
     log: Log, trainer: Trainer, stream: TrainingStream, loss: float, now: float, since_last: float, spent: float
 ) -> None:
-    """Report progress at `now` seconds of training, `since_last` seconds after the report before; this step included,
-    the fraction `spent` of the budget is spent."""
+    """Report progress at `now` seconds of training, `since_last` seconds after the previous report. `spent` is the
+    fraction of the budget spent, including this step."""
     run = trainer.run
     log.event(
         "step",
