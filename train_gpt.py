@@ -2950,23 +2950,23 @@ def log_step(
 
 
 # ======================================================================================================================
-# Quantiser: matrices become integers that an entropy coder packs. One number, the same for the whole network, decides
-# how fine all steps are: each then follows from what errors of its weight do to the predictions.
+# Quantiser: matrices become integers that an entropy coder packs. One number for the whole network sets how fine the
+# steps are; each weight's own step then follows from what an error of that weight does to the predictions.
 
 
 # ---- Calibration: what errors of a matrix cost ----
 
 
 class Sensitivity(NamedTuple):
-    """What an error E of a matrix (out, in) costs: about 1/2 sum_i rows[i] E[i] hessian E[i]^T nats a token, as KL
+    """What an error E in a matrix (out, in) costs: about 1/2 sum_i rows[i] E[i] hessian E[i]^T nats per token, as KL
     divergence from the predictions of the exact network.
 
-    Gradients of sampled labels give it: the Fisher information, with a factor for each row (Martens & Grosse 2015,
-    arXiv 1503.05671, restricted to the diagonal on the side of the outputs)."""
+    This is the Fisher information, estimated from gradients at sampled labels, with one factor per row (Martens &
+    Grosse 2015, arXiv 1503.05671, restricted to the diagonal on the output side)."""
 
     hessian: Tensor  # (in, in) fp32
-    rows: Tensor  # (out,) fp32, of mean 1
-    inputs: Tensor | None = None  # (in, in), mean of x x^T, for the embedding alone: see `MatrixPlan.row_octaves`
+    rows: Tensor  # (out,) fp32, with mean 1
+    inputs: Tensor | None = None  # (in, in), mean of x x^T; only for the embedding: see `MatrixPlan.row_octaves`
 
 
 class GradientSums:
@@ -2985,7 +2985,7 @@ class GradientSums:
         self.hessian.addmm_(weighted.mT, weighted)
 
 
-# On what is measured of blocks that a loop passes repeatedly: their errors add up (EXPERIMENTS.md, section 26)
+# Factor on the measured Hessian of blocks that a loop repeats: their errors add up (EXPERIMENTS.md, section 26)
 LOOPED_FACTOR = 1.5
 HEAD_CHUNK = 4096  # tokens whose logits are in memory at a time
 
@@ -3004,8 +3004,8 @@ def without_weight_gradients(model: GPT) -> Iterator[None]:
 
 
 class Calibration:
-    """Gathers the sensitivity of every matrix from passes over text, forward and backward; the labels are samples of
-    the model's own predictions."""
+    """Gathers the sensitivity of every matrix from forward and backward passes over text, with labels sampled from the
+    model's own predictions."""
 
     def __init__(self, model: GPT, seed: int):
         self.model = model
@@ -3019,10 +3019,10 @@ class Calibration:
         self.head = GradientSums(model.embed.shape, device)  # the embedding as the output matrix
         self.lookup = torch.zeros(dim, dim, device=device)  # sum of g g^T over gradients g of looked-up embeddings
         self.inputs = torch.zeros(dim, dim, device=device)  # sum of x x^T over states x before the head
-        self.counts = torch.zeros(vocab, device=device)  # of tokens
+        self.counts = torch.zeros(vocab, device=device)  # how often each token occurs
 
     def run(self, batches: Iterable[MicroBatch]) -> None:
-        """Add text. Activations of all of a micro-batch are in memory, uncompiled ones, which take more of it."""
+        """Add text. Keeps all activations of a micro-batch in memory, where uncompiled code needs more of them."""
         hooked = (self.watch(name, module) for name, module in self.model.named_modules())
         handles = [handle for handle in hooked if handle is not None]
         try:
@@ -3074,15 +3074,15 @@ class Calibration:
             g = gradient.flatten(0, -2).float()
             self.lookup.addmm_(g.mT, g)
 
-        output.requires_grad_(True)  # the first tensor with a gradient: all that follows has one, too
+        output.requires_grad_(True)  # the first tensor with a gradient, so that all later ones have one too
         output.register_hook(add)
 
     @torch.no_grad()
     def head_gradient(self, states: Tensor) -> Tensor:
-        """States before the head (T, D) -> the gradient there (T, D) of the loss with labels that the model draws.
+        """States before the head (T, D) -> gradient (T, D) of the loss at them, with labels sampled from the model.
 
-        With logits z, p their softmax and c the slope of the soft cap, the loss has the gradient c (p - onehot) at the
-        uncapped logits, and the expected second derivative c^2 p (1 - p) there."""
+        With p the softmax of the logits z and c the slope of the soft cap, the loss has the gradient c (p - onehot) and
+        the expected second derivative c^2 p (1 - p) with respect to the uncapped logits."""
         embedding = self.model.embed
         gradients = []
         for x in states.split(HEAD_CHUNK):
@@ -3109,7 +3109,7 @@ class Calibration:
         self.tokens = int(dist.all_reduce(torch.tensor(self.tokens)))
 
     def sensitivities(self) -> dict[str, Sensitivity]:
-        """Of every matrix, by name. Raises UserError for one that no forward pass used."""
+        """The sensitivity of every matrix, by name. Raises UserError for a matrix that no forward pass used."""
         silent = [name for name, sums in self.matrices.items() if not sums.calls]
         require(
             silent == [],
@@ -3126,8 +3126,8 @@ class Calibration:
         return found
 
     def of_embedding(self) -> Sensitivity:
-        """The embedding is used twice: as the output matrix, where a row counts as its token is predicted, and to look
-        tokens up, where a row counts as its token occurs."""
+        """The embedding is used twice: as the output matrix, where a row's weight follows how much its token is
+        predicted, and as the lookup table, where it follows how often its token occurs."""
         output = self.head.hessian / self.tokens
         looked_up = self.lookup / self.tokens
         total = output + looked_up
@@ -3152,13 +3152,14 @@ def calibrate(
 # ---- Steps: how fine each weight is stored ----
 
 EIGHTHS = (1.0, 1.0905077, 1.1892071, 1.2968396, 1.4142136, 1.5422108, 1.6817929, 1.8340081)  # 2^(i / 8), in fp32
-GRID_LIMIT = 127  # of any number of a grid: 16 octaves
+GRID_LIMIT = 127  # largest absolute value of any number in a grid: 16 octaves
 
 
 class Grid(NamedTuple):
-    """Steps and deviations of the weights of a matrix (out, in), as whole eighths of an octave, so that they are small
-    to store and equal on every machine: entry (i, j) has the step 2^((row_steps[i] + column_steps[j]) / 8), and weights
-    there deviate by about 2^((row_sizes[i] + column_sizes[j]) / 8)."""
+    """Step and size of every weight of a matrix (out, in): entry (i, j) has the step
+    2^((row_steps[i] + column_steps[j]) / 8), and its weight an RMS of about 2^((row_sizes[i] + column_sizes[j]) / 8).
+
+    Numbers are whole eighths of an octave, which are small to store and equal on every machine."""
 
     row_steps: np.ndarray  # (out,) int16
     column_steps: np.ndarray  # (in,) int16
@@ -3167,7 +3168,7 @@ class Grid(NamedTuple):
 
     @property
     def row_classes(self) -> np.ndarray:
-        """(out,) int16; the class of entry (i, j) is row_classes[i] + column_classes[j], its deviation in steps, in
+        """(out,) int16. The class of entry (i, j) is row_classes[i] + column_classes[j]: log2 of its RMS in steps, in
         eighths of an octave."""
         return self.row_sizes - self.row_steps
 
@@ -3189,12 +3190,12 @@ def to_eighths(octaves: Tensor) -> np.ndarray:
 
 
 def to_quarters(octaves: Tensor) -> np.ndarray:
-    """The same in even numbers of eighths."""
+    """Logarithms to base 2 -> int16 eighths of an octave, even ones only, within GRID_LIMIT."""
     return 2 * (4 * octaves).round().clamp(-(GRID_LIMIT // 2), GRID_LIMIT // 2).to(torch.int16).cpu().numpy()
 
 
 def row_and_column_sizes(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Deviations (out,) and (in,) whose outer product fits those of the weights (out, in)."""
+    """Sizes (out,) and (in,) whose outer product approximates the RMS of the weights (out, in)."""
     columns = torch.ones_like(weight[0])
     for _ in range(3):
         rows = (weight / columns).square().mean(1).sqrt().clamp(min=1e-8)
@@ -3212,10 +3213,10 @@ def lambert_w(y: Tensor) -> Tensor:
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """The upper Cholesky factor of (H + damping * mean diagonal)^-1, (c, c), and the damping that it took: ten times as
-    much at a time while H is not positive definite in fp32, as few calibration tokens leave it.
+    """The upper Cholesky factor (c, c) of (H + damping * mean diagonal)^-1, and the damping used: it grows tenfold at a
+    time until the sum is positive definite in fp32, as it may not be at first after few calibration tokens.
 
-    Raises UserError if even the mean diagonal itself is too little, as it is where H is not finite."""
+    Raises UserError if damping by the whole mean diagonal is not enough, for instance where H is not finite."""
     while damping <= 1.0:
         damped = hessian.clone()
         damped.diagonal().add_(damping * hessian.diagonal().mean())
@@ -3230,17 +3231,18 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-# Factor on the noise of their logits: see `MatrixPlan.row_octaves`. A tenth or ten times of it changes little
+# Factor on the noise of rare tokens' logits: see `MatrixPlan.row_octaves`. A tenth of it, or ten times, changes little
 # (EXPERIMENTS.md, section 26).
 RARE_TOKEN_CAUTION = 10.0
 
 
 class MatrixPlan:
-    """One matrix, ready to be rounded: its steps up to the factor of the network, and the factor that spreads errors.
+    """One matrix, ready to be rounded: its steps, up to a factor 2^octave of the whole network, and the Cholesky factor
+    that spreads rounding errors over later columns.
 
-    With U the upper Cholesky factor of the damped inverse Hessian, in the order in which columns are rounded, an error
-    e in column j costs (e / U_jj)^2 of what no later column can mend, times the weight b_i of its row. Equal costs for
-    equal bits ask for steps proportional to U_jj / sqrt(b_i)."""
+    Let U be the upper Cholesky factor of the damped inverse Hessian, with columns in the order of rounding, and b_i the
+    weight of row i. An error e at (i, j) costs b_i (e / U_jj)^2 after later columns have compensated for what they can.
+    An extra bit saves the same cost at every weight if steps are proportional to U_jj / sqrt(b_i): so they are."""
 
     def __init__(self, weight: Tensor, sensitivity: Sensitivity, damping: float, noise: float):
         """`noise` is the variance of a rounding error, in squared steps."""
@@ -3252,30 +3254,30 @@ class MatrixPlan:
         self.upper, self.damping = inverse_factor(hessian[self.order][:, self.order], damping)
         column_octaves = torch.empty_like(weight[0])
         column_octaves[self.order] = self.upper.diagonal().log2()
-        self.level = column_octaves.median()  # it goes to the rows, so that columns have small numbers
+        self.level = column_octaves.median()  # moved to the rows, so that columns have small numbers
         column_octaves -= self.level
         self.column_steps = to_eighths(column_octaves)
         self.rows = sensitivity.rows.clamp(min=1e-6)
         row_sizes, column_sizes = row_and_column_sizes(weight)
-        self.row_sizes = to_quarters(row_sizes.log2())  # classes are no finer
+        self.row_sizes = to_quarters(row_sizes.log2())  # as fine as classes
         self.column_sizes = to_quarters(column_sizes.log2())
 
-        # Finer ones would ask for integers that are too large, also after the errors of other columns were spread.
+        # Finer steps would need integers that are too large; 0.75 leaves room for errors spread from other columns.
         largest = (weight.abs() / column_octaves.exp2()).amax(1)
         self.finest_row_octaves = (largest.clamp(min=1e-30) / (0.75 * LARGEST_INTEGER)).log2()
 
-        self.logit_noise = 0.0  # variance of the logit of a row that weighs 1, at octave 0; 0 if rows are not tokens
+        self.logit_noise = 0.0  # variance of the logit of a row of weight 1, at octave 0; 0 if rows are not tokens
         if sensitivity.inputs is not None:
             inputs = sensitivity.inputs[self.order][:, self.order]
             explained = (self.upper @ inputs @ self.upper.mT).trace()  # tr((H + damping)^-1 E[x x^T])
             self.logit_noise = RARE_TOKEN_CAUTION * noise * float(explained)
 
     def row_octaves(self, octave: float) -> Tensor:
-        """log2 of the rows' part of the steps, (out,), where 2^octave is the factor of the network.
+        """log2 of the rows' factor of the steps, (out,), where 2^octave is the factor of the whole network.
 
-        The cost of an error is quadratic only while it is small. Noise of variance v on the logit of a rare token of
-        probability P costs P (e^(v/2) - 1): minimising bits and that cost together, where v grows with the squared
-        step, bounds the steps of rare tokens by Lambert's W."""
+        The cost of an error is quadratic only while the error is small. Noise of variance v on the logit of a rare
+        token of probability P costs P (e^(v/2) - 1), and v grows with the squared step. Minimising bits plus this cost
+        bounds the steps of rare tokens, by Lambert's W."""
         octaves = octave + self.level - 0.5 * self.rows.log2()
         if self.logit_noise:
             x = self.logit_noise * 4.0**octave / self.rows
@@ -3291,18 +3293,18 @@ class MatrixPlan:
 
 TRELLISES = {8: (0o13, 0o4), 32: (0o45, 0o10)}  # {states: (h0, h1)}, parity checks
 SEGMENT = 512  # rows of a column that one path through the trellis covers
-# Below this class, weights deviate by less than a quarter of a step: a path would force odd integers on them.
+# Below this class, weights have an RMS of less than a quarter of a step: a path would force odd integers on them.
 SILENT_CLASS = -16
 LARGEST_INTEGER = 4095  # columns of the embedding with large inputs have much finer steps than the others
 
 
 class Trellis(NamedTuple):
-    """Which integers may follow which, down a column: in a state, only even or only odd ones, and the integer decides
-    the next state. Integers that are allowed lie two steps apart, but a path is free to choose among states, so that
-    it comes nearer to the weights than rounding to a grid as coarse: it saves up to 0.2 bits a weight.
+    """Which integers may follow one another down a column. Each state allows only even or only odd integers, and the
+    integer decides the next state. Allowed integers lie two steps apart, but the path through the states is free, so
+    it comes closer to the weights than rounding to an equally coarse grid: this saves up to 0.2 bits per weight.
 
     Entropy-coded trellis-coded quantisation (Marcellin & Fischer 1990; Fischer & Wang 1992) with Ungerboeck's codes
-    (1982) in systematic feedback form. 0 states: every integer may follow every other, which is rounding."""
+    (1982) in systematic feedback form. With 0 states any integer may follow any other, which is plain rounding."""
 
     states: int
 
@@ -3312,14 +3314,14 @@ class Trellis(NamedTuple):
         return 0.259 if self.states else 1 / 12  # measured: 0.261 with 8 states, 0.255 with 32
 
     def advance(self, state: np.ndarray, bit: np.ndarray) -> np.ndarray:
-        """The state after `state` when the integer k had bit 1 of k as `bit`; arrays of uint8."""
+        """The state that follows `state` after an integer whose bit 1 is `bit`; arrays of uint8."""
         h0, h1 = TRELLISES[self.states]
         return (state >> 1) ^ ((state & 1) * (h0 >> 1)) ^ (bit * (h1 >> 1))
 
     def predecessors(self) -> Tensor:
-        """(2, states) int64: from which state one comes to each state by an integer whose bit 1 is 0, and 1.
+        """(2, states) int64: the state before each state, when bit 1 of the integer in between is 0, and when it is 1.
 
-        All that lead to a state have the parity that is the state's highest bit."""
+        All integers that lead to a state have one parity, the state's highest bit."""
         h0, h1 = TRELLISES[self.states]
         state = torch.arange(self.states)
         parity = state // (self.states // 2)
@@ -3328,13 +3330,13 @@ class Trellis(NamedTuple):
 
 
 def nearest_in_coset(v: Tensor, coset: Tensor) -> Tensor:
-    """The integer nearest to v whose remainder by 4 is `coset`."""
+    """The integer nearest to v that is `coset` modulo 4."""
     return coset + 4 * torch.floor((v - coset) / 4 + 0.5)
 
 
 def viterbi_reference(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
-    """The allowed integers (n, L) fp32 whose squared distance to v (n, L) is least, for n columns of L rows; zeros
-    where `live` (n, L) is false, which leave the state alone. What `viterbi_kernel` computes.
+    """The allowed integers (n, L) fp32 with the least squared distance to v (n, L), for n columns of L rows. Where
+    `live` (n, L) is false they are zeros, which leave the state unchanged. The reference for `viterbi_kernel`.
 
     Viterbi 1967: the cheapest path to each state, row by row, then back along the choices."""
     n, L = v.shape
@@ -3363,7 +3365,7 @@ def viterbi_reference(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
 
 
 def round_columns(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
-    """Columns of matrices (n, out), in steps -> integers (n, out) fp32, of which every path covers SEGMENT rows."""
+    """Columns of matrices (n, out), in steps -> integers (n, out) fp32. Each path covers SEGMENT rows of a column."""
     if not trellis.states:
         return v.round()
     n, rows = v.shape
@@ -3378,10 +3380,10 @@ def round_columns(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
 
 
 def gptq(plans: Sequence[MatrixPlan], grids: Sequence[Grid], trellis: Trellis, block: int = 128) -> list[np.ndarray]:
-    """Integers (out, in) int16 of n matrices of one shape, which times their steps do to the calibration inputs nearly
-    what the weights do. Columns are rounded one after another, and the error of each is spread over those that follow.
+    """Integers (out, in) int16 of n matrices of one shape. Times their steps, they map calibration inputs to nearly the
+    same outputs as the weights: columns are rounded in turn, and each one's error is spread over later columns.
 
-    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), in the order of the falling diagonal of the Hessian."""
+    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), with columns in order of decreasing diagonal of the Hessian."""
     device = plans[0].weight.device
 
     def stack(parts: Iterable[np.ndarray | Tensor]) -> Tensor:
@@ -3404,7 +3406,7 @@ def gptq(plans: Sequence[MatrixPlan], grids: Sequence[Grid], trellis: Trellis, b
         for j in range(start, end):
             steps = row_steps * column_steps[:, j, None]  # (n, out)
             live = row_classes + column_classes[:, j, None] >= SILENT_CLASS
-            v = (w[:, j] / steps).clamp(3 - LARGEST_INTEGER, LARGEST_INTEGER - 3)  # a trellis may go up by 3
+            v = (w[:, j] / steps).clamp(3 - LARGEST_INTEGER, LARGEST_INTEGER - 3)  # a trellis may add up to 3
             k = round_columns(v, live, trellis)
             integers[:, j] = k.to(torch.int16)
             error = (w[:, j] - k * steps) / upper[:, j, j, None]
@@ -3433,20 +3435,20 @@ class Matrices(NamedTuple):
 
 
 Shapes = Mapping[str, tuple[int, int]]  # (out, in) of every matrix
-ALPHABET = 2 * LARGEST_INTEGER + 2  # symbols: integers, moved so that none is negative
-CLASSES = 48  # of integers, a quarter of an octave each, silent ones apart; the last holds all that deviate more
+ALPHABET = 2 * LARGEST_INTEGER + 2  # symbols: integers, shifted so that none is negative
+CLASSES = 48  # of integers: one for silent ones, then one per quarter octave of RMS; the last has no upper end
 CONTEXTS = 2 * CLASSES  # a table for each class and parity of the integer
 
 
 class Strip(NamedTuple):
-    """SEGMENT rows of a matrix, or what is left of them: what one path through the trellis covers, in each column."""
+    """SEGMENT rows of a matrix, or fewer at its end: the rows that one path through the trellis covers in a column."""
 
     name: str
     start: int  # its first row
 
 
 def strips_by_height(shapes: Shapes) -> dict[int, list[Strip]]:
-    """All strips of the matrices; those of one height are coded side by side, row by row."""
+    """All strips of the matrices, by height: strips of one height are coded side by side, row by row."""
     strips: dict[int, list[Strip]] = {}
     for name in sorted(shapes):
         rows = shapes[name][0]
@@ -3456,10 +3458,10 @@ def strips_by_height(shapes: Shapes) -> dict[int, list[Strip]]:
 
 
 class Walk:
-    """Down the rows of strips of one height, side by side, for encoder and decoder alike: gives the context in which
-    each integer of a row is coded, and turns integers into symbols and back.
+    """Walks row by row down strips of one height that lie side by side: gives the coding context of every integer in a
+    row, and turns integers into symbols and back. Encoder and decoder share it. C: columns of all strips together.
 
-    In a state of the trellis all integers are even, or all are odd: symbol s stands for 2 s + parity."""
+    A state of the trellis allows integers of one parity only, so symbol s stands for the integer 2 s + parity."""
 
     def __init__(self, strips: Sequence[Strip], height: int, grids: Mapping[str, Grid], trellis: Trellis):
         self.trellis = trellis
@@ -3473,18 +3475,18 @@ class Walk:
         self.silent = np.zeros(len(self.column_classes), bool)
 
     def contexts(self, row: int) -> np.ndarray:
-        """The contexts of the integers of a row (C,) int16; rows come one after another."""
+        """The contexts of the integers of a row, (C,) int16. Rows must be taken in order."""
         classes = self.row_classes[row].take(self.strip_of_column) + self.column_classes
         self.silent = classes < SILENT_CLASS
         quarter_octaves = (classes - SILENT_CLASS) >> 1
         contexts = 2 * np.clip(quarter_octaves + 1, 0, CLASSES - 1)
         if self.trellis.states:
-            contexts[self.silent] = 0  # the path goes on below as if they were not there
+            contexts[self.silent] = 0  # the path skips them
             contexts += np.where(self.silent, 0, self.state & 1)
         return contexts
 
     def to_symbols(self, integers: np.ndarray) -> np.ndarray:
-        """Integers of the row whose contexts were asked for last (C,) -> symbols (C,); the walk goes on behind them."""
+        """Integers (C,) of the row last given to `contexts` -> symbols (C,). Advances the state of the trellis."""
         if not self.trellis.states:
             return integers + (LARGEST_INTEGER + 1)
         halves = np.where(self.silent, 0, integers - (self.state & 1)) >> 1
@@ -3506,7 +3508,7 @@ class Walk:
 
 
 def integer_symbols(matrices: Matrices, trellis: Trellis) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The integers of all matrices as the encoder is given them, row by row: symbols (C,) and their contexts (C,)."""
+    """The integers of all matrices in coding order, row by row: symbols (C,) and their contexts (C,)."""
     shapes = {name: k.shape for name, k in matrices.integers.items()}
     for height, strips in strips_by_height(shapes).items():
         walk = Walk(strips, height, matrices.grids, trellis)
@@ -3517,7 +3519,7 @@ def integer_symbols(matrices: Matrices, trellis: Trellis) -> Iterator[tuple[np.n
 
 
 def decode_integers(stream: bytes, tables: bytes, grids: Mapping[str, Grid], trellis: Trellis) -> dict[str, np.ndarray]:
-    """What `integer_symbols` gave, from its stream -> {name: (out, in) int16}. Raises DataError."""
+    """Decode the stream of symbols that `integer_symbols` gives -> {name: (out, in) int16}. Raises DataError."""
     decoder = RansDecoder(stream, FrequencyTables.from_bytes(tables, CONTEXTS, ALPHABET))
     shapes = {name: (len(grid.row_steps), len(grid.column_steps)) for name, grid in grids.items()}
     by_height = strips_by_height(shapes)
@@ -3541,10 +3543,10 @@ PREFIX = "matrices."  # of the names of stored tensors
 
 
 def encode_matrices(matrices: Matrices, trellis: Trellis) -> dict[str, Tensor]:
-    """What an artifact stores of all matrices: their grids, and their integers by the entropy coder."""
+    """The tensors that an artifact stores for all matrices: their grids and their entropy-coded integers."""
     calls = list(integer_symbols(matrices, trellis))
     pairs = np.concatenate([contexts.astype(np.int32) * ALPHABET + symbols for symbols, contexts in calls])
-    counts = np.bincount(pairs, minlength=CONTEXTS * ALPHABET)  # once: call by call, it would take seconds
+    counts = np.bincount(pairs, minlength=CONTEXTS * ALPHABET)  # all at once: row by row, it would take seconds
     tables = FrequencyTables.from_counts(counts.reshape(CONTEXTS, ALPHABET))
     encoder = RansEncoder(tables)
     for symbols, contexts in calls:
@@ -3562,8 +3564,8 @@ def encode_matrices(matrices: Matrices, trellis: Trellis) -> dict[str, Tensor]:
 
 
 def layout_of_matrices(shapes: Shapes, found: Layout, what: str) -> Layout:
-    """What `encode_matrices` stores of matrices of these shapes, with coded integers of as many bytes as were
-    found. Raises DataError where so few cannot hold so many weights: a small file could claim a network of any size."""
+    """The layout of what `encode_matrices` stores for matrices of these shapes, with streams as long as those found.
+    Raises DataError if they are too short for the weights: a small file could claim a network of any size."""
 
     def bytes_of(name: str) -> int:
         _, shape = found.get(PREFIX + name, (None, torch.Size()))
@@ -3585,7 +3587,7 @@ def layout_of_matrices(shapes: Shapes, found: Layout, what: str) -> Layout:
 
 
 def decode_matrices(stored: Mapping[str, Tensor], shapes: Shapes) -> dict[str, Tensor]:
-    """What `encode_matrices` stored of matrices of these shapes -> {name: (out, in) fp32}. Raises DataError."""
+    """The inverse of `encode_matrices`, for matrices of these shapes -> {name: (out, in) fp32}. Raises DataError."""
     states = int(stored[PREFIX + "trellis"])
     require(states == 0 or states in TRELLISES, f"a trellis of {states} states", DataError)
     names = sorted(shapes)
@@ -3608,7 +3610,7 @@ def decode_matrices(stored: Mapping[str, Tensor], shapes: Shapes) -> dict[str, T
 
 
 class Quantiser:
-    """Rounds all matrices of a network, as finely as a given factor of all steps says.
+    """Rounds all matrices of a network, given one factor on all steps.
 
     Ranks share the work: each prepares and rounds some matrices of every shape."""
 
@@ -3635,7 +3637,7 @@ class Quantiser:
         self.largest_damping = dist.all_reduce_max(damping)
 
     def round(self, octave: float) -> Matrices:
-        """All matrices, rounded where the factor of all steps is 2^octave; the same on every rank."""
+        """All matrices, rounded with the factor 2^octave on all steps; the same on every rank."""
         grids = self.grids(octave)
         rounded: dict[str, np.ndarray] = {}
         for plans in self.plans.values():
@@ -3645,7 +3647,7 @@ class Quantiser:
         return Matrices(self._from_all_ranks(rounded, self.shapes), grids)
 
     def grids(self, octave: float) -> dict[str, Grid]:
-        """The grids of all matrices where the factor of all steps is 2^octave; the same on every rank."""
+        """The grids of all matrices with the factor 2^octave on all steps; the same on every rank."""
         own: dict[str, np.ndarray] = {}
         for plans in self.plans.values():
             for name, plan in plans.items():
@@ -3657,7 +3659,7 @@ class Quantiser:
         }
 
     def _from_all_ranks(self, own: Mapping[str, np.ndarray], shapes: Mapping[str, tuple]) -> dict[str, np.ndarray]:
-        """The arrays of small integers that each rank made, of these shapes -> all of them, int16, on every rank."""
+        """This rank's arrays of small integers, the shapes of all ranks' arrays -> all arrays, int16, on every rank."""
         flat = [own[name].ravel() if name in own else np.zeros(math.prod(shapes[name]), np.int16) for name in shapes]
         total = torch.from_numpy(np.concatenate(flat).astype(np.int32)).to(self.dist.device)  # NCCL knows no int16
         total = self.dist.all_reduce(total).cpu().numpy().astype(np.int16)
@@ -3665,11 +3667,11 @@ class Quantiser:
         return {name: part.reshape(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
     def first_guess(self, bits: float) -> float:
-        """The octave at which integers have so many bits on average, if weights are Gaussian and steps small: one whose
-        weight deviates by 2^c steps has c + log2(sqrt(2 pi e)) bits, and one less where a trellis excludes every other
-        integer."""
+        """The octave at which integers take `bits` on average, if weights are Gaussian and steps small: a weight whose
+        standard deviation is 2^c steps takes c + log2(sqrt(2 pi e)) bits, or one less where a trellis excludes every
+        other integer."""
         octave = -10.0
-        for _ in range(4):  # of steps that follow the octave but for those of rare tokens
+        for _ in range(4):  # repeated, as the steps of rare tokens do not follow the octave
             excess = -bits + 0.5 * math.log2(2 * math.pi * math.e) - (self.trellis.states > 0)
             for name, grid in self.grids(octave).items():
                 share = math.prod(self.shapes[name]) / self.weight_count
@@ -3678,11 +3680,11 @@ class Quantiser:
         return octave
 
 
-TRELLIS_MIN_WEIGHTS = 8_000_000  # a smaller network has bits enough, and a CPU without a compiler is spared the search
+TRELLIS_MIN_WEIGHTS = 8_000_000  # smaller networks have bits to spare, and a CPU without a compiler avoids the search
 
 
 def trellis_states(run: RunConfig, weights: int) -> int:
-    """States of the trellis for a network of so many weights in matrices."""
+    """States of the trellis for a network with this many weights in matrices."""
     if run.trellis_states == "auto":
         return 32 if weights >= TRELLIS_MIN_WEIGHTS else 0
     return int(run.trellis_states)
@@ -3690,11 +3692,11 @@ def trellis_states(run: RunConfig, weights: int) -> int:
 
 # ---- The artifact ----
 
-ENOUGH_BITS = 6.0  # a weight, on average: finer steps would change nothing, even where ARTIFACT_BYTES has room for them
-LEAST_BITS = 1.0  # a weight: with fewer, the model is too large for the limit, or a file claims too large a model
-GRID_BYTES = 0.6  # about, of each row and column
-FIT = 0.9995  # of the limit is aimed at, so that the noise of rounding does not pass it
-FIT_TOLERANCE = 0.001  # of the limit may stay unused
+ENOUGH_BITS = 6.0  # per weight, on average: finer steps would change nothing, even if ARTIFACT_BYTES has room for them
+LEAST_BITS = 1.0  # per weight: with fewer, the model is too large for the limit, or a file claims too large a model
+GRID_BYTES = 0.6  # per row and column, about
+FIT = 0.9995  # share of the limit to aim at, so that the noise of rounding does not exceed it
+FIT_TOLERANCE = 0.001  # share of the limit that may stay unused
 MAX_ROUNDINGS = 5  # the first follows a guess, the second usually fits
 
 
@@ -3702,7 +3704,7 @@ class Budget(NamedTuple):
     """Bytes of an artifact, without the code."""
 
     limit: int
-    fixed: float  # about what all but the integers takes
+    fixed: float  # about what everything but the integers takes
     weights: int  # numbers in matrices
 
     @classmethod
@@ -3716,11 +3718,11 @@ class Budget(NamedTuple):
 
     @property
     def goal(self) -> float:
-        """What is aimed at: the limit, or less where finer steps would change nothing."""
+        """The size to aim at: just below the limit, or less where finer steps would change nothing."""
         return min(FIT * self.limit, self.fixed + ENOUGH_BITS * self.weights / 8)
 
     def accepts(self, size: int) -> bool:
-        """Whether an artifact fits, and wastes little that it could use."""
+        """Whether an artifact of this size fits, and leaves little usable room unused."""
         return size <= self.limit and (size >= (1 - FIT_TOLERANCE) * self.limit or self.goal < FIT * self.limit)
 
     @property
@@ -3741,8 +3743,8 @@ def make_artifact(
 ) -> bytes:
     """Quantise and pack into ARTIFACT_BYTES, code included -> the artifact (b"" on all ranks but the first).
 
-    The size corrects the factor of all steps for another rounding until it is accepted. Raises UserError where nothing
-    fits. A rehearsal rounds once, and takes what comes."""
+    Each size corrects the factor on all steps for the next rounding, until a size is accepted. Raises UserError if none
+    fits. A rehearsal rounds once and accepts any size."""
     budget = Budget.of(model, run)
     meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **provenance}
     with watch.phase("quantise"):
@@ -3768,7 +3770,7 @@ def make_artifact(
         if rehearsal or budget.accepts(size) or (size <= budget.limit and attempt > 2):
             return blob
         tried.append((octave, size))
-        aim = (1 - FIT_TOLERANCE * (attempt - 1)) * budget.goal  # less each time: the noise of rounding may be larger
+        aim = (1 - FIT_TOLERANCE * (attempt - 1)) * budget.goal  # lower each time, as rounding may be noisier
         octave += (size - aim) / bytes_per_octave(tried, budget.weights / 8)
     raise UserError(
         f"the artifact of {size} bytes and {len(code())} bytes of code are {size - budget.limit} bytes over "
@@ -3777,8 +3779,8 @@ def make_artifact(
 
 
 def bytes_per_octave(tried: Sequence[tuple[float, int]], one_bit: float) -> float:
-    """How many bytes it saves to double all steps: about a bit a weight, and less where steps are coarse, as the last
-    two of the roundings (octave, bytes) show."""
+    """Bytes saved by doubling all steps: about a bit per weight, and less where steps are coarse, as the last two
+    roundings (octave, bytes) show."""
     if len(tried) < 2:
         return one_bit
     (octave, size), (last_octave, last_size) = tried[-2:]
@@ -3787,11 +3789,11 @@ def bytes_per_octave(tried: Sequence[tuple[float, int]], one_bit: float) -> floa
 
 # ---- Reading back ----
 
-SMALL_NETWORK = 10_000_000  # weights, which cost neither time nor memory
+SMALL_NETWORK = 10_000_000  # weights, too few to cost time or memory
 
 
 def check_layout(config: ModelConfig, found: Layout, what: str) -> None:
-    """Names, types and shapes must be those that an artifact stores of this network. Raises DataError."""
+    """Check that names, types and shapes are those that an artifact stores for this network. Raises DataError."""
     with torch.device("meta"):  # takes no memory
         shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
     matrices = {name: shape for name, shape in shapes.items() if param_role(name) != "scalar"}
@@ -3806,7 +3808,7 @@ def check_layout(config: ModelConfig, found: Layout, what: str) -> None:
 
 
 def layout_of_rows(matrices: Mapping[str, torch.Size]) -> Layout:
-    """What artifacts of the first version store of matrices: integers, transposed, and a step for every row."""
+    """The layout of matrices in artifacts of the first version: transposed integers, and a step for every row."""
     layout: Layout = {}
     for name, shape in matrices.items():
         layout[name] = torch.int8, shape[::-1]
@@ -3839,7 +3841,7 @@ def restore(model: GPT, stored: Mapping[str, Tensor], what: str) -> GPT:
 
 
 def kind_of(stored_name: str) -> str:
-    """Which kind of bytes a stored tensor is, for reports."""
+    """The kind of bytes that a stored tensor counts as in reports."""
     if stored_name.startswith(PREFIX):
         return "steps" if stored_name.removeprefix(PREFIX) in Grid._fields else "integers"
     if stored_name.endswith(".scale"):
@@ -3851,17 +3853,17 @@ def kind_of(stored_name: str) -> str:
 
 @functools.cache
 def code() -> bytes:
-    """The source that is counted: this file, read once. It may be edited or gone when a long training ends."""
+    """The source that counts towards ARTIFACT_BYTES, read once: it may be edited or gone when a long training ends."""
     return Path(__file__).read_bytes()
 
 
 # ======================================================================================================================
-# Scoring: every target once, in nats, added to its document. Which tokens a target is predicted from depends on its
-# position in the document alone.
+# Scoring: every target is scored once, in nats, and added to its document's total. Which tokens it is predicted from
+# depends only on its position in the document.
 
 
 class ScoreTable:
-    """Nats, scored targets and steps of test-time training of every document, summed over ranks at the end."""
+    """Nats, scored targets and test-time training steps of every document, summed over ranks at the end."""
 
     def __init__(self, docs: Documents):
         self.docs = docs
@@ -3930,15 +3932,15 @@ class EvalRow(NamedTuple):
 
 
 def aligned(tokens: int) -> int:
-    """A number of tokens, rounded up to where a window may begin in a packed row. As tiles of attention then begin
-    where windows do, a score is the same to the last bit wherever the row puts its window."""
+    """A number of tokens, rounded up to where a window may begin in a packed row. Attention tiles then begin where
+    windows do, so that a score is the same to the last bit wherever its window lies in a row."""
     return -(-tokens // TILE_TOKENS) * TILE_TOKENS
 
 
 def fill_rows(wanted: Iterable[Window], row_tokens: int) -> list[list[Window]]:
     """Put windows, in order, into rows of at most `row_tokens`."""
     rows = []
-    used = row_tokens  # of the last row; at first there is none
+    used = row_tokens  # tokens used in the last row; it counts as full while there is none
     for window in wanted:
         size = window.end - window.start
         if aligned(used) + size > row_tokens:
@@ -3950,9 +3952,9 @@ def fill_rows(wanted: Iterable[Window], row_tokens: int) -> list[list[Window]]:
 
 
 def local_rows(docs: Documents, wanted: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[EvalRow]:
-    """Pack windows into rows -> this rank's share of them. All have MICRO_BATCH_TOKENS: for products of another shape
-    a GPU may choose another kernel, which rounds otherwise. A CPU does not, and there a lone row is as short as its
-    windows allow."""
+    """Pack windows into rows -> this rank's share of them. Every row has MICRO_BATCH_TOKENS: for matrix products of
+    another shape a GPU may choose a kernel that rounds differently. A CPU does not, and there a lone row is only as
+    long as its windows need."""
     size = run.micro_batch_tokens
     rows = fill_rows(wanted, size)
     if len(rows) == 1 and dist.device.type == "cpu":
@@ -3965,8 +3967,8 @@ def local_rows(docs: Documents, wanted: Iterable[Window], run: RunConfig, dist: 
 
 
 def pack_windows(docs: Documents, row: Sequence[Window], size: int, context: int, device: torch.device) -> EvalRow:
-    """A row of `size` tokens that holds these windows, each from where it may begin. Between and after them is padding,
-    in segments of its own: nothing else attends to it, and none of it counts."""
+    """A row of `size` tokens that holds these windows, each at an aligned position. The padding between and after them
+    has segments of its own: nothing else attends to it, and none of it counts."""
     text = np.full(size, BOS, np.uint16)
     targets = np.full(size, BOS, np.uint16)
     documents = np.zeros(size, np.int64)
@@ -4007,19 +4009,19 @@ def score_static(
 
 
 # ======================================================================================================================
-# Test-time training (TTT): a chunk is scored, then learned from. What is learned is forgotten at the end of a document,
-# or, along a stream (TTT_SCOPE), never.
+# Test-time training (TTT): a chunk is scored, then learned from. What is learned is forgotten at the end of a document
+# or, with TTT_SCOPE=stream, never.
 #
-# A learner adapts along a text. Its user takes it from chunk to chunk and holds the state of the chunk:
+# A learner adapts along a text. The caller goes from chunk to chunk and holds the chunk's state:
 #     chunk = learner.score(...)            final scores, from what was learned before the chunk
-#     chunk = learner.learn(chunk, mask)    steps on those of its targets that the mask counts
+#     chunk = learner.learn(chunk, mask)    steps on the targets that the mask counts
 #     learner.advance(chunk)                the chunk becomes context
-# BatchedTTT does so for many documents at once, each with its own LoRA; SequentialTTT for one text, in which the ranks
-# share every chunk, with the weights themselves or one set of LoRA.
+# BatchedTTT adapts to many documents at once, each with its own LoRA. SequentialTTT adapts to one text, changing
+# the weights themselves or one set of LoRA; the ranks share every chunk.
 
 
 def lora_outputs(c: ModelConfig) -> list[tuple[str, int]]:
-    """(target, columns of its output) of everything that LoRA may correct, in the order of a forward pass."""
+    """(target, output columns) of everything that LoRA may correct, in the order of a forward pass."""
     widths = {"k": c.kv_dim, "v": c.kv_dim, "head": c.vocab_size}
     layer_passes = layer_plan(c, looping=True)
     targets = [*LayerLoRA._fields] * len(layer_passes) + ["head"]
@@ -4027,20 +4029,20 @@ def lora_outputs(c: ModelConfig) -> list[tuple[str, int]]:
 
 
 def by_layer(targets: Sequence[Any]) -> list[LayerLoRA]:
-    """What stands for the targets of every layer pass, one pass after another -> a LayerLoRA of each."""
+    """One value per target, layer pass after layer pass -> a LayerLoRA of values for each pass."""
     size = len(LayerLoRA._fields)
     return [LayerLoRA(*targets[i : i + size]) for i in range(0, len(targets), size)]
 
 
 class Adapter:
-    """LoRA of B documents, for every layer pass and for the head. The initial values depend on the seed alone. Under
-    TTT_OPTIMIZER=rms `down` stays as it is, and documents share it."""
+    """LoRA of B documents, for every layer pass and for the head. Initial values depend only on the seed. With
+    TTT_OPTIMIZER=rms, `down` is frozen and shared by all documents."""
 
     def __init__(self, c: ModelConfig, run: RunConfig, documents: int, device: torch.device):
         generator = torch.Generator().manual_seed(run.seed)
         bound = c.model_dim**-0.5
         self.adapts_down = run.ttt_optimizer != "rms"
-        self.starts: list[Tensor] = []  # of one document, in the order of `tensors`
+        self.starts: list[Tensor] = []  # initial values for one document, in the order of `tensors`
 
         def new_lora(target: str, width: int) -> LoRA | None:
             if target not in run.lora_targets:
@@ -4057,7 +4059,7 @@ class Adapter:
         self.passes = by_layer(of_layers)
 
     def tensors(self) -> list[Tensor]:
-        """All that adapts, documents first: (B, ...) each."""
+        """All tensors that adapt, (B, ...) each."""
         loras = [lora for layer in self.passes for lora in layer] + [self.head]
         if not self.adapts_down:
             return [lora.up for lora in loras if lora is not None]
@@ -4069,18 +4071,18 @@ class Adapter:
 
 
 class TTTOptimizer:
-    """The update rule of test-time training on tensors (B, ...). Clipping, moments, decay and rate are each document's
-    own, so that no document's step depends on another. Another rule is another branch of `directions`; what it knows of
-    each column beforehand is a multiplier of the rate."""
+    """The update rule of test-time training on tensors (B, ...). Clipping, moments, decay and learning rate are per
+    document, so that no document's step depends on another. A new rule is a new branch of `directions`; what it knows
+    about each column in advance is a multiplier of the learning rate."""
 
     def __init__(self, tensors: list[Tensor], multipliers: Sequence[float | Tensor], run: RunConfig):
-        """`multipliers` of the learning rate, one for each tensor; under TTT_OPTIMIZER=rms one for each of its columns,
-        (columns,): the reciprocal of their gradients' RMS."""
+        """`multipliers` of the learning rate: one per tensor or, with TTT_OPTIMIZER=rms, one per column, (columns,),
+        namely the reciprocal of the RMS of the column's gradients."""
         self.run = run
         self.multipliers = multipliers
-        self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that a replayed graph counts, too
+        self.steps_done = torch.zeros((), device=tensors[0].device)  # a tensor, so that replayed graphs count too
         adamw = run.ttt_optimizer == "adamw"
-        has_exp_avg = run.ttt_optimizer == "sgd" or (adamw and run.ttt_beta1 > 0)  # without beta1 it is the gradient
+        has_exp_avg = run.ttt_optimizer == "sgd" or (adamw and run.ttt_beta1 > 0)  # with beta1 = 0 it is the gradient
         self.exp_avg = [torch.zeros_like(t) for t in tensors] if has_exp_avg else []
         self.exp_avg_sq = [torch.zeros_like(t) for t in tensors] if adamw else []
 
@@ -4089,7 +4091,7 @@ class TTTOptimizer:
             t.zero_()
 
     def directions(self, grads: list[Tensor]) -> list[Tensor]:
-        """Gradients (B, ...) -> what to step along, for a rate of 1; moments are updated in place."""
+        """Gradients (B, ...) -> step directions, at a learning rate of 1. Updates moments in place."""
         run = self.run
         if run.ttt_optimizer == "adamw":
             betas = run.ttt_beta1, run.ttt_beta2
@@ -4102,7 +4104,7 @@ class TTTOptimizer:
 
     @torch.no_grad()
     def step(self, tensors: list[Tensor], grads: list[Tensor], lr: Tensor | float) -> None:
-        """Update tensors (B, ...) in place, by gradients (B, ...) and a learning rate for each document (B,) or all."""
+        """Update tensors (B, ...) in place, by gradients (B, ...) and a learning rate per document (B,) or for all."""
         run = self.run
         self.steps_done += 1
         lr = torch.zeros(len(tensors[0]), device=tensors[0].device) + lr
@@ -4125,8 +4127,8 @@ def per_document(values: Tensor, like: Tensor) -> Tensor:
 
 
 def chunk_learning_rate(run: RunConfig, epoch: int, entropy: Tensor | None) -> Tensor | float:
-    """Learning rate of a step on a chunk: TTT_LR, falling by a cosine over the epochs if TTT_COSINE, and scaled down in
-    proportion where the mean entropy of the chunk's predictions (B,), nats, leaves its window."""
+    """Learning rate of a step on a chunk: TTT_LR, with cosine decay over the epochs if TTT_COSINE. It is scaled down in
+    proportion where `entropy` (B,), the mean of the chunk's predictions in nats, is outside its window."""
     rate = run.ttt_lr
     if run.ttt_cosine:
         rate = run.ttt_lr * (0.5 * (1 + math.cos(math.pi * epoch / run.ttt_epochs)))
@@ -4142,8 +4144,8 @@ def uses_entropy(run: RunConfig) -> bool:
 
 
 class Learner:
-    """What all learners share: one learning step. A subclass has the three calls `score`, `learn` and `advance`, with
-    a type of chunk of its own, and says here what a chunk's gradients are."""
+    """The learning step that all learners share. A subclass adds `score`, `learn` and `advance`, with its own type of
+    chunk, and implements the methods below for it."""
 
     run: RunConfig
     tensors: list[Tensor]  # all that adapts, (B, ...) each
@@ -4178,8 +4180,8 @@ class Learner:
 class KVCache:
     """Keys and values of the last L tokens of B documents, for every layer pass. Token t lies in slot t % L.
 
-    All documents are at the same position. On a GPU, whose kernels read what is filled alone, L is `capacity`; on a
-    CPU it grows by doubling. The buffers of every size are kept and reused: captured CUDA graphs hold their addresses.
+    All documents are at the same position. On a GPU, whose kernels read only filled slots, L is `capacity`; on a CPU it
+    grows by doubling. The buffers of every size are kept and reused: captured CUDA graphs hold their addresses.
     """
 
     SMALLEST = 256  # tokens, on a CPU
@@ -4190,7 +4192,7 @@ class KVCache:
         self.capacity = capacity
         self.device = device
         self.buffers_by_size: dict[int, list[Tensor]] = {}
-        self.last_token = torch.full((documents, 1), BOS, device=device)  # the one before a chunk, to smear
+        self.last_token = torch.full((documents, 1), BOS, device=device)  # the token before the chunk, to smear
         self.position_on_device = torch.zeros((), dtype=torch.int64, device=device)  # equals `position`; graphs read it
         self.reset()
 
@@ -4206,7 +4208,7 @@ class KVCache:
         self.buffers: list[Tensor] = []  # (2, B, K, L, h) for each layer pass
 
     def make_room(self, tokens: int) -> None:
-        """Grow to hold `tokens` more, or as many as a chunk may attend to."""
+        """Grow to hold `tokens` more, but no more than `capacity`: all that a chunk may attend to."""
         size = self.size
         if size == 0:
             size = self.capacity if self.device.type == "cuda" else min(self.capacity, self.SMALLEST)
@@ -4227,14 +4229,14 @@ class KVCache:
         self.size = size
 
     def context(self, tokens: int) -> CachedContext:
-        """What the next `tokens` tokens attend to. It reads the position on the device, so that it can be captured."""
+        """What the next `tokens` tokens attend to. Reads the position on the device, so that it can be captured."""
         positions = self.position_on_device + torch.arange(-1, tokens, device=self.device)
         return CachedContext(positions, self.position_on_device.clamp(max=self.size), self.buffers)
 
     @torch.no_grad()
     def append(self, tokens: Tensor, new_kvs: Sequence[Tensor]) -> None:
         """Append a chunk's tokens (B, C) with their keys and values, (2, B, K, C, h) for each layer pass. Works on the
-        device alone, so that it can be captured; `position` is the caller's to advance."""
+        device alone, so that it can be captured; the caller must advance `position`."""
         count = tokens.size(1)
         kept = min(self.size, count)  # a chunk may be longer than the cache
         if kept:
@@ -4246,7 +4248,7 @@ class KVCache:
         self.position_on_device += count
 
     def copy_rows(self, other: KVCache, rows: Tensor) -> None:
-        """Take over these documents of another cache, at their position; its capacity may be another."""
+        """Copy these documents from another cache, at its position; the two may differ in capacity."""
         self.position = other.position
         self.make_room(0)
         other.make_room(0)
@@ -4270,10 +4272,10 @@ class BatchedChunk(NamedTuple):
 
 
 class BatchedTTT(Learner):
-    """B documents, each with a LoRA of its own. No row reaches another.
+    """Adapts to B documents at once, each with its own LoRA. No row affects another.
 
-    Earlier chunks are attended to by the keys and values of their last forward pass, so that a step costs a chunk and
-    not a window. On a GPU a step that learns is replayed as CUDA graphs.
+    A chunk attends to the cached keys and values of earlier chunks, from their last forward pass, so that a step costs
+    one chunk and not a whole window. On a GPU, steps that learn are replayed as CUDA graphs.
     """
 
     def __init__(self, model: GPT, run: RunConfig, documents: int, device: torch.device):
@@ -4304,8 +4306,8 @@ class BatchedTTT(Learner):
 
     @torch.no_grad()
     def predict(self, tokens: Tensor) -> Tensor:
-        """Inputs of the next chunk (B, C) -> logits of their successors (B, C, V), which on a GPU the next call
-        overwrites. Changes nothing else: other tokens may be tried."""
+        """Inputs of the next chunk (B, C) -> logits of the tokens after them (B, C, V), which on a GPU the next call
+        overwrites. Changes no other state, so several inputs may be tried."""
         self.cache.make_room(tokens.size(1))
         return self._replay_or_run("predict", True, self._predict, tokens)
 
@@ -4313,15 +4315,15 @@ class BatchedTTT(Learner):
         """Score the next chunk, inputs and targets (B, C) each, from what was learned before it. `to_learn`: whether
         `learn` will be called on it."""
         self.cache.make_room(tokens.size(1))
-        # On a GPU always with an autograd graph: without one torch may choose kernels that round otherwise.
+        # On a GPU always with an autograd graph: without one, torch may choose kernels that round differently.
         with torch.set_grad_enabled(to_learn or tokens.is_cuda):
             chunk = self._replay_or_run("score", to_learn, self._score, tokens, targets)
         return chunk._replace(to_learn=to_learn)
 
     def learn(self, chunk: BatchedChunk, mask: Tensor) -> BatchedChunk:
-        """Steps on a chunk; the mask (B, C) says which of its targets count."""
-        # The chunk is bound here and not passed as an input: a captured step must read the tensors of the captured
-        # score, as inputs are copied, which would cut them off from their gradients.
+        """Take steps on a scored chunk; the mask (B, C) says which of its targets count."""
+        # The chunk is closed over and not passed as an input: inputs are copied, and the copies would be cut off from
+        # their autograd graph. A captured step must read the very tensors of the captured score.
         return self._replay_or_run("learn", True, lambda mask: self.take_steps(chunk, mask), mask)
 
     def advance(self, chunk: BatchedChunk) -> None:
@@ -4361,7 +4363,7 @@ class BatchedTTT(Learner):
 
     @torch.no_grad()
     def copy_rows(self, other: BatchedTTT, rows: Tensor) -> None:
-        """Take over these documents of another learner, in their present state."""
+        """Copy these documents from another learner, in their current state."""
         self.reset()
         self.cache.copy_rows(other.cache, rows)
         mine = [*self.tensors, *self.optimizer.exp_avg, *self.optimizer.exp_avg_sq]
@@ -4372,46 +4374,63 @@ class BatchedTTT(Learner):
 
 
 def late_chunk_tokens(run: RunConfig) -> int:
-    """Tokens of a chunk from token EVAL_SEQ_LEN of a document on."""
+    """Tokens per chunk after the first EVAL_SEQ_LEN tokens of a document."""
     return run.ttt_late_chunk_tokens or max(run.ttt_chunk_tokens, min(64, run.eval_seq_len // 32))
 
 
 def late_run(run: RunConfig) -> RunConfig:
     """The settings of late chunks.
 
-    They are longer: a document of 78,000 tokens would otherwise take almost 5,000 steps, each of which leaves a GPU
-    idle, as few documents are so long. Their gradients are means over more targets, so that the part of them which
-    these have in common stands out by the root of their number: the rate grows as much, and what is learned from a text
-    stays about the same."""
+    They are longer. Otherwise a document of 78,000 tokens would take almost 5,000 steps, each of which would leave a
+    GPU idle, as few documents are that long. In a mean over n times as many targets, what their gradients have in
+    common stands out sqrt(n) times as much; the learning rate grows by the same factor, so that about as much is
+    learned from a text as with short chunks."""
     size = late_chunk_tokens(run)
     growth = math.sqrt(size / run.ttt_chunk_tokens)
     return dataclasses.replace(run, ttt_chunk_tokens=size, ttt_lr=run.ttt_lr * growth)
 
 
-class ChunkStep(NamedTuple):
-    """The next chunk of the documents that run together."""
+# How documents run side by side: the steps of `chunk_steps` for documents A to D of 150, 100, 40 and 20 targets, with
+# EVAL_SEQ_LEN=64, TTT_BATCH_DOCS=4, TTT_CHUNK_TOKENS=16 and TTT_LATE_CHUNK_TOKENS=64. Each column is a step:
+#
+#              wave 0               wave 1       wave 2
+#     tokens   16   16   16   16    64    64     64
+#     first    0    16   32   48    64    128    64
+#     row 0    A    A    A    A     A     A      B
+#     row 1    B    B    B    B
+#     row 2    C    C    C    c
+#     row 3    D    D    d    d
+#
+# Lower case: the document has ended. A GPU keeps its row, whose scores do not count. A CPU drops half of the rows once
+# half have ended: its step at 48 has only rows A and B. These two are longer than EVAL_SEQ_LEN and go on with late
+# chunks, here 4 times as long, in waves of 4 / 4 = 1 row: A to its end, then B. Each wave starts from the state in
+# which wave 0 left its documents: `BatchedTTT.copy_rows` copies LoRA and moments, `KVCache.copy_rows` the cache.
 
-    first: int  # position of the chunk in every document
-    run: RunConfig  # settings of its learner: TTT_CHUNK_TOKENS is the size of the chunk
-    rows: np.ndarray  # (B,) which document each row holds, -1 for none; some may have ended
-    # None if rows are those of the step before. Else the index (B,) of each row among those or, in the first step of a
-    # wave, among the last rows of wave 0; any index for a row without a document.
+
+class ChunkStep(NamedTuple):
+    """One chunk of each of the documents that run side by side."""
+
+    first: int  # position in every document at which the chunk begins
+    run: RunConfig  # settings of the learner; TTT_CHUNK_TOKENS is the chunk's length
+    rows: np.ndarray  # (B,) the document in each row, -1 for none; some may have ended
+    # (B,) where each row comes from: its index in the previous step or, in the first step of waves 1, 2, ..., in the
+    # last step of wave 0; rows without a document have any index. None if rows have not changed.
     kept: np.ndarray | None
-    wave: int  # 0; then 1, 2, ... for the groups that go on with late chunks, each from where wave 0 has ended
+    wave: int  # 0; then 1, 2, ... for groups that go on with late chunks, each from where wave 0 ended
 
 
 def chunk_steps(
     documents: int, run: RunConfig, device: torch.device, goes_on: Callable[[np.ndarray, int], np.ndarray]
 ) -> Iterator[ChunkStep]:
-    """Which of `documents` documents, at most TTT_BATCH_DOCS, run together, chunk by chunk, until all have ended. Those
-    that are longer than EVAL_SEQ_LEN go on in waves of fewer, as late chunks have more tokens.
+    """The steps that take `documents` documents, at most TTT_BATCH_DOCS, side by side to their ends. Documents longer
+    than EVAL_SEQ_LEN go on in waves of fewer rows, as late chunks have more tokens.
 
-    On a GPU a chunk always has as many rows, if need be with no document: a product of another shape may be computed
-    by another kernel, which rounds otherwise, so that a score would depend on the documents beside it. On a CPU it does
-    not: half of the rows are dropped whenever half have ended.
+    On a GPU the number of rows is fixed, and some rows may hold no document: for a matrix product of another shape, a
+    GPU may choose a kernel that rounds differently, and a score would depend on the documents beside it. A CPU does
+    not, so half of the rows are dropped whenever half have ended.
 
-    goes_on(rows, first) -> (B,) bool: which of these documents have a target at `first`. It is asked when all earlier
-    chunks have been dealt with: a decoder learns the end of a document as it goes."""
+    goes_on(rows, first) -> (B,) bool says which of these documents have a target at `first`. It is called once all
+    earlier chunks are processed: a decoder finds out where a document ends as it goes."""
     fixed = device.type == "cuda"
     late = late_run(run)
     late_rows = max(1, run.ttt_batch_docs * run.ttt_chunk_tokens // late.ttt_chunk_tokens)
@@ -4422,7 +4441,7 @@ def chunk_steps(
         return going
 
     def together(step: ChunkStep, end: float) -> Iterator[ChunkStep]:
-        """From this step on, until all have ended or reached `end` -> the step that would follow."""
+        """The steps from this one on, until all documents have ended or reached `end` -> the step that would follow."""
         while (going := alive(step.rows, step.first)).any() and step.first < end:
             if not fixed:
                 step = with_fewer_rows(step, going)
@@ -4441,13 +4460,13 @@ def chunk_steps(
 
 
 def filled_up(values: np.ndarray, size: int, value: int = -1) -> np.ndarray:
-    """Values (n,), and then so many more that there are `size`."""
+    """Values (n,), padded with `value` to (size,)."""
     return np.append(values, np.full(size - len(values), value, values.dtype))
 
 
 def with_fewer_rows(step: ChunkStep, going: np.ndarray) -> ChunkStep:
-    """The step without half of its rows, as often as half of them have ended: their number stays one of few. `going`
-    (B,): which have not."""
+    """The step with its rows halved while at most half of them go on, so that only a few numbers of rows occur.
+    `going` (B,) bool: the rows that go on."""
     size = len(step.rows)
     while size > 1 and going.sum() <= size // 2:
         size //= 2
@@ -4459,8 +4478,7 @@ def with_fewer_rows(step: ChunkStep, going: np.ndarray) -> ChunkStep:
 
 
 class Learners:
-    """The learners of documents that run together; they are kept for the next group, with the graphs that they have
-    captured."""
+    """A learner for each number of rows, with late chunks or not, kept with its captured graphs for the next group."""
 
     def __init__(self, model: GPT, device: torch.device):
         self.model = model
@@ -4468,16 +4486,16 @@ class Learners:
         self.by_size: dict[tuple[int, bool], BatchedTTT] = {}  # (rows, late chunks or not)
         self.current: BatchedTTT | None = None  # the learner of the latest step
         self.wave = 0  # of the latest step
-        self.before_waves: BatchedTTT | None = None  # the learner of wave 0's last step, from which each wave goes on
+        self.before_waves: BatchedTTT | None = None  # the learner of wave 0's last step, where later waves start
 
     def at(self, step: ChunkStep) -> BatchedTTT:
-        """The learner for a step, with what its documents have learned in the steps before."""
+        """The learner for a step, with what its documents have learned so far."""
         if step.first == 0:
             if (len(step.rows), False) not in self.by_size:
-                # Each holds gigabytes, and those for a group of another size are not needed again.
+                # Each learner holds gigabytes, and those for groups of another size are not needed again.
                 self.by_size.clear()
                 self.current = self.before_waves = None
-            elif self.device.type == "cpu":  # where the number of late rows follows from the group
+            elif self.device.type == "cpu":  # where the number of late rows depends on the group
                 self.by_size = {key: learner for key, learner in self.by_size.items() if key == (len(step.rows), False)}
             self.current = self._learner(step)
             self.current.reset()
@@ -4504,7 +4522,7 @@ def score_batched(
     group = np.array(group)
     lengths = np.append(docs.lengths[group], 0)  # the last one is for rows without a document
     text = padded_documents(docs, group, late_chunk_tokens(run)).to(dist.device)  # (n + 1, T)
-    scored = []  # nats stay on the device meanwhile: reading them would make it wait for Python at every chunk
+    scored = []  # nats stay on the device until the end: reading them at every chunk would make it wait for Python
     for step in chunk_steps(len(group), run, dist.device, lambda rows, first: lengths[rows] > first):
         learner = learners.at(step)
         first = step.first
@@ -4528,8 +4546,8 @@ def score_batched(
 
 
 def padded_documents(docs: Documents, group: Sequence[int], chunk: int) -> Tensor:
-    """Documents as rows, (n + 1, T) int64, padded with BOS by more than a chunk: everything is causal, so that padding
-    changes no score. The last row is padding alone."""
+    """Documents as rows, (n + 1, T) int64, padded with BOS by more than a chunk. Everything is causal, so padding
+    changes no score. The last row is all padding."""
     lengths = docs.lengths[group]
     text = np.full((len(group) + 1, int(lengths.max(initial=0)) + chunk + 1), BOS, np.int64)
     for row, i in enumerate(group):
@@ -4539,40 +4557,40 @@ def padded_documents(docs: Documents, group: Sequence[int], chunk: int) -> Tenso
 
 # ---- How large gradients are, for TTT_OPTIMIZER=rms ----
 
-RMS_CHUNK_TOKENS = 16  # of the chunks that gradients are measured on, where the run's own are not short ones
-LONGER_CHUNKS = 4  # times as long ones show how that changes
-FARTHEST_CHUNKS = 2  # a chunk may be so many times shorter than the short ones, or longer than the long ones
+RMS_CHUNK_TOKENS = 16  # length of the chunks to measure gradients on, if the run does not learn from short ones itself
+LONGER_CHUNKS = 4  # gradients are measured again on chunks this many times as long, to see how they grow
+FARTHEST_CHUNKS = 2  # the run's chunks may be this many times shorter than the short ones, or longer than the long ones
 PROBED_DOCUMENTS = 128  # at a time
-PROBED_TOKENS = 512  # of a document: many short texts say more than few long ones, in the same time
+PROBED_TOKENS = 512  # per document: many short texts say more than few long ones, in the same time
 
 
 class GradientRMS(NamedTuple):
     """How large gradients are on training text, for every column of every output that LoRA may correct.
 
-    Let x_t (in,) be the input at token t, and g_tj the gradient at column j of the output there, of the summed loss of
-    a chunk of C targets. Then the number of column j is sqrt(mean |sum_t x_t g_tj|^2 / C), where the mean is that over
-    chunks: the RMS of one target's gradient at row j of the matrix. Nothing of LoRA is in it: see `rms_of_gradients`.
+    For a chunk of C targets, let x_t (in,) be the input at token t, and g_tj the gradient of the summed loss at column
+    j of the output there. The number of column j is sqrt(mean |sum_t x_t g_tj|^2 / C), with the mean over chunks: the
+    RMS of one target's gradient at row j of the matrix. It does not depend on LoRA: see `rms_of_gradients`.
 
-    After dynamic evaluation with RMS statistics, Krause et al., arXiv 1904.08378; theirs are of single weights."""
+    After dynamic evaluation with RMS statistics (Krause et al., arXiv 1904.08378), which keeps one per weight."""
 
     columns: list[Tensor]  # (out,) fp32, for each of lora_outputs
-    growth: Tensor  # (outputs,) fp32, of their columns with C: they go with C^growth
+    growth: Tensor  # (outputs,) fp32: the columns of an output grow as C^growth
     chunk_tokens: int  # C
 
 
 def rms_of_gradients(model: GPT, run: RunConfig) -> list[Tensor]:
-    """The RMS of gradients at `up` that a step on a chunk is divided by: (out,) fp32 for every output that adapts.
+    """RMS of the gradients at `up`, (out,) fp32 for every output that adapts: a step on a chunk is divided by it.
 
-    LoRA adds s x A B to an output, with s = TTT_LORA_ALPHA / R and entries of A (in, R) between -in^-1/2 and in^-1/2,
-    all equally likely, whose variance is 1 / (3 in). The gradient at B_rj of the mean loss of a chunk of C targets is
-    s / C sum_t (x_t . a_r) g_tj. If A has nothing to do with the text, its mean square is
-    (s / C)^2 mean |sum_t x_t g_tj|^2 / (3 in), so that the RMS is s / sqrt(3 in C) times the number of column j, which
-    is that of R, s and A alike.
+    LoRA adds s x A B to an output, with s = TTT_LORA_ALPHA / R and the entries of A (in, R) uniform between -in^-1/2
+    and in^-1/2, so that their variance is 1 / (3 in). For a chunk of C targets, the mean loss has the gradient
+    s / C sum_t (x_t . a_r) g_tj at B_rj, where a_r is column r of A. If A is independent of the text, the mean square
+    of this gradient is (s / C)^2 mean |sum_t x_t g_tj|^2 / (3 in), so that its RMS is s / sqrt(3 in C) times the number
+    of column j. That number is the same for all R, s and A.
 
-    It is the same for any C, too, if gradients of two targets of a chunk are uncorrelated. So they are at the head of
-    a model whose errors have no mean, given the text before. Elsewhere a target's gradient comes from all tokens of the
-    chunk up to it, and grows with C: `growth` corrects that. Raises UserError where C is too far from what was
-    measured."""
+    It is also the same for all C if the gradients of a chunk's targets are uncorrelated. At the head they are, if the
+    model's errors have zero mean given the preceding text. Elsewhere a target's gradient comes from all tokens of the
+    chunk up to it, and grows with C, which `growth` corrects. Raises UserError if C is too far from what was measured.
+    """
     measured = model.gradient_rms
     check_gradient_rms(measured, run, "test-time training")
     chunk_tokens = run.ttt_chunk_tokens
@@ -4587,15 +4605,15 @@ def rms_of_gradients(model: GPT, run: RunConfig) -> list[Tensor]:
 
 
 def check_gradient_rms(measured: GradientRMS | None, run: RunConfig, what: str) -> None:
-    """Raises UserError, which names the artifact `what`, where TTT_OPTIMIZER=rms lacks what it divides by, or where
-    that was measured on chunks of quite another length."""
+    """Raises UserError, which names the artifact `what`, if it lacks the RMS that TTT_OPTIMIZER=rms divides by, or if
+    that was measured on chunks of a very different length."""
     require(measured is not None, f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
     check_chunks(measured.chunk_tokens, run, what)
 
 
 def check_chunks(measured_on: int, run: RunConfig, what: str) -> None:
-    """Raises UserError, which names `what`, where gradients that were measured on chunks of so many tokens say too
-    little of those that the run learns from."""
+    """Raises UserError, which names `what`, if gradients measured on chunks of `measured_on` tokens say too little
+    about the chunks that the run learns from."""
     low = measured_on / FARTHEST_CHUNKS
     high = measured_on * LONGER_CHUNKS * FARTHEST_CHUNKS
     chunks = {"TTT_CHUNK_TOKENS": run.ttt_chunk_tokens, "TTT_LATE_CHUNK_TOKENS": late_chunk_tokens(run)}
@@ -4615,7 +4633,7 @@ NO_GRADIENT_RMS = (
 
 
 class Probe:
-    """Stands where LoRA would: it corrects nothing, and shows the gradient where a correction would be added."""
+    """Takes the place of LoRA: adds zeros to the output, and shows the gradient there."""
 
     def __init__(self, columns: int):
         self.columns = columns
@@ -4627,7 +4645,7 @@ class Probe:
         return self.outputs
 
     def squares(self, gradient: Tensor) -> Tensor:
-        """The gradient g at the outputs (B, C, columns) -> |sum_t x_t g_tj|^2, summed over documents, (columns,)."""
+        """Gradient g at the outputs (B, C, columns) -> |sum_t x_t g_tj|^2 (columns,), summed over documents."""
         gradient = gradient.float()
         products = self.inputs @ self.inputs.mT  # (B, C, C)
         return ((products @ gradient) * gradient).sum((0, 1))
@@ -4635,9 +4653,9 @@ class Probe:
 
 class ProbedDocuments:
     """Reads B documents side by side and chunk by chunk, as `BatchedTTT` does, and measures gradients instead of
-    learning from them. It stands in the place of an `Adapter`."""
+    learning from them. Takes the place of an `Adapter`."""
 
-    head = None  # is not probed: see `head_squares`
+    head = None  # not probed: see `head_squares`
 
     def __init__(self, model: GPT, documents: int, context: int, chunk_tokens: int, capture: bool):
         device = model.embed.device
@@ -4651,7 +4669,7 @@ class ProbedDocuments:
         self.chunks = torch.zeros((), dtype=torch.int64, device=device)
 
     def read(self, tokens: Tensor, targets: Tensor, counted: Tensor) -> None:
-        """Read the next chunk, inputs and targets (B, C) each; `counted` (B,) bool: whose gradients are measured."""
+        """Read the next chunk, inputs and targets (B, C) each. `counted` (B,) bool: which documents are measured."""
         self.cache.make_room(tokens.size(1))
         if self.graphs is None:
             self._read(tokens, targets, counted)
@@ -4673,11 +4691,11 @@ class ProbedDocuments:
         self.cache.append(tokens, new_kvs)
 
     def head_squares(self, states: Tensor, counted: Tensor) -> Tensor:
-        """States (B, C, D) -> what `Probe.squares` would give at the head, (V,), on average over targets that the model
-        draws itself: |x|^2 c^2 p (1 - p), with p the probabilities and c the slope of the soft cap.
+        """States (B, C, D) -> the expectation (V,) of `Probe.squares` at the head, over targets sampled from the model:
+        |x|^2 c^2 p (1 - p), with p the probabilities and c the slope of the soft cap.
 
-        With the targets that the text has, columns of tokens that do not come in so little text would get numbers that
-        are a hundred times too small, and steps that are as much too large once they come."""
+        With the text's own targets, tokens absent from so little text would get numbers a hundred times too small, and
+        steps a hundred times too large once they occur."""
         z = self.model.head.logits(states, self.model.embed, None)
         p, slope = self.model.head.probabilities(z)
         curvature = p * (1 - p) * slope.square()
@@ -4686,18 +4704,18 @@ class ProbedDocuments:
 
 
 def probed_tokens(run: RunConfig) -> int:
-    """Tokens of a document that gradients are measured on, at most."""
+    """The most tokens of a document that gradients are measured on."""
     return min(PROBED_TOKENS, run.train_seq_len)
 
 
 def rms_chunk_tokens(run: RunConfig) -> int:
-    """Of the chunks that gradients are measured on: as long as those that will be learned from, if these are short."""
+    """Length of the chunks to measure gradients on: that of the chunks that the run learns from, if these are short."""
     return min(run.ttt_chunk_tokens if run.batched_ttt else RMS_CHUNK_TOKENS, probed_tokens(run))
 
 
 def measure_gradient_rms(model: GPT, docs: Documents, run: RunConfig, dist: Dist) -> GradientRMS:
-    """Measure gradients on documents, at least one of which has a whole chunk: up to `probed_tokens` of each. The same
-    on every rank."""
+    """Measure gradients on up to `probed_tokens` of each document; at least one must have a whole chunk. The result is
+    the same on every rank."""
     size = rms_chunk_tokens(run)
     longer_size = size * longer_chunks(docs, run)
     columns = measure_columns(model, docs, run, dist, size)
@@ -4710,19 +4728,19 @@ def measure_gradient_rms(model: GPT, docs: Documents, run: RunConfig, dist: Dist
 
 
 def longer_chunks(docs: Documents, run: RunConfig) -> int:
-    """How many times as long the chunks are that show how gradients grow; 1 where no document has room for longer ones,
-    so that nothing shows it."""
+    """How many times as long as short chunks the longer ones are, which show how gradients grow; 1 if no document has
+    room for longer chunks, so that growth cannot be measured."""
     longest = min(int(docs.lengths.max()), probed_tokens(run))
     return min(LONGER_CHUNKS, longest // rms_chunk_tokens(run))
 
 
 @torch.no_grad()
 def measure_columns(model: GPT, docs: Documents, run: RunConfig, dist: Dist, size: int) -> list[Tensor]:
-    """`GradientRMS.columns`, measured on all whole chunks of `size` tokens, of which there is at least one."""
+    """`GradientRMS.columns`, measured on all whole chunks of `size` tokens; there must be at least one."""
     context = probed_tokens(run)
     chunks = np.minimum(docs.lengths, context) // size  # of every document
     rounds = deal_documents(chunks, dist.world, PROBED_DOCUMENTS)
-    rows = len(rounds[0][0])  # of the largest group: with rows to spare, all others can share its CUDA graphs
+    rows = len(rounds[0][0])  # of the largest group; smaller ones leave rows empty to share its CUDA graphs
     with without_weight_gradients(model):
         probed = ProbedDocuments(model, rows, context, size, bool(run.compile))
         for groups in rounds:
@@ -4736,7 +4754,7 @@ def measure_columns(model: GPT, docs: Documents, run: RunConfig, dist: Dist, siz
 def probe_documents(
     probed: ProbedDocuments, docs: Documents, group: Sequence[int], chunks: np.ndarray, size: int
 ) -> None:
-    """Read so many chunks (n,) of `size` tokens of each document of a group, from their start."""
+    """Read chunks of `size` tokens from the start of every document of a group, as many as `chunks` (n,) says."""
     rows = len(probed.cache.last_token)
     most = int(chunks.max(initial=0))
     text = np.full((rows, most * size + 1), BOS, np.int64)
@@ -4755,12 +4773,12 @@ def probe_documents(
         probed.read(tokens[:, first:end], tokens[:, first + 1 : end + 1], is_counted[:, n])
 
 
-# It is stored as logarithms, which zstd compresses well: columns are alike in several layer passes.
+# The RMS of gradients is stored as logarithms, which zstd compresses well: columns are alike in several layer passes.
 
 GRADIENT_PREFIX = "gradients."  # of the names of stored tensors
-LEVELS = 4  # to an octave: numbers are exact to 9 %
-GROWTH_STEPS = 64  # to an exponent of 1
-EXPECTED_LEVEL_BITS = 3.2  # a column, compressed
+LEVELS = 4  # per octave: numbers are exact to 9 %
+GROWTH_STEPS = 64  # per unit of the exponent
+EXPECTED_LEVEL_BITS = 3.2  # per column, compressed
 
 
 def has_gradient_rms(names: Iterable[str]) -> bool:
@@ -4769,7 +4787,7 @@ def has_gradient_rms(names: Iterable[str]) -> bool:
 
 
 def layout_of_gradient_rms(c: ModelConfig) -> Layout:
-    """What `encode_gradient_rms` stores."""
+    """The layout of what `encode_gradient_rms` stores."""
     outputs = lora_outputs(c)
     layout: Layout = {
         "growth": (torch.int8, torch.Size([len(outputs)])),
@@ -4782,14 +4800,14 @@ def layout_of_gradient_rms(c: ModelConfig) -> Layout:
 
 
 def gradient_rms_bytes(model: GPT, run: RunConfig) -> float:
-    """About how many bytes it takes in an artifact of this model, if it will be there."""
+    """About how many bytes the RMS of gradients will take in an artifact of this model; 0 if it is not measured."""
     columns = sum(columns for _, columns in lora_outputs(model.config))
     return EXPECTED_LEVEL_BITS / 8 * columns if run.grad_rms_tokens else 0.0
 
 
 def encode_gradient_rms(model: GPT) -> dict[str, Tensor]:
-    """What an artifact stores of `model.gradient_rms`: above all, for every target, logarithms of its columns' numbers,
-    (outputs, columns) int8. Nothing if it is None."""
+    """The tensors that an artifact stores for `model.gradient_rms`, none if it is None. Most hold the logarithms of one
+    target's columns, (outputs, columns) int8."""
     measured = model.gradient_rms
     if measured is None:
         return {}
@@ -4803,7 +4821,7 @@ def encode_gradient_rms(model: GPT) -> dict[str, Tensor]:
 
 
 def decode_gradient_rms(stored: Mapping[str, Tensor], c: ModelConfig, what: str) -> GradientRMS:
-    """The inverse, to within the rounding of logarithms. Raises DataError, which names the file `what`."""
+    """The inverse of `encode_gradient_rms`, up to rounding. Raises DataError, which names the file `what`."""
     parts = {name.removeprefix(GRADIENT_PREFIX): t for name, t in stored.items() if name.startswith(GRADIENT_PREFIX)}
     chunk_tokens = float(parts["chunk_tokens"])
     require(
@@ -4832,7 +4850,7 @@ class SequentialChunk(NamedTuple):
 
 
 class SequentialTTT(Learner):
-    """Adapts along one text: the weights themselves, or one set of LoRA. The ranks of `dist` share every chunk."""
+    """Adapts the weights themselves, or one set of LoRA, along one text. The ranks of `dist` share every chunk."""
 
     def __init__(self, model: GPT, run: RunConfig, dist: Dist):
         self.model = model
@@ -4840,7 +4858,7 @@ class SequentialTTT(Learner):
         self.dist = dist
         if run.ttt_params == "lora":
             self.adapter = Adapter(model.config, run, 1, dist.device)
-            self.leaves = self.adapter.tensors()  # what gradients are taken of
+            self.leaves = self.adapter.tensors()  # gradients are taken with respect to these
             self.tensors = self.leaves
             multipliers = [1.0] * len(self.leaves)
         else:
@@ -4862,7 +4880,7 @@ class SequentialTTT(Learner):
 
     @torch.no_grad()
     def score(self, rows: Sequence[EvalRow], targets: int) -> SequentialChunk:
-        """Score this rank's rows of a chunk, which has so many targets on all ranks."""
+        """Score this rank's rows of a chunk that has `targets` targets on all ranks together."""
         nats = []
         entropy = torch.zeros(1, device=self.dist.device) if uses_entropy(self.run) else None
         for row in rows:
@@ -4885,14 +4903,14 @@ class SequentialTTT(Learner):
         return None if self.adapter is None else self.adapter.head
 
     def learn(self, chunk: SequentialChunk, mask: Sequence[np.ndarray]) -> SequentialChunk:
-        """Steps on a chunk; the mask (N,) of every row says which of its targets count."""
+        """Take steps on a scored chunk; the mask (N,) of every row says which of its targets count."""
         return self.take_steps(chunk, mask)
 
     def advance(self, chunk: SequentialChunk) -> None:
         """Nothing is cached: every window is encoded from its tokens."""
 
     def forward_again(self, chunk: SequentialChunk) -> SequentialChunk:
-        return chunk  # `gradients` runs the forward passes, row by row: together they would not fit the memory
+        return chunk  # `gradients` runs the forward passes, row by row: together they would not fit in memory
 
     def gradients(self, chunk: SequentialChunk, mask: Sequence[np.ndarray]) -> list[Tensor]:
         grads = [torch.zeros_like(leaf) for leaf in self.leaves]
@@ -4949,8 +4967,8 @@ def score_sequentially(
     table: ScoreTable,
     may_learn: Callable[[int], bool] = lambda targets_left: True,
 ) -> int:
-    """Score these documents one after another and learn from every chunk once it is scored, for as long as
-    may_learn(targets left) is true; then the rest is scored without learning more. -> number of its documents"""
+    """Score these documents one after another and learn from every chunk once it is scored, as long as
+    may_learn(targets left) is true. The rest is scored without further learning -> number of documents in the rest."""
     run = learner.run
     dist = learner.dist
     targets_left = int(docs.lengths[chosen].sum())
@@ -5000,7 +5018,7 @@ def spans_from(docs: Documents, chosen: Sequence[int], first: TargetSpan) -> lis
 
 
 def deal_documents(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
-    """Rounds of groups of documents, a group for each rank, longest documents first. It changes no score."""
+    """Rounds of groups of documents, a group for each rank, longest documents first. The order changes no score."""
     order = np.argsort(-lengths, kind="stable").tolist()
     batch = min(batch, -(-len(order) // world))  # rounded up
     groups = [order[i : i + batch] for i in range(0, len(order), batch)]
@@ -5009,7 +5027,7 @@ def deal_documents(lengths: np.ndarray, world: int, batch: int) -> list[list[lis
 
 
 def static_costs(lengths: np.ndarray, run: RunConfig) -> np.ndarray:
-    """Tokens that pass the network to score each of these documents (B,) without adaptation; to forecast seconds."""
+    """Tokens that pass through the network to score each document (B,) without adaptation; used to forecast seconds."""
 
     def cost(length: int) -> int:
         return sum(w.end - w.start for w in windows(0, 0, length, run.eval_seq_len, run.eval_stride))
@@ -5021,23 +5039,23 @@ LAUNCH_TOKENS = 2500  # the fixed cost of a chunk on a GPU, however few rows it 
 
 
 def batched_cost(lengths: np.ndarray, run: RunConfig, device: torch.device) -> float:
-    """Tokens that pass the network for documents (B,) as `score_batched` runs them; to forecast seconds."""
+    """Tokens that pass through the network as `score_batched` runs documents (B,); used to forecast seconds."""
     steps = chunk_steps(len(lengths), run, device, lambda rows, first: lengths[rows] > first)
     return float(sum(LAUNCH_TOKENS + len(step.rows) * step.run.ttt_chunk_tokens for step in steps))
 
 
 def random_documents(vocab_size: int, documents: int, length: int) -> Documents:
-    """Documents of `length` targets, the last of which has one less: random tokens, which stand for no text."""
+    """Documents of random tokens with `length` targets each; the last document has one target less."""
     text = np.random.default_rng(0).integers(2, vocab_size, documents * length, np.uint16)
     text[::length] = BOS
     return split_documents(text, np.ones(len(text), np.int64))
 
 
 class Evaluation:
-    """The score of a model with test-time training: which rank scores which documents, within the time.
+    """Scores a model with test-time training: decides which rank scores which documents, within the time limit.
 
-    The time that adaptation will take is forecast: tokens to come, times the seconds per token measured so far. What
-    would not be finished in time is scored without adaptation, which is several times faster."""
+    It forecasts how long adaptation will take: tokens to come times the seconds per token measured so far. Documents
+    that would not finish in time are scored without adaptation, which is several times faster."""
 
     def __init__(self, model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log, seconds: Callable[[], float]):
         self.model = model
@@ -5064,7 +5082,7 @@ class Evaluation:
         length = run.eval_seq_len
         full_row = max(1, run.micro_batch_tokens // length) if on_gpu else 1  # documents; a GPU has no shorter row
         docs = random_documents(self.model.config.vocab_size, full_row, length)
-        for _ in range(2):  # the first time compiles, the second is the speed
+        for _ in range(2):  # the first run compiles, the second measures the speed
             started = time.perf_counter()
             score_static(self.model, docs, range(full_row), run, alone, ScoreTable(docs))
             spent = time.perf_counter() - started
@@ -5079,7 +5097,7 @@ class Evaluation:
             return
 
         longer = length + 3 * late_chunk_tokens(run)  # a graph is captured at the second chunk of its kind
-        for size in (longer, min(longer, 512)):  # the first compiles and captures, the second is the speed
+        for size in (longer, min(longer, 512)):  # the first compiles and captures, the second is timed
             docs = random_documents(self.model.config.vocab_size, count, size)
             started = time.perf_counter()
             score_batched(docs, range(count), run, alone, ScoreTable(docs), self.learners)
@@ -5093,7 +5111,7 @@ class Evaluation:
             score_static(self.model, self.docs, everything, self.run, self.dist, self.table)
         elif self.run.ttt_scope == "document":
             self._score_documents()
-        else:  # a stream, whose every chunk the ranks share
+        else:  # a stream: the ranks share every chunk
             learner = SequentialTTT(self.model, self.run, self.dist)
             tokens_per_target = self.static_costs.sum() / self.docs.lengths.sum()
 
@@ -5107,12 +5125,12 @@ class Evaluation:
         """Whether, after `next_seconds` of adaptation, there is time to score the rest without it; all ranks agree."""
         if not self.run.eval_seconds:
             return True
-        rest = 1.5 * static_tokens_left / self.static_tokens_per_s / self.dist.world  # with a margin of a half
+        rest = 1.5 * static_tokens_left / self.static_tokens_per_s / self.dist.world  # with a margin of 50 %
         end = self.seconds() + next_seconds + rest
         return self.dist.all_reduce_max(end) <= self.run.eval_seconds * 0.98  # 2 % for what a forecast misses
 
     def _score_documents(self) -> None:
-        """Round by round, each rank its group. When time runs short, documents that have not begun do not adapt."""
+        """Score documents round by round, a group per rank. When time runs short, those not yet begun do not adapt."""
         dist = self.dist
         lengths = self.docs.lengths
         rounds = deal_documents(lengths, dist.world, self.run.ttt_batch_docs if self.run.batched_ttt else 1)
@@ -5175,20 +5193,20 @@ KNOBS = {
     for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
 }
 
-# A name that begins like a knob of ours, but is none, is a mistake, unless other programs have names like that, too.
+# A name that begins like one of our knobs but is not one is a mistake, unless other programs use such names too.
 COMMON_WORDS = "ARTIFACT CHECKPOINT DATA ENABLE MAX MIN MODEL NUM PARALLEL RUN TOKENIZER".split()
 # Knobs of other entries that ours does not have.
 OTHER_ENTRIES = ("HEAD_LR", "LQER_", "PHASED_TTT", "QUANT_", "TIED_", "TIE_")
 FIRST_WORDS = {name.split("_")[0] for name in KNOBS if "_" in name}
 OUR_FAMILIES = (*sorted(f"{word}_" for word in FIRST_WORDS.difference(COMMON_WORDS)), *OTHER_ENTRIES)
-BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # names that build tools set, though they look like ours misspelt
+BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # set by build tools, though they look like misspelt knobs
 
 # Knobs of earlier versions, which change nothing when an artifact is scored, and what decides instead.
 BITS_AND_RANGES = "MATRIX_BITS EMBED_BITS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS QUANT_CLIP_FLOOR".split()
 RETIRED = dict.fromkeys(BITS_AND_RANGES, "the steps of integers follow from ARTIFACT_BYTES alone")
 
 
-MAX_KNOB = 1e9  # of any number that is no count
+MAX_KNOB = 1e9  # largest absolute value of a number that is not a count
 
 
 def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
@@ -5211,7 +5229,7 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
 
 
 def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
-    """A name that looks like one of ours, but is misspelt or retired, fails loudly; names of other programs do not."""
+    """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names."""
     for name in sorted(set(names) - set(knobs) - BUILD_TOOLS):
         if name in RETIRED:
             raise ConfigError(f"{name} is retired: {RETIRED[name]}; unset it")
@@ -5240,18 +5258,18 @@ NO_EFFECT = "has no effect here: it needs"
 
 
 def has_effect(f: dataclasses.Field, config: Any) -> bool:
-    """Whether a knob has one in this config; what is still to be decided may give it one."""
+    """Whether a knob has an effect in this config, or may have one once settings at "auto" are decided."""
     return all(getattr(config, name) in (*values, "auto") for name, values in f.metadata["only"].items())
 
 
 def conditions(f: dataclasses.Field) -> str:
-    """Under which a knob has an effect."""
+    """The conditions under which a knob has an effect."""
     return " and ".join(f"{name.upper()}={' or '.join(values)}" for name, values in f.metadata["only"].items())
 
 
 def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> RunConfig:
-    """The run, after the artifact `what`, which has this header, has decided what TTT_OPTIMIZER=auto means. Raises
-    UserError where the run asks for what the artifact does not hold."""
+    """The run with TTT_OPTIMIZER=auto decided by the header of the artifact `what`. Raises UserError if the run needs
+    what the artifact does not hold."""
     has_rms = has_gradient_rms(table_layout(header, what))
     require(has_rms or run.ttt_optimizer != "rms", f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
     if run.ttt_optimizer != "auto":
@@ -5264,8 +5282,8 @@ def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> Ru
 
 
 def settings(*configs: Any) -> dict[str, str]:
-    """The knobs of these configs as an environment would give them; those without effect are left out, and
-    defaults that an artifact is still to decide."""
+    """The knobs of these configs as environment variables, without those that have no effect or whose defaults an
+    artifact has yet to decide."""
     return {
         f.name.upper(): str(getattr(c, f.name))
         for c in configs
@@ -5330,8 +5348,8 @@ OF_A_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "ARTIFACT", "RESUME")  
 
 
 def check_ranks_agree(setup: Setup) -> None:
-    """All ranks must run the same code with the same knobs on the same data: one that differs would change the score
-    and say nothing. Raises ConfigError, which names the rank, its host and what differs."""
+    """All ranks must run the same code with the same knobs on the same data: a rank that differs would silently change
+    the score. Raises ConfigError, which names the rank, its host and what differs."""
     knobs = {name: value for name, value in settings(setup.model, setup.run).items() if name not in OF_A_MACHINE}
     compared = {
         "code": code(),
@@ -5402,7 +5420,7 @@ def check_gpu(config: ModelConfig, device: torch.device) -> None:
 
 
 def describe_run(setup: Setup, run_id: str, log: Log) -> None:
-    """Log the source, the settings (for pasting into a shell) and the versions; the lines go to the file alone."""
+    """Log the source, the settings (for pasting into a shell) and the versions; the lines go only to the file."""
     knobs = settings(setup.model, setup.run)
     log.line(code().decode(), screen=False)
     for name, value in knobs.items():
@@ -5552,7 +5570,7 @@ def score_all_static(model: GPT, setup: Setup, looping: bool = True, docs: Docum
 
 
 def make_trainer(setup: Setup, held_out: Documents) -> Trainer:
-    """A new network, and what trains it."""
+    """A new network and its trainer."""
     run = setup.run
     model = GPT(setup.model)
     init_weights(model, run.seed)
@@ -5570,7 +5588,7 @@ def make_trainer(setup: Setup, held_out: Documents) -> Trainer:
 
 
 def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: Log) -> float:
-    """Compile and time, before the clock starts, all that training and packing will do; leave the trainer with the
+    """Before the clock starts, compile and time all that training and packing will do. Leaves the trainer with the
     initial weights, or at the checkpoint RESUME -> seconds to reserve for what follows training."""
     run = setup.run
     if run.resume:
@@ -5578,7 +5596,7 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: L
         if trainer.finished:
             return 0.0
     if run.grad_rms_tokens:
-        gradient_documents(setup)  # refuses too few before training is paid for
+        gradient_documents(setup)  # refuses too few documents before training is paid for
     batch = random_batch(run, setup.model.vocab_size, setup.dist)
     step = trainer.step
     state = trainer.copy_state()
@@ -5599,8 +5617,8 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: L
 
 
 def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_out: Documents, log: Log) -> float:
-    """Do what follows training, with random tokens and the weights of the warm-up: this compiles the scoring of
-    validation, too -> seconds to reserve."""
+    """Do what follows training, with random tokens and the weights of the warm-up. This also compiles the scoring of
+    the validation set -> seconds to reserve."""
     run = setup.run
     dist = setup.dist
     model = trainer.model
@@ -5628,26 +5646,26 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
     seconds += watch.total("calibrate") * run.gptq_calibration_batches
     seconds += len(READOUTS) * watch.total("choose")
     seconds += 2 * watch.total("quantise", "pack")  # two tries to fit the bytes
-    return dist.all_reduce_max(1.15 * seconds + 0.5)  # with a margin: a file over the limit of time is no entry
+    return dist.all_reduce_max(1.15 * seconds + 0.5)  # with a margin: an artifact that is late is no entry
 
 
 def blank(docs: Documents) -> Documents:
-    """Documents of the same lengths that say nothing."""
+    """Documents of the same lengths, without content."""
     return Documents(np.minimum(docs.tokens, BOS + 1), docs.bytes, docs.starts)  # BOS where it was
 
 
-# What an artifact may hold: how much of the average, beside the last weights
+# The weights that an artifact may hold: the share of the average, mixed with the last weights
 READOUTS = {"last": 0.0, "half": 0.5, "average": 1.0}
 
 
 def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log) -> str:
-    """Which of READOUTS scores best on the held-out text.
+    """The one of READOUTS that scores best on the held-out text.
 
-    If there is none, "half": it was the best of the three in each of five races, and where it is not, as in much
-    shorter or longer runs, it is better than the worse of the other two (EXPERIMENTS.md, section 24)."""
+    Without held-out text it is "half", the best of the three in each of five races. In much shorter or longer runs it
+    is not the best, but better than the worse of the other two (EXPERIMENTS.md, section 24)."""
     if not len(held_out):
         return "half"
-    nats = {}  # a token
+    nats = {}  # per token
     for name, weight in READOUTS.items():
         with trainer.average.applied(weight):
             table = score_all_static(trainer.model, setup, docs=held_out)
@@ -5667,8 +5685,8 @@ def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log
 
 
 def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """From random weights, or those of a checkpoint, to an artifact on the disk -> what the result says about it, and
-    nats as `read_out_and_pack`."""
+    """Train, from random weights or a checkpoint, and write the artifact -> what the result says about it, and nats as
+    from `read_out_and_pack`."""
     run = setup.run
     stream = setup.stream
     checkpoint = path.with_suffix(".ckpt")
@@ -5714,8 +5732,8 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
 
 @contextlib.contextmanager
 def how_to_go_on(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_file: str) -> Iterator[None]:
-    """Whatever ends what follows training, the message says how to repeat that alone. `weights_file` is a checkpoint of
-    the trained weights; empty if there is none."""
+    """Guards what follows training: whatever ends it, the message says how to repeat only that. `weights_file` is a
+    checkpoint of the trained weights; empty if there is none."""
     if not weights_file:
         yield
         return
@@ -5730,7 +5748,7 @@ def how_to_go_on(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_
 
 @contextlib.contextmanager
 def advice(text: str) -> Iterator[None]:
-    """Whatever exception leaves the block carries this advice, if there is any: it ends the message that people see."""
+    """Attaches this advice, if there is any, to every exception that leaves the block: it ends the message shown."""
     try:
         yield
     except BaseException as error:
@@ -5740,10 +5758,10 @@ def advice(text: str) -> Iterator[None]:
 
 
 def command_line(setup: Setup, **changes: str) -> str:
-    """This run with other knobs, for a shell in the same folder: what differs from the defaults, and the start."""
+    """The shell command that starts this run with changed knobs, in the same folder. Leaves out knobs at defaults."""
     run = setup.run
     others = dict(ttt_params=run.ttt_params, ttt_scope=run.ttt_scope, ttt_optimizer=run.ttt_optimizer)
-    defaults = settings(ModelConfig(), RunConfig(**others))  # those of other knobs depend on these
+    defaults = settings(ModelConfig(), RunConfig(**others))  # the defaults of other knobs depend on these
     defaults |= {name.upper(): str(KNOBS[name.upper()][0].metadata["default"]) for name in others}
     knobs = changes | {name: v for name, v in settings(setup.model, setup.run).items() if name not in changes}
     words = [f"{name}={shlex.quote(value)}" for name, value in knobs.items() if value != defaults.get(name)]
@@ -5764,8 +5782,8 @@ def remove(path: Path, log: Log) -> None:
 def read_out_and_pack(
     trainer: Trainer, setup: Setup, held_out: Documents, log: Log, watch: Stopwatch, path: Path
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """From trained weights to an artifact on the disk -> what the result says about the weights that it holds,
-    and their nats of every validation document, (documents,), before quantisation."""
+    """Choose among the trained weights and write the artifact -> what the result says about the chosen weights, and
+    their nats on every validation document, (documents,), before quantisation."""
     with watch.phase("validate"):
         last_bpb = score_all_static(trainer.model, setup).bits_per_byte
     with watch.phase("choose"):
@@ -5823,7 +5841,7 @@ def evaluate(
     setup: Setup, log: Log, watch: Stopwatch, path: Path, prequant_nats: np.ndarray | None = None
 ) -> tuple[dict[str, Any], bytes]:
     """Read an artifact from the disk and score it -> what the result says about it, and the file of all documents,
-    which keeps their scores (documents,) before quantisation, too, where this run has them."""
+    which also holds their scores before quantisation (documents,), if this run has them."""
     run = setup.run
     docs = setup.validation
 
@@ -5911,8 +5929,8 @@ def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: Sc
 
 
 def describe_artifact(path: Path, sha256: str) -> dict[str, Any]:
-    """What the result says about the file, whose SHA-256 must be that of what was scored: another run may have replaced
-    it meanwhile. Raises DataError."""
+    """What the result says about the artifact's file. Raises DataError if its SHA-256 is not that of the artifact that
+    was scored: another run may have replaced it meanwhile."""
     data = read_file(path)
     require(
         hashlib.sha256(data).hexdigest() == sha256,
@@ -5934,7 +5952,7 @@ SHOWN_IN_RESULT_LINE = (
 
 def report(result: Mapping[str, Any], documents: bytes, watch: Stopwatch, log: Log, path: Path) -> None:
     """Log the seconds of every phase and the result; then write the result as JSON, `path`, and the file of documents
-    beside it. Raises UserError if one cannot be written: the result is on the screen all the same."""
+    beside it. Raises UserError if a file cannot be written; the result is on the screen even then."""
     for name, seconds in watch.seconds.items():
         clock = "-"
         if name in TRAINING_CLOCK:
@@ -5955,7 +5973,7 @@ def report(result: Mapping[str, Any], documents: bytes, watch: Stopwatch, log: L
     problems = []
     files = {
         path.with_suffix(".docs.npz"): documents,
-        path: json.dumps(result, indent=1, allow_nan=False).encode(),  # last: who finds it finds the others
+        path: json.dumps(result, indent=1, allow_nan=False).encode(),  # last: whoever finds it finds the others
     }
     for file, content in files.items():
         try:
@@ -5989,7 +6007,7 @@ def part_bytes(path: Path) -> dict[str, int]:
 # ======================================================================================================================
 # Appendix: Triton kernels, where plain torch would read and write memory too often.
 #
-# What each kernel computes is said by its reference, which stands beside the model code that uses it.
+# Each kernel computes what its reference does, which stands beside the model code that uses it.
 
 if triton:
     jit = triton.jit
@@ -6002,7 +6020,7 @@ else:  # the kernels are still defined, but nothing calls them
     constant = float
 
 
-MASKED = constant(-1e30)  # score of a masked pair: as good as -inf, but a difference of two of them is no NaN
+MASKED = constant(-1e30)  # score of a masked pair: as good as -inf, but the difference of two is not NaN
 LOG2_E = constant(math.log2(math.e))
 
 
@@ -6026,8 +6044,8 @@ LOG2_E = constant(math.log2(math.e))
 #               attention_kv_backward_kernel       d_y, delta -> gradients of the keys in qk, and of values
 #               qk_norm_rope_kernel                gradient of qk -> gradients of queries and keys in qkv, d_gain
 #
-# Backward, probabilities are computed again from `lse`, and every number is written by one program: without atomic
-# additions, results repeat to the last bit.
+# The backward pass recomputes probabilities from `lse`. A single program writes each number: without atomic additions,
+# results repeat to the last bit.
 #
 #     qkv     (N, (H + 2 K) h)   projections: queries, keys and values of all heads side by side
 #     qk      (N, (H + K) h)     queries and keys after norm, RoPE and gain
@@ -6085,7 +6103,7 @@ def apply_rope_tile(
 ):
     """Rotate the pairs (i, i + half) of each row of x (64, width) by its token's angles; back if `direction` is -1.
 
-    x was loaded from `ptr`, where each column finds the other one of its pair: a tile in registers has no indices."""
+    x was loaded from `ptr`. Each column reads the other one of its pair from there: registers cannot be indexed."""
     rows = rows[:, None]  # (64, 1)
     cols = tl.arange(0, width)[None, :]  # (1, width)
     rotates = (rows < tokens) & (cols < 2 * half)  # (64, width)
@@ -6115,8 +6133,8 @@ def qk_norm_rope_kernel(
     width: tl.constexpr,
     half: tl.constexpr,
 ):
-    """Queries and keys: RMSNorm, RoPE, the gain of the head. Backward: from the gradient of qk to those of qkv and of
-    the gain, of which every program writes its sum over 64 tokens.
+    """Queries and keys: RMSNorm, RoPE, the gain of the head. Backward: from the gradient of qk to the gradients of qkv
+    and of the gain; for the latter, every program writes its sum over 64 tokens.
 
     Rotation keeps lengths, so the forward pass rotates before it normalises, and reads pairs from qkv."""
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (64,)
@@ -6127,7 +6145,7 @@ def qk_norm_rope_kernel(
 
     if backward:
         d_y = load_tile(qk_ptr, rows, tokens, heads + kv_heads, head, width).to(tl.float32)
-        # Of the normalised head, but for the gain, which is multiplied in below.
+        # The gradient of the normalised head, except for the gain, which is multiplied in below.
         d_normed = apply_rope_tile(d_y, qk_ptr, rows, tokens, heads + kv_heads, head, cos_ptr, sin_ptr, -1, width, half)
         along = tl.sum(d_normed * x * inverse_rms, 1)  # (64,)
         tl.store(d_gain_ptr + tl.program_id(0) * (heads + kv_heads) + head, tl.sum(along, 0))
@@ -6190,8 +6208,8 @@ def attention_forward_kernel(
 ):
     """y, lse and out of a tile of queries of one head.
 
-    As long as all keys of a query were masked, its sum and its y hold garbage; its first true score, at the latest that
-    of its own key, rescales them by exp2(MASKED - score) = 0."""
+    Until a query has seen an unmasked key, its sum and y hold garbage. Its first true score, at the latest that of its
+    own key, rescales them by exp2(MASKED - score) = 0."""
     first_query = tl.program_id(0) * TILE
     head = tl.program_id(1)
     query = first_query + tl.arange(0, TILE)  # (64,)
@@ -6236,8 +6254,8 @@ def attention_output_backward_kernel(
     kv_heads: tl.constexpr,
     width: tl.constexpr,
 ):
-    """From d_out to d_y, d_gate and delta, for 64 tokens and the query heads that share a key/value head. Of d_qkv, it
-    writes the columns of values: their gradient through XSA, to which `attention_kv_backward_kernel` adds."""
+    """From d_out to d_y, d_gate and delta, for 64 tokens and the query heads that share a key/value head. In d_qkv it
+    writes the values' gradient through XSA, to which `attention_kv_backward_kernel` adds the rest."""
     token = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (64,)
     kv_head = tl.program_id(1)
     group = heads // kv_heads
@@ -6319,8 +6337,8 @@ def attention_kv_backward_kernel(
     kv_heads: tl.constexpr,
     width: tl.constexpr,
 ):
-    """Gradients of a tile of keys and values of one key/value head, summed over the query heads that share it. Of the
-    values, d_qkv holds the gradient through XSA already."""
+    """Gradients of a tile of keys and values of one key/value head, summed over the query heads that share it. d_qkv
+    already holds the values' gradient through XSA."""
     first_key = tl.program_id(0) * TILE
     kv_head = tl.program_id(1)
     group = heads // kv_heads
@@ -6412,18 +6430,18 @@ class FusedAttention(torch.autograd.Function):
 
 # ---- Cached attention kernels ----
 #
-# A chunk of C tokens of B documents attends to the filled slots of a cache and, causally, to itself. As above, but for
-# what differs:
+# A chunk of C tokens of B documents attends to the filled slots of a cache and, causally, to itself. The kernels work
+# as above, except for the following.
 #
 # Tiling: a program owns the queries of all heads that share a key/value head, so that cached keys and values are read
 # once for them. A row of its tile is a token's query in one head; the rows of a token lie side by side. A tile has R
-# rows, a power of two: at least 16, the least that a GPU multiplies, and at most 128 (of wide heads 64), as many as fit
-# into registers and shared memory. A chunk that needs more is shared by several programs. Rows beyond the chunk are
+# rows, a power of two: at least 16, the fewest that a GPU multiplies, and at most 128 (64 for wide heads), the most
+# that fit into registers and shared memory. Several programs share a chunk that needs more. Rows beyond the chunk are
 # zeros and are not stored.
 #
 # Keys: a program loops over tiles of 64 cached keys, from slot 0 to the last filled one, then over tiles of 64 of the
-# chunk's own. How many slots are filled is read on the device: a captured graph takes as long as what is cached asks
-# for, not as what could be. Slots that are not filled are never loaded.
+# chunk's own. The number of filled slots is read on the device, so that the time of a captured graph depends on what is
+# cached, not on the capacity. Empty slots are never loaded.
 #
 #     forward:  cached_attention_forward_kernel          q, k, v, cache -> y, lse
 #     backward: cached_attention_query_backward_kernel   d_y -> gradient of q, delta
@@ -6434,14 +6452,14 @@ class FusedAttention(torch.autograd.Function):
 #
 #     q, y          (B, C, H, h)         scale and gain are not folded in: see score_scale
 #     k, v          (B, C, K, h)         the chunk's own keys and values
-#     cached_k, _v  (B, K, L, h)         those of earlier tokens
+#     cached_k, _v  (B, K, L, h)         keys and values of earlier tokens
 #     lse, delta    (B, C, H) fp32       as above
 #
 # In names of kernel arguments, `chunk` is C, `slots` L and `tile_rows` R.
 
 
 def cached_attention_tile_rows(rows: int, width: int) -> int:
-    """R, for so many rows of a document and a key/value head."""
+    """R, if a document has this many rows for a key/value head."""
     most = 128 if width < 128 else 64
     return min(most, max(16, triton.next_power_of_2(rows)))
 
@@ -6460,14 +6478,14 @@ def visible_scores(q, k, visible, scale):
 
 @jit
 def score_gradient(p, v, d_y, delta):
-    """Probabilities (R, 64), values (64, h), gradient of the outputs (R, h), delta (R,) -> that of scores (R, 64)."""
+    """Probabilities (R, 64), values (64, h), d_y (R, h), delta (R,) -> gradient of the scores (R, 64)."""
     return p * (tl.dot(d_y, tl.trans(v), input_precision="ieee") - delta[:, None])
 
 
 @jit
 def place_of_rows(chunk, slots, heads: tl.constexpr, kv_heads: tl.constexpr, tile_rows: tl.constexpr):
-    """What a program that owns a tile of rows works on -> token and query head of every row, (R,) each, and how many
-    queries of all heads, own keys of all heads, and cached keys are stored before its own."""
+    """The rows of the tile that a program owns -> token and query head of every row, (R,) each, and how many queries of
+    all heads, own keys of all heads, and cached keys are stored before the program's."""
     document = tl.program_id(0).to(tl.int64)  # a cache may hold more numbers than 32 bits count
     kv_head = tl.program_id(1)
     group: tl.constexpr = heads // kv_heads
@@ -6702,8 +6720,8 @@ def loss_kernel(
     cap: tl.constexpr,
     cols: tl.constexpr,
 ):
-    """A token's negative log-likelihood, and the log of the sum of the exponentials of its logits, nats. Backward: from
-    the gradient of the former to that of the uncapped logits z. `cols`: the vocabulary, rounded up to a power of 2."""
+    """A token's negative log-likelihood and the log-sum-exp of its logits, in nats. Backward: from the gradient of the
+    former to that of the uncapped logits z. `cols`: the vocabulary, rounded up to a power of 2."""
     token = tl.program_id(0).to(tl.int64)  # as token * vocab may need more than 32 bits
     col = tl.arange(0, cols)
     target = tl.load(targets_ptr + token)
@@ -6750,11 +6768,11 @@ class FusedLoss(torch.autograd.Function):
 # ---- MLP kernel ----
 #
 # The activation is applied while a product is still in registers: the hidden layer, MLP_MULT times as wide as x, is
-# written and read once less in each direction. Tiles move by a Hopper's tensor memory accelerator (TMA), which knows
-# the bounds of its tensors: nothing here needs a mask.
+# written and read once less in each direction. Hopper's tensor memory accelerator (TMA) moves the tiles; it knows the
+# bounds of its tensors, so that nothing here needs a mask.
 
 MLP_TILE = 128  # rows and columns of a tile of the result
-MLP_STEP = 32  # how much of the dimension that is summed over a step takes
+MLP_STEP = 32  # slice of the summed dimension that one step takes
 
 
 @jit
@@ -6829,8 +6847,8 @@ class FusedMLP(torch.autograd.Function):
 
 # ---- Input mix kernel ----
 #
-# Only the backward pass of `mix_reference` needs a kernel. The gradient of the mix is a sum over tokens, for which the
-# compiler would read all of its inputs twice more; its forward pass is as fast as it can be.
+# Only the backward pass of `mix_reference` needs a kernel. The gradient of the mix is a sum over tokens, for which
+# compiled code would read all inputs twice more; the compiled forward pass is as fast as it can be.
 
 MIX_PROGRAMS = 1056  # eight for each of a Hopper's 132 multiprocessors
 MIX_ROWS = 4  # tokens that a program takes at a time
@@ -6854,7 +6872,7 @@ def mix_backward_kernel(
     rows: tl.constexpr,
     cols: tl.constexpr,
 ):
-    """From the gradients of the three outputs of `mix_reference` to those of x, x0 and the mix; of the last, every
+    """From the gradients of the three outputs of `mix_reference` to those of x, x0 and the mix; for the mix, every
     program writes its own sum (2, width). `cols`: the width, rounded up to a power of 2."""
     col = tl.arange(0, cols)[None, :]  # (1, cols)
     keep = tl.load(mix_ptr + col, col < width, 0.0)
@@ -6932,7 +6950,7 @@ class FusedMix(torch.autograd.Function):
 
 @jit
 def nearest_in_coset_tile(v, coset):
-    """The integer nearest to v whose remainder by 4 is `coset`."""
+    """The integer nearest to v that is `coset` modulo 4."""
     return coset + 4.0 * tl.floor((v - coset) / 4.0 + 0.5)
 
 
@@ -6947,8 +6965,8 @@ def viterbi_kernel(
     h0: tl.constexpr,
     h1: tl.constexpr,
 ):
-    """One column of `length` rows by each program: see `viterbi_reference`. Choices (n, length) int64 are memory for
-    the way back: bit s says by which bit the best path came to state s."""
+    """`viterbi_reference`, with a program for each column of `length` rows. Choices (n, length) int64 are memory for
+    tracing back: bit s is the bit by which the best path reached state s."""
     begin = tl.program_id(0) * length
     state = tl.arange(0, states)
     parity = state // (states // 2)
@@ -7010,18 +7028,18 @@ class CUDAGraphs:
     """Calls `work(*inputs)` as CUDA graphs: without them, a GPU would wait for Python to launch thousands of small
     kernels, one by one.
 
-    There is one graph for each key and shapes of inputs. With these,
-    - the first call runs `work` as it is, a warm-up: kernels are compiled, and lasting tensors come into being;
+    There is one graph for each combination of key and input shapes:
+    - the first call runs `work` as it is, a warm-up: kernels are compiled, and lasting tensors are created;
     - the second call captures: it records the kernels that `work` launches, with the addresses that they read and
       write, and then replays them once;
     - every later call copies its inputs to the addresses of the captured ones and replays. No line of `work` runs: it
-      has to be the same work as that of the capture.
+      must be the same work as during the capture.
 
-    What a caller must obey:
+    Rules for callers:
     - Whatever outlives a call (weights, gradients, caches) changes in place. A graph knows addresses: if a name is
       bound to a new tensor, the graph still uses the old one.
     - `work` never waits for the GPU, as `.item()` does to read a number back: no capture allows that.
-    - Numbers and flags of Python stay those of the capture. One that changes from call to call belongs in the key.
+    - Python numbers and flags keep their values of the capture. One that changes from call to call belongs in the key.
     - A result is used or copied before the next call with the same key and shapes, which overwrites it.
 
     Inputs are copied, since each call brings new tensors. What `work` closes over is not: a replay reads it where it
@@ -7032,14 +7050,14 @@ class CUDAGraphs:
     def __init__(self):
         self.graphs: dict[Any, CapturedGraph | None] = {}  # by key and shapes; None: warmed up, not yet captured
         self.memory = torch.cuda.graph_pool_handle()  # one pool for all graphs
-        self.stream = torch.cuda.Stream()  # of the warm-up too: autograd goes on using the stream that it met first
+        self.stream = torch.cuda.Stream()  # for the warm-up too: autograd keeps using the stream that it met first
 
     def __call__(self, key: Any, work: Callable[..., Any], *inputs: Tensor) -> Any:
         key = (key, *(x.shape for x in inputs))
         with self.on_stream():
             if key not in self.graphs:
-                # On clones, which are aligned in memory as those of the capture will be: for another alignment, Triton
-                # would compile a kernel anew, and a capture does not allow that.
+                # On clones, which have the same memory alignment as those of the capture: for another alignment, Triton
+                # would recompile a kernel, and a capture does not allow that.
                 result = work(*(x.clone() for x in inputs))
                 self.graphs[key] = None
             else:
@@ -7055,8 +7073,8 @@ class CUDAGraphs:
 
     @contextlib.contextmanager
     def on_stream(self) -> Iterator[None]:
-        """Inside, kernels are launched on the stream of the graphs. Work that is never captured belongs there, too, if
-        it builds gradients of what captured work learns: autograd would go on using the stream that it met first."""
+        """Inside, kernels are launched on the stream of the graphs. Work that is never captured belongs there too if it
+        takes gradients of what captured work learns: autograd keeps using the stream that it met first."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
@@ -7133,7 +7151,7 @@ def do_experiment(model_config: ModelConfig, run: RunConfig, dist: Dist, run_id:
 
 
 def let_go_of_screen() -> None:
-    """Drop lines that the screen does not take: they would end Python with status 120, though the files are whole."""
+    """Drop lines that stdout does not take: they would end Python with status 120, although the files are complete."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -7141,7 +7159,7 @@ def let_go_of_screen() -> None:
 
 
 def report_overruns(run: RunConfig, result: Mapping[str, Any], log: Log) -> None:
-    """Say by how much a limit of time was passed."""
+    """Log by how much a time limit was exceeded."""
     clocks = (
         ("training", "train_seconds", run.max_wallclock_seconds),
         ("evaluation", "eval_seconds", run.eval_seconds),
@@ -7162,10 +7180,10 @@ def choose_run_id(run: RunConfig, dist: Dist) -> str:
 @contextlib.contextmanager
 def reserve_run_id(run_id: str) -> Iterator[Path]:
     """Inside, no other process runs under this RUN_ID: two would write one log, and one could score the other's
-    artifact. Raises ConfigError if one does. -> the file that is locked and then removed.
+    artifact. Raises ConfigError if another does. -> the file that is locked and then removed.
 
-    The system takes the lock back when this process ends, by whatever means, and no child inherits it. The file that a
-    killed process leaves behind is in nobody's way: the next run of this name takes it over.
+    The system releases the lock when this process ends, however it ends, and no child inherits it. The file that a
+    killed process leaves behind does no harm: the next run of this name takes it over.
     """
     path = LOGS / f"{run_id}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -7175,7 +7193,7 @@ def reserve_run_id(run_id: str) -> Iterator[Path]:
         os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         yield path
     finally:
-        path.unlink(missing_ok=True)  # before the lock is given back: afterwards the file may be another run's
+        path.unlink(missing_ok=True)  # before the lock is released: afterwards the file may be another run's
         os.close(handle)
 
 
@@ -7223,13 +7241,13 @@ RANK_LOST = 3  # exit status
 
 
 class Ending:
-    """How the process ends. The main thread, the one that watches the ranks and the one that a signal wakes may all
-    come to its end at once: the first says why, in one line."""
+    """How the process ends. The main thread, the one that watches the ranks and the one that a signal wakes may all try
+    to end it at once: the first says why, in one line."""
 
     def __init__(self):
         self.world = 1  # ranks of the run
         self.loss = ""  # which rank is lost
-        self.begun = False  # then signals interrupt nothing any more
+        self.begun = False  # once true, signals no longer interrupt
         self.leftovers: list[Path] = []  # files to remove
         self.first = threading.Lock()
 
@@ -7246,7 +7264,7 @@ class Ending:
         os._exit(status)
 
     def after_a_loss(self, line: str) -> None:
-        """Interrupt the main thread, for the one that watches the ranks."""
+        """Interrupt the main thread; called by the thread that watches the ranks."""
         self.loss = line
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -7287,7 +7305,7 @@ def install_signal_handlers(ending: Ending, grace_s: float = 3.0) -> None:
 
 
 def print_advice(error: BaseException) -> None:
-    """What `advice` gave the exception on its way."""
+    """Print what `advice` attached to the exception."""
     for note in vars(error).get("__notes__", []):
         print(printable(note, most=1 << 16), file=sys.stderr, flush=True)
 
@@ -7311,7 +7329,7 @@ def main(arguments: Sequence[str]) -> int:
         print_advice(interruption)
     ending.begun = True
     if status and ending.world > 1:
-        ending.exit_now(status)  # the interpreter's own way would wait for threads, and these for other ranks
+        ending.exit_now(status)  # a normal exit would wait for threads, and these for other ranks
     return status
 
 
