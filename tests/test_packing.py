@@ -137,6 +137,28 @@ def test_it_calibrates_on_as_much_text_as_the_training_did(checkpoint, tiny_conf
     assert batch() == 512
 
 
+def test_it_compares_on_what_the_training_held_out_and_refuses_other_text(
+    checkpoint, setup, tiny_config, tiny_data, train_tokenizer, write_shard, tmp_path, monkeypatch
+):
+    def opened() -> g.Setup:
+        return packing.open_text("holdout", tmp_path / "held", tiny_config, str(checkpoint))
+
+    held_out = setup.stream.held_out().tokens.tolist()
+    monkeypatch.setenv("HOLDOUT_TOKENS", "900")  # of which the training has learned 300
+    assert opened().validation.tokens.tolist() == held_out and opened().stream.total == setup.stream.total
+
+    shard = tiny_data / "fineweb_train_000002.bin"
+    text = g.read_shard(shard).tolist()
+    write_shard(shard, [*text[:300], 5, *text[301:]])
+    with pytest.raises(g.DataError, match=r"its last 600 training tokens are not those that .*weights.ckpt held out"):
+        opened()
+
+    write_shard(shard, text)
+    (tiny_data / "tokenizer.model").write_bytes(train_tokenizer(model_type="unigram"))
+    with pytest.raises(g.DataError, match=r"weights.ckpt: made for another tokenizer than"):
+        opened()
+
+
 def test_a_patch_is_taken_back(checkpoint, capsys):
     before = g.Walk.contexts, g.MatrixPlan.grid, g.GradientSums.add, g.RARE_TOKEN_CAUTION, g.LOOPED_FACTOR
     found = table(capsys, checkpoint, "--only", "one-table,unweighted,looped-2")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import train_gpt as g
 from tools.artifact import end_in_a_line, knobs_of_run
+from tools.holdout import require_training_text
 from tools.values import printable
 
 
@@ -78,14 +78,8 @@ def open_training_text(path: Path, meta: dict[str, Any]) -> g.Setup:
     g.prepare_torch(run, dist.device)
     tokenizer = g.load_tokenizer(run, config.vocab_size)
     stream = g.TrainingStream(run, config.vocab_size, dist)
-    held_out = stream.held_out()
-    g.require(
-        hashlib.sha256(held_out.tokens.astype("<u2").tobytes()).hexdigest() == meta.get("holdout"),
-        f"DATA_PATH={run.data_path}: its last {held} training tokens are not those that {path} held out: name the data "
-        "that it was trained on",
-        g.DataError,
-    )
-    return g.Setup(config, run, dist, tokenizer, held_out, stream)
+    require_training_text(stream, meta.get("holdout"), str(path))
+    return g.Setup(config, run, dist, tokenizer, stream.held_out(), stream)
 
 
 def main(arguments: list[str] | None = None) -> int:

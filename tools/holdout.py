@@ -23,6 +23,7 @@ from train_gpt import (
     ModelConfig,
     RunConfig,
     Tokenizer,
+    TrainingStream,
     brief,
     check_vocabulary,
     contest_bytes,
@@ -71,6 +72,18 @@ def held_out_by(artifact: str) -> tuple[ModelConfig, int, str]:
         DataError,
     )
     return stored_config(header["meta"], artifact), held, header["meta"].get("holdout")
+
+
+def require_training_text(stream: TrainingStream, digest: Any, what: str) -> None:
+    """Raise DataError unless the end of these training shards is what the training behind the file `what` held out;
+    `digest` is what that file says of it."""
+    found = hashlib.sha256(stream.held_out().tokens.astype("<u2").tobytes()).hexdigest()
+    require(
+        found == digest,
+        f"DATA_PATH: its last {stream.run.holdout_tokens} training tokens are not those that {what} held out: name the "
+        "data that it was trained on",
+        DataError,
+    )
 
 
 def make_holdout(

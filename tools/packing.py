@@ -8,9 +8,9 @@ same bytes, read back, and compared with the network before packing, on held-out
 ./run.sh packing WEIGHTS --on validation for a final figure: nothing is chosen there
 
 Knobs are environment variables, as for the entry; DATA_PATH and ARTIFACT_BYTES matter here. TRAIN_BATCH_TOKENS (unless
-it is set, that of the training) and GPTQ_CALIBRATION_BATCHES say on how much text is calibrated. KL is the divergence
-from the predictions of the network before packing: it needs no labels, so it is the quieter measure of the two. Both
-are in bits per byte, with the standard error over documents.
+it is set, that of the training) and GPTQ_CALIBRATION_BATCHES say on how much text is calibrated; HOLDOUT_TOKENS is
+always that of the training. KL is the divergence from the predictions of the network before packing: it needs no
+labels, so it is the quieter measure of the two. Both are in bits per byte, with the standard error over documents.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ from torch import Tensor
 
 import train_gpt as g
 from tools.artifact import end_in_a_line
-from tools.holdout import score_holdout
+from tools.holdout import require_training_text, score_holdout
 from tools.results import ratio_and_error
+from tools.values import digest
 
 LOGIT_CHUNK = 4096  # tokens whose logits are in memory at a time
 
@@ -224,13 +225,24 @@ def load_weights(path: str) -> g.GPT:
     return model
 
 
-def batch_of(path: str) -> int:
-    """Tokens per step of the training that a checkpoint is of. Raises DataError."""
+class Training(NamedTuple):
+    """What a checkpoint says of the training that it is of."""
+
+    batch_tokens: int  # tokens a step
+    holdout_tokens: int
+    holdout: str  # sha256 of the documents that were held out
+    tokenizer: str  # sha256
+
+
+def training_of(path: str) -> Training:
+    """Raises DataError where a checkpoint does not say it."""
     header, _ = g.read_header(g.read_file(path), path)
-    tokens = header["meta"].get("train_batch_tokens")
-    known = type(tokens) is int and 0 < tokens <= g.MAX_KNOB
-    g.require(known, f"{path}: its train_batch_tokens is {g.brief(tokens)}: set TRAIN_BATCH_TOKENS", g.DataError)
-    return tokens
+    meta = header["meta"]
+    numbers = [meta.get(name) for name in ("train_batch_tokens", "holdout_tokens")]
+    digests = [meta.get(name) for name in ("holdout", "tokenizer")]
+    known = all(type(number) is int and 0 <= number <= g.MAX_KNOB for number in numbers) and all(map(digest, digests))
+    g.require(known, f"{path}: it does not say what it was trained on, as a checkpoint does: train again", g.DataError)
+    return Training(*numbers, *digests)
 
 
 def calibrate(model: g.GPT, setup: g.Setup, batches: float) -> dict[str, g.Sensitivity]:
@@ -278,15 +290,25 @@ def columns(judge: Judge, packed: g.GPT, size: int, pack_seconds: float, unpack_
 
 def open_text(on: str, folder: Path, config: g.ModelConfig, weights: str) -> g.Setup:
     """Set-up whose validation is what is compared on, and whose stream is what is calibrated on: batches as large as
-    those of the training that made the checkpoint `weights`, which may have had more GPUs and seconds than this."""
+    those of the training that made the checkpoint `weights`, which may have had more GPUs and seconds than this. Raises
+    UserError where DATA_PATH is not what that was trained on."""
     _, run = g.read_env()
+    training = training_of(weights)
     if not run.train_batch_tokens:
-        run = dataclasses.replace(run, train_batch_tokens=batch_of(weights))
+        run = dataclasses.replace(run, train_batch_tokens=training.batch_tokens)
+    run = dataclasses.replace(run, holdout_tokens=training.holdout_tokens)  # more would be text that was learned
     if on == "holdout":
         run = score_holdout(run, config.vocab_size, folder / "data")
     dist = g.Dist.from_env(run.device)
     g.prepare_torch(run, dist.device)
-    return g.make_setup(config, run, dist)
+    setup = g.make_setup(config, run, dist)
+    g.require(
+        setup.tokenizer.sha256 == training.tokenizer,
+        f"{weights}: made for another tokenizer than {setup.tokenizer.path}; set DATA_PATH or TOKENIZER_PATH",
+        g.DataError,
+    )
+    require_training_text(setup.stream, training.holdout, weights)
+    return setup
 
 
 def main(arguments: list[str] | None = None) -> int:
