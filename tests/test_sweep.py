@@ -224,8 +224,48 @@ def test_a_sweep_that_is_kept_goes_on_where_its_logs_and_data_are_not_the_same(s
     shutil.rmtree(stand_in.folder / "logs")
     damaged = next(kept.glob("*.docs.npz"))
     damaged.write_bytes(damaged.read_bytes()[:-9])
+    capsys.readouterr()
     assert sweep.main(["TTT_LR=0.2,0.1", *command]) == 0
     assert len(stand_in.started()) == 3, "what is damaged is run again"
+    assert f"will be run again: logs/sweeps/first/{damaged.name}: not the scores of" in capsys.readouterr().out
+
+
+def test_a_run_that_was_given_the_name_of_another_does_not_count(stand_in, capsys):
+    stand_in.makes("0.1", gap=0.01)
+    stand_in.makes("0.2")
+    assert sweep.main(["TTT_LR=0.1,0.2", "--name", "first"]) == 0
+    folder = stand_in.folder / "logs/sweeps/first"
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    better, worse = (stand_in.folder / "logs" / row["run_id"] for row in reversed(rows))
+    for suffix in (".json", ".docs.npz", ".txt"):
+        shutil.copy(f"{better}{suffix}", f"{worse}{suffix}")
+    capsys.readouterr()
+    assert sweep.main(["TTT_LR=0.1,0.2", "--name", "first"]) == 0
+    assert (
+        f"TTT_LR=0.1: will be run again: logs/sweeps/first/{worse.name}.json: its run_id is" in capsys.readouterr().out
+    )
+    assert [lr for lr, *_ in stand_in.started()] == ["0.1", "0.2", "0.1"]
+
+
+def test_runs_of_different_devices_are_marked(stand_in, capsys):
+    stand_in.makes("0.1", device="an old GPU")
+    assert sweep.main(["TTT_LR=0.1", "--name", "moved"]) == 0
+    assert "different devices" not in capsys.readouterr().out
+    stand_in.makes("0.2", device="a new GPU")
+    assert sweep.main(["TTT_LR=0.1,0.2", "--name", "moved"]) == 0
+    assert "**These runs are of different devices (an old GPU: 1; a new GPU: 1).**" in capsys.readouterr().out
+
+
+def test_a_combination_of_which_a_seed_failed_is_not_the_best(stand_in, capsys):
+    """Its mean is that of the seeds that went well."""
+    stand_in.makes("0.1", seed=0)
+    stand_in.makes("0.1", seed=1)
+    stand_in.makes("0.2", seed=0, gap=-0.05)  # and seed 1 fails
+    assert sweep.main(["TTT_LR=0.1,0.2", "SEED=0,1"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split(" | ") for line in lines if line.startswith("| 0.")]
+    assert [(row[0], row[4]) for row in rows] == [("| 0.1", "0 1"), ("| 0.2", "0 (1 failed)")]
+    assert lines[-1] == "TTT_LR=0.1"
 
 
 def test_a_failing_combination_is_reported_and_the_rest_goes_on(stand_in, capsys):
@@ -387,6 +427,15 @@ def test_a_file_gives_one_combination_a_line(stand_in, capsys):
     assert (stand_in.folder / "logs/sweeps/two/results.md").exists()
 
 
+def test_lines_of_a_file_share_a_row_whatever_the_order_of_their_words(stand_in, capsys):
+    for seed in (0, 2):
+        stand_in.makes("0.1", seed=seed)
+    (stand_in.folder / "two.txt").write_text("TTT_LR=0.1 TTT_EPOCHS=3 SEED=0\nSEED=2 TTT_EPOCHS=3 TTT_LR=0.1\n")
+    assert sweep.main(["--file", "two.txt"]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.1")]
+    assert row.split(" | ")[5] == "0 2"
+
+
 def test_gpus_are_dealt_to_jobs(stand_in, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert sweep.device_slots("auto", 1, {}) == ["0", "1", "2"]
@@ -512,6 +561,7 @@ def test_what_cannot_be_run_is_refused_in_one_line_before_anything_ran(stand_in,
     [
         ("TTT_LR=0.1\nfast\n", ":2: expected NAME=value"),
         ("TTT_LR='0.1\n", ":1: No closing quotation"),
+        ("TTT_LR=0.1 SEED=1 TTT_LR=0.2\n", ":1: TTT_LR is given twice"),
         ("TTT_LR=0.1\nTTT_LRR=2\n", "did you mean TTT_LR?"),
         ("# none\n", "no combination"),
     ],

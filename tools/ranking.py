@@ -9,6 +9,7 @@ import dataclasses
 import io
 import math
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,24 +48,29 @@ class Row(NamedTuple):
     run: Run  # of the first seed, with these nats
     runs: list[Run]
     gap: Interval | None  # bpb less that of the first row; None in the first
+    failed: int = 0  # seeds that have no run: the mean of the others may be too good
 
 
 def rank(jobs: list[Job]) -> list[Row]:
-    """Finished combinations, the best first."""
+    """Finished combinations, the best first; then those of which a seed failed. Raises DataError where runs scored
+    different documents."""
     by_knobs: dict[str, list[Job]] = {}
     for job in jobs:
-        if job.run is not None:
-            by_knobs.setdefault(shell_words(without_seed(job.knobs)), []).append(job)
+        by_knobs.setdefault(shell_words(without_seed(job.knobs)), []).append(job)
     rows = []
     for group in by_knobs.values():
-        runs = [job.run for job in group]
+        runs = [job.run for job in group if job.run is not None]
+        if not runs:
+            continue
+        for run in runs:
+            require_same_documents(runs[0], run)
         mean = dataclasses.replace(
             runs[0],
             nats=np.mean([run.nats for run in runs], axis=0),
             static_nats=np.mean([run.static_nats for run in runs], axis=0),
         )
-        rows.append(Row(without_seed(group[0].knobs), mean, runs, None))
-    rows.sort(key=lambda row: row.run.bpb)
+        rows.append(Row(without_seed(group[0].knobs), mean, runs, None, len(group) - len(runs)))
+    rows.sort(key=lambda row: (row.failed > 0, row.run.bpb))
     others = [row.run for row in rows[1:]]
     gaps = differences(rows[0].run, others, same_text="data" in rows[0].knobs) if others else []
     return rows[:1] + [row._replace(gap=gap) for row, gap in zip(rows[1:], gaps, strict=True)]
@@ -154,11 +160,25 @@ def ranking(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, com
     cells_of = cells_of_training if rows[0].run.train_only else cells_of_score
     head = [*knobs, *cells_of(rows[0])]
     lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.description}. {about}", ""]
+    lines += several_devices(jobs)
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [*(row.knobs.get(name, "") for name in knobs), *cells_of(row).values()]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def several_devices(jobs: list[Job]) -> list[str]:
+    """A paragraph that warns of runs of different devices, as where a race went on on another machine."""
+    devices = Counter(job.run.result["device"] for job in jobs if job.run is not None)
+    if len(devices) < 2:
+        return []
+    counts = "; ".join(f"{printable(device)}: {count}" for device, count in devices.items())
+    return [
+        f"**These runs are of different devices ({counts}).** Over equal seconds they do not compare, and over equal "
+        "steps they round differently.",
+        "",
+    ]
 
 
 def cells_of_score(row: Row) -> dict[str, str]:
@@ -192,7 +212,8 @@ def cells_of_training(row: Row) -> dict[str, str]:
 
 
 def seeds_of(row: Row) -> str:
-    return " ".join(str(run.result["seed"]) for run in row.runs)
+    seeds = " ".join(str(run.result["seed"]) for run in row.runs)
+    return f"{seeds} ({row.failed} failed)" if row.failed else seeds
 
 
 def mean_of(row: Row, name: str, form: str) -> str:

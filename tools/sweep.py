@@ -159,18 +159,23 @@ def parse_grid(words: Sequence[str]) -> list[dict[str, str]]:
 
 
 def parse_file(path: Path) -> list[dict[str, str]]:
-    """Lines of NAME=value ..., quoted as in a shell; # begins a comment."""
+    """Lines of NAME=value ..., quoted as in a shell; # begins a comment. Names stand in the same order in every
+    combination, so that lines that differ in SEED alone share a row."""
     found = []
     for number, line in enumerate(train_gpt.read_file(path).decode("utf-8", "replace").splitlines(), 1):
         try:
             words = shlex.split(line, comments=True)
             require(all(re.match(r"[A-Za-z_]\w*=", word) for word in words), "expected NAME=value ...", ConfigError)
+            names = [word.partition("=")[0] for word in words]
+            twice = [name for name in names if names.count(name) > 1]
+            require(not twice, f"{''.join(twice[:1])} is given twice", ConfigError)
         except ValueError as error:  # ConfigError is one
             raise ConfigError(f"{path}:{number}: {error}") from None
         if words:
             found.append(dict(word.split("=", 1) for word in words))
     require(bool(found), f"{path}: no combination in it", ConfigError)
-    return found
+    order = knob_names(found)
+    return [{name: knobs[name] for name in order if name in knobs} for knobs in found]
 
 
 def find_sources(words: str | None) -> list[Source]:
@@ -411,15 +416,33 @@ def name_runs(jobs: list[Job], folder: Path, gpus: int, artifact: str | None, tr
 
 
 def find_finished(jobs: list[Job], kept: Path | None, train_only: bool = False) -> None:
-    """A job whose run is there under its name, in logs/ or in the folder `kept`, is done."""
+    """A job whose run is there under its name, in logs/ or in the folder `kept`, is done. One that is damaged, or
+    another's, will be run again."""
     for job in jobs:
         if kept is not None and not job.file(".json").exists():
             copy_run(kept / Path(job.run_id).name, job.file(""), train_only)
-        with contextlib.suppress(DataError):  # not run yet, or cut off
-            job.run = load_run(job.run_id, train_only=train_only)
-            job.state = "done"
-            job.at = "before"
-            job.bpb = job.run.bpb
+        if not job.file(".json").exists():  # not run yet, or cut off
+            continue
+        try:
+            run = load_run(job.run_id, train_only=train_only)
+            require_run_of(job, run)
+        except DataError as error:
+            print(printable(f"{job.label}: will be run again: {error}"), flush=True)
+            continue
+        job.run = run
+        job.state = "done"
+        job.at = "before"
+        job.bpb = run.bpb
+
+
+def require_run_of(job: Job, run: Run) -> None:
+    """Raise DataError for the files of another combination that were given the name of this one."""
+    result = run.result
+    swept = {"seed": str(int(job.knobs["SEED"]))} if "SEED" in job.knobs else {}
+    expected = {"run_id": Path(job.run_id).name, "code_sha256": job.source.sha256} | swept
+    for name, value in expected.items():
+        found = str(result[name]).rpartition("/")[2]  # it may have been kept by a sweep of another name
+        require(found == value, f"{run.path}: its {name} is {found}, expected {value}", DataError)
 
 
 def copy_run(source: Path, target: Path, train_only: bool) -> None:
