@@ -7255,7 +7255,8 @@ class Ending:
         """Say why the process ends, unless that has been said."""
         self.begun = True
         if self.first.acquire(blocking=False):
-            print(line, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be closed
+                print(line, file=sys.stderr, flush=True)
 
     def exit_now(self, status: int) -> None:
         """End the process, whatever its threads are waiting for."""
@@ -7280,15 +7281,22 @@ class Ending:
         return INTERRUPTED
 
 
+def ending_signals() -> list[signal.Signals]:
+    """Those that end a run: Ctrl-C, SIGTERM and a terminal that closes, unless that is ignored, as under nohup."""
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
+
+
 def install_signal_handlers(ending: Ending, grace_s: float = 3.0) -> None:
-    """Make Ctrl-C and SIGTERM raise KeyboardInterrupt, with the signal's number. A rank that waits in a collective
-    never runs Python's handler, so after `grace_s` a thread ends the process, whatever it is doing."""
+    """Make the signals that end a run raise KeyboardInterrupt, with the signal's number. A rank that waits in a
+    collective never runs Python's handler, so after `grace_s` a thread ends the process, whatever it is doing."""
+    numbers = ending_signals()
 
     def interrupt(number: int, frame: Any) -> None:
         if not ending.begun:
             raise KeyboardInterrupt(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in numbers:
         signal.signal(number, interrupt)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -7296,7 +7304,7 @@ def install_signal_handlers(ending: Ending, grace_s: float = 3.0) -> None:
 
     def end_after_grace() -> None:
         number = 0
-        while number not in (signal.SIGINT, signal.SIGTERM):
+        while number not in numbers:
             number = os.read(reader, 1)[0]  # the C handler writes the signal's number, even while Python is blocked
         time.sleep(grace_s)
         ending.exit_now(ending.after_a_signal(number))
@@ -7306,8 +7314,9 @@ def install_signal_handlers(ending: Ending, grace_s: float = 3.0) -> None:
 
 def print_advice(error: BaseException) -> None:
     """Print what `advice` attached to the exception."""
-    for note in vars(error).get("__notes__", []):
-        print(printable(note, most=1 << 16), file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        for note in vars(error).get("__notes__", []):
+            print(printable(note, most=1 << 16), file=sys.stderr, flush=True)
 
 
 def main(arguments: Sequence[str]) -> int:

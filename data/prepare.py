@@ -1304,8 +1304,9 @@ def begin_worker(tie_to_parent: Callable[[], None] | None) -> None:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Ctrl-C and SIGTERM take effect after this block instead of within it; on processes that it starts, never."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Ctrl-C, SIGTERM and a terminal that closes take effect after this block instead of within it; on processes that
+    it starts, never."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
     finally:
@@ -2109,5 +2110,4 @@ def fetch_bytes(hub: Hub, name: str, folder: Path) -> bytes:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as cleanly as Ctrl-C
     sys.exit(end_in_a_line(main))

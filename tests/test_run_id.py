@@ -1,5 +1,6 @@
 """Two runs never share a RUN_ID at a time, and whoever dies leaves it free."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -7,6 +8,7 @@ import platform
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -130,3 +132,71 @@ def test_an_artifact_that_was_replaced_while_it_was_scored_gives_no_result():
     Path("a.ptz").write_bytes(b"of another run")
     with pytest.raises(g.DataError, match=r"a\.ptz: was replaced while it was scored"):
         g.describe_artifact(Path("a.ptz"), "0" * 64)
+
+
+# ---- signals ----------------------------------------------------------------
+
+RUN = """
+import sys, time
+import train_gpt as g
+
+def work(check_only, ending):
+    with g.reserve_run_id("a/b"):
+        open("there", "w").close()
+        time.sleep(60)
+
+g.run_experiment = work
+sys.exit(g.main([]))
+"""
+TOOL = """
+import sys, tempfile, time
+from tools.artifact import end_in_a_line
+
+def work():
+    with tempfile.TemporaryDirectory(dir="."):
+        open("there", "w").close()
+        time.sleep(60)
+
+sys.exit(end_in_a_line(work))
+"""
+
+
+@contextlib.contextmanager
+def started(program: str, ignored: bool):
+    """The program once it has written "there"; `ignored`: as nohup starts it."""
+
+    def ignore():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    env = os.environ | {"PYTHONPATH": str(Path(g.__file__).parent)}
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=ignore)
+    try:
+        deadline = time.monotonic() + 60
+        while not Path("there").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("program", [RUN, TOOL], ids=["run", "tool"])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_that_ends_a_process_leaves_no_half_written_file(program, number):
+    with started(program, ignored=False) as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=20)
+        assert process.returncode == g.INTERRUPTED and errors == "interrupted\n"
+    assert [path.name for path in Path().rglob("*") if path.name not in ("logs", "a")] == ["there"]
+
+
+@pytest.mark.parametrize("program", [RUN, TOOL], ids=["run", "tool"])
+def test_under_nohup_a_process_goes_on_when_its_terminal_closes(program):
+    with started(program, ignored=True) as process:
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == g.INTERRUPTED

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,6 +92,7 @@ def end_in_a_line(work: Callable[[], int]) -> int:
     reads the output has gone."""
     open_closed_streams()
     escape_what_cannot_be_encoded()
+    end_as_by_ctrl_c()
     try:
         try:
             return work()
@@ -105,6 +107,14 @@ def end_in_a_line(work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return train_gpt.INTERRUPTED
+
+
+def end_as_by_ctrl_c() -> None:
+    """From now on SIGTERM and a terminal that closes interrupt this process as Ctrl-C does, so that it ends what it has
+    started and removes its temporary files. Whoever ignores one of them, as nohup does, goes on."""
+    for number in train_gpt.ending_signals():
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def drop_what_nobody_reads() -> None:
