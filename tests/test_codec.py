@@ -173,6 +173,14 @@ def test_other_knobs_of_adaptation_reach_the_decoder(artifact, monkeypatch):
     assert codec.decompress(artifact, codec.unpack_file(made.blob, "it")) == some_text(9)
 
 
+def test_a_context_longer_than_the_default_micro_batch_reaches_the_decoder(artifact, monkeypatch):
+    for name in ("EVAL_SEQ_LEN", "MICRO_BATCH_TOKENS"):
+        monkeypatch.setenv(name, "120000")
+    stored = codec.knobs_to_store(codec.open_predictor(artifact))
+    monkeypatch.delenv("MICRO_BATCH_TOKENS")
+    assert codec.open_predictor(artifact, stored).run.eval_seq_len == 120_000
+
+
 @pytest.mark.usefixtures("artifact")  # deterministic
 @pytest.mark.parametrize(
     "knobs, stored",

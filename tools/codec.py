@@ -72,6 +72,7 @@ def open_predictor(path: Path, knobs: Mapping[str, str] | None = None, device: s
     env = knobs_of_run(path, os.environ) | dict(os.environ)
     if knobs is not None:
         env = {name: env[name] for name in DATA_KNOBS if name in env} | dict(knobs)
+        env["MICRO_BATCH_TOKENS"] = str(MAX_KNOBS["EVAL_SEQ_LEN"])  # of no use here, but no context may be longer
     _, run = train_gpt.read_env(env | {"ARTIFACT": str(path), "DEVICE": device} | FIXED_KNOBS)
     dist = train_gpt.Dist.from_env(run.device, {})  # alone, whatever torchrun may have set
     blob = train_gpt.read_file(path)
