@@ -1,6 +1,7 @@
 """Pictures of runs: PNGs of the stated size, and what they show."""
 
 import contextlib
+import dataclasses
 
 import pytest
 from test_results import fabricate
@@ -69,6 +70,19 @@ def test_the_pictures_show_the_numbers_of_the_runs(tmp_path, shown):
     assert static.get_ydata() == pytest.approx(1.02 * adapted.get_ydata())
     for axes in (by_time, by_tokens, shown["lengths"][0]):
         assert axes.get_xlabel().endswith(")"), "units"
+
+
+@pytest.mark.parametrize(
+    "changed, marked", [({}, []), ({"texts": 1}, ["loss", "lengths"]), ({"tokenizer": 2}, ["loss"])]
+)
+def test_runs_of_other_text_are_marked(tmp_path, shown, changed, marked):
+    """bpb compares between tokenizers of the same documents, nats a token do not."""
+    runs = [load_run(fabricate(tmp_path, "one")), load_run(fabricate(tmp_path, "two", texts=changed.get("texts", 0)))]
+    if "tokenizer" in changed:
+        runs[1] = dataclasses.replace(runs[1], tokens=runs[1].tokens // 2, validation="0" * 64)
+    plot.draw_all(runs, tmp_path)
+    titles = {name: axes[0].figure.get_suptitle() for name, axes in shown.items()}
+    assert [name for name in ("loss", "lengths") if "do not compare" in titles[name]] == marked
 
 
 def test_more_runs_than_colours_are_refused(tmp_path):

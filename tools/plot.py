@@ -97,6 +97,18 @@ def short(run: Run) -> str:
     return run.name.rpartition("/")[2]
 
 
+def warn_of_other_text(axes: Axes, runs: Sequence[Run], in_bytes: bool) -> None:
+    """Say above the picture that its curves do not compare: nats a token where the tokens differ, and bits per byte
+    (`in_bytes`) where the bytes of the documents do."""
+    first = runs[0]
+    if all(run.validation == first.validation for run in runs):
+        return
+    if in_bytes and all(np.array_equal(run.bytes, first.bytes) for run in runs):
+        return  # the same text, in tokens of different tokenizers
+    what = "documents" if in_bytes else "documents or tokens"
+    axes.figure.suptitle(f"These runs scored different {what}: their curves do not compare", fontsize=12)
+
+
 def draw_loss(runs: Sequence[Run], path: Path) -> None:
     """Nats a token against the training clock and against tokens: lines of training, dots of validation."""
     with picture(path, 400 + 24 * len(runs), columns=2) as (by_time, by_tokens):
@@ -117,6 +129,7 @@ def draw_loss(runs: Sequence[Run], path: Path) -> None:
         by_time.set_ylim(top=1.02 * shown)  # the first steps, off the scale, would flatten the rest
         by_tokens.set(xlabel="tokens (millions)", ylim=by_time.get_ylim())
         by_tokens.locator_params(axis="x", nbins=5)
+        warn_of_other_text(by_time, runs, in_bytes=False)
         by_time.figure.legend(*by_time.get_legend_handles_labels(), loc="outside lower center", ncols=2)
 
 
@@ -186,6 +199,7 @@ def draw_lengths(runs: Sequence[Run], path: Path) -> None:
                     label=f"{short(run)}, not adapted: {run.static_bpb:.4f}",
                 )
         label_lengths(axes, runs)
+        warn_of_other_text(axes, runs, in_bytes=True)
         axes.set(ylabel="bits per byte")
         axes.legend()
 
