@@ -2891,8 +2891,14 @@ def train(
     check_loss = DivergenceCheck(stream.vocab_size)
     # What earlier runs spent: otherwise the average would charge it to the last step.
     trainer.progress = progress_at(run, trainer.step, trainer.seconds_before, reserve)
+    logged_step = trainer.step
     logged_at = trainer.seconds_before
     saved_at = trainer.seconds_before
+    if trainer.progress >= 1.0:
+        log.warn(
+            f"no step is left to train: {trainer.step} steps and {logged_at:.0f} s have spent the budget of this run; "
+            "the weights of RESUME are packed as they are, whose rates may not have fallen: raise the budget"
+        )
 
     def seconds_now() -> float:
         return trainer.seconds_before + watch.total(*TRAINING_CLOCK)
@@ -2917,7 +2923,9 @@ def train(
             value = loss.item()
             now = seconds_now()
             history.append((trainer.step, now, value))
-            log_step(log, trainer, stream, value, now, now - logged_at, progress_at(run, trainer.step, now, reserve))
+            tokens_per_s = (trainer.step - logged_step) * run.train_batch_tokens / max(now - logged_at, 1e-9)
+            log_step(log, trainer, stream, value, now, tokens_per_s, progress_at(run, trainer.step, now, reserve))
+            logged_step = trainer.step
             logged_at = now
         if run.val_loss_every and trainer.step % run.val_loss_every == 0:
             with watch.phase("validate"):
@@ -2929,10 +2937,9 @@ def train(
 
 
 def log_step(
-    log: Log, trainer: Trainer, stream: TrainingStream, loss: float, now: float, since_last: float, spent: float
+    log: Log, trainer: Trainer, stream: TrainingStream, loss: float, now: float, tokens_per_s: float, spent: float
 ) -> None:
-    """Report progress at `now` seconds of training, `since_last` seconds after the previous report. `spent` is the
-    fraction of the budget spent, including this step."""
+    """Report progress at `now` seconds of training. `spent` is the fraction of the budget spent, including this step."""
     run = trainer.run
     log.event(
         "step",
@@ -2942,7 +2949,7 @@ def log_step(
         loss=loss,
         progress=trainer.progress,
         loop=int(trainer.looping(trainer.progress)),
-        tokens_per_s=run.train_log_every * run.train_batch_tokens / max(since_last, 1e-9),
+        tokens_per_s=tokens_per_s,
         epoch=trainer.step * run.train_batch_tokens / stream.total,
         train_s=now,
         eta_s=max(0.0, now / max(spent, 1e-9) - now),
@@ -7159,7 +7166,10 @@ def let_go_of_screen() -> None:
 
 
 def report_overruns(run: RunConfig, result: Mapping[str, Any], log: Log) -> None:
-    """Log by how much a time limit was exceeded."""
+    """Log by how much a limit of bytes or time was exceeded."""
+    extra = result["total_bytes"] - run.artifact_bytes
+    if extra > 0:  # of an artifact that was packed beside other code, or under another limit
+        log.warn(f"artifact and code are {extra} bytes over ARTIFACT_BYTES={run.artifact_bytes}")
     clocks = (
         ("training", "train_seconds", run.max_wallclock_seconds),
         ("evaluation", "eval_seconds", run.eval_seconds),

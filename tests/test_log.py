@@ -9,7 +9,7 @@ import shutil
 import pytest
 from conftest import read_events
 
-from train_gpt import Log
+from train_gpt import Log, RunConfig, report_overruns
 
 
 @pytest.fixture
@@ -165,3 +165,11 @@ def test_a_line_with_what_is_no_character_is_written_all_the_same(path):
     """As a path may hold."""
     Log(path).line("a\udcff")
     assert path.read_text() == "a\\udcff\n"
+
+
+@pytest.mark.parametrize("extra", [0, 1])
+def test_an_artifact_over_the_limit_of_bytes_is_told(extra):
+    log = Log()
+    report_overruns(RunConfig(), {"total_bytes": 16_000_000 + extra}, log)
+    told = {"artifact and code are 1 bytes over ARTIFACT_BYTES=16000000"} if extra else set()
+    assert log.warnings == told

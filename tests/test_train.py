@@ -340,7 +340,20 @@ def test_the_clock_goes_on_after_a_resume(settings, tmp_path):
     trainer = new_trainer(run)
     trainer.load_checkpoint(str(path))
     trainer.seconds_before = 100.0  # the time had run out
-    assert go(trainer)[0] == [] and trainer.progress >= 1.0
+    log = g.Log()
+    assert go(trainer, log=log)[0] == [] and trainer.progress >= 1.0
+    (warning,) = log.warnings
+    assert warning.startswith("no step is left to train: 4 steps and 100 s have spent the budget")
+
+
+def test_the_speed_after_a_resume_is_that_of_the_steps_since(settings, tmp_path):
+    interrupted(settings, tmp_path / "run.ckpt")
+    trainer = new_trainer(settings(train_log_every=3))
+    trainer.load_checkpoint(str(tmp_path / "run.ckpt"))  # of step 4
+    go(trainer, log=g.Log(tmp_path / "run.txt"))
+    (event,) = [event for event in read_events(tmp_path / "run.events.jsonl") if event["event"] == "step"]
+    assert event["step"] == 6
+    assert event["tokens_per_s"] == pytest.approx(2 * 256 / (event["train_s"] - trainer.seconds_before))
 
 
 def test_a_resumed_run_with_a_larger_budget_keeps_its_average(settings, tmp_path):
