@@ -110,6 +110,11 @@ def test_the_standard_error_is_that_of_a_ratio(setup, tiny_config, tiny_run):
     assert ratio == 0.25 and error == 0
     ratio, error = judge.per_byte(0.25 * sizes + torch.linspace(-1, 1, len(sizes)).numpy())
     assert ratio == pytest.approx(0.25) and error > 0
+    assert judge.cell(0.25 * sizes) == "0.25000 ± 0.00000"
+    few = g.split_documents(setup.validation.tokens[:40], setup.validation.bytes[:40])
+    assert len(few) == 1, "whose error is always 0"
+    judge = packing.Judge(randomised(g.GPT(tiny_config)), few, tiny_run())
+    assert judge.cell(few.target_bytes() / 4) == "0.25000"
 
 
 # ---- the table --------------------------------------------------------------

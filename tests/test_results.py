@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tools import results
+from tools import compare, ranking, results, screening
 from tools.results import bits_per_byte, differences, length_groups, load_run, over_seeds, ratio_intervals
 from tools.welch import two_sided
 from train_gpt import DataError
@@ -297,3 +297,15 @@ def test_groups_of_length_hold_every_document_once():
     groups = length_groups(tokens)
     assert [label for label, _ in groups] == ["1-1", "2-3", "4-7", "8-15", "256-511"]
     assert (np.sum([mask for _, mask in groups], axis=0) == 1).all()
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_too_few_documents_give_no_interval_and_no_verdict(tmp_path, count):
+    """Draws of a single document are all the same: their interval would be a point."""
+    base, other = (load_run(fabricate(tmp_path, name, count=count, gap=gap)) for name, gap in (("a", 0.0), ("b", 0.1)))
+    (gap,) = differences(base, [other])
+    assert gap.low == -math.inf and gap.high == math.inf and str(gap).endswith(" (fewer than 10 documents)")
+    bits = np.stack([other.nats - base.nats] * 3, 1) / math.log(2)
+    assert ranking.verdict(over_seeds(bits, base.bytes)) == "**unresolved**"
+    assert compare.verdict(gap) == "so few documents do not tell the runs apart"
+    assert screening.verdict(gap, screening.Noise(0.0, 0.0, True, 3)) == "**unresolved**"

@@ -912,7 +912,7 @@ def test_a_sweep_of_two_runs_is_cut_off_and_gone_on_with(tiny_data, tiny_env, tm
 @pytest.mark.slow
 @pytest.mark.longest
 def test_the_entry_races_an_edit_of_itself(tiny_data, tiny_env, tmp_path):
-    env = tiny_env(HOLDOUT_TOKENS=str(HELD), RUN_ID=None, MATRIX_LR=None, SEED=None)
+    env = tiny_env(HOLDOUT_TOKENS=str(2 * HELD), RUN_ID=None, MATRIX_LR=None, SEED=None)
     old = "matrix_lr: float = knob(0.026,"
     text = Path(train_gpt.__file__).read_text()
     assert old in text

@@ -74,7 +74,7 @@ def test_data_goes_with_training_and_held_out_text_alone(capsys, option):
 @pytest.mark.slow
 def test_tokenizers_race_in_bits_per_original_byte(tiny_data, tiny_env, other_data, tmp_path):
     other_data("other")
-    env = tiny_env(HOLDOUT_TOKENS=str(HELD), RUN_ID=None, SEED=None, VOCAB_SIZE=None, DATA_PATH=None)
+    env = tiny_env(HOLDOUT_TOKENS=str(2 * HELD), RUN_ID=None, SEED=None, VOCAB_SIZE=None, DATA_PATH=None)
     command = ["--data", "data,other", "--train-only", "--name", "two"]
     with sweeping(tmp_path, env, *command) as process:
         out, _ = process.communicate(timeout=120)

@@ -151,7 +151,7 @@ def test_no_import_takes_steps_from_a_run_whose_seconds_count(tmp_path, monkeypa
 @pytest.mark.slow
 @pytest.mark.longest
 def test_a_race_of_training_alone_is_ranked_kept_and_gone_on_with(tiny_data, tiny_env, tmp_path):
-    env = tiny_env(HOLDOUT_TOKENS=str(HELD), RUN_ID=None, MATRIX_LR=None, SEED=None)
+    env = tiny_env(HOLDOUT_TOKENS=str(2 * HELD), RUN_ID=None, MATRIX_LR=None, SEED=None)
     words = ["--train-only", "--name", "race", "--keep", "kept", "MATRIX_LR=0.02,0.05"]
 
     def raced(*more: str) -> str:

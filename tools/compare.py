@@ -125,6 +125,8 @@ def left_out(documents: int, groups: list[Group]) -> list[str]:
 
 
 def verdict(gap: Interval) -> str:
+    if not math.isfinite(gap.high):
+        return "so few documents do not tell the runs apart"
     if gap.low <= 0 <= gap.high:
         return "the interval holds zero: these documents do not tell the runs apart"
     winner = "B" if gap.high < 0 else "A"

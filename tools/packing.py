@@ -10,7 +10,8 @@ same bytes, read back, and compared with the network before packing, on held-out
 Knobs are environment variables, as for the entry; DATA_PATH and ARTIFACT_BYTES matter here. TRAIN_BATCH_TOKENS (unless
 it is set, that of the training) and GPTQ_CALIBRATION_BATCHES say on how much text is calibrated; HOLDOUT_TOKENS is
 always that of the training. KL is the divergence from the predictions of the network before packing: it needs no
-labels, so it is the quieter measure of the two. Both are in bits per byte, with the standard error over documents.
+labels, so it is the quieter measure of the two. Both are in bits per byte, with the standard error over documents,
+where there are ten or more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from torch import Tensor
 import train_gpt as g
 from tools.artifact import end_in_a_line
 from tools.holdout import require_training_text, score_holdout
-from tools.results import ratio_and_error
+from tools.results import FEWEST, ratio_and_error
 from tools.values import digest
 
 LOGIT_CHUNK = 4096  # tokens whose logits are in memory at a time
@@ -213,6 +214,11 @@ class Judge:
         """Bits of every document -> bits per byte, and their standard error over documents."""
         return ratio_and_error(bits, self.docs.target_bytes())
 
+    def cell(self, bits: np.ndarray) -> str:
+        """The same for a table; an error of too few documents would pretend to know."""
+        figure, error = self.per_byte(bits)
+        return f"{figure:.5f}" if len(self.docs) < FEWEST else f"{figure:.5f} ± {error:.5f}"
+
 
 def load_weights(path: str) -> g.GPT:
     """The network of a checkpoint, with the weights that the model had."""
@@ -280,12 +286,7 @@ def read_back(artifact: bytes, what: str, model: g.GPT) -> g.GPT:
 
 def columns(judge: Judge, packed: g.GPT, size: int, pack_seconds: float, unpack_seconds: float) -> str:
     penalty, divergence = judge.compare(packed)
-    added, added_error = judge.per_byte(penalty)
-    kl, kl_error = judge.per_byte(divergence)
-    return (
-        f"{size:,} | {kl:.5f} ± {kl_error:.5f} | {added:.5f} ± {added_error:.5f} | "
-        f"{pack_seconds:.1f} | {unpack_seconds:.1f} |"
-    )
+    return f"{size:,} | {judge.cell(divergence)} | {judge.cell(penalty)} | {pack_seconds:.1f} | {unpack_seconds:.1f} |"
 
 
 def open_text(on: str, folder: Path, config: g.ModelConfig, weights: str) -> g.Setup:

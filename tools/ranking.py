@@ -339,7 +339,8 @@ def draw(rows: list[Row], scored: ScoredText, path: Path, most: int = 40) -> Non
     shown = rows[:most]
     gaps = [row.gap or Interval(0.0, 0.0, 0.0) for row in shown]
     with picture(path, 130 + 26 * len(shown)) as (axes,):
-        reach = [[gap.value - gap.low for gap in gaps], [gap.high - gap.value for gap in gaps]]
+        reach = np.array([[gap.value - gap.low, gap.high - gap.value] for gap in gaps]).T
+        reach[~np.isfinite(reach)] = 0  # too few documents
         axes.errorbar([gap.value for gap in gaps], range(len(shown)), xerr=reach, fmt="o", capsize=4, color=COLOURS[0])
         names = [shell_words(row.knobs) for row in shown]
         if max(map(len, names)) > LONGEST_LABEL:

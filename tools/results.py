@@ -388,14 +388,18 @@ def disagreements(run: Run) -> list[str]:
 
 
 class Interval(NamedTuple):
-    """A figure and the 95 % interval that the bootstrap gives it."""
+    """A figure and the 95 % interval that the bootstrap gives it; of too few documents, from -inf to inf."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:+.5f} [{self.low:+.5f}, {self.high:+.5f}]"
+        return f"{self.value:+.5f} {shown_interval(self.low, self.high)}"
+
+
+def shown_interval(low: float, high: float) -> str:
+    return f"[{low:+.5f}, {high:+.5f}]" if math.isfinite(high - low) else f"(fewer than {FEWEST} documents)"
 
 
 def require_same_documents(a: Run, b: Run, same_text: bool = False) -> None:
@@ -434,7 +438,7 @@ class OverSeeds(NamedTuple):
 
     def __str__(self) -> str:
         spread = f" ± {self.spread:.5f}" if self.seeds > 1 else ""
-        return f"{self.value:+.5f}{spread} [{self.low:+.5f}, {self.high:+.5f}]"
+        return f"{self.value:+.5f}{spread} {shown_interval(self.low, self.high)}"
 
 
 def over_seeds(gaps: np.ndarray, size: np.ndarray) -> OverSeeds:
@@ -460,7 +464,10 @@ def over_seeds(gaps: np.ndarray, size: np.ndarray) -> OverSeeds:
 def ratio_intervals(parts: np.ndarray, size: np.ndarray, seed: int, resamples: int = RESAMPLES) -> list[Interval]:
     """sum(parts) / sum(size) of k figures over n documents, parts (n, k) and size (n,), each with the percentile
     bootstrap's 95 % interval (Efron & Tibshirani 1993, ch. 13): documents are drawn with replacement, the same draws
-    for every figure, and each draw gives a ratio of sums (a draw without any bytes is divided by 1)."""
+    for every figure, and each draw gives a ratio of sums (a draw without any bytes is divided by 1). Of fewer than
+    FEWEST documents, nothing is known: draws of a single one would all be the same."""
+    if len(size) < FEWEST:
+        return [Interval(float(value), -math.inf, math.inf) for value in parts.sum(0) / size.sum()]
     columns = np.column_stack([parts, size]).astype(np.float64)
     generator = np.random.default_rng(seed)
     n, k = parts.shape
