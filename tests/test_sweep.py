@@ -247,6 +247,20 @@ def test_a_run_that_was_given_the_name_of_another_does_not_count(stand_in, capsy
     assert [lr for lr, *_ in stand_in.started()] == ["0.1", "0.2", "0.1"]
 
 
+def test_a_result_that_was_edited_does_not_count(stand_in, capsys):
+    stand_in.makes("0.1")
+    assert sweep.main(["TTT_LR=0.1", "--name", "first"]) == 0
+    (path,) = [path for path in (stand_in.folder / "logs/sweeps/first").glob("*.json")]
+    result = json.loads(path.read_text())
+    path.with_suffix(".events.jsonl").write_text(json.dumps({"event": "result", **result}) + "\n")
+    assert sweep.main(["TTT_LR=0.1", "--name", "first"]) == 0
+    path.write_text(json.dumps(result | {"steps": result["steps"] + 1}))
+    capsys.readouterr()
+    assert sweep.main(["TTT_LR=0.1", "--name", "first"]) == 0
+    assert f"{path.name}: it is not the result that its events report" in capsys.readouterr().out
+    assert len(stand_in.started()) == 2
+
+
 def test_runs_of_different_devices_are_marked(stand_in, capsys):
     stand_in.makes("0.1", device="an old GPU")
     assert sweep.main(["TTT_LR=0.1", "--name", "moved"]) == 0

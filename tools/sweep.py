@@ -71,7 +71,7 @@ from tools.events import Event, read_events
 from tools.holdout import held_out_by, score_holdout
 from tools.processes import ends_with_its_parent
 from tools.ranking import knob_names, rank, shell_words, without_seed, write_results
-from tools.results import Run, load_run
+from tools.results import Run, beside, load_run
 from tools.screening import Design, make_design, parse_factors, split_word
 from tools.texts import Text, find_texts
 from tools.values import any_text, missing_or_wrong, parse_object, printable, table_of
@@ -435,13 +435,16 @@ def find_finished(jobs: list[Job], kept: Path | None, train_only: bool = False) 
 
 
 def require_run_of(job: Job, run: Run) -> None:
-    """Raise DataError for the files of another combination that were given the name of this one."""
+    """Raise DataError for the files of another combination that were given the name of this one, and for a result that
+    is not the one that its run reported."""
     result = run.result
     swept = {"seed": str(int(job.knobs["SEED"]))} if "SEED" in job.knobs else {}
     expected = {"run_id": Path(job.run_id).name, "code_sha256": job.source.sha256} | swept
     for name, value in expected.items():
         found = str(result[name]).rpartition("/")[2]  # it may have been kept by a sweep of another name
         require(found == value, f"{run.path}: its {name} is {found}, expected {value}", DataError)
+    reported = run.reported("result")[-1:] if beside(run.path, ".events.jsonl").exists() else []
+    require(reported in ([], [result]), f"{run.path}: it is not the result that its events report", DataError)
 
 
 def copy_run(source: Path, target: Path, train_only: bool) -> None:
