@@ -207,7 +207,10 @@ start_job() { # nothing, or --check-setup
   setup requirements.txt
   choose_job
   if ((gpus > 1)); then
-    exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" train_gpt.py "$@"
+    local options=(--standalone --nproc_per_node="$gpus")
+    # Under nohup SIGHUP is ignored, but not by torchrun, which would end the run when the terminal closes.
+    [[ -z $(trap -p HUP) ]] || options+=(--signals-to-handle=SIGTERM,SIGINT,SIGQUIT)
+    exec "$python" -m torch.distributed.run "${options[@]}" train_gpt.py "$@"
   fi
   exec "$python" train_gpt.py "$@"
 }

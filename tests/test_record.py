@@ -18,6 +18,7 @@ import train_gpt
 from tools import check, claims, record
 from tools.artifact import end_in_a_line
 from tools.claims import CONTEST, NON_RECORD, Baseline, Facts
+from tools.processes import torchrun
 from tools.prove import PROPERTIES, Finding
 from tools.results import load_run
 from tools.welch import Sample, incomplete_beta, lower_by, upper_tail
@@ -296,7 +297,7 @@ def test_a_seed_runs_on_all_gpus_and_is_given_time_to_end(home, facts, monkeypat
     monkeypatch.setattr(check.subprocess, "Popen", Process)
     with pytest.raises(KeyboardInterrupt):
         record.start(record.job_for(7, facts, os.environ))
-    assert commands[0][1:-1] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=8"]
+    assert commands[0][1:-1] == torchrun(8)
     assert commands[0][-1] == train_gpt.__file__ and len(waits) == 2
 
 

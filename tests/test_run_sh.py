@@ -81,6 +81,8 @@ STUBS = {
 class Machine:
     """A folder with run.sh and stubs. Its python3 has no torch; .venv, once made, has torch 2.13.0."""
 
+    nohup = False  # whether run.sh is started by it
+
     def __init__(self, folder: Path):
         self.folder = folder / "a folder with spaces"
         for path, text in STUBS.items():
@@ -112,7 +114,12 @@ class Machine:
         (self.folder / "started.jsonl").unlink(missing_ok=True)
         (self.folder / "installed.txt").unlink(missing_ok=True)
         settings = self.env | {name: str(value) for name, value in env.items()}
-        return dict(args=[self.folder / "run.sh", *arguments], env=settings, cwd="/", stdin=subprocess.DEVNULL)
+        start = dict(env=settings, cwd="/", stdin=subprocess.DEVNULL, preexec_fn=self.hang_up)
+        return dict(args=[self.folder / "run.sh", *arguments], **start)
+
+    def hang_up(self) -> None:
+        """Called first in what is started."""
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if self.nohup else signal.SIG_DFL)
 
     def started(self, name: str) -> list[dict]:
         path = self.folder / "started.jsonl"
@@ -275,6 +282,14 @@ def test_gpus_and_data_mean_the_full_run_on_all_of_them(ready, given):
     (call,) = ready.started("torchrun")
     assert call["args"] == ["--standalone", "--nproc_per_node=8", "train_gpt.py"]
     assert "ITERATIONS" not in call["env"] and ready.started("prepare.py") == []
+
+
+def test_under_nohup_torchrun_is_told_to_leave_sighup_ignored(ready):
+    """It would else end the run when the terminal closes."""
+    ready.nohup = True
+    ready.run(STUB_GPUS=8, DATA_PATH="elsewhere")
+    (call,) = ready.started("torchrun")
+    assert call["args"][2:] == ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT", "train_gpt.py"]
 
 
 def test_one_gpu_needs_no_torchrun(ready):

@@ -853,7 +853,10 @@ def test_a_launcher_stands_before_every_command_and_jobs_says_how_many_run(stand
     (copy,) = (stand_in.folder / "logs/sweeps/ttt_lr/sources").iterdir()
     launched = (stand_in.folder / "launched").read_text().splitlines()
     assert launched == [f"--gpus=1 {sys.executable} {copy.resolve()}"] * 2
-    assert sweep.command_of(2, ["srun"])[:4] == ["srun", sys.executable, "-m", "torch.distributed.run"]
+    for action, more in ((signal.SIG_DFL, []), (signal.SIG_IGN, ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"])):
+        monkeypatch.setattr(signal, "getsignal", lambda number, action=action: action)
+        ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
+        assert sweep.command_of(2, ["srun"]) == ["srun", sys.executable, *ranks]
 
 
 def test_jobs_says_how_many_run_at_once(monkeypatch):

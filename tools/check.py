@@ -43,7 +43,7 @@ from tools import claims
 from tools.artifact import checked_knobs, end_in_a_line
 from tools.claims import Baseline, Facts
 from tools.events import Event, first_difference
-from tools.processes import ends_with_its_parent
+from tools.processes import ends_with_its_parent, torchrun
 from tools.prove import PROPERTIES
 from tools.results import MAX_LOG_BYTES, Run, beside, disagreements, read_documents, read_result
 from tools.values import digest, printable, refuse_constant
@@ -650,7 +650,7 @@ def run_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
 def command_of(script: Path, env: Mapping[str, str]) -> list[str]:
     command = [sys.executable]
     if ranks(env) > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks(env)}"]
+        command += torchrun(ranks(env))
     return [*command, str(script)]
 
 

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them."""
+"""How processes are started: those of several ranks, and those that end with the one that started them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def ends_with_its_parent(by: signal.Signals = signal.SIGTERM) -> Callable[[], No
             os._exit(1)
 
     return ask
+
+
+def torchrun(ranks: int) -> list[str]:
+    """What stands between Python and a script that is to run as so many ranks. Where SIGHUP is ignored, as under nohup,
+    torchrun is told to leave it so: it would end the run when the terminal closes."""
+    words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        words.append("--signals-to-handle=SIGTERM,SIGINT,SIGQUIT")
+    return words

@@ -69,7 +69,7 @@ from tools import train_only as train_only_job
 from tools.artifact import end_in_a_line, knobs_of_run
 from tools.events import Event, read_events
 from tools.holdout import held_out_by, score_holdout
-from tools.processes import ends_with_its_parent
+from tools.processes import ends_with_its_parent, torchrun
 from tools.ranking import knob_names, rank, shell_words, without_seed, write_results
 from tools.results import Run, beside, load_run
 from tools.screening import Design, make_design, parse_factors, split_word
@@ -730,7 +730,7 @@ def command_of(gpus: int, launcher: Sequence[str]) -> list[str]:
     """What starts a source, whose path follows it."""
     command = [*launcher, sys.executable]
     if gpus > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={gpus}"]
+        command += torchrun(gpus)
     return command
 
 
