@@ -321,6 +321,7 @@ def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, cap
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
+    (stand_in.folder / "logs/sweeps/cut/.data-1.partial").mkdir(parents=True)  # its making was killed
     threading.Thread(target=press_ctrl_c, daemon=True).start()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
@@ -329,7 +330,8 @@ def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, cap
     assert "1 of 2 combinations are done" in capsys.readouterr().out
     folder = stand_in.folder / "logs/sweeps/cut"
     files = {path: path.stat() for path in folder.glob("*.json")}
-    assert len(files) == 1 and list(folder.glob(".*")) == list(folder.glob("*.err")) == []
+    assert len(files) == 1 and list(folder.glob("*.err")) == []
+    assert [path.name for path in folder.glob(".*")] == [".data-1.partial"]
     (stand_in.folder / "go on").touch()
     assert sweep.main(["TTT_LR=0.1,0.25", "--name", "cut"]) == 0
     assert [lr for lr, *_ in stand_in.started()] == ["0.1", "0.25", "0.25"]
@@ -400,6 +402,15 @@ def test_another_source_another_artifact_and_other_knobs_are_other_combinations(
     assert runs_it()
     (stand_in.folder / "entry.py").write_text(STAND_IN + "# changed\n")
     assert runs_it() and not runs_it()
+
+
+def test_other_training_text_in_shards_of_the_same_size_is_another_combination(stand_in, write_shard, capsys):
+    stand_in.makes("0.1")
+    assert sweep.main(["TTT_LR=0.1"]) == 0
+    shard = stand_in.folder / "data/fineweb_train_000000.bin"
+    tokens = train_gpt.read_shard(shard).tolist()
+    write_shard(shard, [*tokens[:200], *tokens[200:300][::-1], *tokens[300:]])
+    assert sweep.main(["TTT_LR=0.1"]) == 0 and len(stand_in.started()) == 2
 
 
 def test_seeds_share_a_row_and_values_may_hold_commas(stand_in, monkeypatch, capsys):

@@ -373,7 +373,7 @@ def choose_documents_of(jobs: list[Job], on: str, folder: Path, world: int) -> S
     config, run = config_to_open(jobs[0], world)
     setup = train_gpt.make_setup(config, run, train_gpt.Dist(world=world))
     count = f"{len(setup.validation):,} documents ({setup.validation.target_bytes().sum():,} bytes)"
-    shards = [] if setup.stream is None else [[p.name, p.stat().st_size] for p in setup.stream.paths]
+    shards = hashlib.sha256(repr(train_gpt.describe_shards(setup.stream)).encode()).hexdigest()
     identity = {"validation": setup.validation.sha256(), "tokenizer": setup.tokenizer.sha256, "train": shards}
     for job in jobs:
         job.documents = identity
@@ -708,7 +708,8 @@ class Sweep:
             one.process.wait()
             one.job.file(".err").unlink(missing_ok=True)
             for partial in one.job.file("").parent.glob(".*.partial"):
-                partial.unlink()
+                if partial.is_file():  # a folder is of data whose making was killed
+                    partial.unlink()
 
 
 def loses_steps(one: Running) -> bool:
