@@ -247,6 +247,17 @@ def test_a_run_that_was_given_the_name_of_another_does_not_count(stand_in, capsy
     assert [lr for lr, *_ in stand_in.started()] == ["0.1", "0.2", "0.1"]
 
 
+def test_an_artifact_that_is_replaced_meanwhile_is_noticed(stand_in, tiny_config, capsys):
+    path = stand_in.artifact(tiny_config, holdout_tokens=HELD)
+    digest = hashlib.sha256((stand_in.folder / path).read_bytes()).hexdigest()
+    stand_in.makes("0.1", artifact_sha256=digest)
+    stand_in.makes("0.2", artifact_sha256="0" * 64, gap=-0.1)
+    assert sweep.main(["TTT_LR=0.1,0.2", "--eval", path]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("- `TTT_LR=0.2`") and "it scored another artifact" in line for line in lines)
+    assert lines[-1] == "TTT_LR=0.1"
+
+
 def test_a_result_that_was_edited_does_not_count(stand_in, capsys):
     stand_in.makes("0.1")
     assert sweep.main(["TTT_LR=0.1", "--name", "first"]) == 0

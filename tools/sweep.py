@@ -130,6 +130,7 @@ class Job:
     source: Source
     settings: dict[str, str] = dataclasses.field(default_factory=dict)  # every knob that its run has
     documents: dict = dataclasses.field(default_factory=dict)  # equal only for these, the same training data, tokenizer
+    artifact: str = ""  # sha256 of the one that is scored; empty where the job trains
     run_id: str = ""
     state: str = "waiting"  # waiting | running | done | failed
     at: str = ""  # how far, in words
@@ -409,6 +410,7 @@ def name_runs(jobs: list[Job], folder: Path, gpus: int, artifact: str | None, tr
         if job.source.name:
             name = f"{job.source.sha256[:8]}-{name}"
         job.run_id = f"{folder.relative_to(LOGS)}/{name}"
+        job.artifact = digest
         job.env |= {"RUN_ID": job.run_id}
         first = seen.setdefault(job.run_id, job)
         require(first is job, f"{first.label} and {job.label} are the same combination")
@@ -435,14 +437,16 @@ def find_finished(jobs: list[Job], kept: Path | None, train_only: bool = False) 
 
 
 def require_run_of(job: Job, run: Run) -> None:
-    """Raise DataError for the files of another combination that were given the name of this one, and for a result that
-    is not the one that its run reported."""
+    """Raise DataError for the files of another combination that were given the name of this one, for a result that is
+    not the one that its run reported, and for the score of an artifact that was replaced meanwhile."""
     result = run.result
     swept = {"seed": str(int(job.knobs["SEED"]))} if "SEED" in job.knobs else {}
     expected = {"run_id": Path(job.run_id).name, "code_sha256": job.source.sha256} | swept
     for name, value in expected.items():
         found = str(result[name]).rpartition("/")[2]  # it may have been kept by a sweep of another name
         require(found == value, f"{run.path}: its {name} is {found}, expected {value}", DataError)
+    scored = result.get("artifact_sha256", job.artifact) if job.artifact else ""
+    require(scored == job.artifact, f"{run.path}: it scored another artifact than the sweep began with", DataError)
     reported = run.reported("result")[-1:] if beside(run.path, ".events.jsonl").exists() else []
     require(reported in ([], [result]), f"{run.path}: it is not the result that its events report", DataError)
 
@@ -759,6 +763,7 @@ def conclude(job: Job, status: int, train_only: bool = False) -> None:
         run = load_run(job.run_id, train_only=train_only)
         same = run.result["code_sha256"] == job.source.sha256
         require(same, "its copy of the source was changed meanwhile; start the sweep again")
+        require_run_of(job, run)
         job.run = run
         job.state = "done"
         result = run.result
