@@ -2939,7 +2939,7 @@ def train(
 def log_step(
     log: Log, trainer: Trainer, stream: TrainingStream, loss: float, now: float, tokens_per_s: float, spent: float
 ) -> None:
-    """Report progress at `now` seconds of training. `spent` is the fraction of the budget spent, including this step."""
+    """Report progress at `now` seconds of training. `spent` is the fraction of the budget spent, this step included."""
     run = trainer.run
     log.event(
         "step",
