@@ -243,7 +243,7 @@ class RunConfig:
 
     train_batch_tokens: int = knob(
         0,
-        "tokens per step over all ranks; 0 = by the budget: 786,432 for 4,800 GPU-seconds, fewer for less",
+        "tokens per step over all ranks; 0 = by the budget: 786,432 for 4,800 GPU-seconds or more, fewer for less",
         group="Data",
         unit="tokens",
         low=0,
@@ -1894,12 +1894,14 @@ def with_batch(run: RunConfig, world: int) -> RunConfig:
 
     A short run needs more steps rather than less gradient noise. Each rank gets 1, 2, 3, 4, 6, 8, 12, ... rows, which
     divide into micro-batches of many sizes. Only the configured budget counts, not a measured speed: the same run has
-    the same batch on any machine."""
+    the same batch on any machine. A budget beyond the contest's keeps the contest's batch: it may stand for "no limit".
+    """
     if run.train_batch_tokens:
         return run
-    wanted = float(CONTEST_BATCH_TOKENS)  # also without a limit in seconds
+    share = 1.0  # of the contest's budget; a run without a limit in seconds counts as all of it
     if run.max_wallclock_seconds:
-        wanted *= (run.max_wallclock_seconds * world / CONTEST_GPU_SECONDS) ** BATCH_POWER
+        share = min(1.0, run.max_wallclock_seconds * world / CONTEST_GPU_SECONDS)
+    wanted = max(1.0, CONTEST_BATCH_TOKENS * share**BATCH_POWER)
     smallest = world * run.train_row_tokens
     sizes = [smallest * rows * 2**doublings for rows in (1, 3) for doublings in range(32)]
     nearest = min(sizes, key=lambda size: abs(math.log(size / wanted)))

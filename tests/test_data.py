@@ -590,6 +590,8 @@ def test_shards_may_begin_and_end_inside_a_long_document(tiny_data, tiny_run, wr
         (1, 1, 32_768),  # at least a row
         (60, 8, 262_144),  # and a row for each rank
         (600, 7, 688_128),  # three for each of seven
+        (1_000_000, 1, 786_432),  # as good as no limit
+        (1e-320, 1, 32_768),
     ],
 )
 def test_the_batch_follows_the_budget_and_ranks_share_it(seconds, world, batch):
