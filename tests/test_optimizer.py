@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
+from conftest import start_two_ranks
 
 import train_gpt as g
 
@@ -68,7 +68,7 @@ def rank_main(rank: int, world: int, folder: str) -> None:
 def two_ranks(tmp_path_factory) -> list[tuple[dict, dict]]:
     """What each of two processes found together and alone."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    mp.spawn(rank_main, args=(2, folder), nprocs=2)
+    start_two_ranks(rank_main, 2, folder)
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(2)]
 
 

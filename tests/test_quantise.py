@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
 import zstandard
-from conftest import rows_of_integers, stored_tensors
+from conftest import rows_of_integers, start_two_ranks, stored_tensors
 
 import train_gpt as g
 
@@ -1139,7 +1138,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 
 def test_two_ranks_calibrate_on_all_text_and_share_the_rounding(tmp_path):
-    mp.spawn(rank_main, args=(str(tmp_path),), nprocs=2)
+    start_two_ranks(rank_main, str(tmp_path))
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     model = a_model()
     found = {name: g.Sensitivity(*parts) for name, parts in zip(sensitivities_of(model), one[0], strict=True)}

@@ -10,8 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import stored_tensors
+from conftest import start_two_ranks, stored_tensors
 from graphs import replays_of
 from recorder import SMALL_MODEL, random_gpt
 
@@ -223,7 +222,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_measure_what_one_does(tmp_path):
-    mp.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    start_two_ranks(one_rank, str(tmp_path))
     first, second = (g.GradientRMS(*torch.load(tmp_path / f"{rank}.pt")) for rank in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first.columns, second.columns, strict=True))
     assert same(first, g.measure_gradient_rms(model(), unequal_documents(), run_config(), g.Dist()))

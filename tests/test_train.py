@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing as mp
-from conftest import TINY_MODEL, read_events
+from conftest import TINY_MODEL, read_events, start_two_ranks
 from graphs import fake_cuda_graphs
 from masked import attend_segments
 
@@ -152,7 +151,7 @@ def rank_main(rank: int, folder: str, run: g.RunConfig) -> None:
 def test_two_ranks_train_as_one(settings, tmp_path):
     run = settings(checkpoint_seconds=1e-6)
     (tmp_path / "a file").touch()
-    mp.spawn(rank_main, args=(str(tmp_path), run), nprocs=2)
+    start_two_ranks(rank_main, str(tmp_path), run)
     (losses, state), (losses_there, state_there) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert losses == losses_there and differing(state, state_there) == []
     alone = new_trainer(run)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import start_two_ranks
 from graphs import replays_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -850,7 +851,7 @@ def one_rank(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_find_what_one_finds(tmp_path):
-    torch.multiprocessing.spawn(one_rank, (str(tmp_path),), nprocs=2)
+    start_two_ranks(one_rank, str(tmp_path))
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second, "the ranks agree on everything"
     alone = everything(g.Dist())
