@@ -4,7 +4,7 @@ tests at a time as there are cores.
 Fixtures for every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`,
 `write_shard(path, tokens)`, `tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that) and
 `run_script` (starts it as a user does). To import, where a fixture does not reach: TINY_MODEL, TINY_RUN, read_events,
-stored_tensors, rows_of_integers, start_two_ranks.
+stored_tensors, rows_of_integers, start_two_ranks, START_RANKS_BY.
 """
 
 import os
@@ -150,11 +150,14 @@ def rows_of_integers(model: train_gpt.GPT) -> dict[str, torch.Tensor]:
     return stored
 
 
+# Without a GPU the ranks of a test are forks, which need not import torch again. Of a process that has used a GPU, a
+# fork could not compute.
+START_RANKS_BY = "spawn" if torch.cuda.is_available() else "fork"
+
+
 def start_two_ranks(rank_main: Callable, *arguments: Any) -> None:
-    """rank_main(rank, *arguments) in two processes, to their end. Without a GPU they are forks, which need not import
-    torch again; of a process that has used one, a fork could not compute."""
-    method = "spawn" if torch.cuda.is_available() else "fork"
-    torch.multiprocessing.start_processes(rank_main, arguments, nprocs=2, start_method=method)
+    """rank_main(rank, *arguments) in two processes, to their end."""
+    torch.multiprocessing.start_processes(rank_main, arguments, nprocs=2, start_method=START_RANKS_BY)
 
 
 def read_events(path: Path) -> list[dict]:

@@ -20,7 +20,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import TINY_MODEL, TINY_RUN, read_events, shard_bytes
+import torch
+from conftest import START_RANKS_BY, TINY_MODEL, TINY_RUN, read_events, shard_bytes
 
 import train_gpt as g
 
@@ -203,7 +204,7 @@ def test_the_result_adds_up(first):
     assert result["artifact_bytes"] == first.folder.artifact().stat().st_size == sum(result["artifact_parts"].values())
     assert result["total_bytes"] == result["artifact_bytes"] + SCRIPT.stat().st_size <= 16_000_000
     assert {"train", "gradients", "calibrate", "quantise", "pack", "unpack", "evaluate: score"} <= set(result["phases"])
-    assert sorted(p.name for p in first.log.parent.iterdir()) == [
+    assert sorted(p.name for p in first.log.parent.glob("first.*")) == [
         "first.docs.npz",
         "first.events.jsonl",
         "first.json",
@@ -249,13 +250,13 @@ def test_the_log_begins_with_the_source_and_its_settings(first):
     assert any(line.startswith("python:") and "torch:" in line for line in rest)
 
 
-def test_an_artifact_is_scored_alone_without_training_data(first, tmp_path):
+def test_an_artifact_is_scored_alone_without_training_data(first, tmp_path, here):
     """Nor any setting of the model: the file says what it is."""
     folder = Folder(tmp_path)
     for path in (tmp_path / "my data").glob("fineweb_train_*"):
         path.unlink()
     of_the_model = {name: None for name in SMALL if name.lower() in {f.name for f in g.fields(g.ModelConfig)}}
-    alone = folder.result(RUN_ID="alone", ARTIFACT=first.folder.artifact(), **of_the_model)
+    alone = folder.result(here, RUN_ID="alone", ARTIFACT=first.folder.artifact(), **of_the_model)
     for key in ("val_bpb", "static_bpb", "val_loss", "bytes", "tokens", "artifact_bytes", "adaptation_steps"):
         assert alone[key] == first.result[key], key
     assert "prequant_nats" not in np.load(tmp_path / "logs" / "alone.docs.npz")
@@ -359,27 +360,61 @@ def test_two_ranks_learn_and_score_what_one_does(first):
         assert two_loss == pytest.approx(one_loss, abs=1e-4)
     for key in ("val_bpb", "static_bpb", "prequant_bpb"):
         assert two[key] == pytest.approx(first.result[key], abs=2e-3), key
-    same = first.folder.result(RUN_ID="two_eval", command=TWO_RANKS, ARTIFACT="logs/first.ptz")
-    assert same["val_bpb"] == pytest.approx(first.result["val_bpb"], abs=1e-6)
-    assert same["adaptation_steps"] == first.result["adaptation_steps"]
 
 
-def two_machines(folders: list[Folder], **knobs) -> list[subprocess.CompletedProcess]:
-    """A run of two ranks, each in a folder of its own, as on two machines."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank, folder in enumerate(folders):
-        own = {name: value[rank] if isinstance(value, list) else value for name, value in knobs.items()}
-        env = folder.environment(**own)
-        env |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        ranks.append(subprocess.Popen(ALONE, cwd=folder.path, env=env, stdout=-1, stderr=-1, text=True))
-    ended = [rank.communicate(timeout=240) for rank in ranks]
-    return [
-        subprocess.CompletedProcess(rank.args, rank.returncode, *texts)
-        for rank, texts in zip(ranks, ended, strict=True)
-    ]
+class TwoRanks:
+    """A run of two ranks, each in a folder of its own, as on two machines, or both in one. Their processes are started
+    as those of `start_two_ranks`, and end with the `with`."""
+
+    def __init__(self, folders: list[Folder], **knobs):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folders = folders
+        self.processes = []
+        for rank, folder in enumerate(folders):
+            own = {name: value[rank] if isinstance(value, list) else value for name, value in knobs.items()}
+            env = folder.environment(**own)
+            env |= dict(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            process = torch.multiprocessing.get_context(START_RANKS_BY).Process(target=a_rank, args=(folder.path, env))
+            process.start()
+            self.processes.append(process)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *given) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def output(self, rank: int, name: str = "out") -> str:
+        """What a rank has printed so far; by the name "err", its messages."""
+        path = self.folders[rank].path / f"{rank}.{name}"
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(self, words: str) -> None:
+        """Until a line of the first rank begins so."""
+        while not any(line.startswith(words) for line in self.output(0).splitlines()):
+            assert self.processes[0].is_alive(), self.output(0, "err")
+            time.sleep(0.01)
+
+    def ended(self, rank: int, within: float = 240.0) -> SimpleNamespace:
+        """How a rank ended: returncode and stderr."""
+        self.processes[rank].join(within)
+        return SimpleNamespace(returncode=self.processes[rank].exitcode, stderr=self.output(rank, "err"))
+
+
+def a_rank(folder: Path, env: dict[str, str]) -> None:
+    """In a process of its own: the program from its start to its exit status, its output in two files."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{env['RANK']}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  pytest's own go elsewhere
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    sys.exit(g.main([]))
 
 
 @pytest.mark.slow
@@ -388,10 +423,12 @@ def test_two_machines_score_what_one_does_though_only_the_first_has_the_artifact
     other = Folder(tmp_path)
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "first.ptz").write_bytes(b"an older one")
-    ended = two_machines([first.folder, other], RUN_ID="machines", ARTIFACT="logs/first.ptz")
+    with TwoRanks([first.folder, other], RUN_ID="machines", ARTIFACT="logs/first.ptz") as machines:
+        ended = [machines.ended(rank) for rank in range(2)]
     assert [rank.returncode for rank in ended] == [0, 0], ended[0].stderr[-1000:] + ended[1].stderr[-1000:]
     result = json.loads((first.folder.path / "logs" / "machines.json").read_text())
     assert result["world_size"] == 2 and result["val_bpb"] == pytest.approx(first.result["val_bpb"], abs=1e-6)
+    assert result["adaptation_steps"] == first.result["adaptation_steps"]
     assert not (tmp_path / "logs" / "machines.json").exists()
 
 
@@ -407,7 +444,9 @@ def test_a_machine_that_differs_is_refused_before_anything_is_paid_for(first, tm
         content = bytearray(path.read_bytes())
         content[1024 + 2 * 64 :: 2 * 64] = bytes(3 for _ in content[1024 + 2 * 64 :: 2 * 64])
         path.write_bytes(content)
-    for rank in two_machines([first.folder, other], RUN_ID="differs", **knobs):
+    with TwoRanks([first.folder, other], RUN_ID="differs", **knobs) as machines:
+        ended = [machines.ended(rank) for rank in range(2)]
+    for rank in ended:
         assert rank.returncode == 2, rank.stderr[-1000:]
         assert f"rank 1 on {platform.node()} has other {what} than rank 0" in rank.stderr
     assert not (first.folder.path / "logs" / "differs.txt").exists()
@@ -465,7 +504,7 @@ def test_kinds_of_test_time_training_from_the_environment(first, here, knobs, in
 def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path, here):
     folder = Folder(tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    done = folder.run("--check-setup")
+    done = here(folder, "--check-setup")
     assert done.returncode == 0, done.stderr
     assert "validation: 10 documents" in done.stdout and "training data: 2 shards" in done.stdout
     assert "predicted artifact" in done.stdout
@@ -492,10 +531,13 @@ def test_rates_that_destroy_the_network_end_in_that_message(first, here):
     assert not (first.folder.path / "logs" / "destroyed.json").exists()
 
 
-def test_torchrun_refuses_a_batch_that_two_ranks_cannot_share(tmp_path):
-    done = Folder(tmp_path).run(command=TWO_RANKS, TRAIN_BATCH_TOKENS=192)
-    assert done.returncode != 0
-    assert "TRAIN_BATCH_TOKENS=192 is 3 rows" in done.stderr and "nearest valid batch is 256" in done.stderr
+def test_a_batch_that_two_ranks_cannot_share_is_refused(tmp_path):
+    folder = Folder(tmp_path)
+    with TwoRanks([folder, folder], TRAIN_BATCH_TOKENS=192) as ranks:
+        ended = [ranks.ended(rank) for rank in range(2)]
+    for rank in ended:
+        assert rank.returncode == 2
+        assert "TRAIN_BATCH_TOKENS=192 is 3 rows" in rank.stderr and "nearest valid batch is 256" in rank.stderr
 
 
 # ---- between the last step and the artifact ---------------------------------
@@ -746,23 +788,39 @@ def rank_of(process: subprocess.Popen, rank: int) -> int:
     "moment, killed, knobs",
     [
         ("step:4 ", 0, dict(ITERATIONS=100_000)),
-        ("step:4 ", 1, dict(ITERATIONS=100_000)),
         ("before quantisation", 1, dict(GPTQ_CALIBRATION_BATCHES=1000)),
         ("pack 1", 0, dict(TTT_EPOCHS=64)),
     ],
-    ids=["training, the first", "training, the second", "quantising", "evaluation"],
+    ids=["training", "quantising", "evaluation"],
 )
 def test_when_a_rank_is_killed_the_other_ends_soon_with_one_line(tmp_path, moment, killed, knobs):
     """Either rank, and whatever it waits in: test_ranks.py."""
-    with started(Folder(tmp_path), TWO_RANKS, RUN_ID="lost", **knobs) as process:
-        wait_for(process, moment)
-        os.kill(rank_of(process, killed), signal.SIGKILL)
+    folder = Folder(tmp_path)
+    with TwoRanks([folder, folder], RUN_ID="lost", **knobs) as ranks:
+        ranks.wait_for(moment)
+        ranks.processes[killed].kill()
+        other = ranks.ended(1 - killed, within=15)
+    assert other.returncode == g.RANK_LOST
+    assert_one_line_of_a_lost_rank(other.stderr)
+
+
+@pytest.mark.slow
+def test_when_a_rank_of_torchrun_is_killed_the_other_ends_soon_with_one_line(tmp_path):
+    with started(Folder(tmp_path), TWO_RANKS, RUN_ID="lost", ITERATIONS=100_000) as process:
+        wait_for(process, "step:4 ")
+        os.kill(rank_of(process, 1), signal.SIGKILL)
         began = time.perf_counter()
         output, _ = process.communicate(timeout=60)
         assert time.perf_counter() - began < 15 and process.returncode != 0
+    # torchrun ends with a report, and a traceback of its own
+    assert_one_line_of_a_lost_rank(output, output.partition("torch/distributed/run.py")[0])
+
+
+def assert_one_line_of_a_lost_rank(output: str, before_a_report: str | None = None) -> None:
+    """Whatever else a rank or torchrun prints, one line of ours says which rank was lost, and none is of a library."""
     ours = [line for line in output.splitlines() if line.startswith(("error: ", "interrupted", "[rank"))]
     assert len(ours) == 1 and "its own message is above" in ours[0] and "want of memory" in ours[0], output
-    before = output.partition("torch/distributed/run.py")[0]  # torchrun ends with a report, and a traceback of its own
+    before = output if before_a_report is None else before_a_report
     assert "gloo" not in before and "NCCL" not in before
 
 
@@ -774,7 +832,7 @@ def test_a_run_that_is_cut_off_goes_on_from_its_checkpoint_as_if_nothing_had_bee
         os.killpg(process.pid, signal.SIGINT)
         process.communicate(timeout=30)
     assert not folder.artifact("cut").exists()
-    resumed = folder.result(ITERATIONS=60, RESUME="logs/cut.ckpt", RUN_ID="resumed")
+    resumed = folder.result(here, ITERATIONS=60, RESUME="logs/cut.ckpt", RUN_ID="resumed")
     whole = folder.result(here, ITERATIONS=60, RUN_ID="whole")
     assert 20 <= resumed["history"][0][0] < 60, "it began where it was cut off"
     assert resumed["history"][-1][2] == whole["history"][-1][2]
