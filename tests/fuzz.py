@@ -373,6 +373,7 @@ def tiny_run(**changes: Any) -> train_gpt.RunConfig:
     return train_gpt.RunConfig(**(TINY_RUN | changes))
 
 
+@functools.cache
 def random_artifact(stored_of: Callable[[train_gpt.GPT], dict[str, torch.Tensor]]) -> bytes:
     """An artifact of random weights whose predictions are far from even; `stored_of` a network is what it stores."""
     model = train_gpt.GPT(MODEL)

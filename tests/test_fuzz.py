@@ -8,15 +8,15 @@ import pytest
 import train_gpt
 
 SOME = {  # cases of each kind: a part of what `python tests/fuzz.py` tries
-    "artifacts": 150,
-    "older": 60,
-    "broken": 150,
-    "checkpoints": 90,
-    "shards": 500,
-    "compressed": 60,
-    "documents": 1_000,
-    "results": 500,
-    "codec": 50,
+    "artifacts": 60,
+    "older": 30,
+    "broken": 60,
+    "checkpoints": 45,
+    "shards": 200,
+    "compressed": 30,
+    "documents": 500,
+    "results": 250,
+    "codec": 20,
 }
 
 
