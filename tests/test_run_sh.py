@@ -479,7 +479,8 @@ def test_the_small_run_from_a_fresh_copy(tmp_path):
         assert usage.ru_maxrss * 1024 < 3e9
         return text
 
-    first = run(ITERATIONS="3", HOLDOUT_TOKENS="8192", EVAL_STRIDE="512")
+    little = dict(ITERATIONS="2", WARMUP_STEPS="1", TRAIN_BATCH_TOKENS="4096")
+    first = run(HOLDOUT_TOKENS="4096", GRAD_RMS_TOKENS="2048", EVAL_STRIDE="512", **little)
     assert any(line.startswith("result ") for line in first.splitlines()[-5:]), first[-4000:]
     shards = {path: path.stat().st_mtime_ns for path in (copy / "data/datasets/installed").iterdir()}
     run(ARTIFACT="logs/small.ptz", TTT_ENABLED="0", EVAL_STRIDE="512", RUN_ID="second")
