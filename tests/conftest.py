@@ -2,9 +2,9 @@
 tests at a time as there are cores.
 
 Fixtures for every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`,
-`write_shard(path, tokens)`, `tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that) and
-`run_script` (starts it as a user does). To import, where a fixture does not reach: TINY_MODEL, TINY_RUN, read_events,
-stored_tensors, rows_of_integers, start_two_ranks, START_RANKS_BY.
+`write_shard(path, tokens)`, `tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that),
+`run_script` (starts it as a user does) and `run_here` (in this process, for speed). To import, where a fixture does not
+reach: TINY_MODEL, TINY_RUN, read_events, stored_tensors, rows_of_integers, start_two_ranks, START_RANKS_BY.
 """
 
 import os
@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -263,5 +264,26 @@ def run_script(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     def run(*arguments: str, env: Mapping[str, str]) -> subprocess.CompletedProcess:
         command = [sys.executable, train_gpt.__file__, *arguments]
         return subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def run_here(tmp_path, monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
+    """run_here(*arguments, env={}, folder=tmp_path): as `run_script`, but in this process, which need not import torch
+    again -> returncode, stdout, stderr."""
+    monkeypatch.chdir(".")  # goes back in the end
+    monkeypatch.setattr(train_gpt, "install_signal_handlers", lambda ending: None)  # they would outlive the run
+    monkeypatch.setattr(train_gpt, "prepare_torch", lambda run, device: None)  # so would what it sets
+
+    def run(*arguments: str, env: Mapping[str, str], folder: Path = tmp_path) -> SimpleNamespace:
+        os.chdir(folder)
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            status = train_gpt.main([*arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
 
     return run

@@ -340,8 +340,8 @@ def test_spaces_that_do_not_lead_are_counted_too_high():
     assert {piece: n for piece, n in zip(PIECES, excess.tolist(), strict=True) if n} == {"▁▁": 2, "a▁b": 2}
 
 
-def test_a_byte_count_that_is_not_exact_reaches_the_score(spaces_inside, tiny_env, run_script, tmp_path):
-    done = run_script(env=tiny_env(ITERATIONS="1", TTT_ENABLED="0"))
+def test_a_byte_count_that_is_not_exact_reaches_the_score(spaces_inside, tiny_env, run_here, tmp_path):
+    done = run_here(env=tiny_env(ITERATIONS="1", TTT_ENABLED="0"))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "logs" / "tiny.json").read_text())
     (event,) = [e for e in read_events(tmp_path / "logs" / "tiny.events.jsonl") if e["event"] == "excess"]

@@ -115,22 +115,11 @@ def first(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture
-def here(monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
-    """here(folder, *arguments, **knobs): a run in this process, which need not import torch again -> returncode,
-    stdout, stderr."""
-    monkeypatch.chdir(".")  # goes back in the end
-    monkeypatch.setattr(g, "install_signal_handlers", lambda ending: None)  # they would outlive the run
-    monkeypatch.setattr(g, "prepare_torch", lambda run, device: None)  # so would what it sets
+def here(run_here) -> Callable[..., SimpleNamespace]:
+    """here(folder, *arguments, **knobs): a run in this process -> returncode, stdout, stderr."""
 
     def run(folder: Folder, *arguments: str, **knobs) -> SimpleNamespace:
-        os.chdir(folder.path)
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            for name, value in folder.environment(**knobs).items():
-                patch.setenv(name, value)
-            status = g.main([*arguments])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(returncode=status, stdout=out, stderr=err)
+        return run_here(*arguments, env=folder.environment(**knobs), folder=folder.path)
 
     return run
 

@@ -320,10 +320,10 @@ def test_what_is_no_artifact_is_an_error_in_a_line(command, places, name):
 
 
 @pytest.fixture
-def scored(places, run_script, tmp_path) -> Place:
+def scored(places, run_here, tmp_path) -> Place:
     """A run that scored the artifact, and left its result beside it."""
     env = environment(places["plain"].data, SYSTEMS["adamw"])
-    done = run_script(env=env | {"ARTIFACT": str(places["plain"].artifact), "RUN_ID": "small"})
+    done = run_here(env=env | {"ARTIFACT": str(places["plain"].artifact), "RUN_ID": "small"})
     assert done.returncode == 0, done.stderr
     artifact = tmp_path / "logs" / "small.ptz"
     artifact.write_bytes(places["plain"].artifact.read_bytes())

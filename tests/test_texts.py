@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from test_sweep import HELD, sweeping, training_tokens
+from test_sweep import HELD, sweep_here, training_tokens
 
 import train_gpt
 from tools import sweep
@@ -76,15 +76,11 @@ def test_tokenizers_race_in_bits_per_original_byte(tiny_data, tiny_env, other_da
     other_data("other")
     env = tiny_env(HOLDOUT_TOKENS=str(2 * HELD), RUN_ID=None, SEED=None, VOCAB_SIZE=None, DATA_PATH=None)
     command = ["--data", "data,other", "--train-only", "--name", "two"]
-    with sweeping(tmp_path, env, *command) as process:
-        out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, out
+    out = sweep_here(tmp_path, env, *command)
     runs = [load_run(path, train_only=True) for path in (tmp_path / "logs/sweeps/two").glob("*.json")]
     assert sorted(run.result["knobs"]["VOCAB_SIZE"] for run in runs) == ["64", "80"]
     assert all((run.bytes == runs[0].bytes).all() for run in runs) and len({run.tokens.sum() for run in runs}) == 2
     lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| data=other")]
     assert [line[1:3] for line in lines] == [["data=data", "1337"], ["data=data", "all 1"]]
     assert all("[" in line[3] for line in lines)
-    with sweeping(tmp_path, env, *command) as process:
-        again, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "running" not in again
+    assert "running" not in sweep_here(tmp_path, env, *command)

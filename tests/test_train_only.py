@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_sweep import HELD, sweeping, tokenizer_of
+from test_sweep import HELD, sweep_here, tokenizer_of
 
 import train_gpt
 from tools import check, record, sweep, train_only
@@ -35,6 +35,35 @@ def start(folder: Path, env: dict[str, str], *options: str, source: Path = ENTRY
     return subprocess.Popen(command, cwd=folder, env=env, **pipes)
 
 
+@pytest.fixture
+def job_here(tmp_path, monkeypatch, capsys):
+    """job_here(env, *options, source=ENTRY): a job in this process, which need not import torch again -> its exit
+    status, or the words of its exit, and its messages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "train_gpt", train_gpt)  # goes back in the end: the job puts its source there
+
+    def load(path: str):
+        entry = plain(path)
+        entry.install_signal_handlers = lambda ending: None  # they would outlive the job
+        entry.prepare_torch = lambda run, device: None  # so would what it sets
+        return entry
+
+    plain = train_only.load
+    monkeypatch.setattr(train_only, "load", load)
+
+    def run(env: dict[str, str], *options: str, source: Path = ENTRY) -> tuple[int | str, str]:
+        with monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            try:
+                status = train_only.main(str(source), *options)
+            except SystemExit as end:
+                status = end.code
+        return status, capsys.readouterr().err
+
+    return run
+
+
 def finish(process: subprocess.Popen, said: str = "") -> str:
     """Tell it something, and wait for its end -> its error output; it must have succeeded."""
     _, errors = process.communicate(said, timeout=120)
@@ -43,10 +72,10 @@ def finish(process: subprocess.Popen, said: str = "") -> str:
 
 
 def test_it_learns_what_a_whole_run_learns_bit_for_bit_and_is_no_score(
-    held_env, run_script, tmp_path, monkeypatch, capsys
+    held_env, run_here, tmp_path, monkeypatch, capsys
 ):
     finish(start(tmp_path, held_env(RUN_ID="alone")))
-    whole = run_script(env=held_env(RUN_ID="whole", TTT_ENABLED="0", TTT_OPTIMIZER=None))
+    whole = run_here(env=held_env(RUN_ID="whole", TTT_ENABLED="0", TTT_OPTIMIZER=None))
     assert whole.returncode == 0, whole.stderr
     logs = tmp_path / "logs"
     trained = load_run("alone", logs, train_only=True)
@@ -89,7 +118,7 @@ for name in ("is_available", "_lazy_init", "set_device", "device_count"):
 """
 
 
-def test_it_waits_until_it_is_told_and_touches_no_gpu_before(held_env, tmp_path):
+def test_it_waits_until_it_is_told_and_touches_no_gpu_before(held_env, tmp_path, job_here, monkeypatch):
     source = tmp_path / "probed.py"
     main = '\nif __name__ == "__main__":'
     assert main in ENTRY.read_text()
@@ -101,25 +130,23 @@ def test_it_waits_until_it_is_told_and_touches_no_gpu_before(held_env, tmp_path)
     assert (tmp_path / "touched").exists() and load_run("later", tmp_path / "logs", train_only=True).trained
 
     (tmp_path / "logs/later.json").unlink()
-    process = start(tmp_path, held_env(RUN_ID="later"), "--wait")
-    _, errors = process.communicate(timeout=60)  # the end of its input is no word
-    assert process.returncode != 0 and "never told" in errors and not (tmp_path / "logs/later.json").exists()
+    monkeypatch.setattr(os, "read", lambda file, count: b"")  # the end of its input is no word
+    said, _ = job_here(held_env(RUN_ID="later"), "--wait")
+    assert "never told" in said and not (tmp_path / "logs/later.json").exists()
 
 
 @pytest.mark.parametrize("name", ["ARTIFACT", "RESUME"])
-def test_it_trains_from_the_start_alone(held_env, tmp_path, name):
-    process = start(tmp_path, held_env(RUN_ID="x", **{name: "logs/other"}))
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and f"error: {name}=logs/other: this trains from the start" in errors
+def test_it_trains_from_the_start_alone(held_env, tmp_path, job_here, name):
+    status, errors = job_here(held_env(RUN_ID="x", **{name: "logs/other"}))
+    assert status == 2 and f"error: {name}=logs/other: this trains from the start" in errors
     assert not (tmp_path / "logs/x.txt").exists()
 
 
-def test_a_source_that_cannot_be_trained_alone_is_refused(held_env, tmp_path, monkeypatch, capsys):
+def test_a_source_that_cannot_be_trained_alone_is_refused(held_env, tmp_path, job_here, monkeypatch, capsys):
     source = tmp_path / "older.py"
     source.write_text(ENTRY.read_text().replace("def warm_up(", "def warm_up_as_before("))
-    process = start(tmp_path, held_env(RUN_ID="x"), source=source)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and errors.endswith("it has no warm_up: it cannot be trained alone\n")
+    status, errors = job_here(held_env(RUN_ID="x"), source=source)
+    assert status == 2 and errors.endswith("it has no warm_up: it cannot be trained alone\n")
 
     monkeypatch.chdir(tmp_path)
     for name, value in held_env(RUN_ID="").items():
@@ -154,13 +181,7 @@ def test_a_race_of_training_alone_is_ranked_kept_and_gone_on_with(tiny_data, tin
     env = tiny_env(HOLDOUT_TOKENS=str(2 * HELD), RUN_ID=None, MATRIX_LR=None, SEED=None)
     words = ["--train-only", "--name", "race", "--keep", "kept", "MATRIX_LR=0.02,0.05"]
 
-    def raced(*more: str) -> str:
-        with sweeping(tmp_path, env, *words, *more) as process:
-            out, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, out
-        return out
-
-    out = raced("SEED=0,1")
+    out = sweep_here(tmp_path, env, *words, "SEED=0,1")
     assert out.count("  ready  waits for its place") == 3, "every job but the first"
     lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| MATRIX_LR=0.05")]
     assert [line[2] for line in lines] == ["0", "1", "all 2"] and all("[" in line[3] for line in lines)
@@ -173,6 +194,6 @@ def test_a_race_of_training_alone_is_ranked_kept_and_gone_on_with(tiny_data, tin
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.json")}
     assert not list((tmp_path / "kept").glob("*.txt")), "each would hold the source"
     os.rename(tmp_path / "logs", tmp_path / "logs of another machine")
-    assert "running" not in raced("SEED=1,0") and len(before) == 4
+    assert "running" not in sweep_here(tmp_path, env, *words, "SEED=1,0") and len(before) == 4
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert json.loads(next(iter(before)).read_text())["train_only"] is True
