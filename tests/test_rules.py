@@ -192,7 +192,8 @@ def test_documents_that_are_picked_keep_all_their_targets(chosen):
 
 def test_no_setting_touches_the_next(artifact, tmp_path, monkeypatch):
     """Whole weights that adapt are put back, also where the setting ends in the middle of a document."""
-    assert run_tool(artifact, "TTT_LR=0.05", "--context", 32, "--out", tmp_path / "alone.npz") == 0
+    options = ("--context", 32, "--documents", 6, "--out")
+    assert run_tool(artifact, "TTT_LR=0.05", *options, tmp_path / "alone.npz") == 0
     learn = g.SequentialTTT.learn
 
     def run_out_of_memory(learner, *given):
@@ -200,9 +201,9 @@ def test_no_setting_touches_the_next(artifact, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError
 
     full = [f"{FULL} TTT_LR=0.05", f"{FULL} TTT_LR=0.05 TTT_SCOPE=stream"]
-    assert run_tool(artifact, *full, "TTT_LR=0.05", "--context", 32, "--out", tmp_path / "after.npz") == 0
+    assert run_tool(artifact, *full, "TTT_LR=0.05", *options, tmp_path / "after.npz") == 0
     monkeypatch.setattr(g.SequentialTTT, "learn", run_out_of_memory)
-    assert run_tool(artifact, full[0], "TTT_LR=0.05", "--context", 32, "--out", tmp_path / "broken.npz") == 1
+    assert run_tool(artifact, full[0], "TTT_LR=0.05", *options, tmp_path / "broken.npz") == 1
     alone, after, broken = (np.load(tmp_path / f"{name}.npz")["nats"] for name in ("alone", "after", "broken"))
     assert (len(alone), len(after), len(broken)) == (2, 4, 2)
     np.testing.assert_array_equal(after[[0, -1]], alone)
