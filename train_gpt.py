@@ -2888,17 +2888,15 @@ def train(
     """Train until the budget is spent -> (step, seconds, loss) of every logged step. `validate` returns bits per
     byte, `checkpoint` is the file that CHECKPOINT_SECONDS writes."""
     run = trainer.run
-    history = []
+    report = StepReport(log, trainer, stream)
     loss = torch.zeros(())
     check_loss = DivergenceCheck(stream.vocab_size)
     # What earlier runs spent: otherwise the average would charge it to the last step.
     trainer.progress = progress_at(run, trainer.step, trainer.seconds_before, reserve)
-    logged_step = trainer.step
-    logged_at = trainer.seconds_before
     saved_at = trainer.seconds_before
     if trainer.progress >= 1.0:
         log.warn(
-            f"no step is left to train: {trainer.step} steps and {logged_at:.0f} s have spent the budget of this run; "
+            f"no step is left to train: {trainer.step} steps and {saved_at:.0f} s have spent the budget of this run; "
             "the weights of RESUME are packed as they are, whose rates may not have fallen: raise the budget"
         )
 
@@ -2922,40 +2920,50 @@ def train(
         check_loss(previous_loss.item(), trainer.step - 1)
 
         if trainer.step % run.train_log_every == 0:
-            value = loss.item()
+            value = loss.item()  # waits for the step, whose time then counts
             now = seconds_now()
-            history.append((trainer.step, now, value))
-            tokens_per_s = (trainer.step - logged_step) * run.train_batch_tokens / max(now - logged_at, 1e-9)
-            log_step(log, trainer, stream, value, now, tokens_per_s, progress_at(run, trainer.step, now, reserve))
-            logged_step = trainer.step
-            logged_at = now
+            report(value, now, progress_at(run, trainer.step, now, reserve))
         if run.val_loss_every and trainer.step % run.val_loss_every == 0:
             with watch.phase("validate"):
                 line = "step:{step} val_bpb:{val_bpb:.5f} (last iterate, without adaptation)"
                 log.event("validate", line, step=trainer.step, val_bpb=validate())
 
     check_loss.at_the_end(loss.item(), f"the loss of step {trainer.step}")
-    return history
+    return report.history
 
 
-def log_step(
-    log: Log, trainer: Trainer, stream: TrainingStream, loss: float, now: float, tokens_per_s: float, spent: float
-) -> None:
-    """Report progress at `now` seconds of training. `spent` is the fraction of the budget spent, this step included."""
-    run = trainer.run
-    log.event(
-        "step",
-        "step:{step} loss:{loss:.4f} progress:{progress:.3f} loop:{loop} "
-        "tokens_per_s:{tokens_per_s:.0f} epoch:{epoch:.2f} train_s:{train_s:.1f} eta_s:{eta_s:.0f}",
-        step=trainer.step,
-        loss=loss,
-        progress=trainer.progress,
-        loop=int(trainer.looping(trainer.progress)),
-        tokens_per_s=tokens_per_s,
-        epoch=trainer.step * run.train_batch_tokens / stream.total,
-        train_s=now,
-        eta_s=max(0.0, now / max(spent, 1e-9) - now),
-    )
+class StepReport:
+    """Reports the progress of training, with the speed since the report before."""
+
+    def __init__(self, log: Log, trainer: Trainer, stream: TrainingStream):
+        self.log = log
+        self.trainer = trainer
+        self.stream = stream
+        self.history: list[tuple[int, float, float]] = []  # (step, seconds, loss) of every report
+        self.step = trainer.step
+        self.seconds = trainer.seconds_before
+
+    def __call__(self, loss: float, seconds: float, spent: float) -> None:
+        """Report the latest step after `seconds` of training. `spent` is the fraction of the budget spent, this step
+        included."""
+        trainer = self.trainer
+        batch_tokens = trainer.run.train_batch_tokens
+        self.log.event(
+            "step",
+            "step:{step} loss:{loss:.4f} progress:{progress:.3f} loop:{loop} "
+            "tokens_per_s:{tokens_per_s:.0f} epoch:{epoch:.2f} train_s:{train_s:.1f} eta_s:{eta_s:.0f}",
+            step=trainer.step,
+            loss=loss,
+            progress=trainer.progress,
+            loop=int(trainer.looping(trainer.progress)),
+            tokens_per_s=(trainer.step - self.step) * batch_tokens / max(seconds - self.seconds, 1e-9),
+            epoch=trainer.step * batch_tokens / self.stream.total,
+            train_s=seconds,
+            eta_s=max(0.0, seconds / max(spent, 1e-9) - seconds),
+        )
+        self.history.append((trainer.step, seconds, loss))
+        self.step = trainer.step
+        self.seconds = seconds
 
 
 # ======================================================================================================================
