@@ -96,8 +96,8 @@ except ModuleNotFoundError as error:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, 2 for an error that the user can mend, 130 when interrupted. Raises BrokenPipeError when whoever
-    reads the output has gone."""
+    """Returns the exit status: 0, 2 for an error that the user can fix, 130 if interrupted. Raises BrokenPipeError if
+    nobody reads the output any more."""
     args = command_line().parse_args(argv)
     try:
         args.run(args)
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Says what happened to FILES when --val has taken all of them."""
+    """Explains why FILES are missing when --val has taken all of them."""
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("required: files"):
@@ -199,7 +199,7 @@ def add_contest_command(sources: argparse._SubParsersAction) -> None:
 
 
 def add_common_options(command: argparse.ArgumentParser, name: str | None, vocab_size: int) -> None:
-    """Options of every command; `name` is the default of --name, None for a published dataset's own."""
+    """Options of every command; `name` is the default of --name, None for the name of the published dataset."""
     command.add_argument(
         "--out",
         type=Path,
@@ -253,7 +253,7 @@ def web_address(text: str) -> str:
     try:
         parts = urllib.parse.urlsplit(text)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number, or half of an IPv6 address
+    except ValueError:  # a port that is not a number, or an incomplete IPv6 address
         good = False
     if not good or not re.fullmatch("[!-~]+", text):
         raise argparse.ArgumentTypeError(f"{text!r}: expected https://HOST, or http://HOST")
@@ -267,7 +267,7 @@ def folder_name(text: str) -> str:
 
 
 # ======================================================================================================================
-# Commands: each finds documents and says which of them are for validation; from there on, one function does the rest.
+# Commands: each finds documents and says which of them are for validation; one function does the rest.
 
 
 def prepare_installed(args: argparse.Namespace) -> None:
@@ -284,7 +284,7 @@ def prepare_jsonl(args: argparse.Namespace) -> None:
         split_rule = "validation has files of its own"
         validation = source_files(args.val, all_validation=True, skip_bad_lines=args.skip_bad_lines)
         sources = validation + source_files(args.files, skip_bad_lines=args.skip_bad_lines)
-        if len(args.val) > 1:  # a training file after --val would be one of them
+        if len(args.val) > 1:  # shows a training file that was given after --val
             names = ", ".join(file.path for file in validation)
             message = f"validation: {len(validation)} files: {names}"
             print(printable(message, MOST_OF_AN_ERROR), file=sys.stderr)
@@ -318,7 +318,7 @@ def prepare_contest(args: argparse.Namespace) -> None:
 
 
 def prepare_contest_documents(args: argparse.Namespace) -> None:
-    """The published text with a tokenizer of one's own. Web text holds copies: those of validation documents are left
+    """The published text, with your own tokenizer. Web text holds duplicates: copies of validation documents are left
     out of training."""
     if args.val_docs < CONTEST_VAL_DOCS:
         print(
@@ -348,10 +348,10 @@ def prepare_text(
     """Documents -> a dataset, the same way whatever their source.
 
     args:          the common options
-    source:        names everything that decides what find_sources finds; equal ones are not prepared again
+    source:        everything that determines what find_sources finds; if it is unchanged, nothing is prepared again
     split_rule:    the rule for validation, in words, for the manifest
-    find_sources:  the files of documents; may write some into the folder that it is given
-    drop_leaked:   training documents that are in validation, too, are left out; else they are refused
+    find_sources:  returns the files of documents; may write some into the folder it is given
+    drop_leaked:   whether training documents that are also in validation are left out; otherwise they are refused
     """
     final = args.out / "datasets" / args.name
     model, caseops = choose_tokenizer(args)
@@ -388,7 +388,7 @@ def prepare_text(
         if skipped.blank or skipped.bad:
             facts["skipped_lines"] = {"blank": skipped.blank, "bad": skipped.bad}
         if any(writer.changed_documents for writer in writers.values()):
-            encoder = encoder._replace(exact=False)  # the documents know better than its rules
+            encoder = encoder._replace(exact=False)  # exact by its rules, but the documents show otherwise
         manifest = write_manifest(folder, final, model, encoder, facts)
     skipped.report()
     print_summary(final, manifest)
@@ -403,12 +403,13 @@ def choose_tokenizer(args: argparse.Namespace) -> tuple[bytes, bool]:
     caseops = args.caseops
     if caseops is None:
         caseops = has_markers(load_encoder(model, True, name).processor)
-    load_encoder(model, caseops, name)  # refuses one that does not fit, before any text is read
+    load_encoder(model, caseops, name)  # refuses an unsuitable one before any text is read
     return model, caseops
 
 
 def trained_as(vocab_size: int, caseops: bool) -> str:
-    """Tells tokenizers apart that `train_tokenizer` makes of one text: another wording has datasets made again."""
+    """Distinguishes the tokenizers that `train_tokenizer` makes from one text. If the wording changes, datasets are
+    made again."""
     return f"{vocab_size} pieces, trained{', markers at their end' if caseops else ''}"
 
 
@@ -430,10 +431,10 @@ def finish_split(writer: ShardWriter, guard: SplitGuard, caseops: bool, split_ru
 
 
 # ======================================================================================================================
-# Documents: lines of JSON, read in batches. Whether a document is for validation follows from itself and its file.
+# Documents: lines of JSON, read in batches. The document and its file decide whether it is for validation.
 
 BATCH_BYTES = 1 << 20
-MAX_LINE_BYTES = 32 << 20  # of a document: some ten long books; memory holds several times this
+MAX_LINE_BYTES = 32 << 20  # of a document: about ten long books; memory holds several times this
 NAMED_BAD_LINES = 5
 
 
@@ -445,13 +446,13 @@ class Document(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """A file of documents, and which of them are for validation: any for which one of the three rules holds."""
+    """A file of documents, and which of them are for validation: those that meet any of the three rules."""
 
     path: str
     all_validation: bool = False
-    first_validation: int = 0  # so many documents at the beginning
+    first_validation: int = 0  # this many documents at the beginning
     validation_digests: int = 0  # documents whose digest is below this
-    skip_bad_lines: bool = False  # else one is an error
+    skip_bad_lines: bool = False  # otherwise a bad line is an error
 
     def is_validation(self, document: Document) -> bool:
         return (
@@ -465,7 +466,7 @@ class LineBatch(NamedTuple):
     source: SourceFile
     first: int  # number of the first line, from 0
     lines: list[bytes]
-    consumed: int  # bytes of all files read so far, compressed where they are
+    consumed: int  # bytes read so far from all files, before decompression
 
     def documents(self, skipped: SkippedLines) -> Iterator[Document]:
         """Raises DataError for a bad line, unless such lines are skipped."""
@@ -516,7 +517,7 @@ def text_digest(text: str) -> int:
 
 
 def parse_line(line: bytes, where: str) -> str:
-    """The text of a document; DataError if the line holds none, or one that UTF-8 cannot express."""
+    """The text of a document. Raises DataError if the line holds none, or text that UTF-8 cannot encode."""
     expected = 'expected a JSON string, or an object with a string "text"'
     if len(line) > MAX_LINE_BYTES:
         raise DataError(f"{where}: longer than {MAX_LINE_BYTES:,} bytes; {expected}, one document a line")
@@ -538,14 +539,14 @@ def parse_line(line: bytes, where: str) -> str:
 class FramesFile(io.RawIOBase):
     """Decompresses frames one after another, to the end of the file.
 
-    The libraries' own readers are silent about lost text: that of zstandard takes a file that ends within a frame for a
-    whole one, and those of bz2 and lzma ignore whatever follows the first frame and cannot be read.
+    The libraries' own readers lose text silently: zstandard's accepts a file that ends within a frame as complete, and
+    those of bz2 and lzma ignore unreadable data after the first frame.
     """
 
-    INPUT_BYTES = 4096  # at a time: four of them may stand for 128 KB in a zstd frame
+    INPUT_BYTES = 4096  # at a time: four bytes of a zstd frame may expand to 128 KB
 
     def __init__(self, raw: BinaryIO, new_frame: Callable[[], Any]):
-        """`new_frame` gives an object with decompress(bytes), eof and unused_data."""
+        """`new_frame` returns an object with decompress(bytes), eof and unused_data."""
         super().__init__()
         self.raw = raw
         self.new_frame = new_frame
@@ -575,7 +576,7 @@ class FramesFile(io.RawIOBase):
         return count
 
 
-MAX_WINDOW_BYTES = 1 << 31  # of the text that a frame may refer back to, as zstd --long=31 writes it
+MAX_WINDOW_BYTES = 1 << 31  # how far back a frame may refer, as zstd --long=31 writes it
 
 
 def open_zstandard(raw: BinaryIO) -> io.BufferedReader:
@@ -596,7 +597,7 @@ def open_xz(raw: BinaryIO) -> io.BufferedReader:
 
 Decompressor = Callable[[BinaryIO], Any]
 DECOMPRESSORS: dict[str, Decompressor] = {".gz": gzip.open, ".bz2": open_bz2, ".zst": open_zstandard, ".xz": open_xz}
-COMPRESSED = {  # by how a file begins, whatever its name
+COMPRESSED = {  # by a file's first bytes, whatever its name
     b"\x1f\x8b": gzip.open,
     b"BZh": open_bz2,
     b"\x28\xb5\x2f\xfd": open_zstandard,
@@ -611,7 +612,7 @@ NOT_READ = {
     b"\xff\xfe": "UTF-16 text",
     b"\xfe\xff": "UTF-16 text",
 }
-MAX_LAYERS = 3  # of compression, one within another
+MAX_LAYERS = 3  # of nested compression
 READ_ERRORS = (OSError, EOFError, MemoryError, ImportError, zlib.error, zstandard.ZstdError)
 if lzma:
     READ_ERRORS += (lzma.LZMAError,)
@@ -619,7 +620,7 @@ if lzma:
 
 @contextlib.contextmanager
 def open_layers(path: str, layers: list[Decompressor]) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """(the file itself, its content behind these layers of compression)."""
+    """(the file itself, its content with these layers of compression removed)."""
     with contextlib.ExitStack() as stack:
         raw = stack.enter_context(open(path, "rb"))
         file = raw
@@ -629,9 +630,10 @@ def open_layers(path: str, layers: list[Decompressor]) -> Iterator[tuple[BinaryI
 
 
 def find_layers(path: str) -> list[Decompressor]:
-    """How a file is compressed: by its first bytes, because names are often wrong; by its suffix if these say nothing.
+    """How a file is compressed: by its first bytes, because names are often wrong, or by its suffix if the bytes say
+    nothing.
 
-    Raises DataError for what is no JSONL behind the compression either.
+    Raises DataError if the file cannot be JSONL, decompressed or not.
     """
     layers: list[Decompressor] = []
     while True:
@@ -673,12 +675,12 @@ def read_batches(sources: Iterable[SourceFile]) -> Iterator[LineBatch]:
 
 
 def read_lines(file: BinaryIO, source: SourceFile) -> Iterator[list[bytes]]:
-    """Lines without their ends, about BATCH_BYTES of them at a time.
+    """Lines without line ends, about BATCH_BYTES at a time.
 
-    A line that is longer than MAX_LINE_BYTES is cut behind that, so that memory is bounded whatever the file holds. It
-    is not read to its end unless bad lines are skipped: a small compressed file may hold an endless one.
+    A line longer than MAX_LINE_BYTES is cut off there, so that memory is bounded whatever the file holds. It is not
+    read to its end unless bad lines are skipped: a small compressed file may hold an endless line.
     """
-    rest = b""  # of the last line so far
+    rest = b""  # the unfinished last line
     while chunk := file.read(BATCH_BYTES):
         if len(rest) > MAX_LINE_BYTES and b"\n" not in chunk:
             continue
@@ -707,8 +709,8 @@ def source_files(patterns: list[str], **rule: Any) -> list[SourceFile]:
 
 
 # ======================================================================================================================
-# Installed documentation: text that every machine has which can run this. Python sources are parsed and not imported,
-# so nothing in them runs; only compiled modules, which have no source, are imported and inspected.
+# Installed documentation: text that every machine able to run this has. Python sources are parsed, not imported, so
+# nothing in them runs; only compiled modules, which have no source, are imported and inspected.
 
 MIN_CHARACTERS = 200  # shorter docstrings are labels rather than text
 SKIPPED_MODULES = {  # tests, jokes, and what some systems package separately from Python
@@ -746,8 +748,9 @@ ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,}")  # of an object in memory: differs 
 
 
 def write_installed_documents(folder: Path, val_documents: int) -> list[SourceFile]:
-    """Write the documents beside the shards, where people can look at them. Those with the smallest digests are for
-    validation. In the order of their names neighbours would be alike, and batches one-sided."""
+    """Write the documents beside the shards, where people can look at them. They are sorted by digest, because
+    neighbours in the order of names are alike and make batches one-sided; those with the smallest digests are for
+    validation."""
     texts = sorted(installed_documents(), key=text_digest)
     if val_documents >= len(texts):
         raise UserError(f"--val-docs {val_documents}: there are {len(texts)} documents, some of them to train on")
@@ -759,14 +762,14 @@ def write_installed_documents(folder: Path, val_documents: int) -> list[SourceFi
 
 
 def installed_documents() -> list[str]:
-    """Every text once, in the order of names; the same for the same versions of Python, NumPy and torch."""
+    """Every text once, sorted by name; the same for the same versions of Python, NumPy and torch."""
     if sys.flags.optimize >= 2:
         raise UserError("installed text: Python runs under -OO, which drops docstrings; run it without -OO")
     progress = Progress("reading installed documentation")
 
     topics = importlib.import_module("pydoc_data.topics").topics
     found = {f"pydoc_data.topics.{name}": text.strip() for name, text in topics.items()}
-    with garbage_collection_off():  # half the time goes into it otherwise: syntax trees are many objects without cycles
+    with garbage_collection_off():  # it would take half the time: syntax trees are many objects, without cycles
         for package, module in (("", os), ("numpy", np), ("torch", torch)):
             root = Path(module.__file__).resolve().parent
             for name, text in parsed_docstrings(root, package):
@@ -783,7 +786,8 @@ def installed_documents() -> list[str]:
 def parsed_docstrings(root: Path, package: str) -> Iterator[tuple[str, str]]:
     """(qualified name, docstring) of public modules, classes and functions in the sources of a package.
 
-    root is the package's folder. An empty `package` is the standard library: only its own modules below root count.
+    root is the package's folder. An empty `package` means the standard library: only its own
+    modules below root count.
     """
     for path in sorted(root.rglob("*.py")):
         names = [package] if package else []
@@ -819,7 +823,7 @@ def docstrings_within(name: str, node: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def compiled_docstrings(module_name: str) -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of a module's own functions, classes and their members, as they are in memory."""
+    """(qualified name, docstring) of a module's own functions, classes and their members, as found in memory."""
     module = importlib.import_module(module_name)
     package = module_name.split(".")[0]
 
@@ -870,7 +874,7 @@ class Encoder(NamedTuple):
 
     processor: sentencepiece.SentencePieceProcessor
     caseops: bool  # text is transformed before it is tokenized
-    exact: bool  # decoding gives the very text back
+    exact: bool  # decoding gives exactly the same text back
     pieces: PieceBytes  # for the contest's formula
     piece_sizes: np.ndarray  # (V,) int64, UTF-8 bytes of normalised text that a piece covers
     byte_ids: list[int]  # (256,) the piece of every byte
@@ -878,8 +882,8 @@ class Encoder(NamedTuple):
 
 @functools.lru_cache(2)  # workers ask for the same one with every batch
 def load_encoder(model: bytes, caseops: bool, name: str = "the tokenizer") -> Encoder:
-    """Check a serialised model. Raises DataError for one that cannot encode every text into the contest's tokens, and
-    for one that was made for CaseOps text and shall encode other."""
+    """Check a serialised model. Raises DataError if it cannot encode every text into the contest's tokens, or if it was
+    made for CaseOps text but is to encode other text."""
     processor = sentencepiece.SentencePieceProcessor()
     try:
         loaded = bool(model) and processor.LoadFromSerializedProto(model)
@@ -913,8 +917,8 @@ def load_encoder(model: bytes, caseops: bool, name: str = "the tokenizer") -> En
 
 
 def has_normalisation_rules(model: bytes) -> bool:
-    """Whether a serialised model replaces characters before it cuts text into pieces, or after joining them: whether
-    its normalizer_spec or denormalizer_spec has a precompiled_charsmap (sentencepiece_model.proto)."""
+    """Whether a serialised model replaces characters before splitting text into pieces or after joining them, that is,
+    whether its normalizer_spec or denormalizer_spec has a precompiled_charsmap (sentencepiece_model.proto)."""
     specs = [body for field, body in proto_fields(model) if field in (3, 5)]
     return any(field == 2 and body for spec in specs for field, body in proto_fields(spec))
 
@@ -947,9 +951,9 @@ def proto_fields(message: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def text_tokens(encoder: Encoder, text: str) -> list[int]:
-    """Tokens of a document, which is transformed already if the encoder has CaseOps.
+    """Tokens of a document, which has already been transformed if the encoder uses CaseOps.
 
-    An exact encoder spells a space mark that stands in the text in bytes; from others it comes back as a space.
+    An exact encoder spells a literal space mark in bytes; with other encoders, it decodes to a space.
     """
     if not encoder.exact:
         return encoder.processor.encode(text)
@@ -962,19 +966,19 @@ def text_tokens(encoder: Encoder, text: str) -> list[int]:
 
 
 def token_bytes(encoder: Encoder, text: str, text_bytes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Bytes of original text behind every token of a document, (n,) int64, adding up to those of the document.
+    """Bytes of original text behind every token of a document, (n,) int64; they add up to the document's bytes.
 
     text is the transformed document, text_bytes (len(text),) the original bytes behind its characters, tokens (n,) its
-    tokens. SentencePiece normalises text before it cuts it into pieces, and tells which character every normalised one
-    came from. The bytes of a character that became several tokens go to these in order; those of text that
-    normalisation removed go to the token after it, or to the last one.
+    tokens. SentencePiece normalises text before splitting it into pieces, and reports which character each normalised
+    one came from. The bytes of a character that became several tokens are spread over them in order; the bytes of text
+    that normalisation removed go to the next token, or to the last one.
     """
     normalised, origins = encoder.processor.normalize(text, with_offsets=True)
 
     # Original bytes before every normalised character and after the last, (len(normalised) + 1,).
     before_character = np.concatenate([[0], np.cumsum(text_bytes)])[origins]
 
-    # The same for every byte of the normalised text: a character's original bytes are spread evenly over its own.
+    # The same for every byte of the normalised text: a character's original bytes are spread evenly over these bytes.
     sizes = utf8_sizes(normalised)
     byte_in_character = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     original_size = np.repeat(np.diff(before_character), sizes)
@@ -992,11 +996,11 @@ def token_bytes(encoder: Encoder, text: str, text_bytes: np.ndarray, tokens: np.
 
 
 def train_tokenizer(sources: list[SourceFile], vocab_size: int, caseops: bool) -> bytes:
-    """Train BPE on training documents, the same share of every file. The same text gives the same model.
+    """Train BPE on training documents, the same amount from every file. The same text gives the same model.
 
-    Raises DataError if the text is too little for `vocab_size` pieces.
+    Raises DataError if there is too little text for `vocab_size` pieces.
     """
-    texts = list(tokenizer_text(sources, caseops))  # read beforehand: an error in a file is not an error of training
+    texts = list(tokenizer_text(sources, caseops))  # read first: an error in a file is not a training error
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -1013,14 +1017,14 @@ def train_tokenizer(sources: list[SourceFile], vocab_size: int, caseops: bool) -
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # A marker counts as another script than letters. So it may end a piece, behind a space or punctuation, but
-            # within a piece no letter follows it: Word and WORD share the pieces of their letters.
+            # Markers and letters count as different scripts. So a marker may end a piece, after a space or punctuation,
+            # but no letter follows it within a piece: Word and WORD share the pieces of their letters.
             split_by_unicode_script=True,
             split_digits=True,
             character_coverage=0.9999,
             max_sentence_length=1 << 30,
             minloglevel=3,
-            num_threads=4,  # whatever the machine has, because the model records it
+            num_threads=4,  # on every machine, because the model records it
         )
     except RuntimeError as error:
         reason = str(error).split("] ")[-1].strip() or "there is too little of it"
@@ -1029,8 +1033,8 @@ def train_tokenizer(sources: list[SourceFile], vocab_size: int, caseops: bool) -
 
 
 def tokenizer_text(sources: list[SourceFile], caseops: bool) -> Iterator[str]:
-    """Training documents, transformed; never one of validation. Without CaseOps its markers are left out, should the
-    text hold them: by its pieces a tokenizer is known to be for CaseOps."""
+    """Training documents, transformed; never a validation document. Without CaseOps, any markers in the text are left
+    out: a tokenizer with markers in its pieces is taken for one made for CaseOps."""
     no_markers = str.maketrans("", "", "".join(MARKERS))
     training = [source for source in sources if not source.all_validation]
     for source in training:
@@ -1051,13 +1055,13 @@ def tokenizer_text(sources: list[SourceFile], caseops: bool) -> Iterator[str]:
 TITLE = "\ue001"  # the next letter is a capital, and begins a word
 ALLCAPS = "\ue002"  # all letters of the next word are capitals
 CAPNEXT = "\ue003"  # the next letter is a capital within a word
-ESCAPE = "\ue004"  # the next character is a marker that stood in the text
+ESCAPE = "\ue004"  # the next character is a literal marker from the text
 CASED = re.compile("(?<![A-Za-z])(?P<word>[A-Z][A-Za-z]*)|(?P<inner>[A-Z])|(?P<marker>[\ue001-\ue004])")
 MARKED = re.compile("\ue004(?P<literal>.)|\ue002(?P<word>[a-z]+)|[\ue001\ue003](?P<letter>[a-z])", re.DOTALL)
 
 
 def encode_caseops(text: str) -> str:
-    """Write ASCII letters in lower case behind their markers; a marker that stands in the text is escaped."""
+    """Write ASCII capitals as markers and lower case; a literal marker in the text is escaped."""
 
     def encode_match(match: re.Match) -> str:
         return mark_case(match.lastgroup, match[0])
@@ -1117,7 +1121,7 @@ BYTE_COUNTS = ("original_bytes", "decoded_bytes", "smaller_bytes", "contest_byte
 
 
 class NotExactError(DataError):
-    """A tokenizer that was taken for exact, by its rules, is not: the text shows it."""
+    """A text shows that a tokenizer is not exact, though its rules suggest it."""
 
 
 class EncodedDocument(NamedTuple):
@@ -1137,12 +1141,12 @@ class EncodedDocuments(NamedTuple):
     digests: list[int]  # (d,)
     where: list[str]  # (d,) file:line
     empty: int  # further documents, left out because they have no tokens
-    changed: int  # documents that decoding does not give back, though the tokenizer was taken for exact
+    changed: int  # documents that decoding does not give back, though the tokenizer seemed exact
 
 
 def encode_document(encoder: Encoder, text: str, validation: bool) -> EncodedDocument:
-    """Tokens of a text, with a side-car for validation. Raises DataError where text would be lost or miscounted, among
-    them NotExactError, after which the same encoder may be used as one that is not exact."""
+    """Tokens of a text, with a side-car for validation. Raises DataError if text would be lost or miscounted. After a
+    NotExactError, the text can be encoded with the same encoder marked as not exact."""
     transformed = encode_caseops(text) if encoder.caseops else text
     if encoder.caseops and decode_caseops(transformed) != text:
         raise DataError("CaseOps does not give this text back; please report it")
@@ -1166,7 +1170,7 @@ def encode_document(encoder: Encoder, text: str, validation: bool) -> EncodedDoc
 
 
 def document_sidecar(encoder: Encoder, text: str, transformed: str, tokens: np.ndarray) -> np.ndarray:
-    """Checked bytes of original text behind every token, (n,) int64. BOS is not among the tokens (n,)."""
+    """Bytes of original text behind every token, (n,) int64, checked. The tokens (n,) do not include BOS."""
     text_bytes = caseops_bytes(transformed) if encoder.caseops else utf8_sizes(transformed)
     counts = token_bytes(encoder, transformed, text_bytes, tokens)
     original_bytes = len(text.encode())
@@ -1178,7 +1182,8 @@ def document_sidecar(encoder: Encoder, text: str, transformed: str, tokens: np.n
 
 
 def encode_batch(model: bytes, caseops: bool, batch: LineBatch) -> tuple[list[EncodedDocuments], SkippedLines]:
-    """The work of a worker process: one batch -> its documents of validation, then those of training; what it skips."""
+    """The work of a worker process: one batch -> its validation documents, then its training documents; the skipped
+    lines."""
     encoder = load_encoder(model, caseops)
     encoded: dict[str, list[tuple[Document, EncodedDocument]]] = {"val": [], "train": []}
     empty = Counter()
@@ -1209,7 +1214,7 @@ def encode_batch(model: bytes, caseops: bool, batch: LineBatch) -> tuple[list[En
 def join_documents(
     split: str, documents: list[tuple[Document, EncodedDocument]], empty: int, changed: int
 ) -> EncodedDocuments:
-    """Documents of one split, end to end; `empty` further ones were left out, `changed` do not decode to themselves."""
+    """Documents of one split, end to end; `empty` more were left out, `changed` of them do not decode to themselves."""
     nothing = np.zeros(0, np.uint16)
     tokens = [result.tokens for _, result in documents]
     sidecars = [result.sidecar for _, result in documents] if split == "val" else []
@@ -1238,7 +1243,7 @@ def encode_all(
     """All files in order; adds to `skipped`. Only a few batches are in flight at a time, so memory does not grow with
     the text."""
     progress = Progress("encoding", sum(Path(source.path).stat().st_size for source in sources))
-    in_flight: deque[tuple[Future, int]] = deque()  # results to come, and bytes read up to there
+    in_flight: deque[tuple[Future, int]] = deque()  # pending results, and bytes read up to each
     batches = read_batches(sources)
     while True:
         while len(in_flight) < 2 * workers and (batch := next(batches, None)):
@@ -1253,16 +1258,16 @@ def encode_all(
 
 
 # ======================================================================================================================
-# Worker processes: they end with the work, also when it fails or is interrupted; and a sign of life meanwhile.
+# Worker processes, which end with the work even if it fails or is interrupted; and progress meanwhile.
 
 
 @contextlib.contextmanager
 def worker_pool(workers: int, kill_on_failure: bool = False) -> Iterator[ProcessPoolExecutor]:
     """Processes that do not outlive this block, however it ends.
 
-    When the block fails, they first finish their current work: if one were killed while it sends a long result, the
-    pool would wait for the rest of it for ever. Work with short results may be killed instead (`kill_on_failure`).
-    Raises UserError if a worker dies.
+    If the block fails, they first finish their current work: if one were killed while sending a long result, the pool
+    would wait for the rest forever. Workers with short results may be killed at once (`kill_on_failure`). Raises
+    UserError if a worker dies.
     """
     pool = ProcessPoolExecutor(
         workers,
@@ -1270,10 +1275,10 @@ def worker_pool(workers: int, kill_on_failure: bool = False) -> Iterator[Process
         initializer=begin_worker,
         initargs=(ends_with_its_parent(signal.SIGKILL),),  # other signals are blocked in workers
     )
-    kill = True  # those that were made, if not all can be
+    kill = True  # the workers already started, if others cannot be
     try:
-        with signals_blocked():  # Python drops an exception that a signal raises while it forks
-            pool.submit(os.getpid)  # makes them all
+        with signals_blocked():  # Python drops an exception that a signal handler raises during a fork
+            pool.submit(os.getpid)  # starts all workers
         kill = kill_on_failure
         yield pool
         kill = False
@@ -1293,8 +1298,8 @@ HELD_LOCKS: set[int] = set()  # file descriptors of this process that lock a fol
 
 
 def begin_worker(tie_to_parent: Callable[[], None] | None) -> None:
-    """Called first in every worker: it ends when its parent does, even by kill -9, and holds no lock, which would last
-    until the last worker has ended."""
+    """Called first in every worker. Makes the worker end when its parent does, even by kill -9, and closes inherited
+    locks, which would otherwise last until the last worker ends."""
     for lock in HELD_LOCKS:
         os.close(lock)
     HELD_LOCKS.clear()
@@ -1304,8 +1309,8 @@ def begin_worker(tie_to_parent: Callable[[], None] | None) -> None:
 
 @contextlib.contextmanager
 def signals_blocked() -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a terminal that closes take effect after this block instead of within it; on processes that
-    it starts, never."""
+    """Ctrl-C, SIGTERM and the closing of the terminal take effect after this block, not within it, and never on
+    processes that it starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
     try:
         yield
@@ -1315,7 +1320,8 @@ def signals_blocked() -> Iterator[None]:
 
 def train_tokenizer_in_worker(path: Path, sources: list[SourceFile], vocab_size: int, caseops: bool) -> bytes:
     """`train_tokenizer` in a process that can be killed. Python handles Ctrl-C only between its own instructions, and
-    SentencePiece may take minutes for one. The model comes back as a file, `path`, so that the result is short."""
+    one call of SentencePiece may take minutes. The model is passed back in the file `path`, so that the worker's result
+    is short."""
     with worker_pool(1, kill_on_failure=True) as pool:
         training = pool.submit(save_tokenizer, path, sources, vocab_size, caseops)
         Progress("training the tokenizer").wait(training)
@@ -1329,10 +1335,10 @@ def save_tokenizer(path: Path, sources: list[SourceFile], vocab_size: int, caseo
 
 
 class Progress:
-    """How far, how fast, how long to go: one line on a terminal, written over again; elsewhere a line every 10 s."""
+    """Prints progress, speed and time left: on a terminal one line, overwritten; elsewhere a line every 10 s."""
 
     def __init__(self, what: str, total: int = 0):
-        """`total` bytes are to be done; 0 if unknown."""
+        """`total`: bytes to process, 0 if unknown."""
         self.what = printable(what)
         self.total = total
         self.terminal = sys.stderr.isatty()
@@ -1340,7 +1346,7 @@ class Progress:
         self.last_shown = self.start
 
     def __call__(self, done: int = 0, before: int = 0) -> None:
-        """`done` bytes of the total are done, `before` of them when the clock started."""
+        """`done`: bytes processed so far, `before` of them before the clock started."""
         now = time.monotonic()
         if now - self.last_shown < (1 if self.terminal else 10):
             return
@@ -1359,7 +1365,7 @@ class Progress:
             print(message, file=sys.stderr, flush=True)
 
     def wait(self, future: Future) -> Any:
-        """The future's result; shows a sign of life until it comes."""
+        """The future's result; shows progress until it is there."""
         while True:
             try:
                 return future.result(timeout=1)
@@ -1376,20 +1382,20 @@ SPLITS = ("train", "val")
 class SplitGuard:
     """Keeps validation texts out of training, and counts copies within each split.
 
-    All validation documents must pass before those of training, unless the digest of a text decides its split: then all
-    copies are on the same side anyway.
+    All validation documents must pass before any training document, unless the digest of a text decides its split: then
+    all copies are in the same split anyway.
     """
 
     def __init__(self, drop_leaked: bool):
-        self.drop_leaked = drop_leaked  # else they are refused
+        self.drop_leaked = drop_leaked  # otherwise they are refused
         self.validation: dict[int, str] = {}  # digest -> where
         self.validation_copies = 0
         self.training: list[np.ndarray] = []  # digests, batch by batch
         self.left_out = 0
 
     def admit(self, encoded: EncodedDocuments) -> EncodedDocuments:
-        """The documents without those of training that are in validation. Raises DataError for these if they may not
-        be dropped."""
+        """The documents, without training documents that are also in validation. Raises DataError if there are any and
+        they may not be dropped."""
         if encoded.split == "val":
             known = len(self.validation)
             self.validation |= dict(zip(encoded.digests, encoded.where, strict=True))
@@ -1424,8 +1430,8 @@ class SplitGuard:
 
 
 class ShardWriter:
-    """Collects the documents of one split, and writes a shard whenever the next one would not fit. So every shard
-    begins with BOS, and no document lies in two."""
+    """Collects the documents of one split, and writes a shard whenever the next document would not fit. So every shard
+    begins with BOS, and no document spans two shards."""
 
     def __init__(self, folder: Path, split: str, shard_tokens: int):
         self.folder = folder
@@ -1437,7 +1443,7 @@ class ShardWriter:
         self.sidecar: list[np.ndarray] = []
         self.held = 0  # tokens
 
-        # What the manifest says of the split.
+        # What the manifest says about the split.
         self.totals = Counter()
         self.changed_documents = 0
         self.shards: list[dict] = []
@@ -1460,7 +1466,7 @@ class ShardWriter:
             if fitting == document and self.held > 0:
                 self.flush()
                 continue
-            document = max(fitting, document + 1)  # a document longer than a shard gets one of its own
+            document = max(fitting, document + 1)  # a document longer than a shard gets its own shard
             end = int(ends[document - 1])
             self.tokens.append(encoded.tokens[begin:end])
             self.sidecar.append(encoded.sidecar[begin:end])
@@ -1514,7 +1520,7 @@ def file_sha256(path: Path) -> str:
 
 
 # ======================================================================================================================
-# Manifest: what a dataset is and what it was made from. A finished folder appears by renaming.
+# Manifest: what a dataset is and what it was made from. A finished folder is renamed into place.
 
 FORMAT = 1  # of a dataset; when it changes, older ones are made again
 
@@ -1523,8 +1529,8 @@ FORMAT = 1  # of a dataset; when it changes, older ones are made again
 def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
     """A hidden folder that replaces `final` once the block has succeeded. Otherwise `final` stays as it was.
 
-    After a failure the hidden folder is removed; with a key it stays, and the next workspace of this key goes on with
-    it. Raises UserError if `final` was not made here, or if another process is preparing it.
+    After a failure the hidden folder is removed; with a key it stays, and the next workspace with this key resumes it.
+    Raises UserError if `final` was not made here, or if another process is preparing it.
     """
     if final.exists() and not (final / "manifest.json").is_file():
         raise UserError(f"{final}: was not made by prepare (no manifest.json in it); choose another --name or --out")
@@ -1535,7 +1541,7 @@ def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
     with locked(partial, f"{final}: another process is preparing it; wait for it, or choose another --name"):
         try:
             if not resume_key:
-                for leftover in partial.iterdir():  # of a process that was killed
+                for leftover in partial.iterdir():  # from a process that was killed
                     leftover.unlink()
             yield partial
             shutil.rmtree(old, ignore_errors=True)
@@ -1551,8 +1557,8 @@ def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(folder: Path, if_busy: str) -> Iterator[None]:
-    """Of the processes that lock a folder, only one is within this block; the others get a UserError that says
-    `if_busy`. The lock ends with the process, however that ends."""
+    """Only one process at a time holds the lock of a folder; others get a UserError with the text `if_busy`. The lock
+    ends with the process, however the process ends."""
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
@@ -1570,7 +1576,7 @@ def write_manifest(folder: Path, final: Path, model: bytes, encoder: Encoder, fa
     """Write the manifest into the folder that will be `final`, and the tokenizer beside the datasets."""
     model_path = final.parent.parent / "tokenizers" / f"{final.name}.model"
     tokenizer = {
-        "path": f"../../tokenizers/{model_path.name}",  # from `final`
+        "path": f"../../tokenizers/{model_path.name}",  # relative to `final`
         "sha256": hashlib.sha256(model).hexdigest(),
         "vocab_size": encoder.processor.get_piece_size(),
         "exact": encoder.exact,
@@ -1595,7 +1601,7 @@ def versions() -> dict[str, str]:
 
 def find_prepared(final: Path, parameters: dict) -> dict | None:
     """The manifest of a finished dataset with these parameters, if all its files are there, no other shard is, and it
-    can be told of; else None."""
+    can be summarised; else None."""
     try:
         manifest = parse_json((final / "manifest.json").read_text(encoding="utf-8"))
         files = [file for split in manifest["splits"].values() for file in split["shards"] + split["sidecars"]]
@@ -1604,7 +1610,7 @@ def find_prepared(final: Path, parameters: dict) -> dict | None:
             manifest["parameters"] == parameters
             and all((final / file["file"]).stat().st_size == file["bytes"] for file in files)
             and {path.name for path in final.glob("fineweb_*.bin")} == {file["file"] for file in files}
-            and (final / tokenizer["path"]).is_file()  # a device would never end
+            and (final / tokenizer["path"]).is_file()  # reading a device might never end
             and file_sha256(final / tokenizer["path"]) == tokenizer["sha256"]
             and summary(manifest) != []
         )
@@ -1614,10 +1620,11 @@ def find_prepared(final: Path, parameters: dict) -> dict | None:
 
 
 def check_replaceable(final: Path, parameters: dict, replace: bool) -> None:
-    """Refuse to replace another dataset than the one that is asked for, unless the user says so.
+    """Refuse to replace a dataset other than the requested one, unless the user says so.
 
-    The same one is made again when its files are damaged. A longer download goes on from a shorter one. Documentation
-    of this machine is collected again in half a minute.
+    Not refused: the same dataset, which is made again if its files are damaged; a download with another number of
+    shards, which takes over the files of the earlier one; and documentation of this machine, which is collected again
+    in half a minute.
     """
     if replace or not (final / "manifest.json").is_file():
         return  # without a manifest it was not made here, and `workspace` refuses it
@@ -1637,7 +1644,7 @@ def check_replaceable(final: Path, parameters: dict, replace: bool) -> None:
 
 
 def parse_json(content: bytes | str) -> Any:
-    """Strict JSON. Raises ValueError for anything else, also for Infinity, NaN and what is nested too deeply."""
+    """Strict JSON. Raises ValueError for anything else, including Infinity, NaN and JSON that is nested too deeply."""
 
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
@@ -1655,7 +1662,7 @@ def print_summary(final: Path, manifest: dict, note: str = "") -> None:
 
 
 def summary(manifest: dict) -> list[str]:
-    """What was prepared, and warnings where the contest's formula counts bytes that the text does not have. Raises
+    """What was prepared, and warnings if the contest's formula counts bytes that the text does not have. Raises
     KeyError, TypeError, ValueError or AttributeError for a manifest that was not written here."""
     lines = []
     for name, split in manifest["splits"].items():
@@ -1685,7 +1692,7 @@ def summary(manifest: dict) -> list[str]:
 
 
 # ======================================================================================================================
-# Published shards: downloaded as they are, and checked whole before anything is trained on them.
+# Published shards: downloaded as they are, and checked completely before anything is trained on them.
 
 CONTEST_VAL_DOCS = 50_000
 PLAIN_REPOSITORY = "willdepueoai/parameter-golf"
@@ -1697,7 +1704,7 @@ MAX_LEAK = 0.05  # web text holds a few copies; a wrong split puts four of five 
 
 
 class PublishedDataset(NamedTuple):
-    """What the hub's manifest says of a dataset."""
+    """What the hub's manifest says about a dataset."""
 
     train_shards: int
     val_shards: int
@@ -1705,7 +1712,7 @@ class PublishedDataset(NamedTuple):
 
 
 def prepare_published_shards(args: argparse.Namespace) -> None:
-    """Download a dataset's shards, and say in a manifest of ours what they are."""
+    """Download a dataset's shards, and describe them in our own manifest."""
     if args.tokenizer or args.caseops is not None:
         raise UserError("--tokenizer and --caseops go with --documents: published shards are encoded already")
     hub = Hub(args.base_url, args.repo or REPOSITORIES.get(args.variant, PLAIN_REPOSITORY))
@@ -1756,7 +1763,7 @@ def shard_names(kind: str, count: int) -> list[str]:
 
 
 def link_earlier_download(final: Path, folder: Path, source: dict, wanted: list[str]) -> None:
-    """Take over what is wanted and undamaged of an earlier download of the same dataset, if there is one."""
+    """Link the wanted, undamaged files of an earlier download of the same dataset, if there is one."""
     try:
         manifest = parse_json((final / "manifest.json").read_bytes())
         if manifest["parameters"]["source"] != source:
@@ -1777,7 +1784,8 @@ def link_earlier_download(final: Path, folder: Path, source: dict, wanted: list[
 
 
 def remove_others(folder: Path, wanted: list[str]) -> None:
-    """Training reads all shards of its folder. One that goes on with a longer download may hold more than is wanted."""
+    """Remove unwanted files: training reads all shards of its folder, and one that resumes a longer download may hold
+    more."""
     for path in set(folder.iterdir()) - {folder / name for name in wanted}:
         path.unlink()
 
@@ -1786,7 +1794,7 @@ def find_published(hub: Hub, folder: Path, dataset: str) -> PublishedDataset:
     """Look a dataset up in the hub's manifest. Raises UserError if it is not there, DataError if its entry is bad."""
     where = hub.url("manifest.json")
     remedy = "choose another --variant or --repo"
-    content = fetch_bytes(hub, "manifest.json", folder)  # its errors are no errors of the manifest
+    content = fetch_bytes(hub, "manifest.json", folder)  # its errors are not the manifest's
     try:
         manifest = parse_json(content)
         datasets = {entry["name"]: entry for entry in manifest["datasets"]}
@@ -1819,7 +1827,7 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
     progress = Progress("checking shards")
     splits = {}
     validation: set[bytes] = set()  # digests of documents
-    leaked: set[bytes] = set()  # those that training holds, too
+    leaked: set[bytes] = set()  # those that are also in training
 
     for split in ("val", "train"):
         facts: dict[str, Any] = {"documents": 0, "tokens": 0}
@@ -1858,7 +1866,7 @@ def check_shards(folder: Path, names: dict[str, list[str]], encoder: Encoder) ->
 def read_published_shard(path: Path, vocab_size: int) -> np.ndarray:
     """A shard's tokens, (n,) uint16. Raises DataError for a bad shard and removes it.
 
-    Validation shards may begin inside a document, and be empty: `check_shards` looks at all of them as one stream.
+    Validation shards may begin inside a document or be empty: `check_shards` looks at all of them as one stream.
     """
     is_validation = "_val_" in path.name
     try:
@@ -1885,10 +1893,10 @@ def document_digests(tokens: np.ndarray) -> set[bytes]:
 
 
 def count_validation_bytes(folder: Path, names: dict[str, list[str]], encoder: Encoder) -> dict:
-    """BYTE_COUNTS of validation as far as its tokens tell; those of the original text only where there is a side-car.
-    Without CaseOps also `excess_bytes`, how many of the formula's bytes the text lacks.
+    """BYTE_COUNTS of validation, as far as its tokens tell; counts of the original text only if there is a side-car.
+    Without CaseOps also `excess_bytes`, the bytes that the formula counts in excess of the text.
 
-    Raises DataError for a side-car of another length than its shard, and removes it.
+    Raises DataError for a side-car whose length differs from its shard's, and removes it.
     """
     shards = [read_shard(folder / name) for name in names["val"]]
     sidecars = [read_shard(folder / name) for name in names["val_bytes"]]
@@ -1920,8 +1928,8 @@ def count_validation_bytes(folder: Path, names: dict[str, list[str]], encoder: E
 
 
 def fetch_contest_documents(hub: Hub, out: Path) -> Path:
-    """The published documents, downloaded once and compared with the digest that was published with them. All datasets
-    in `out` use the same download."""
+    """The published documents, downloaded once and checked against the digest published with them. All datasets in
+    `out` use the same download."""
     path = out / "docs_selected.jsonl"
     with locked(out, f"{path}: another process is downloading it; wait until it is there, then run this again"):
         if path.exists():
@@ -1938,18 +1946,18 @@ def fetch_contest_documents(hub: Hub, out: Path) -> Path:
 
 
 # ======================================================================================================================
-# Hub: files over HTTPS; an interrupted download goes on where it stopped.
+# Hub: files over HTTPS; an interrupted download resumes where it stopped.
 
 HUB_URL = "https://huggingface.co"
-MAX_ATTEMPTS = 6  # in a row that bring nothing
+MAX_ATTEMPTS = 6  # in a row without progress
 FIRST_PAUSE_S = 1.0  # doubled with every further attempt
 LONGEST_PAUSE_S = 60.0
 TIMEOUT_S = 60
 RETRIED_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 MAX_SMALL_BYTES = 64 << 20  # manifests and tokenizers
-MAX_SHARD_BYTES = 1 << 30  # five times what is usual
+MAX_SHARD_BYTES = 1 << 30  # five times the usual size
 MAX_DOCUMENTS_BYTES = 1 << 38  # five times the text
-SPARE_BYTES = 1 << 28  # left on the disk by a download whose size the server does not say
+SPARE_BYTES = 1 << 28  # kept free on the disk if the server does not say the size of a download
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
@@ -1961,17 +1969,17 @@ class Hub(NamedTuple):
 
     def url(self, name: str) -> str:
         path = f"datasets/{self.repo}/resolve/main/datasets/{name}"
-        path = urllib.parse.quote(path, errors="surrogatepass")  # a manifest may name what no text can hold
+        path = urllib.parse.quote(path, errors="surrogatepass")  # a name in a manifest may have lone surrogates
         return f"{self.base_url.rstrip('/')}/{path}"
 
     def fetch(
         self, name: str, path: Path, label: str = "", most: int = MAX_SMALL_BYTES, sha256: str | None = None
     ) -> Path:
-        """Download a file to `path`, where it appears when it is whole and right; a partial download is resumed. Only
-        one process at a time may download to a path.
+        """Download a file to `path`, where it appears once it is complete and verified; a partial download is resumed.
+        Only one process at a time may download to a path.
 
-        Raises UserError when the file does not exist or the server does not deliver; DataError for a file of more than
-        `most` bytes, or with another SHA-256 than `sha256`, which is the one that the hub names if none is given.
+        Raises UserError if the file does not exist or the server does not deliver it; DataError if the file has more
+        than `most` bytes or a SHA-256 other than `sha256` (default: the one that the hub sends).
         """
         part = path.with_name(f".{path.name}.part")
         part.touch()
@@ -1986,8 +1994,8 @@ class Hub(NamedTuple):
         return path
 
     def _complete(self, name: str, part: Path, progress: Progress, most: int) -> str:
-        """Ask for the rest of `part` until it is whole -> its SHA-256, if the hub names it. Gives up after MAX_ATTEMPTS
-        in a row that bring nothing."""
+        """Request the rest of `part` until it is complete -> its SHA-256, if the hub sends it. Gives up after
+        MAX_ATTEMPTS in a row without progress."""
         attempts = 0
         furthest = part.stat().st_size
         while True:
@@ -2048,7 +2056,7 @@ class Hub(NamedTuple):
         return total, linked.sha256
 
     def _check_growth(self, name: str, file: BinaryIO, total: int, most: int) -> None:
-        """Stop a server that sends more than it promised, or without a promise and without end."""
+        """Stop a server that sends more than it promised, or that promised no size and does not stop."""
         if 0 <= total < file.tell():
             file.truncate(0)
             raise http.client.HTTPException(f"more than the promised {total:,} bytes came")
@@ -2063,7 +2071,7 @@ class Hub(NamedTuple):
 
 
 def promised_size(content_length: str | None) -> int:
-    """Bytes of a whole answer, -1 if the server does not say. HTTPException for what is no number."""
+    """Bytes of a complete response, -1 if the server does not say. Raises HTTPException for anything but a number."""
     if content_length is None:
         return -1
     if not re.fullmatch("[0-9]{1,18}", content_length.strip()):
@@ -2072,8 +2080,8 @@ def promised_size(content_length: str | None) -> int:
 
 
 class LinkedDigest(urllib.request.HTTPRedirectHandler):
-    """Keeps the SHA-256 that the hub names when it redirects to the place of a large file. Follows redirects over HTTP
-    and HTTPS only, and none from HTTPS to HTTP."""
+    """Keeps the SHA-256 that the hub sends when it redirects to a large file. Follows redirects to HTTP and HTTPS only,
+    and none from HTTPS to HTTP."""
 
     sha256 = ""
 
@@ -2087,7 +2095,7 @@ class LinkedDigest(urllib.request.HTTPRedirectHandler):
 
 
 def whole_size(content_range: str, begin: int) -> int:
-    """The size of the whole file, from an answer that holds a part of it. HTTPException if the part does not start at
+    """The size of the whole file, from a partial response. Raises HTTPException if the part does not start at
     `begin`."""
     match = re.fullmatch(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18})", content_range)
     if not match or int(match[1]) != begin:
