@@ -1,17 +1,17 @@
 """
-Does the scorer keep the rules on this artifact? One line a property; exit status 1 if one fails.
+Does the scorer keep the rules on this artifact? Prints one line per property; exits with status 1 if any fails.
 
     python -m tools.prove [ARTIFACT] [--seed N] [--seconds S]
 
-ARTIFACT is logs/RUN.ptz (default: the environment's ARTIFACT, else the newest). It is scored as the run beside it was,
-unless the environment says otherwise: TTT_ENABLED=0 proves the score without adaptation. The documents looked at are
-the shortest, the median and the longest validation document that fits the time, and some chosen by the seed. The lines
-are also left in logs/RUN.prove.json.
+ARTIFACT is logs/RUN.ptz (default: the environment's ARTIFACT, else the newest). It is scored with the settings of its
+own run, unless the environment overrides them: TTT_ENABLED=0 proves the score without adaptation. The audit samples the
+shortest and the median validation document, the longest that fits in the time, and a few chosen by the seed. The
+findings are also written to logs/RUN.prove.json.
 
-The scorer is a black box: it is given streams of tokens, and heard at three places: what it books to a document
-(ScoreTable), what its output layer gave (OutputHead), and what had been learned by then (the weights, and every
-Adapter). The last two need eager kernels; a GPU's usual ones, compiled or replayed, are heard by what they book, and
-must book the same.
+The scorer is treated as a black box: it is fed streams of tokens and observed at three places: the scores it books to
+each document (ScoreTable), the output of its last layer (OutputHead), and what it had learned by then (the weights and
+every Adapter). The last two need eager kernels. A GPU's usual kernels, compiled or replayed, are observed only by what
+they book, and must book the same.
 """
 
 from __future__ import annotations
@@ -49,29 +49,29 @@ from tools.results import load_run
 from tools.values import printable
 
 # -----------------------------------------------------------------------------
-# Listening: what the scorer books, traced to the pass through the output layer that gave it.
+# Listening: what the scorer books, traced to the pass through the output layer that produced it.
 
 
 class Call(NamedTuple):
-    """One pass through the output layer, whose targets are here in its order."""
+    """One pass through the output layer; nats and targets are in its order."""
 
     nats: list[float]
     targets: list[int]
-    state: str  # a digest of what had been learned by then
-    sums: list[float]  # of the probabilities of the whole vocabulary, at sampled places
-    strays: list[float]  # there: the target's nats less those that it has among the whole vocabulary's
+    state: str  # digest of what had been learned by then
+    sums: list[float]  # sum of the probabilities over the whole vocabulary, at sampled positions
+    strays: list[float]  # there: the target's nats minus its nats in the pass over the whole vocabulary
 
 
 @functools.cache
 def odd_factors(size: int, device: torch.device) -> Tensor:
-    """Fixed odd numbers of 64 bits (size,): an odd factor lets no difference of 32 bits vanish modulo 2**64."""
+    """Fixed odd 64-bit integers (size,). Multiplied by an odd factor, no 32-bit difference vanishes modulo 2**64."""
     random = torch.Generator().manual_seed(size)
     return (torch.randint(-(1 << 62), 1 << 62, (size,), generator=random) * 2 + 1).to(device)
 
 
 def state_of(tensors: Iterable[Tensor]) -> str:
-    """A digest of every bit of these tensors (any shape, fp32), computed where they are: to copy them at every chunk
-    would take most of the time."""
+    """A digest of every bit of these tensors (any shape, fp32), computed on their device: copying them to the host at
+    every chunk would take most of the time."""
     sums = []
     for t in tensors:
         flat = t.detach().flatten()
@@ -80,14 +80,14 @@ def state_of(tensors: Iterable[Tensor]) -> str:
 
 
 def lora_of_document(lora: train_gpt.LoRA, i: int) -> train_gpt.LoRA:
-    """The correction of document i alone, B = 1."""
+    """The LoRA of document i alone, B = 1."""
     down = lora.down if lora.down.ndim == 2 else lora.down[i : i + 1]
     return lora._replace(down=down, up=lora.up[i : i + 1])
 
 
 class Ear(nn.Module):
-    """Stands before the output layer and notes what passes, what had been learned by then, and, in some calls, what
-    every entry of the vocabulary would have scored."""
+    """Wraps the output layer. Records every call, what had been learned by then and, in some calls, the score of every
+    entry of the vocabulary."""
 
     def __init__(self, head: nn.Module, vocab: int, learned: Callable[[], list[Tensor]], seed: int):
         super().__init__()
@@ -99,7 +99,7 @@ class Ear(nn.Module):
         self.calls = []
 
     def __getattr__(self, name: str):
-        """The rest of the layer is as it was."""
+        """Forward all other attributes to the wrapped layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -109,7 +109,7 @@ class Ear(nn.Module):
         nats = self.head(x, targets, embedding, delta)
         looks = []
         state = state_of(self.learned())
-        if self.passes & (self.passes - 1) == 0:  # the first and every power of two: more often at the start
+        if self.passes & (self.passes - 1) == 0:  # passes 0, 1, 2, 4, 8, ...: more often at the start
             looks = [self.look(x, targets, nats, embedding, delta) for _ in range(2)]
         self.passes += 1
         sums = [total for total, _ in looks]
@@ -119,7 +119,7 @@ class Ear(nn.Module):
 
     @torch.no_grad()
     def look(self, x: Tensor, targets: Tensor, nats: Tensor, embedding: Tensor, delta) -> tuple[float, float]:
-        """One hidden state of (B, T, D) with every entry of the vocabulary as its target -> Call.sums, Call.strays."""
+        """Score every entry of the vocabulary at one position of x (B, T, D) -> entries of Call.sums and Call.strays."""
         row, place = (int(self.chance.integers(size)) for size in targets.shape)
         own = None if delta is None else lora_of_document(delta, row)
         every = [
@@ -131,26 +131,26 @@ class Ear(nn.Module):
 
 
 class Heard(NamedTuple):
-    """What was booked for a stream of n tokens: [j] is of the target tokens[j + 1]. One of several ranks is booked
-    parts of documents, of which only the sums are known."""
+    """What was booked for a stream of n tokens; entry j belongs to the target tokens[j + 1]. Where several ranks score,
+    each books only parts of documents, so only `sums` and `counts` are known."""
 
     sums: np.ndarray  # (documents,) float64, nats
     counts: np.ndarray  # (documents,) int64, bookings
     nats: np.ndarray  # (n - 1,) float64, NaN where nothing was booked
-    states: list[str | None]  # (n - 1,) what had been learned when the target was scored, if there was an ear
-    calls: list[Call]  # those that the bookings came from, in order, if there was an ear
-    strange: list[str]  # bookings that the output layer did not give
-    misplaced: list[str]  # bookings of targets that are not there, or not in order
+    states: list[str | None]  # (n - 1,) Call.state when the target was scored; None without an ear
+    calls: list[Call]  # the calls that the bookings came from, in order; empty without an ear
+    strange: list[str]  # bookings that the output layer did not produce
+    misplaced: list[str]  # bookings of targets that do not exist or are out of order
 
 
 class Ledger:
-    """Finds the targets that a booking is of, and the call that it came from."""
+    """Matches each booking with its targets and with the call that produced it."""
 
     def __init__(self, tokens: np.ndarray, ear: Ear | None, whole: bool):
         starts = np.flatnonzero(tokens == train_gpt.BOS)
         targets = len(tokens) - 1
         self.next = starts.tolist()
-        self.end = [*starts[1:].tolist(), targets]  # of every document's targets
+        self.end = [*starts[1:].tolist(), targets]  # of each document's targets
         self.tokens = tokens.tolist()
         self.ear = ear
         self.whole = whole
@@ -192,17 +192,17 @@ class Ledger:
 
 
 def in_order(few: Iterable, many: Iterable) -> bool:
-    """Whether all of `few` come in `many`, in this order."""
+    """Whether `few` is a subsequence of `many`."""
     rest = iter(many)
     return all(any(one == other for other in rest) for one in few)
 
 
 class ScorerError(Exception):
-    """The scorer broke down on a stream that it should score."""
+    """The scorer failed on a stream that it should be able to score."""
 
 
 class LoneRank(train_gpt.Dist):
-    """One of several ranks, played alone: ranks that score documents apart from each other exchange nothing."""
+    """Simulates one of several ranks: ranks that score documents independently exchange no tensors."""
 
     def all_reduce(self, x: Tensor) -> Tensor:
         raise ScorerError("ranks exchange tensors while they score documents apart from each other")
@@ -218,7 +218,7 @@ class LoneRank(train_gpt.Dist):
 
 @contextlib.contextmanager
 def listening(model: nn.Module, seed: int) -> Iterator[Ear]:
-    """An ear before the model's output layer, which also knows every adapter."""
+    """Put an Ear around the model's output layer; it also sees every adapter made meanwhile."""
     plain = train_gpt.Adapter
     head = model.head
     adapters = []
@@ -248,10 +248,10 @@ def hear(
     closely: bool = False,
     learners: train_gpt.Learners | None = None,
 ) -> Heard:
-    """Score a stream of tokens (n,) that begins with BOS, and listen; `closely` with an ear. `learners` of an earlier
-    stream save the time to make them. Raises ScorerError."""
+    """Score a stream of tokens (n,) that begins with BOS, and listen; `closely` adds an ear. Reusing the `learners` of
+    an earlier stream saves the time to make new ones. Raises ScorerError."""
     docs = train_gpt.split_documents(tokens, np.ones(len(tokens), np.int64))
-    run = dataclasses.replace(run, compile=0) if closely else run  # nothing passes an ear in a replayed graph
+    run = dataclasses.replace(run, compile=0) if closely else run  # a replayed graph never calls the ear
     with listening(model, run.seed) if closely else contextlib.nullcontext() as ear:
         ledger = Ledger(tokens, ear, dist.world == 1)
 
@@ -260,7 +260,7 @@ def hear(
                 ledger.book(documents.tolist(), nats.tolist())
 
             def all_reduced(self, dist: train_gpt.Dist) -> Table:
-                return self  # the audit counts for itself
+                return self  # the ledger does the counting
 
         try:
             evaluation = train_gpt.Evaluation(model, docs, run, dist, train_gpt.Log(), lambda: 0.0)
@@ -269,17 +269,17 @@ def hear(
             evaluation.score()
         except ScorerError:
             raise
-        except Exception as error:  # whatever a scorer does wrong is a finding
+        except Exception as error:  # any failure of the scorer is a finding
             raise ScorerError(f"the scorer breaks on {len(tokens)} tokens: {type(error).__name__}: {error}") from error
     return ledger.heard
 
 
 # -----------------------------------------------------------------------------
-# The audit: what is scored, and how equal scores must be.
+# The audit: what is scored, and how closely scores must agree.
 
 
 class Text(NamedTuple):
-    """A stream of tokens that begins with BOS, and the bytes that they stand for."""
+    """A stream of tokens that begins with BOS, and the number of bytes of each."""
 
     tokens: np.ndarray  # (n,) uint16
     bytes: np.ndarray  # (n,) int64
@@ -291,19 +291,19 @@ def joined(texts: Iterable[Text]) -> Text:
 
 
 def document_starts(tokens: np.ndarray) -> np.ndarray:
-    """(n,) -> (documents + 1,), the last one n"""
+    """tokens (n,) -> the index of every BOS, then n: (documents + 1,)"""
     return np.append(np.flatnonzero(tokens == train_gpt.BOS), len(tokens))
 
 
-# How far the same score may be from itself: on a CPU rows that have ended are dropped, and what is left may be rounded
-# otherwise. On a GPU all shapes are fixed, and not a bit differs.
-TOLERANCE_BPB = 1e-6  # of a document, or of that part of it which is compared
+# How much scores that should be equal may differ. On a CPU, finished rows are dropped from the batch, which may change
+# the rounding of the rest. On a GPU all shapes are fixed, and scores are equal bit for bit.
+TOLERANCE_BPB = 1e-6  # of a document, or of the part of it that is compared
 TOLERANCE_NATS = 1e-4  # of a single target
 SUM_TOLERANCE = 1e-5  # of probabilities that should add up to one
 
 
 class Widest:
-    """The largest differences between scores that should be the same."""
+    """The largest differences between scores that should be equal."""
 
     def __init__(self):
         self.nats = 0.0
@@ -312,7 +312,7 @@ class Widest:
         self.faults = []
 
     def compare(self, what: str, nats: np.ndarray, expected: np.ndarray, size: np.ndarray) -> None:
-        """Scores of the same targets (n,) twice, and the bytes of these (n,)."""
+        """Compare two scorings of the same targets, (n,) each; `size` (n,) is the bytes of these targets."""
         apart = np.nan_to_num(nats - expected, nan=np.inf)
         most = float(abs(apart).max(initial=0.0))
         self.nats = max(self.nats, most)
@@ -321,7 +321,7 @@ class Widest:
         self.compare_sums(what, float(apart.sum()), int(size.sum()))
 
     def compare_sums(self, what: str, apart: float, size: int) -> None:
-        """The difference of two sums of nats, and the bytes that both are of."""
+        """Check the difference `apart` of two sums of nats over the same `size` bytes."""
         bpb = abs(apart) / math.log(2) / max(1, size)
         self.bpb = max(self.bpb, bpb)
         self.seen = self.seen + 1
@@ -332,15 +332,15 @@ class Widest:
         return f"max {self.nats:.1e} nats a target, {self.bpb:.1e} bpb a document"
 
 
-# How often the properties score a document of the sample, closely or not, as counted in audits of few documents.
+# {closely: how often the properties score a document of the sample}, as counted in audits of few documents.
 SCORINGS = {False: 32, True: 6}
-REUSES = 8  # of learners
-LONGEST_PROBE = 256  # tokens of a document that are scored to measure the speed
-FEWEST_TOKENS = 256  # of a longer document that are looked at, however slow that is
+REUSES = 8  # of learners, before new ones are made
+LONGEST_PROBE = 256  # tokens of a document scored to measure the speed
+FEWEST_TOKENS = 256  # tokens of a longer document that are looked at, however slow that is
 
 
 class Audit:
-    """An artifact, the sample of its documents, and what was heard of them."""
+    """An artifact, the sample of documents, and what was heard when they were scored."""
 
     def __init__(self, opened: Opened, seed: int, seconds: float, tell: Callable[[str], None]):
         self.opened = opened
@@ -355,32 +355,32 @@ class Audit:
         self.learners: dict[train_gpt.RunConfig, train_gpt.Learners] = {}  # see `kept`
         self.reuses = 0
         self.strange = []
-        self.misplaced = []  # of all that was heard
+        self.misplaced = []  # both collected over all scorings
         self.began = time.monotonic()
         self.told = 0.0
         self.spent = 0.0
         self.planned = math.inf
-        self.busy = 0.0  # seconds that went into `spent`
+        self.busy = 0.0  # seconds that `spent` took
         self.limit = LONGEST_PROBE  # tokens of a document that are looked at
-        self.closeness = 1.0  # how many times as long a document takes when an ear hears it
+        self.closeness = 1.0  # how many times longer a document takes with an ear
         self.starts = document_starts(opened.setup.validation.tokens)
         self.chosen = self.choose(np.diff(self.starts))
         self.texts = [self.text(i) for i in self.chosen]
 
     def text(self, i: int) -> Text:
-        """A validation document without the BOS that closes it, as far as the time lets it be looked at."""
+        """A validation document without its closing BOS, cut to the first `limit` tokens."""
         docs = self.opened.setup.validation
         end = min(self.starts[i + 1], self.starts[i] + self.limit)
         span = slice(self.starts[i], end)
         return Text(np.array(docs.tokens[span], np.uint16), np.array(docs.bytes[span], np.int64))
 
     def is_whole(self, i: int) -> bool:
-        """Whether all of a document is looked at."""
+        """Whether document i fits in `limit` uncut."""
         return self.starts[i + 1] - self.starts[i] <= self.limit
 
     def choose(self, sizes: np.ndarray) -> list[int]:
-        """Tokens of every document -> the sample, in the order of the shard, and `limit`. Each is scored some SCORINGS
-        times, in pairs twice as often."""
+        """The tokens of every document -> the sample, in shard order; sets `limit`. Each document is scored about
+        SCORINGS times; twice as often where documents are scored in pairs."""
         order = np.argsort(sizes, kind="stable")
         order = order[sizes[order] > 2]
         train_gpt.require(
@@ -408,7 +408,7 @@ class Audit:
         return sorted(chosen)
 
     def measure(self, *texts: Text) -> dict[bool, float]:
-        """Seconds per token pass, heard closely or not."""
+        """{closely: seconds per token pass}"""
         pair = joined(texts)
         rates = {}
         for closely in (False, False, True, True):  # the first pass is slow
@@ -418,13 +418,13 @@ class Audit:
         return rates
 
     def cost(self, tokens: int) -> float:
-        """Of scoring a document once, in token passes."""
+        """The cost of scoring a document once, in token passes."""
         if not self.run.ttt_enabled:
             return float(tokens)
         return train_gpt.batched_cost(np.array([tokens]), self.run, self.dist.device)
 
     def score(self, text: Text, closely: bool = False, dist: train_gpt.Dist | None = None, **changes: int) -> Heard:
-        """Score a stream, with these knobs changed."""
+        """Score a stream with the knobs in `changes` overridden."""
         run = dataclasses.replace(self.run, **changes)
         began = time.monotonic()
         learners = self.kept(run) if dist is None and not closely else None
@@ -442,8 +442,8 @@ class Audit:
         return heard
 
     def kept(self, run: train_gpt.RunConfig) -> train_gpt.Learners | None:
-        """Learners of the scorings before this one, on a GPU, where it takes seconds to capture their graphs. Some
-        scorings make their own all the same, which shows what a scorer does while it makes them."""
+        """Learners to reuse; only on a GPU, where capturing their graphs takes seconds. Every REUSES-th scoring makes
+        new ones, so that the audit also covers what a scorer does while it makes them."""
         if self.dist.device.type == "cpu":
             return None
         self.reuses += 1
@@ -453,8 +453,8 @@ class Audit:
 
     @functools.cached_property
     def early_late(self) -> dict[str, int]:
-        """Knobs under which late chunks begin after four others, so that documents of the sample reach them; none where
-        they are not those of a document that adapts."""
+        """Knobs that make late chunks begin after four others, so that documents of the sample reach them; empty unless
+        documents adapt in batches."""
         if not self.run.ttt_enabled or not self.run.batched_ttt:
             return {}
         context = 4 * self.chunk
@@ -463,7 +463,7 @@ class Audit:
 
     @functools.cached_property
     def units(self) -> list[Text]:
-        """What is scored by itself: a document, or, of a stream, two in a row."""
+        """What is scored on its own: one document, or two consecutive ones under TTT_SCOPE=stream."""
         return [joined([self.texts[i - 1], text]) if self.stream else text for i, text in enumerate(self.texts)]
 
     @functools.cached_property
@@ -481,23 +481,23 @@ class Audit:
 
     @functools.cached_property
     def by_rank(self) -> list[Heard]:
-        """The documents together, as each of eight ranks scores its share: none but the longest comes to rank 0."""
+        """All documents together, as each of eight ranks scores its share: rank 0 gets the longest document only."""
         ranks = [LoneRank(rank, 8, self.dist.device) for rank in range(8)]
         return [self.score(joined(self.texts), dist=rank) for rank in ranks]
 
     def other(self, tokens: np.ndarray) -> np.ndarray:
-        """Random tokens, none of them that in its place, none BOS."""
+        """Random tokens (n,), each different from the token it replaces, and none of them BOS."""
         kinds = self.model.config.vocab_size - 2
         steps = self.chance.integers(1, kinds, len(tokens))
         return ((tokens.astype(np.int64) - 2 + steps) % kinds + 2).astype(np.uint16)
 
 
 # -----------------------------------------------------------------------------
-# Properties: each looks for faults, and says what it saw.
+# Properties: each looks for faults and reports what it saw.
 
 
 class Finding(NamedTuple):
-    """What is known of a property."""
+    """The verdict on one property."""
 
     name: str
     ok: bool | None  # None where it does not apply
@@ -507,20 +507,20 @@ class Finding(NamedTuple):
         return printable(f"{ {True: 'ok', False: 'FAIL', None: '-'}[self.ok]:5} {self.name:20} {self.figures}")
 
 
-Seen = tuple[Sequence[str] | None, str]  # faults, or None where the property does not apply; and what was seen
+Seen = tuple[Sequence[str] | None, str]  # faults (None where the property does not apply), and what was seen
 
 
 class Future(NamedTuple):
-    """A stream that begins as another does."""
+    """A stream that shares its beginning with the original."""
 
     what: str
     tokens: np.ndarray
-    same: int  # its first targets, whose scores must be the same
+    same: int  # number of leading targets whose scores must be equal
 
 
 def cuts(audit: Audit, size: int) -> list[int]:
-    """Where the tokens of a stream may begin to differ: at its start, at the first token of a chunk, inside it, at its
-    last token, and beyond the context."""
+    """Positions from which to change the tokens of a stream: its start; the first, an inner and the last token of a
+    chunk; its end; and beyond the context."""
     chunk = audit.chunk
     context = audit.run.eval_seq_len
     last = size - 1
@@ -532,7 +532,7 @@ def cuts(audit: Audit, size: int) -> list[int]:
 
 
 def futures(audit: Audit, tokens: np.ndarray) -> Iterator[Future]:
-    """Other tokens, ends that come earlier, and one that comes later."""
+    """Futures with other tokens, with earlier ends, with a BOS planted in the middle, and with a later end."""
     for t in cuts(audit, len(tokens)):
         yield Future(f"other tokens from {t} on", np.append(tokens[:t], audit.other(tokens[t:])), t - 1)
     end = audit.chunk + max(2, min(8, audit.chunk // 2))
@@ -547,7 +547,7 @@ def futures(audit: Audit, tokens: np.ndarray) -> Iterator[Future]:
 
 
 def causality(audit: Audit) -> Seen:
-    """A score depends on no token after its target: neither on which they are, nor on where the document ends."""
+    """A score depends on nothing after its target: neither on the tokens there, nor on where the document ends."""
     widest = Widest()
     for n, unit, heard in zip(audit.chosen, audit.units, audit.alone, strict=True):
         for what, tokens, same in futures(audit, unit.tokens):
@@ -575,7 +575,7 @@ def causality(audit: Audit) -> Seen:
 
 
 def score_before_update(audit: Audit) -> Seen:
-    """A chunk is scored by what a replay has learned that stops before it."""
+    """A chunk is scored with exactly the weights that a replay, stopped just before that chunk, has learned."""
     faults = []
     seen = 0
     updates = 0
@@ -598,11 +598,11 @@ def score_before_update(audit: Audit) -> Seen:
 
 
 def hidden_learning(audit: Audit) -> list[str]:
-    """Adaptation that changes scores, while nothing in sight has learned."""
+    """A fault if adaptation changes scores although none of the tensors observed has changed."""
     if not audit.run.ttt_enabled:
         return []
     unit, heard = max(zip(audit.units, audit.closely, strict=True), key=lambda pair: len(pair[0].tokens))
-    reach = min(audit.run.eval_seq_len, int(document_starts(unit.tokens)[1]) - 1)  # beyond it, contexts may differ
+    reach = min(audit.run.eval_seq_len, int(document_starts(unit.tokens)[1]) - 1)  # contexts may differ beyond it
     apart = abs(audit.score(unit, ttt_enabled=0).nats - heard.nats)[:reach].max(initial=0.0)
     text = f"adaptation changes scores by {apart:.2g} nats, and nothing that could have learned is in sight"
     return [text] if apart > TOLERANCE_NATS else []
@@ -613,7 +613,7 @@ def independence(audit: Audit) -> Seen:
     if audit.stream:
         return None, "TTT_SCOPE=stream: a score depends on the documents before it; results say doc_independent:0"
     changes = {}
-    if audit.run.batched_ttt and audit.dist.device.type == "cpu":  # on a GPU it fixes the shapes, on which bits depend
+    if audit.run.batched_ttt and audit.dist.device.type == "cpu":  # on a GPU it sets the shapes, which affect the bits
         changes["ttt_batch_docs"] = 2 if audit.run.ttt_batch_docs > 2 else 64
     wild = audit.texts[-1]._replace(tokens=np.append(train_gpt.BOS, audit.other(audit.texts[-1].tokens[1:])))
     dull = audit.texts[0]._replace(tokens=np.append(train_gpt.BOS, np.full(len(audit.texts[0].tokens) - 1, 2)))
@@ -640,13 +640,13 @@ def independence(audit: Audit) -> Seen:
 
 
 def by_document(texts: Sequence[Text], nats: np.ndarray) -> list[np.ndarray]:
-    """Scores of joined texts -> those of each, its closing BOS left out."""
+    """Split the scores of joined texts into one array per text, without the closing BOS."""
     ends = np.cumsum([len(text.tokens) for text in texts])
     return [nats[end - len(text.tokens) : end - 1] for end, text in zip(ends, texts, strict=True)]
 
 
 def normalised(audit: Audit) -> Seen:
-    """The probabilities of the whole vocabulary add up to one, and what is booked is the target's among them."""
+    """The probabilities over the whole vocabulary sum to one, and the score booked is that of the target."""
     looked = [call for heard in audit.closely for call in heard.calls if call.sums]
     fresh = {heard.calls[0].state for heard in audit.closely if heard.calls}
     adapted = sum(len(call.sums) for call in looked if call.state not in fresh)
@@ -666,12 +666,12 @@ def normalised(audit: Audit) -> Seen:
 
 
 def single_pass(audit: Audit) -> Seen:
-    """Every target of every document is booked once, as the output layer scored it, in order."""
+    """Every target of every document is booked exactly once, in order, with the score of the output layer."""
     docs = audit.opened.setup.validation
     audit.score(joined(audit.texts), closely=True)
     faults = list(dict.fromkeys(audit.misplaced + audit.strange))
     sizes = np.array([len(text.tokens) for text in audit.texts])
-    sizes[-1] -= 1  # nothing closes the last
+    sizes[-1] -= 1  # no BOS closes the last document
     counts = {"together": audit.together.counts}
     if not audit.stream:
         counts["by eight ranks"] = sum(heard.counts for heard in audit.by_rank)
@@ -693,12 +693,12 @@ PYTHONPATH = [os.path.realpath(name) for name in os.environ.get("PYTHONPATH", ""
 PACKAGES = ("torch", "triton", "numpy", "sentencepiece", "zstandard")  # that the entry may import
 DEVICES = r"/dev/(null|zero|u?random|shm/.*%s)"
 STARTS = ("subprocess.Popen", "os.posix_spawn")
-COMPILERS = ("cc", "gcc", "clang", "ptxas", "ldconfig", "file")  # what Triton starts
+COMPILERS = ("cc", "gcc", "clang", "ptxas", "ldconfig", "file")  # programs that Triton starts
 HANDED_DOWN = r"/proc/[^/]+/(task/[^/]+/)?(fd|fdinfo|map_files|mem|root|cwd)(/.*)?"  # what another process has open
 
 
 def lay_out(audit: Audit, folder: Path) -> dict[str, str]:
-    """Put into a folder all that an evaluation of the sample may need -> the environment to run it in."""
+    """Copy everything an evaluation of the sample may need into a folder; returns the environment to run it in."""
     whole = joined(audit.texts)
     setup = audit.opened.setup
     shutil.copyfile(train_gpt.__file__, folder / "train_gpt.py")
@@ -720,14 +720,14 @@ def lay_out(audit: Audit, folder: Path) -> dict[str, str]:
 
 
 def elsewhere(folders: str) -> str:
-    """A PYTHONPATH without this repository, whose code is not all counted."""
+    """PYTHONPATH without this repository: not all of its code counts towards the size limit."""
     here = Path(audit_hook.__file__).resolve().parent.parent
     found = [Path(folder).resolve() for folder in folders.split(os.pathsep) if folder]
     return os.pathsep.join(str(folder) for folder in found if folder != here)
 
 
 def artifact_alone(audit: Audit) -> Seen:
-    """A process that finds program, artifact, tokenizer and validation alone scores the same and opens no more."""
+    """A process given only program, artifact, tokenizer and validation data scores the same and opens nothing else."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(os.path.realpath(name))
         env = lay_out(audit, folder)
@@ -757,8 +757,9 @@ def artifact_alone(audit: Audit) -> Seen:
 
 
 def expected(path: str, folder: Path, compiles: bool) -> bool:
-    """Whether an evaluation may open this: its folder, or what is installed. Python asks uname for the platform's name;
-    a GPU's compilers are started, which ask `file` what Python is; and torch looks for plug-ins among all packages."""
+    """Whether an evaluation may open this path: it is in its folder, or belongs to what is installed. Three exceptions:
+    Python runs `uname` to name the platform; on a GPU, compilers run, and they call `file` on Python; and torch looks
+    for plug-ins in all packages."""
     if path.startswith(audit_hook.GOES_OUTSIDE):
         event, _, arguments = path.partition(": ")
         program = Path((arguments.split("'") + [""])[1]).name
@@ -775,8 +776,7 @@ def expected(path: str, folder: Path, compiles: bool) -> bool:
 
 
 def of_package(path: str) -> bool:
-    """Whether this belongs to one of the entry's packages that PYTHONPATH has, or is the file in which any package
-    there says what it plugs in."""
+    """Whether this path is on PYTHONPATH and belongs to one of PACKAGES, or is the entry_points.txt of any package."""
     for folder in PYTHONPATH:
         if Path(path).is_relative_to(folder):
             top, *rest = Path(path).relative_to(folder).parts
@@ -785,7 +785,7 @@ def of_package(path: str) -> bool:
 
 
 def wrong_result(audit: Audit, result: dict) -> list[str]:
-    """What the result of an evaluation of the sample gets wrong."""
+    """Faults in the result of an evaluation of the sample."""
     whole = joined(audit.texts)
     size = int(whole.bytes[1:].sum())
     truth = {"documents": len(audit.texts), "tokens": len(whole.tokens) - 1, "bytes": size, "degraded_documents": 0}
@@ -797,14 +797,14 @@ def wrong_result(audit: Audit, result: dict) -> list[str]:
 
 
 def has_sidecar(audit: Audit) -> bool:
-    """Whether one of the validation shards has a side-car; whatever the program says of that, which is on trial."""
+    """Whether any validation shard has a side-car. Looks for itself: the program is what is being audited."""
     folder = Path(audit.run.data_path)
     names = (path.name for path in folder.glob("fineweb_val_[0-9]*.bin"))
     return any((folder / name.replace("_val_", "_val_bytes_")).exists() for name in names)
 
 
 def bytes_counted(audit: Audit) -> Seen:
-    """Code and weights are as large as their files, and documents have the bytes that their tokens decode to."""
+    """The reported sizes of code and artifact match the files, and each document's byte count matches its decoded text."""
     setup = audit.opened.setup
     faults = []
     program = Path(train_gpt.__file__).read_bytes()
@@ -838,7 +838,8 @@ def bytes_counted(audit: Audit) -> Seen:
 
 
 def recounter(audit: Audit) -> Callable[[list[int]], int | None]:
-    """How to count the bytes of a document from its tokens; by the contest's formula, where there is no side-car."""
+    """A function that counts the bytes of a document from its tokens: by the contest's formula if there is no side-car.
+    It returns None where the tokenizer is lossy."""
     setup = audit.opened.setup
     if not has_sidecar(audit):
         return lambda tokens: contest_size(setup.tokenizer.processor, tokens)
@@ -849,10 +850,10 @@ def recounter(audit: Audit) -> Callable[[list[int]], int | None]:
 
 
 def contest_size(processor: sentencepiece.SentencePieceProcessor, tokens: list[int]) -> int:
-    """Bytes of the text that tokens spell. A space that follows a control token is not spelt; a space mark inside a
-    piece has its own three bytes."""
+    """Bytes of the text that the tokens spell, by the contest's formula. A leading space after a control token does not
+    count; a space mark inside a piece counts with its own three UTF-8 bytes."""
     spelt = b""
-    bare = True  # bare: no text before
+    bare = True  # no text precedes the next piece
     for token in tokens:
         if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):
             bare = True
@@ -870,8 +871,8 @@ def contest_size(processor: sentencepiece.SentencePieceProcessor, tokens: list[i
 
 
 def excess_bytes(audit: Audit) -> int:
-    """Bytes that the contest's formula counts and the text of all documents lacks: two of three for every space mark
-    inside a piece, which spells one space."""
+    """Bytes that the contest's formula counts in excess of the text of all documents: two for every space mark inside
+    a piece, which counts three bytes but spells one space."""
     docs = audit.opened.setup.validation
     if has_sidecar(audit):
         return 0
@@ -884,7 +885,7 @@ def excess_bytes(audit: Audit) -> int:
 
 
 def reported(audit: Audit) -> Seen:
-    """The files of the run beside the artifact agree, and its documents of the sample score the same again."""
+    """The files of the artifact's own run agree with each other, and the sampled documents score the same again."""
     setup = audit.opened.setup
     path = Path(audit.run.artifact).with_suffix(".json")
     if not path.with_suffix(".docs.npz").exists():
@@ -908,7 +909,7 @@ def reported(audit: Audit) -> Seen:
     for reason in (reason for reason, true in reasons.items() if true):
         return None, f"{path.name} agrees with its files, but {reason}, so that its scores are not compared"
     widest = Widest()
-    whole = len(audit.chosen) - (audit.chosen[-1] < len(audit.starts) - 2)  # the last of the sample lacks its BOS
+    whole = len(audit.chosen) - (audit.chosen[-1] < len(audit.starts) - 2)  # the last of the sample has no closing BOS
     for i, text, nats in zip(audit.chosen[:whole], audit.texts, audit.together.sums, strict=False):
         if not audit.is_whole(i):
             continue
@@ -920,7 +921,7 @@ def reported(audit: Audit) -> Seen:
     )
 
 
-SCORING = ("TTT_", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SEED", "MICRO_BATCH_TOKENS")  # knobs that change a score's bits
+SCORING = ("TTT_", "EVAL_SEQ_LEN", "EVAL_STRIDE", "SEED", "MICRO_BATCH_TOKENS")  # prefixes of knobs that affect scores
 PROPERTIES = {
     "causality": causality,
     "score before update": score_before_update,
@@ -938,7 +939,7 @@ def file_sha256(path: Path | str) -> str:
 
 
 def prove(opened: Opened, seed: int, seconds: float, tell: Callable[[str], None]) -> Iterator[Finding]:
-    """Every property in turn; `tell` hears of progress."""
+    """Check every property in turn; progress messages go to `tell`."""
     try:
         audit = Audit(opened, seed, seconds, tell)
     except ScorerError as error:
@@ -994,7 +995,7 @@ def run_prove(arguments: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """-> exit status: 0, 1 where a property fails, 2 for what a user can mend, 130 when interrupted."""
+    """-> exit status: 0; 1 if a property fails; 2 for an error that the user can fix; 130 if interrupted."""
     return end_in_a_line(lambda: run_prove(command_line().parse_args(arguments)))
 
 
