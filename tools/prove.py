@@ -119,7 +119,7 @@ class Ear(nn.Module):
 
     @torch.no_grad()
     def look(self, x: Tensor, targets: Tensor, nats: Tensor, embedding: Tensor, delta) -> tuple[float, float]:
-        """Score every entry of the vocabulary at one position of x (B, T, D) -> entries of Call.sums and Call.strays."""
+        """Score every entry of the vocabulary at one position of x (B, T, D) -> entries of Call.sums, Call.strays."""
         row, place = (int(self.chance.integers(size)) for size in targets.shape)
         own = None if delta is None else lora_of_document(delta, row)
         every = [
@@ -804,7 +804,7 @@ def has_sidecar(audit: Audit) -> bool:
 
 
 def bytes_counted(audit: Audit) -> Seen:
-    """The reported sizes of code and artifact match the files, and each document's byte count matches its decoded text."""
+    """Reported sizes of code and artifact match the files, and each document's byte count matches its decoded text."""
     setup = audit.opened.setup
     faults = []
     program = Path(train_gpt.__file__).read_bytes()

@@ -1,5 +1,5 @@
 """
-What came of a sweep: its combinations ranked, their differences, and the files that say so.
+The results of a sweep: its combinations ranked, their differences, and the files that report them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tools.values import printable
 if TYPE_CHECKING:
     from tools.sweep import Job, ScoredText
 
-LONGEST_LABEL = 60  # characters; longer ones would leave the picture no room
+LONGEST_LABEL = 60  # characters; a longer one would leave no room for the plot
 
 
 def shell_words(knobs: Mapping[str, str]) -> str:
@@ -33,7 +33,7 @@ def shell_words(knobs: Mapping[str, str]) -> str:
 
 
 def knob_names(combinations: Iterable[Mapping[str, str]]) -> list[str]:
-    """Every knob that a combination names, in the order of their first mention."""
+    """Every knob named in any combination, in order of first appearance."""
     return list(dict.fromkeys(name for knobs in combinations for name in knobs))
 
 
@@ -42,17 +42,17 @@ def without_seed(knobs: Mapping[str, str]) -> dict[str, str]:
 
 
 class Row(NamedTuple):
-    """A combination without its seed; nats of a document are the mean over seeds."""
+    """A combination without its seed; the nats of a document are the mean over seeds."""
 
     knobs: dict[str, str]
-    run: Run  # of the first seed, with these nats
+    run: Run  # of the first seed, with the mean nats
     runs: list[Run]
-    gap: Interval | None  # bpb less that of the first row; None in the first
-    failed: int = 0  # seeds that have no run: the mean of the others may be too good
+    gap: Interval | None  # bpb minus the first row's; None in the first
+    failed: int = 0  # number of seeds without a run: the mean of the others may be too good
 
 
 def rank(jobs: list[Job]) -> list[Row]:
-    """Finished combinations, the best first; then those of which a seed failed. Raises DataError where runs scored
+    """Combinations whose seeds all finished, best first; then those with a failed seed. Raises DataError if runs scored
     different documents."""
     by_knobs: dict[str, list[Job]] = {}
     for job in jobs:
@@ -79,7 +79,7 @@ def rank(jobs: list[Job]) -> list[Row]:
 def write_results(
     folder: Path, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str, design: Design | None = None
 ) -> str:
-    """results.csv, results.md and results.png -> the text of results.md."""
+    """Write results.csv, results.md and results.png -> the text of results.md."""
     text = "\n".join(results_table(folder.name, jobs, rows, scored, command, design)) + "\n"
     train_gpt.write_atomically(folder / "results.csv", [results_csv(jobs).encode()])
     train_gpt.write_atomically(folder / "results.md", [text.encode()])
@@ -113,7 +113,7 @@ TRAIN_ONLY_IN_CSV = (
 
 
 def results_csv(jobs: list[Job]) -> str:
-    """One line per run, failed ones included."""
+    """One line per run, including failed ones."""
     train_only = any(job.run.train_only for job in jobs if job.run)
     columns = TRAIN_ONLY_IN_CSV if train_only else IN_CSV
     out = io.StringIO()
@@ -131,7 +131,7 @@ def results_csv(jobs: list[Job]) -> str:
 def results_table(
     name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str, design: Design | None
 ) -> list[str]:
-    """The lines of results.md. The effects of a design need all of its runs."""
+    """The lines of results.md. Effects of a design appear only if all of its runs finished."""
     lines = ranking(name, jobs, rows, scored, command)
     raced = {job.source.name: job.source for job in jobs if job.source.name}
     if raced:
@@ -150,7 +150,7 @@ def results_table(
 
 
 def ranking(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, command: str) -> list[str]:
-    """What was scored, and a line for every combination, the best first."""
+    """What was scored, and one line per combination, best first."""
     knobs = knob_names(without_seed(job.knobs) for job in jobs)
     mark = "**VALIDATION. Nothing may be chosen from this table.** " if scored.is_validation else ""
     about = (
@@ -169,7 +169,7 @@ def ranking(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, com
 
 
 def several_devices(jobs: list[Job]) -> list[str]:
-    """A paragraph that warns of runs of different devices, as where a race went on on another machine."""
+    """A paragraph that warns of runs on different devices, as when a race is resumed on another machine."""
     devices = Counter(job.run.result["device"] for job in jobs if job.run is not None)
     if len(devices) < 2:
         return []
@@ -182,7 +182,7 @@ def several_devices(jobs: list[Job]) -> list[str]:
 
 
 def cells_of_score(row: Row) -> dict[str, str]:
-    """{column: its cell} of a row whose runs scored an artifact."""
+    """{column: cell} of a row whose runs scored an artifact."""
     return {
         "bpb": bpb_of(row),
         "difference": str(row.gap or ""),
@@ -196,7 +196,7 @@ def cells_of_score(row: Row) -> dict[str, str]:
 
 
 def cells_of_training(row: Row) -> dict[str, str]:
-    """{column: its cell} of a row whose runs only trained."""
+    """{column: cell} of a row whose runs only trained."""
     memory = max(run.result["peak_memory_bytes"] for run in row.runs)
     return {
         "before quantisation": bpb_of(row),
@@ -217,23 +217,23 @@ def seeds_of(row: Row) -> str:
 
 
 def mean_of(row: Row, name: str, form: str) -> str:
-    """Of a number of the results, over seeds; empty where runs have not got it, such as those that trained nothing."""
+    """The mean over seeds of a number in the results; empty if a run lacks it, as one that trained nothing does."""
     values = [run.result.get(name) for run in row.runs]
     return "" if None in values else format(np.mean(values), form)
 
 
 class Pair(NamedTuple):
-    """A combination and the one that it is compared with, run by run of the seeds that both have."""
+    """A combination and its base for comparison, with the runs of the seeds that both have."""
 
     name: str
     base: str
-    runs: list[tuple[Run, Run]]  # of the base, and of the combination
-    same_text: bool  # known to be scored, though their tokenizers may differ
+    runs: list[tuple[Run, Run]]  # (base, combination)
+    same_text: bool  # both are known to score the same text, perhaps with different tokenizers
 
 
 def pairs_of(jobs: list[Job], rows: list[Row]) -> list[Pair]:
-    """Every combination beside the same knobs under the first source; under the first source itself, beside the same on
-    the first data; on that, beside the first combination. In the order of the sweep."""
+    """Every combination with its base, in the order of the sweep. The base is the same knobs under the first source; if
+    the combination is under it already, the same knobs on the first data; else the first combination."""
     by_name = {shell_words(row.knobs): row for row in rows}
     first = without_seed(jobs[0].knobs)
     pairs = []
@@ -253,7 +253,7 @@ def pairs_of(jobs: list[Job], rows: list[Row]) -> list[Pair]:
     return pairs
 
 
-MEASURES = {  # column -> a run's nats of every document, or None where it has not got them
+MEASURES = {  # column -> a run's nats per document, or None if it has none
     "before quantisation": lambda run: run.prequant_nats,
     "artifact, without adaptation": lambda run: run.static_nats,
     "final": lambda run: run.nats,
@@ -261,7 +261,7 @@ MEASURES = {  # column -> a run's nats of every document, or None where it has n
 
 
 def differences_table(pairs: list[Pair], measures: Sequence[str]) -> list[str]:
-    """Each pair seed by seed, and over its seeds with a verdict; `measures` are those of MEASURES that runs have."""
+    """Each pair seed by seed, then over its seeds with a verdict; `measures`: the keys of MEASURES that runs have."""
     if not pairs:
         return []
     lines = [
@@ -286,7 +286,7 @@ def differences_table(pairs: list[Pair], measures: Sequence[str]) -> list[str]:
 
 
 def column_of(pair: Pair, measure: str) -> list[str]:
-    """The cells of a pair in one column: every seed's, and that over seeds."""
+    """The cells of a pair in one column: one per seed, and one over seeds."""
     nats = [(MEASURES[measure](base), MEASURES[measure](run)) for base, run in pair.runs]
     if any(base is None or run is None for base, run in nats):
         return numbers_alone(pair)
@@ -300,7 +300,7 @@ def column_of(pair: Pair, measure: str) -> list[str]:
 
 
 def numbers_alone(pair: Pair) -> list[str]:
-    """The same before quantisation, where only the score of all documents is known; empty of runs that trained none."""
+    """As `column_of`, before quantisation, if only the overall score is known; empty for runs that trained nothing."""
     scores = [(base.result.get("prequant_bpb"), run.result.get("prequant_bpb")) for base, run in pair.runs]
     if any(None in both for both in scores):
         return [""] * (len(scores) + 1)
@@ -317,7 +317,7 @@ def verdict(gap: OverSeeds) -> str:
 
 
 def bpb_of(row: Row) -> str:
-    """Mean, and standard deviation over seeds where there are several."""
+    """The mean over seeds, and the standard deviation if there are several."""
     by_seed = [run.bpb for run in row.runs]
     if len(by_seed) == 1:
         return f"{row.run.bpb:.5f}"
@@ -325,7 +325,7 @@ def bpb_of(row: Row) -> str:
 
 
 def notes(row: Row) -> str:
-    """Why a row may not be comparable."""
+    """Reasons why a row may not be comparable."""
     degraded = sum(run.result["degraded_documents"] for run in row.runs)
     if degraded:
         return f"time was short: {degraded} documents without adaptation"
@@ -335,7 +335,7 @@ def notes(row: Row) -> str:
 
 
 def draw(rows: list[Row], scored: ScoredText, path: Path, most: int = 40) -> None:
-    """The best combinations and how far they are from the first."""
+    """Plot the best combinations and their differences from the first."""
     shown = rows[:most]
     gaps = [row.gap or Interval(0.0, 0.0, 0.0) for row in shown]
     with picture(path, 130 + 26 * len(shown)) as (axes,):

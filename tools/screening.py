@@ -1,11 +1,11 @@
 """
-Many ideas in few runs: two-level screening designs, and what they say of each idea.
+Many ideas in few runs: two-level screening designs, and what they tell about each idea.
 
-A factor is what may change: one knob or several that change together, each from its base to another value. In a design
-of Plackett and Burman (Biometrika 33, 1946) every run has half of the factors changed, and every factor is changed in
-half of the runs, the others balanced: N runs measure N - 1 effects, each from all N runs. A full grid of 11 factors has
-2,048 runs; here 12 are enough. The price: an effect is that of its factor plus parts of the interactions between others
-(a design of resolution III), so that what is found is a shortlist, to be raced.
+A factor is one knob, or several that change together, each from its base to another value. In a Plackett-Burman design
+(Biometrika 33, 1946), every factor is changed in half of the runs, with all other factors balanced: N runs measure
+N - 1 effects, each from all N runs, and every run but the first changes half of the factors. A full grid of 11 factors
+has 2,048 runs; here 12 are enough. The price: the effect of a factor is mixed with parts of the interactions between
+others (resolution III), so the outcome is a shortlist that still has to be raced.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from train_gpt import ConfigError, DataError, require
 
 SIZES = (8, 12, 16, 20, 24)  # runs
 FEWEST_FACTORS = 3  # a full grid of two has four runs
-LENTH = 1.5  # times the median of |e| estimates the deviation of effects that are all noise
-CLEAR = 2.5  # estimated deviations from which an effect counts as none of the noise
+LENTH = 1.5  # x median |effect| estimates the standard deviation of effects that are all noise
+CLEAR = 2.5  # estimated standard deviations above which an effect does not count as noise
 
 
 def split_word(word: str) -> tuple[str, list[str]]:
-    """NAME=v,w -> NAME and its values; semicolons separate values that hold commas. Raises ConfigError."""
+    """NAME=v,w -> NAME and its values; semicolons separate values that contain commas. Raises ConfigError."""
     name, equals, values = word.partition("=")
     require(equals == "=" and name.isidentifier(), f"{word!r}: expected NAME=value,value,...", ConfigError)
     return name, values.split(";" if ";" in values else ",")
@@ -42,7 +42,7 @@ def split_word(word: str) -> tuple[str, list[str]]:
 class Factor(NamedTuple):
     """Knobs that change together."""
 
-    word: str  # as the command says it
+    word: str  # as on the command line
     base: dict[str, str]
     other: dict[str, str]
 
@@ -50,11 +50,11 @@ class Factor(NamedTuple):
 class Design(NamedTuple):
     factors: list[Factor]
     levels: np.ndarray  # (runs, runs - 1) of -1: base, and 1: other; the first row is all base
-    columns: list[int]  # of `levels`, one a factor
+    columns: list[int]  # of `levels`, one per factor
 
     @property
     def spare(self) -> list[int]:
-        """Columns that no factor has: their effects are noise of runs (and interactions)."""
+        """Columns without a factor: their effects are the noise of runs (and interactions)."""
         return [i for i in range(self.levels.shape[1]) if i not in self.columns]
 
     def combinations(self) -> list[dict[str, str]]:
@@ -87,8 +87,8 @@ def parse_factors(words: Sequence[str]) -> list[Factor]:
 
 
 def make_design(factors: list[Factor], runs: int = 0) -> Design:
-    """A design of that many runs; 0: of the fewest. Raises ConfigError where there is none, or where it would run the
-    same combination twice."""
+    """A design of `runs` runs, or of as few as possible if 0. Raises ConfigError if there is none, or if it would run
+    the same combination twice."""
     count = len(factors)
     require(count >= FEWEST_FACTORS, f"--screen needs {FEWEST_FACTORS} factors or more, found {count}: run the grid")
     require(count < max(SIZES), f"--screen: {count} factors need more than {max(SIZES)} runs: give fewer")
@@ -104,8 +104,8 @@ def make_design(factors: list[Factor], runs: int = 0) -> Design:
 
 
 def plackett_burman(runs: int) -> np.ndarray:
-    """(runs, runs - 1) of -1 and 1 with balanced columns, orthogonal in pairs, the first row all -1: from a Hadamard
-    matrix, Sylvester's for 16 runs, else Paley's, from the squares modulo the prime runs - 1."""
+    """(runs, runs - 1) of -1 and 1: columns are balanced and pairwise orthogonal, and the first row is all -1. Derived
+    from a Hadamard matrix: Sylvester's for 16 runs, else Paley's, from the squares modulo the prime runs - 1."""
     if runs == 16:
         hadamard = np.array([[1]])
         for _ in range(4):
@@ -113,7 +113,7 @@ def plackett_burman(runs: int) -> np.ndarray:
         return -hadamard[:, 1:]
 
     prime = runs - 1
-    squares = {i * i % prime for i in range(prime)}  # 0 among them
+    squares = {i * i % prime for i in range(prime)}  # includes 0
     levels = [[1 if (column - row) % prime in squares else -1 for column in range(prime)] for row in range(prime)]
     return np.array([[-1] * prime, *levels])
 
@@ -123,24 +123,24 @@ def plackett_burman(runs: int) -> np.ndarray:
 
 
 def effects(levels: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Main effects of all columns of `levels` (runs, columns) on values (runs, ...): the mean of the runs at the second
-    value less that at the first, (columns, ...)."""
+    """Main effects of all columns of `levels` (runs, columns) on values (runs, ...) -> (columns, ...): the mean of the
+    runs at level 1 minus the mean of the runs at level -1."""
     return np.tensordot(levels.T, values, 1) / (len(levels) / 2)
 
 
 class Noise(NamedTuple):
-    """What an effect may be by chance alone, as other runs of the same would show."""
+    """How large an effect may be by chance alone, from run to run."""
 
-    error: float  # standard error of an effect, or its robust guess
-    reach: float  # of the 95 % interval to either side
-    told: bool  # whether columns that no factor has told it
-    freedom: int  # degrees of freedom: such columns
+    error: float  # standard error of an effect, or a robust estimate of it
+    reach: float  # half-width of the 95 % interval
+    told: bool  # whether it is measured on columns without a factor
+    freedom: int  # degrees of freedom: number of such columns
 
 
 def noise_of(all_effects: np.ndarray, spare: Sequence[int]) -> Noise:
-    """From the effects (columns,) of the spare columns, which have mean zero but for interactions: Student's t with as
-    many degrees of freedom. Without any, from all effects, of which few must be real: Lenth's pseudo standard error and
-    its margin of error (Lenth 1989, Technometrics 31, 469-473)."""
+    """The noise of `all_effects` (columns,). With spare columns, whose effects have mean zero except for interactions:
+    Student's t with one degree of freedom per spare column. Without, from all effects, most of which must be noise:
+    Lenth's pseudo standard error and margin of error (Lenth 1989, Technometrics 31, 469-473)."""
     if spare:
         error = math.sqrt(np.mean(all_effects[spare] ** 2))
         return Noise(error, two_sided(0.95, len(spare)) * error, True, len(spare))
@@ -151,8 +151,8 @@ def noise_of(all_effects: np.ndarray, spare: Sequence[int]) -> Noise:
 
 
 def effects_table(design: Design, runs: Sequence[Run]) -> list[str]:
-    """The lines that say what every factor does to the score before quantisation, the best first; `runs` are those of
-    the design's rows. Raises DataError where they have no such scores, or scored different documents."""
+    """Lines with the effect of every factor on the score before quantisation, best first; `runs` are in the order of
+    the design's rows. Raises DataError if they have no such scores, or scored different documents."""
     for run in runs:
         if run.prequant_nats is None:
             raise DataError(f"{run.path}: it keeps no scores of documents before quantisation; run it again")
@@ -174,7 +174,7 @@ def effects_table(design: Design, runs: Sequence[Run]) -> list[str]:
 
 
 def explanation(noise: Noise, runs: int) -> str:
-    """What the columns of the table mean, and how the noise of runs is known."""
+    """What the columns of the table mean, and how the noise of runs is estimated."""
     text = (
         f"On bits per byte before quantisation, of {runs} runs with one seed: the mean of the runs with the factor's "
         "second value less that of the runs with its base; below zero, the second value is better. An effect holds "

@@ -1,42 +1,42 @@
 """
-Try combinations of knobs, each a run of its own, and rank them on held-out training documents.
+Try combinations of knobs, each in its own run, and rank them on held-out training documents.
 
-    ./run.sh sweep TTT_LR=5e-5,1e-4,2e-4 TTT_CHUNK_TOKENS=16,48 --eval logs/RUN.ptz     score one artifact in every way
-    ./run.sh sweep MATRIX_LR=0.02,0.026,0.03 SEED=0,1,2                                 train and score every one
-    ./run.sh sweep --file combinations.txt                                              one NAME=value ... a line
+    ./run.sh sweep TTT_LR=5e-5,1e-4,2e-4 TTT_CHUNK_TOKENS=16,48 --eval logs/RUN.ptz     score one artifact with each
+    ./run.sh sweep MATRIX_LR=0.02,0.026,0.03 SEED=0,1,2                                 train and score each
+    ./run.sh sweep --file combinations.txt                                              one combination per line
     ./run.sh sweep --source train_gpt.py,B.py,HEAD~3 SEED=0,1,2                         race sources against the first
-    ./run.sh sweep --train-only MATRIX_LR=0.02,0.03 SEED=0,1                            train, and pack nothing
+    ./run.sh sweep --train-only MATRIX_LR=0.02,0.03 SEED=0,1                            only train, pack nothing
     ./run.sh sweep --train-only --screen 12 MATRIX_LR=0.02,0.03 A=0,2+B=8,0 ...         many ideas in few runs
 
-Values are separated by commas, or by semicolons where values hold commas: 'TTT_LORA_TARGETS=q,v;q,k,v,o'. Combinations
-that differ in SEED alone share a line of the result. All other knobs are those of the environment; with --eval, what
-it does not say is as in the artifact's run, and HOLDOUT_TOKENS always is.
+Values are separated by commas, or by semicolons where values contain commas: 'TTT_LORA_TARGETS=q,v;q,k,v,o'.
+Combinations that differ only in SEED share a row of the results. All other knobs come from the environment; with
+--eval, knobs that the environment does not set come from the artifact's run, and HOLDOUT_TOKENS always does.
 
-A source is the path of a train_gpt.py, or a git revision that has one. Each is copied into the sweep's folder, and runs
-from there. Every combination runs under every source, and each is compared with the first: before quantisation and in
-the end, for every seed with a paired interval over documents, and over all seeds. Seeds take turns in their order (A B,
-B A, A B, ...), so that a machine that grows slower favours nobody. The race is over equal seconds with
-MAX_WALLCLOCK_SECONDS, over equal steps with ITERATIONS=n MAX_WALLCLOCK_SECONDS=0.
+A source is the path of a train_gpt.py, or a git revision that contains one. Each source is copied into the sweep's
+folder and runs from there. Every combination runs under every source, and each source is compared with the first, both
+before quantisation and in the final score: per seed, with a paired interval over documents, and over all seeds. The
+order alternates from seed to seed (A B, B A, A B, ...), so that a machine that slows down favours neither. Sources race
+over equal seconds with MAX_WALLCLOCK_SECONDS, and over equal steps with ITERATIONS=n MAX_WALLCLOCK_SECONDS=0.
 
-With --train-only, every job trains to the last second of MAX_WALLCLOCK_SECONDS and scores its weights before they are
-quantised; nothing is packed, read back or adapted. It is for what changes training alone. The next job of a GPU is
-imported, and its data opened, while one trains or scores. Its results are no scores: `record` and `check` refuse them.
+With --train-only, every job trains for all of MAX_WALLCLOCK_SECONDS and scores its weights before quantisation; nothing
+is packed, read back or adapted. Use it for changes that affect only training. While a job trains or scores on a GPU,
+the next one is imported and its data opened. The results are not final scores: `record` and `check` refuse them.
 
-With --screen, every word is a factor, NAME=base,other, or several knobs that change together, A=0,2+B=8,0. Few runs
-tell the effect of each: 12 those of up to 11 factors (a design of Plackett and Burman), all with the SEED of the
-environment, the base first. Columns of the design that no factor has tell the noise of runs: --screen 12 takes 12 runs
-for fewer factors. results.md has the effects once all runs are done.
+With --screen, every word is a factor: NAME=base,other, or several knobs that change together, A=0,2+B=8,0. A few runs
+measure the effect of every factor: 12 runs for up to 11 factors (a Plackett-Burman design), all with the SEED of the
+environment, the base first. Columns of the design without a factor measure the noise between runs; to have more of
+them, --screen 12 takes 12 runs for fewer factors too. results.md lists the effects once all runs are done.
 
-With --data A,B, folders of one text that was prepared with several tokenizers are one more dimension. The last
-HOLDOUT_TOKENS of the first are held out, of the others as many whole documents, which must have the same bytes.
+With --data A,B, folders with the same text prepared with different tokenizers are one more dimension. The last
+HOLDOUT_TOKENS of the first folder are held out, and from the others as many whole documents; their bytes must match.
 
-On a cluster, --launcher 'srun -N1 --gpus=1' --jobs 8 runs eight at once, each behind these words. They must find the
-same folders there.
+On a cluster, --launcher 'srun -N1 --gpus=1' --jobs 8 runs eight jobs at once, each started with that prefix. The same
+folders must be visible to all of them.
 
-Leaves logs/sweeps/<name>/: results.md, results.csv, results.png, and the files of every run. Finished combinations are
-not run again (same knobs, source, data and artifact), so the same command goes on with an interrupted sweep. With
---keep FOLDER, the results, the sources and what is known of every run (its result, log, events and scores of documents,
-no weights) go into FOLDER, too, and are found there: a race may be kept in a repository and go on on another machine.
+Writes logs/sweeps/<name>/: results.md, results.csv, results.png, and the files of every run. A finished combination
+(same knobs, source, data and artifact) is not run again, so repeating the command resumes an interrupted sweep. With
+--keep FOLDER, the results, the sources and the files of every run (result, log, events and document scores, but no
+weights) are also copied into FOLDER and found there: a race can be kept in a repository and resumed on another machine.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ from train_gpt import LOGS, ConfigError, DataError, UserError, require
 
 SWEEPS = LOGS / "sweeps"
 RUN_SH = Path(__file__).resolve().parent.parent / "run.sh"
-SAME_DOCUMENTS = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "HOLDOUT_TOKENS")  # what they follow from
+SAME_DOCUMENTS = ("DATA_PATH", "TOKENIZER_PATH", "VOCAB_SIZE", "HOLDOUT_TOKENS")  # what determines the documents
 APART = {  # knobs that no sweep may vary, and why
     "RUN_ID": "every combination gets one of its own",
     "ARTIFACT": "give it as --eval ARTIFACT",
@@ -88,13 +88,13 @@ APART = {  # knobs that no sweep may vary, and why
 ONLY_TRAINING = ("Model", "Budget", "Data", "Optimizer", "Quantisation")  # groups of knobs
 NOT_TRAINING = ("Quantisation", "Test-time training")
 ASK_SECONDS = 300.0  # to import a source on a busy machine
-STOP_SECONDS = 10.0  # a run that was told to end has so long
-# Suffixes of a run's files: all that a comparison reads. Of a run that only trained, its log would add nothing but the
-# source, which is kept once for all.
+STOP_SECONDS = 10.0  # how long a run has to end after it is told to
+# Suffixes of the files of a run that a comparison reads. The log of a train-only run would add only the source, which
+# is kept once for all runs.
 KEPT = (".json", ".docs.npz", ".events.jsonl", ".txt")
 KEPT_OF_TRAINING = KEPT[:3]
 RESULTS = ("results.md", "results.csv", "results.png")
-LONGEST_NAME = 200  # of a sweep, in characters: file systems end at 255
+LONGEST_NAME = 200  # of a sweep's name, in characters: file systems allow 255
 
 
 # -----------------------------------------------------------------------------
@@ -105,7 +105,7 @@ LONGEST_NAME = 200  # of a sweep, in characters: file systems end at 255
 class Source:
     """A train_gpt.py as it was when the sweep began."""
 
-    name: str  # as --source says it; empty for the one beside the tools, where nothing else was asked for
+    name: str  # as given to --source; empty for this repository's own, without --source
     content: bytes
 
     @property
@@ -113,29 +113,29 @@ class Source:
         return hashlib.sha256(self.content).hexdigest()
 
     def file(self, folder: Path) -> Path:
-        """Where it runs from: a file of the sweep's, which no edit of the original changes."""
+        """Where it runs from: a copy in the sweep's folder, safe from edits of the original."""
         return folder / "sources" / f"{self.sha256[:12]}.py"
 
     def knobs(self) -> dict[str, str]:
-        """What it adds to a combination, so that it is one more dimension of the grid. No knob has small letters."""
+        """Its entry in a combination: one more dimension of the grid. `source` is lower case, as no knob is."""
         return {"source": self.name} if self.name else {}
 
 
 @dataclass
 class Job:
-    """One combination: its run, and how far it is."""
+    """One combination, its run and its progress."""
 
-    knobs: dict[str, str]  # what the sweep says, the name of a source included
+    knobs: dict[str, str]  # what the sweep sets, including the name of the source
     env: dict[str, str]
     source: Source
-    settings: dict[str, str] = dataclasses.field(default_factory=dict)  # every knob that its run has
-    documents: dict = dataclasses.field(default_factory=dict)  # equal only for these, the same training data, tokenizer
-    artifact: str = ""  # sha256 of the one that is scored; empty where the job trains
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)  # all knobs of its run
+    documents: dict = dataclasses.field(default_factory=dict)  # identifies documents, tokenizer and training data
+    artifact: str = ""  # sha256 of the artifact to score; empty if the job trains
     run_id: str = ""
     state: str = "waiting"  # waiting | running | done | failed
-    at: str = ""  # how far, in words
-    bpb: float | None = None  # the latest that the run reported
-    eta: float | None = None  # seconds, of the running phase
+    at: str = ""  # progress, in words
+    bpb: float | None = None  # the latest that the run has reported
+    eta: float | None = None  # seconds left in the current phase
     run: Run | None = None  # once it is done
 
     @property
@@ -159,8 +159,8 @@ def parse_grid(words: Sequence[str]) -> list[dict[str, str]]:
 
 
 def parse_file(path: Path) -> list[dict[str, str]]:
-    """Lines of NAME=value ..., quoted as in a shell; # begins a comment. Names stand in the same order in every
-    combination, so that lines that differ in SEED alone share a row."""
+    """Lines of NAME=value ..., quoted as in a shell; # begins a comment. All combinations get the same order of names,
+    so that lines that differ only in SEED share a row."""
     found = []
     for number, line in enumerate(train_gpt.read_file(path).decode("utf-8", "replace").splitlines(), 1):
         try:
@@ -169,7 +169,7 @@ def parse_file(path: Path) -> list[dict[str, str]]:
             names = [word.partition("=")[0] for word in words]
             twice = [name for name in names if names.count(name) > 1]
             require(not twice, f"{''.join(twice[:1])} is given twice", ConfigError)
-        except ValueError as error:  # ConfigError is one
+        except ValueError as error:  # ConfigError is a ValueError
             raise ConfigError(f"{path}:{number}: {error}") from None
         if words:
             found.append(dict(word.split("=", 1) for word in words))
@@ -179,7 +179,7 @@ def parse_file(path: Path) -> list[dict[str, str]]:
 
 
 def find_sources(words: str | None) -> list[Source]:
-    """The sources that --source names, separated by commas; the one beside the tools if it is not given."""
+    """The comma-separated sources of --source; without it, the train_gpt.py of this repository."""
     if words is None:
         return [Source("", train_gpt.code())]
     return [Source(word, read_source(word)) for word in words.split(",")]
@@ -190,7 +190,7 @@ def read_source(word: str) -> bytes:
     if Path(word).is_file():
         return train_gpt.read_file(word)
     message = f"--source {word!r}: neither a file nor a git revision that has a train_gpt.py"
-    require(bool(re.match(r"\w", word)), message)  # git would take a dash for an option
+    require(bool(re.match(r"\w", word)), message)  # git would parse a leading dash as an option
     try:
         done = subprocess.run(["git", "-C", RUN_SH.parent, "show", f"{word}:train_gpt.py"], capture_output=True)
     except FileNotFoundError:
@@ -200,14 +200,14 @@ def read_source(word: str) -> bytes:
 
 
 def training_knobs(groups: Mapping[str, str]) -> set[str]:
-    """Knobs that change nothing when an artifact is scored, among those of a source, {NAME: its group}."""
+    """Those knobs of a source, {NAME: its group}, that have no effect when an artifact is scored."""
     names = {name for name, group in groups.items() if group in ONLY_TRAINING}
     return (names | {"ARTIFACT_BYTES", "CHECKPOINT_SECONDS"}) - {"MICRO_BATCH_TOKENS", "EVAL_SECONDS"}
 
 
 def check_names(names: Iterable[str], groups: Mapping[str, str], artifact: str | None, train_only: bool) -> None:
-    """Refuse what no sweep of a source with these knobs, or none of an artifact's evaluation, or none that only trains,
-    can vary."""
+    """Refuse names that cannot be swept: not knobs of the source, fixed for all sweeps, or without effect on what is
+    measured (with --eval or --train-only)."""
     train_gpt.refuse_unknown(names, groups)
     useless = training_knobs(groups) if artifact else set()
     if train_only:
@@ -219,21 +219,21 @@ def check_names(names: Iterable[str], groups: Mapping[str, str], artifact: str |
 
 
 def require_training_knobs(names: Iterable[str], groups: Mapping[str, str]) -> None:
-    """Refuse knobs that change nothing in a score before quantisation. Raises ConfigError."""
+    """Refuse knobs that have no effect on the score before quantisation. Raises ConfigError."""
     for name in names:
         late = groups.get(name) in NOT_TRAINING or name in {"ARTIFACT_BYTES", "EVAL_SECONDS"}
         require(not late, f"{name} changes nothing before quantisation, where --train-only and --screen measure")
 
 
 def given() -> dict[str, str]:
-    """The environment without what run.sh put there for a small run."""
+    """The environment without the defaults that run.sh sets for a small run."""
     defaults = os.environ.get("RUN_SH_DEFAULTS", "").split()
     return {name: value for name, value in os.environ.items() if name not in defaults}
 
 
 def environment(knobs: Mapping[str, str]) -> dict[str, str]:
-    """This environment with the knobs of a combination. Where run.sh made a small run of it, that run's defaults are
-    asked for again, for these knobs: what suits TTT_PARAMS=lora has no effect under full."""
+    """This environment with the knobs of a combination. If run.sh has set the defaults of a small run, it is asked for
+    them again with these knobs: a default for TTT_PARAMS=lora has no effect under full."""
     env = given() | knobs
     if os.environ.get("RUN_SH_DEFAULTS"):
         defaults = subprocess.check_output([RUN_SH, "small-job-defaults"], env=env, text=True)
@@ -249,12 +249,12 @@ def make_jobs(
     train_only: bool = False,
     texts: Sequence[Text] = (Text(""),),
 ) -> list[Job]:
-    """One job per combination, source and text, its environment read and checked as its run will do it."""
+    """One job per combination, source and text; reads and checks its environment as its run will."""
     for name in ("ARTIFACT", "RESUME"):
         require(not os.environ.get(name), f"{name} is set in the environment: {APART[name]}")
     names = knob_names(combinations)
     for name in names:
-        foreign = name in os.environ and name not in train_gpt.KNOBS  # PATH, say, without which nothing can be asked
+        foreign = name in os.environ and name not in train_gpt.KNOBS  # PATH, for example, which every process needs
         require(not foreign, f"{name} is not a knob of this train_gpt.py, but in the environment: unset it to sweep it")
 
     jobs = []
@@ -276,14 +276,14 @@ def make_jobs(
 
 
 def ask_settings(jobs: list[Job], gpus: int, artifact: str | None, needs: Sequence[str]) -> dict[str, Any]:
-    """What the source of these jobs says of its knobs and of their environments, and which of `needs` it lacks."""
+    """Ask these jobs' source for its knobs, the settings in each job's environment, and which `needs` it lacks."""
     source = jobs[0].source
     question = {"environments": [job.env for job in jobs], "gpus": gpus, "trains": not artifact, "needs": needs}
     return ask(source, question) if source.name else ask_source.answer(train_gpt, **question)
 
 
 def ask(source: Source, question: Mapping[str, Any]) -> dict[str, Any]:
-    """What a source says to tools/ask_source.py, in a process of its own: a source is never imported into this one."""
+    """A source's answer to tools/ask_source.py, run in a separate process: a source is never imported into this one."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "train_gpt.py")
         path.write_bytes(source.content)
@@ -309,8 +309,8 @@ def is_list(value: Any) -> bool:
 def check_sources(
     sources: Sequence[Source], answers: list[dict[str, Any]], names: list[str], artifact: str | None, train_only: bool
 ) -> None:
-    """Refuse a source that lacks what --train-only needs, by the `answers` of all, and a knob that is set or swept and
-    that one of them does not know."""
+    """Refuse a source that lacks what --train-only needs, and any knob, set or swept, that some source does not know;
+    `answers` are those of all sources."""
     for source, answer in zip(sources, answers, strict=True):
         lacking = ", ".join(map(str, answer["lacking"]))
         name = source.name or "train_gpt.py"
@@ -325,7 +325,7 @@ def check_sources(
 
 
 def require_equal_documents(jobs: list[Job]) -> None:
-    """Sources may have different defaults for the data; their scores would compare nothing."""
+    """Refuse sources whose defaults choose different data: their scores could not be compared."""
     firsts: dict[str | None, Job] = {}
     for job in jobs:
         first = firsts.setdefault(job.knobs.get("data"), job)
@@ -343,8 +343,8 @@ class ScoredText(NamedTuple):
 
 
 def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> ScoredText:
-    """Point every job at the documents that it is to score, and open everything as the first run of every text will ->
-    those of the first."""
+    """Point every job at the documents to score, and open everything that the first run of each text will open.
+    Returns the documents of the first text."""
     by_text: dict[str | None, list[Job]] = {}
     for job in jobs:
         by_text.setdefault(job.knobs.get("data"), []).append(job)
@@ -356,7 +356,7 @@ def choose_documents(jobs: list[Job], on: str, folder: Path, world: int) -> Scor
 
 
 def choose_documents_of(jobs: list[Job], on: str, folder: Path, world: int) -> ScoredText:
-    """The same for the jobs of one text, whose held-out documents lie in `folder`."""
+    """Do so for the jobs of one text, whose held-out documents go into `folder`."""
     config, run = config_to_open(jobs[0], world)
     held = run.holdout_tokens
     if on == "training":
@@ -384,8 +384,8 @@ def choose_documents_of(jobs: list[Job], on: str, folder: Path, world: int) -> S
 
 
 def config_to_open(job: Job, world: int) -> tuple[train_gpt.ModelConfig, train_gpt.RunConfig]:
-    """The configuration by which this train_gpt.py opens what the run of a job will open. Another source may know knobs
-    and values that this one does not: then only those that choose the files count, and a batch of the smallest rows."""
+    """The configuration with which this train_gpt.py opens the files that a job's run will open. Other sources may have
+    knobs and values that this one lacks: for them, only the knobs that choose the files are used, and a tiny batch."""
     if not job.source.name:
         return train_gpt.read_env(job.env)
     files = {name: job.settings[name] for name in (*SAME_DOCUMENTS, "ARTIFACT") if name in job.settings}
@@ -393,8 +393,8 @@ def config_to_open(job: Job, world: int) -> tuple[train_gpt.ModelConfig, train_g
 
 
 def name_runs(jobs: list[Job], folder: Path, gpus: int, artifact: str | None, train_only: bool = False) -> None:
-    """Give every job a run_id: a hash of the knobs that have an effect, the source, the data and the artifact; where
-    sources are raced, behind the source's own. No path is in it: it is the same on every machine."""
+    """Give every job a run_id: a hash of the knobs that have an effect, the source, the data and the artifact, preceded
+    by the source's hash if sources are raced. It contains no path, so it is the same on every machine."""
     ineffective = {*APART} - {"VOCAB_SIZE", "HOLDOUT_TOKENS"}
     digest = ""
     kind = ["train only"] if train_only else []
@@ -417,12 +417,12 @@ def name_runs(jobs: list[Job], folder: Path, gpus: int, artifact: str | None, tr
 
 
 def find_finished(jobs: list[Job], kept: Path | None, train_only: bool = False) -> None:
-    """A job whose run is there under its name, in logs/ or in the folder `kept`, is done. One that is damaged, or
-    another's, will be run again."""
+    """Mark jobs as done whose run exists under its run_id, in logs/ or in the folder `kept`. A run that is damaged or
+    belongs to another combination is run again."""
     for job in jobs:
         if kept is not None and not job.file(".json").exists():
             copy_run(kept / Path(job.run_id).name, job.file(""), train_only)
-        if not job.file(".json").exists():  # not run yet, or cut off
+        if not job.file(".json").exists():  # not run yet, or interrupted
             continue
         try:
             run = load_run(job.run_id, train_only=train_only)
@@ -437,13 +437,13 @@ def find_finished(jobs: list[Job], kept: Path | None, train_only: bool = False) 
 
 
 def require_run_of(job: Job, run: Run) -> None:
-    """Raise DataError for the files of another combination that were given the name of this one, for a result that is
-    not the one that its run reported, and for the score of an artifact that was replaced meanwhile."""
+    """Raise DataError if the run's files belong to another combination, if its result is not the one that it reported,
+    or if the artifact has been replaced since it was scored."""
     result = run.result
     swept = {"seed": str(int(job.knobs["SEED"]))} if "SEED" in job.knobs else {}
     expected = {"run_id": Path(job.run_id).name, "code_sha256": job.source.sha256} | swept
     for name, value in expected.items():
-        found = str(result[name]).rpartition("/")[2]  # it may have been kept by a sweep of another name
+        found = str(result[name]).rpartition("/")[2]  # a sweep of another name may have kept it
         require(found == value, f"{run.path}: its {name} is {found}, expected {value}", DataError)
     scored = result.get("artifact_sha256", job.artifact) if job.artifact else ""
     require(scored == job.artifact, f"{run.path}: it scored another artifact than the sweep began with", DataError)
@@ -452,8 +452,8 @@ def require_run_of(job: Job, run: Run) -> None:
 
 
 def copy_run(source: Path, target: Path, train_only: bool) -> None:
-    """Copy those files of a run that are kept, its result last: a copy that was cut off is no run. Paths without
-    suffixes; nothing is done where the source has no result."""
+    """Copy the files of a run that are kept, the result last, so that an interrupted copy is not taken for a run. Paths
+    are without suffixes. Does nothing if the source has no result."""
     kept = KEPT_OF_TRAINING if train_only else KEPT
     found = [suffix for suffix in reversed(kept) if Path(f"{source}{suffix}").exists()]
     for suffix in found if KEPT[0] in found else ():
@@ -461,7 +461,7 @@ def copy_run(source: Path, target: Path, train_only: bool) -> None:
 
 
 def keep_results(folder: Path, kept: Path, jobs: list[Job]) -> None:
-    """Copy the tables of a sweep, and the sources that ran, to where it is kept."""
+    """Copy a sweep's tables, and the sources that ran, to the folder `kept`."""
     for name in RESULTS:
         train_gpt.write_atomically(kept / name, [train_gpt.read_file(folder / name)], parents=True)
     for source in {job.source for job in jobs if job.source.name}:
@@ -473,7 +473,7 @@ def keep_results(folder: Path, kept: Path, jobs: list[Job]) -> None:
 
 
 def device_slots(device: str, gpus: int, env: Mapping[str, str] = os.environ) -> list[str | None]:
-    """Where jobs can run at the same time: the CUDA_VISIBLE_DEVICES of each, or None for the one CPU."""
+    """One slot per job that can run at the same time: its CUDA_VISIBLE_DEVICES, or None for the CPU."""
     found = 0 if device == "cpu" else torch.cuda.device_count()
     if not found:
         require(gpus == 1, f"--gpus {gpus}: there is no GPU here, or DEVICE=cpu")
@@ -485,7 +485,7 @@ def device_slots(device: str, gpus: int, env: Mapping[str, str] = os.environ) ->
 
 
 def places(options: argparse.Namespace, device: str) -> list[str | None]:
-    """Where jobs run at the same time, as `device_slots`: --jobs of them. A launcher chooses GPUs itself."""
+    """As `device_slots`, but --jobs of them. A launcher chooses GPUs itself."""
     require(options.jobs is None or options.jobs > 0, f"--jobs {options.jobs}: at least 1")
     if options.launcher:
         return [None] * (options.jobs or 1)
@@ -493,13 +493,13 @@ def places(options: argparse.Namespace, device: str) -> list[str | None]:
     if options.jobs is None:
         return slots
     if slots == [None]:
-        return slots * options.jobs  # they share the CPU
+        return slots * options.jobs  # all share the CPU
     require(options.jobs <= len(slots), f"--jobs {options.jobs}: there are GPUs for {len(slots)} at once")
     return slots[: options.jobs]
 
 
 def launcher_words(text: str) -> list[str]:
-    """What stands before every job's command. Raises ConfigError for what cannot be started."""
+    """The words before every job's command. Raises ConfigError if they cannot be started."""
     try:
         words = shlex.split(text)
     except ValueError as error:
@@ -510,8 +510,8 @@ def launcher_words(text: str) -> list[str]:
 
 
 def take_turns(jobs: list[Job]) -> list[Job]:
-    """The order of running: seed by seed, the combinations of every second one backwards (A B, B A, A B, ...), so that
-    whatever drifts with time, such as a machine that grows warm, adds the same to A and B."""
+    """The order of the runs: seed by seed, every second seed's combinations in reverse (A B, B A, A B, ...), so that
+    drift over time, such as a machine that warms up, affects A and B equally."""
     by_seed: dict[str, list[Job]] = {}
     for job in jobs:
         by_seed.setdefault(job.knobs.get("SEED", ""), []).append(job)
@@ -523,15 +523,15 @@ def take_turns(jobs: list[Job]) -> list[Job]:
 
 @dataclass(eq=False)
 class Running:
-    """A process of a job, and the one that is to have its place."""
+    """The process of a job, and the one that takes its slot next."""
 
     job: Job
     process: subprocess.Popen
     slot: str | None
     started_at: float
     events: GrowingEvents
-    trains: bool = False  # its set-up is over
-    successor: Running | None = None  # imported and waiting to be told
+    trains: bool = False  # its set-up is done
+    successor: Running | None = None  # imported and waiting for its signal to begin
 
 
 class Command(NamedTuple):
@@ -539,19 +539,19 @@ class Command(NamedTuple):
 
     words: Sequence[str]  # before the path of a source
     train_only: bool = False
-    ahead: bool = False  # whether a job can be started before its place is free, and wait
+    ahead: bool = False  # whether a job may start before its slot is free, and wait
 
 
 class GrowingEvents:
-    """The events of a run that is still running, as it reports them."""
+    """The events of a run in progress, as they come."""
 
     def __init__(self, path: Path):
         self.path = path
         self.position = 0
-        self.rest = b""  # of a line that is not whole yet
+        self.rest = b""  # beginning of a line that is not complete yet
 
     def new(self) -> list[Event]:
-        """What has come since the last call. A damaged line shows nothing here; it is an error once the run is read."""
+        """The events since the last call. A damaged line is skipped; it is an error when the finished run is read."""
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.position)
@@ -569,7 +569,7 @@ class GrowingEvents:
 
 
 def note_progress(job: Job, event: Event) -> None:
-    """How far a run is, by one of its events."""
+    """Update a job's progress from one event of its run."""
     values = event.values
     match event.name:
         case "set_up":
@@ -596,7 +596,7 @@ def note_progress(job: Job, event: Event) -> None:
 
 
 class Sweep:
-    """Runs jobs, as many at once as there are slots, and shows how far they are."""
+    """Runs jobs, one per slot at a time, and shows their progress."""
 
     def __init__(
         self, jobs: list[Job], slots: list[str | None], command: Command, folder: Path, kept: Path | None = None
@@ -604,15 +604,15 @@ class Sweep:
         self.jobs = take_turns(jobs)
         self.command = command
         self.folder = folder
-        self.kept = kept  # where finished runs are copied to
+        self.kept = kept  # folder that finished runs are copied to
         self.screen = Screen(jobs)
         self.free = list(slots)
         self.slots = len(slots)
         self.running: list[Running] = []
-        self.took: list[float] = []  # seconds of every job that has ended
+        self.took: list[float] = []  # seconds that each ended job took
 
     def run_all(self) -> None:
-        """Return once every job is done or has failed. On KeyboardInterrupt all runs are ended first."""
+        """Return once every job is done or has failed. A KeyboardInterrupt first ends all runs."""
         try:
             while self.running or any(job.state == "waiting" for job in self.jobs):
                 for job in self.jobs:
@@ -628,13 +628,13 @@ class Sweep:
         self.screen.show(0.0, last=True)
 
     def start(self, job: Job, slot: str | None, wait: bool = False) -> Running:
-        """Start a job's process; with `wait`, one that begins once it is told."""
+        """Start a job's process; with `wait`, it begins only when told to."""
         remove_leftovers(job)
         source = job.source.file(self.folder)
         train_gpt.write_atomically(source, [job.source.content], parents=True)
         env = job.env if slot is None else job.env | {"CUDA_VISIBLE_DEVICES": slot}
         if self.command.train_only:
-            env = env | {"PYTHONSAFEPATH": "1"}  # as -P, for the ranks that torchrun starts, too
+            env = env | {"PYTHONSAFEPATH": "1"}  # like -P, but also for the ranks that torchrun starts
         with open(job.file(".err"), "wb") as errors:
             process = subprocess.Popen(
                 [*self.command.words, str(source.resolve()), *(["--wait"] if wait else [])],
@@ -650,7 +650,7 @@ class Sweep:
         return Running(job, process, slot, time.monotonic(), events)
 
     def prepare_successor(self, one: Running) -> None:
-        """Start the next job beside one that trains or scores, so that what needs no GPU is done by its turn."""
+        """Start the next job while one trains or scores, so that work that needs no GPU is done before its turn."""
         if not self.command.ahead or one not in self.running or not one.trains or one.successor is not None:
             return
         waiting = next((job for job in self.jobs if job.state == "waiting"), None)
@@ -658,12 +658,12 @@ class Sweep:
             one.successor = self.start(waiting, one.slot, wait=True)
 
     def give_place(self, one: Running) -> None:
-        """To the job that waits for it, or to any."""
+        """Give a finished job's slot to the job waiting for it, or else free it for any."""
         if one.successor is None:
             self.free.append(one.slot)
             return
         successor = one.successor
-        with contextlib.suppress(BrokenPipeError):  # it has failed, and is looked after as any other
+        with contextlib.suppress(BrokenPipeError):  # it has failed already; look_after() will notice
             successor.process.stdin.write(b"\n")
             successor.process.stdin.close()
         successor.job.state = "running"
@@ -672,7 +672,7 @@ class Sweep:
         self.running.append(successor)
 
     def look_after(self, one: Running) -> None:
-        """Read its events; when it has ended, see what came of it and free its place."""
+        """Read a job's events; once its process has ended, settle the job and pass on its slot."""
         status = one.process.poll()
         for event in one.events.new():
             note_progress(one.job, event)
@@ -687,7 +687,7 @@ class Sweep:
             copy_run(one.job.file(""), self.kept / Path(one.job.run_id).name, self.command.train_only)
 
     def seconds_left(self) -> float | None:
-        """Seconds until the sweep is done, from how long jobs took so far; None until one has ended."""
+        """Estimated seconds until the sweep is done, from the jobs so far; None until one has ended."""
         if not self.took:
             return None
         each = sum(self.took) / len(self.took)
@@ -697,8 +697,8 @@ class Sweep:
         return (running + waiting * each) / self.slots
 
     def stop(self) -> None:
-        """End what runs. After Ctrl-C the runs have had the signal, too, and get a second; then they are terminated,
-        and in the end killed."""
+        """End all running processes. After Ctrl-C they have received the signal too, and get one second; then they are
+        terminated, and finally killed."""
         started = self.running + [one.successor for one in self.running if one.successor is not None]
         processes = [one.process for one in started]
         for seconds, end in ((1.0, subprocess.Popen.terminate), (STOP_SECONDS, subprocess.Popen.kill)):
@@ -712,19 +712,19 @@ class Sweep:
             one.process.wait()
             one.job.file(".err").unlink(missing_ok=True)
             for partial in one.job.file("").parent.glob(".*.partial"):
-                if partial.is_file():  # a folder is of data whose making was killed
+                if partial.is_file():  # a folder is data whose preparation was interrupted
                     partial.unlink()
 
 
 def loses_steps(one: Running) -> bool:
-    """Whether an import beside this run would take training steps from it: on a CPU that has a limit in seconds. The
-    last run of a sweep, beside which nothing is imported, would seem to learn faster."""
+    """Whether an import beside this run would cost it training steps: on a CPU, with a limit in seconds. Otherwise the
+    last run of a sweep, with no import beside it, would seem to learn faster."""
     return one.slot is None and float(one.job.settings.get("MAX_WALLCLOCK_SECONDS", "0")) > 0
 
 
 def job_command(options: argparse.Namespace, launcher: Sequence[str]) -> Command:
-    """How the jobs of a sweep are started. One that waits is told through its standard input, which neither a launcher
-    nor torchrun is sure to hand on."""
+    """How the jobs of a sweep are started. A waiting job is told to begin through its standard input; a launcher or
+    torchrun may not pass that on, so with these no job starts ahead."""
     words = command_of(options.gpus, launcher)
     if not options.train_only:
         return Command(words)
@@ -732,7 +732,7 @@ def job_command(options: argparse.Namespace, launcher: Sequence[str]) -> Command
 
 
 def command_of(gpus: int, launcher: Sequence[str]) -> list[str]:
-    """What starts a source, whose path follows it."""
+    """The command that starts a source; the path of the source comes next."""
     command = [*launcher, sys.executable]
     if gpus > 1:
         command += torchrun(gpus)
@@ -740,8 +740,8 @@ def command_of(gpus: int, launcher: Sequence[str]) -> list[str]:
 
 
 def remove_leftovers(job: Job) -> None:
-    """Remove what an attempt that was cut off has left. Its run may outlive a sweep that was killed: it is waited for.
-    Raises UserError if it still goes on after STOP_SECONDS."""
+    """Remove what an interrupted attempt has left. Its run may outlive a sweep that was killed, so wait for it to end.
+    Raises UserError if it still runs after STOP_SECONDS."""
     deadline = time.monotonic() + STOP_SECONDS
     while True:
         try:
@@ -756,7 +756,7 @@ def remove_leftovers(job: Job) -> None:
 
 
 def conclude(job: Job, status: int, train_only: bool = False) -> None:
-    """Settle a job whose process has ended: done if its run can be read, else failed, and `at` says why."""
+    """Settle a job whose process has ended: done if its run can be read; else failed, with the reason in `at`."""
     job.eta = None
     try:
         require(status == 0, reason_of(job.file(".err"), status), UserError)
@@ -776,8 +776,8 @@ def conclude(job: Job, status: int, train_only: bool = False) -> None:
 
 
 def reason_of(path: Path, status: int) -> str:
-    """The first line of an error output that begins with `error: `, else its last line at all. Where a rank of a run
-    fails, the others say later that it did."""
+    """The first line of the error output that begins with `error: `, else its last line. When a rank fails, the other
+    ranks report that later, so the first such line is the cause."""
     lines = [line for line in train_gpt.read_file(path).decode("utf-8", "replace").splitlines() if line.strip()]
     errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if errors:
@@ -786,7 +786,7 @@ def reason_of(path: Path, status: int) -> str:
 
 
 class Screen:
-    """The live table: redrawn on a terminal; elsewhere one line per change (progress at most every ten seconds a
+    """The live table: redrawn on a terminal; elsewhere one line per change (progress at most every ten seconds per
     job)."""
 
     def __init__(self, jobs: list[Job]):
@@ -826,7 +826,7 @@ class Screen:
         return "  ".join(map(printable, [*parts, job.at]))
 
     def redraw(self, seconds_left: float | None) -> None:
-        """Draw the whole table. Where not all lines fit, what runs or has failed comes first."""
+        """Draw the whole table. If not all lines fit, running and failed jobs come first."""
         width, height = shutil.get_terminal_size()
         room = max(1, height - 3)
         shown = self.jobs
@@ -848,7 +848,7 @@ class Screen:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """No second process sweeps into the same folder."""
+    """Lock the folder, so that no second process sweeps into it."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -927,7 +927,7 @@ def sweep_name(options: argparse.Namespace, combinations: list[dict[str, str]]) 
 
 
 def read_combinations(options: argparse.Namespace) -> tuple[list[dict[str, str]], Design | None]:
-    """Those of the file, the grid or the design, and this; with sources alone, one without any knob."""
+    """The combinations of the file, grid or design, and the design if any; with sources alone, one without knobs."""
     some = bool(options.grid) or bool(options.file) or bool(options.source or options.data)
     require(some and not (options.grid and options.file), "give a grid, NAME=value,value ..., or --file FILE")
     if options.screen is not None:
@@ -939,7 +939,7 @@ def read_combinations(options: argparse.Namespace) -> tuple[list[dict[str, str]]
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. --screen may stand before a word of the grid, which is not its number."""
+    """Parse the command line. A grid word after --screen is not taken for its number."""
     words = list(arguments)
     for i, word in enumerate(words):
         number_follows = i + 1 < len(words) and words[i + 1].isdigit()
@@ -951,14 +951,14 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def command_given(jobs: list[Job], arguments: Sequence[str]) -> str:
-    """This sweep for a shell, with what the environment says of knobs."""
+    """The shell command that repeats this sweep, including the knobs set in the environment."""
     knobs = train_gpt.KNOBS.keys() | {name for job in jobs for name in job.settings}
     said = shell_words({name: value for name, value in given().items() if name in knobs})
     return f"{said} {shlex.join(['./run.sh', 'sweep', *arguments])}".strip()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """-> exit status: 1 when a combination failed."""
+    """-> exit status: 1 if a combination failed."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = read_options(arguments)
     combinations, design = read_combinations(options)
@@ -986,7 +986,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             keep_results(folder, options.keep, jobs)
 
     print(f"{folder}/results.md, results.csv, results.png")
-    chosen = without_seed(rows[0].knobs)  # seeds alone leave nothing to choose
+    chosen = without_seed(rows[0].knobs)  # if only seeds vary, there is nothing to choose
     says_more = options.source or options.data or design  # verdicts and effects say more than the order
     if chosen and not says_more and not scored.is_validation:
         print(f"the best:\n{shell_words(chosen)}")

@@ -2,15 +2,15 @@
 One job of `./run.sh sweep --train-only`: train, and score the weights as they are before quantisation.
 
     python -P tools/train_only.py SOURCE           under the environment of a run: knobs, RUN_ID
-    python -P tools/train_only.py SOURCE --wait    imports and opens its data, says "waits", and begins once told by a
-                                                   line on its standard input; it touches no GPU before
+    python -P tools/train_only.py SOURCE --wait    imports, opens its data, prints "waits", and begins when it
+                                                   reads a line on standard input; no GPU is touched before
 
-SOURCE is a train_gpt.py. Its own main runs, with `experiment` in the place of its experiment. The whole
-MAX_WALLCLOCK_SECONDS is for training: nothing is packed, nothing is read back, and there is no test-time training.
-DATA_PATH is a folder of tools/holdout.py, whose validation set is held-out training documents.
+SOURCE is a train_gpt.py. Its own main runs, with `experiment` below in place of its do_experiment. All of
+MAX_WALLCLOCK_SECONDS goes to training: nothing is packed or read back, and there is no test-time training. DATA_PATH is
+a folder made by tools/holdout.py, whose validation set is held-out training documents.
 
-Leaves the run's log, events, result and scores of documents. The result says "train_only", which no score does.
-Standard library, numpy and torch alone: nothing of the tools' own train_gpt.py may mix with what is run.
+Writes the run's log, events, result and document scores. The result has the field "train_only", unlike that of a full
+run. Imports only the standard library, numpy and torch, so that the tools' own train_gpt.py cannot mix with SOURCE.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-NEEDED = (  # of a source that can be trained alone
+NEEDED = (  # names that a source must define to be trained alone
     "Dist",
     "DivergenceCheck",
     "LOGS",
@@ -57,16 +57,16 @@ NEEDED = (  # of a source that can be trained alone
     "versions",
     "warm_up",
 )
-LAST_LOSSES = 3  # logged steps whose mean is the training loss at the end
+LAST_LOSSES = 3  # number of logged steps averaged into the final training loss
 
 
 def lacking(entry: ModuleType) -> list[str]:
-    """What a source would need for this, and has not."""
+    """The names of NEEDED that a source lacks."""
     return [name for name in NEEDED if not hasattr(entry, name)]
 
 
 def experiment(entry: ModuleType, model_config: Any, run: Any, dist: Any, run_id: str, check_only: bool) -> None:
-    """In the place of a source's do_experiment: train, score before quantisation and report. Raises UserError."""
+    """Replaces a source's do_experiment: train, score before quantisation and report. Raises UserError."""
     for name, value in {"ARTIFACT": run.artifact, "RESUME": run.resume}.items():
         if value:
             raise entry.UserError(f"{name}={value}: this trains from the start: unset it")
@@ -85,7 +85,7 @@ def experiment(entry: ModuleType, model_config: Any, run: Any, dist: Any, run_id
     held_out, trainer = set_up(entry, setup, log, watch)
     with watch.phase("train"):
         history = entry.train(trainer, setup.stream, log, watch, 0.0, validation(entry, trainer, setup), checkpoint)
-    trainer.cuda_graphs = None  # gives the memory of captured steps back to scoring
+    trainer.cuda_graphs = None  # frees the memory of captured steps for scoring
 
     with watch.phase("choose"):
         readout = entry.choose_weights(trainer, setup, held_out, log)
@@ -106,7 +106,7 @@ def experiment(entry: ModuleType, model_config: Any, run: Any, dist: Any, run_id
 
 
 def set_up(entry: ModuleType, setup: Any, log: Any, watch: Any) -> tuple[Any, Any]:
-    """-> the held-out documents, and a trainer whose step is compiled and that has its initial weights."""
+    """-> the held-out documents, and a trainer with its step compiled and its initial weights."""
     with watch.phase("set-up"):
         held_out = setup.stream.held_out()
         trainer = entry.make_trainer(setup, held_out)
@@ -121,7 +121,7 @@ def set_up(entry: ModuleType, setup: Any, log: Any, watch: Any) -> tuple[Any, An
 
 
 def validation(entry: ModuleType, trainer: Any, setup: Any) -> Any:
-    """What VAL_LOSS_EVERY calls: bits per byte of the last iterate."""
+    """The validation that runs every VAL_LOSS_EVERY steps: bits per byte of the last iterate."""
 
     def validate() -> float:
         looping = trainer.looping(trainer.progress)
@@ -131,7 +131,7 @@ def validation(entry: ModuleType, trainer: Any, setup: Any) -> Any:
 
 
 def training_facts(trainer: Any, setup: Any, history: list, watch: Any) -> dict[str, Any]:
-    """What the result says of the training: seconds, nats a token, and bytes of the GPU's memory (0 on a CPU)."""
+    """The result's fields about training: seconds, nats per token, and bytes of GPU memory (0 on a CPU)."""
     seconds = watch.total("train")
     tokens = trainer.step * setup.run.train_batch_tokens
     losses = [loss for _, _, loss in history[-LAST_LOSSES:]]
@@ -143,13 +143,13 @@ def training_facts(trainer: Any, setup: Any, history: list, watch: Any) -> dict[
         "history": history,
         "train_seconds": seconds,
         "tokens_per_s": tokens / max(seconds, 1e-9),
-        "train_loss": float(np.mean(losses)) if losses else None,  # where TRAIN_LOG_EVERY logged none
+        "train_loss": float(np.mean(losses)) if losses else None,  # None if TRAIN_LOG_EVERY logged no step
         "peak_memory_bytes": torch.cuda.max_memory_allocated(setup.dist.device) if on_gpu else 0,
     }
 
 
 def scores(setup: Any, table: Any) -> dict[str, Any]:
-    """What the result says of the documents and their score."""
+    """The result's fields about the documents and their score."""
     docs = table.docs
     return {
         "prequant_bpb": table.bits_per_byte,
@@ -162,7 +162,7 @@ def scores(setup: Any, table: Any) -> dict[str, Any]:
 
 
 def documents_file(table: Any) -> bytes:
-    """The score of every document, in their order: the bytes of an .npz."""
+    """The scores of all documents, in order, as the bytes of an .npz."""
     docs = table.docs
     out = io.BytesIO()
     np.savez_compressed(
@@ -176,33 +176,33 @@ def documents_file(table: Any) -> bytes:
 
 
 def load(path: str) -> ModuleType:
-    """A source as the module `train_gpt`."""
+    """Import a source as the module `train_gpt`."""
     spec = importlib.util.spec_from_file_location("train_gpt", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["train_gpt"] = module  # dataclasses look their module up
+    sys.modules["train_gpt"] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
 
 def open_data(entry: ModuleType) -> None:
-    """Open what the run will read, so that the system has it in memory, as a rank on a CPU: the GPU is another's."""
-    with contextlib.suppress(entry.UserError):  # the run itself comes upon it and says it
+    """Read the run's data into the page cache, as a rank on a CPU: the GPU belongs to another job."""
+    with contextlib.suppress(entry.UserError):  # the run itself will hit the error and report it
         setup = entry.make_setup(*entry.read_env(), entry.Dist())
         setup.stream.held_out()
         setup.stream.read(0, setup.run.train_batch_tokens)
         if setup.run.device != "cpu" and setup.run.compile:
-            importlib.import_module("torch._inductor.compile_fx")  # seconds, which the first compilation would take
+            importlib.import_module("torch._inductor.compile_fx")  # spares the first compilation seconds
 
 
 def wait_until_told() -> None:
-    """Return once there is a line on the standard input; where that ends without any, so does this process."""
+    """Return once a line arrives on the standard input; exit if the input ends without one."""
     print("waits", flush=True)
     if not os.read(0, 1):
         sys.exit("error: it was never told to begin")
 
 
 def main(path: str, *options: str) -> int:
-    """-> exit status, as that of a source."""
+    """-> exit status, as from the source."""
     entry = load(path)
     if missing := lacking(entry):
         print(f"error: {path}: it has no {', '.join(missing)}: it cannot be trained alone", file=sys.stderr)
