@@ -1,9 +1,9 @@
 """
-A lossless compressor: an artifact's predictions, test-time training included, drive an arithmetic coder.
+A lossless compressor: an artifact's predictions, including test-time training, drive an arithmetic coder.
 
 A document is tokenised. Every token, and the BOS that ends the document, is coded with the probability that the scorer
-gives it; once a chunk is known to both sides, the model learns from it. Where the tokenizer does not restore the text
-exactly, edits of the decoded text are stored as well, so that any bytes come back.
+gives it. Once a chunk is known to both sides, the model learns from it. If the tokenizer does not restore the text
+exactly, edits to the decoded text are stored too, so that any input round-trips byte for byte.
 
     magic (4) | length of the header (2, little-endian) | header: JSON, deflated | edits | coded tokens
     | BLAKE2b-64 of everything before (8)
@@ -41,10 +41,10 @@ from tools.coder import Decoder, Encoder, intervals
 from tools.values import printable
 from train_gpt import BOS, DataError, UserError, require
 
-MAX_BYTES = 1 << 26  # of a text, and of all its edits
+MAX_BYTES = 1 << 26  # of a text, and of all its edits together
 
 # -----------------------------------------------------------------------------
-# Predictor: an artifact, the tokenizer that it names and the knobs of test-time training. Nothing else is read.
+# Predictor: an artifact, its tokenizer, and the knobs of test-time training. Nothing else is read.
 
 DATA_KNOBS = ("DATA_PATH", "TOKENIZER_PATH")  # where the tokenizer is
 CODING_KNOBS = ("EVAL_SEQ_LEN", "SEED")  # together with the TTT_ knobs they determine the predictions
@@ -52,8 +52,8 @@ FIXED_KNOBS = {
     "COMPILE": "1",  # a GPU's graphs belong to the format
     "RESUME": "",
     "EVAL_STRIDE": "1",
-}  # the stride is of no use to coding, but may not exceed the context
-STRIDE = train_gpt.RunConfig().eval_stride  # what a score without adaptation has
+}  # coding does not use the stride, but it may not exceed the context
+STRIDE = train_gpt.RunConfig().eval_stride  # of a score without adaptation
 NO_DOCUMENTS = train_gpt.split_documents(np.zeros(0, np.uint16), np.zeros(0, np.int64))
 
 
@@ -66,15 +66,15 @@ class Predictor(NamedTuple):
 
 
 def open_predictor(path: Path, knobs: Mapping[str, str] | None = None, device: str = "cpu") -> Predictor:
-    """Open an artifact on a device, a value of the knob DEVICE. Its other knobs are `knobs`, if given; else a knob
-    comes from the environment, else from the run that made the artifact, else it has its default. No data but the
-    tokenizer is needed. Raises UserError."""
+    """Open an artifact on `device`, a value of the knob DEVICE. The other knobs are `knobs` if given; else each comes
+    from the environment, else from the run that made the artifact, else from its default. The only data needed is the
+    tokenizer. Raises UserError."""
     env = knobs_of_run(path, os.environ) | dict(os.environ)
     if knobs is not None:
         env = {name: env[name] for name in DATA_KNOBS if name in env} | dict(knobs)
-        env["MICRO_BATCH_TOKENS"] = str(MAX_KNOBS["EVAL_SEQ_LEN"])  # of no use here, but no context may be longer
+        env["MICRO_BATCH_TOKENS"] = str(MAX_KNOBS["EVAL_SEQ_LEN"])  # unused here, but no context may be longer
     _, run = train_gpt.read_env(env | {"ARTIFACT": str(path), "DEVICE": device} | FIXED_KNOBS)
-    dist = train_gpt.Dist.from_env(run.device, {})  # alone, whatever torchrun may have set
+    dist = train_gpt.Dist.from_env(run.device, {})  # a single process, whatever torchrun may have set
     blob = train_gpt.read_file(path)
     header, _ = train_gpt.read_header(blob, str(path))
     config = train_gpt.stored_config(header["meta"], str(path))
@@ -102,14 +102,14 @@ def knobs_to_store(predictor: Predictor) -> dict[str, str]:
 
 
 def make_deterministic(threads: int) -> None:
-    """From now on, the same numbers are always summed in the same order."""
+    """From now on, the same sum is always computed in the same order."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def build(device: torch.device) -> str:
-    """What the bits of a prediction depend on besides the artifact, the knobs, and the GPU or the number of threads."""
+    """Software and instruction set: what else affects a prediction's bits, beside artifact, knobs, GPU or threads."""
     instructions = torch.backends.cpu.get_cpu_capability()
     if device.type == "cuda":
         triton = train_gpt.triton.__version__ if train_gpt.triton else "none"
@@ -119,7 +119,7 @@ def build(device: torch.device) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Text: from the bytes of a document to tokens. What the tokens decode to may differ from it.
+# Text: from the bytes of a document to tokens. Decoding the tokens may give a different text.
 
 
 def uses_caseops(predictor: Predictor) -> bool:
@@ -128,28 +128,28 @@ def uses_caseops(predictor: Predictor) -> bool:
 
 
 def to_tokens(predictor: Predictor, caseops: bool, text: str) -> list[int]:
-    """The tokens of a text and the BOS that ends it."""
+    """The tokens of a text, and a final BOS."""
     tokens = predictor.tokenizer.processor.encode(encode_caseops(text) if caseops else text)
     return [token for token in tokens if token != BOS] + [BOS]
 
 
 def to_bytes(predictor: Predictor, caseops: bool, tokens: list[int]) -> bytes:
-    """The text of these tokens, the last of which is BOS."""
+    """The text of these tokens, the last of which must be BOS."""
     text = predictor.tokenizer.processor.decode(tokens[:-1])
     return (decode_caseops(text) if caseops else text).encode()
 
 
 class Stretch(NamedTuple):
-    """A part of a document: text, and the bytes behind it that are not UTF-8."""
+    """A part of a document: text, and the non-UTF-8 bytes that follow it."""
 
     text: str
     raw: bytes
 
 
 def split_stretches(document: bytes) -> list[Stretch]:
-    """Cut a document where it stops and where it starts to be UTF-8. If more than a tenth of it is not UTF-8, none
-    counts as text."""
-    decoded = document.decode(errors="surrogateescape")  # a byte that is not UTF-8 becomes U+DC80 to U+DCFF
+    """Cut a document wherever valid UTF-8 starts or stops. If more than a tenth is not UTF-8, none of it counts as
+    text."""
+    decoded = document.decode(errors="surrogateescape")  # a non-UTF-8 byte becomes U+DC80 to U+DCFF
     parts = [*re.split("([\udc80-\udcff]+)", decoded), ""]
     stretches = [
         Stretch(text, raw.encode(errors="surrogateescape")) for text, raw in zip(parts[::2], parts[1::2], strict=True)
@@ -160,25 +160,25 @@ def split_stretches(document: bytes) -> list[Stretch]:
 
 
 # -----------------------------------------------------------------------------
-# Edits: how one byte string becomes another.
+# Edits: turn one byte string into another.
 
-EDIT_PASSES = 2  # one for what the tokenizer lost, one for what is not UTF-8
+EDIT_PASSES = 2  # one for what the tokenizer lost, one for non-UTF-8 bytes
 MAX_EDITS = 1 << 20  # in a file; a few bytes of a zstd frame could claim millions, and each takes 100 bytes of memory
-MATCH_BYTES = 8  # two strings agree again where this many bytes are equal...
+MATCH_BYTES = 8  # two strings match again where this many bytes are equal...
 LOOK_AHEAD = 4096  # ...within this distance
 
 
 class Edit(NamedTuple):
-    """Copy, leave out, insert."""
+    """Copy bytes, skip bytes, insert bytes."""
 
     same: int  # bytes to copy
-    dropped: int  # bytes to leave out next
+    dropped: int  # bytes to skip next
     added: bytes
 
 
 def find_edits(source: bytes, target: bytes) -> list[Edit]:
-    """Edits that turn `source` into `target`, found greedily from left to right: short where the differences are small,
-    correct always."""
+    """Edits that turn `source` into `target`, found greedily from left to right: always correct, and short if the
+    differences are small."""
     edits = []
     a = b = 0
     while True:
@@ -196,7 +196,7 @@ def find_edits(source: bytes, target: bytes) -> list[Edit]:
 def common_prefix(x: bytes, a: int, y: bytes, b: int) -> int:
     """How many bytes of x[a:] and y[b:] agree."""
     same = 0
-    size = 64  # compared at a time, doubled while all are equal
+    size = 64  # bytes compared at a time, doubled while all are equal
     while True:
         part = x[a + same : a + same + size]
         other = y[b + same : b + same + size]
@@ -207,7 +207,7 @@ def common_prefix(x: bytes, a: int, y: bytes, b: int) -> int:
 
 
 def next_match(source: bytes, a: int, target: bytes, b: int) -> tuple[int, int]:
-    """The nearest positions, from a and b on, where MATCH_BYTES bytes agree; a few bytes ahead in both, if none do."""
+    """The nearest positions, from a and b on, where MATCH_BYTES bytes agree; if none do, a few bytes ahead in both."""
     step = 4 * MATCH_BYTES
     best = min(a + step, len(source)), min(b + step, len(target))
     if best[0] == len(source):
@@ -250,7 +250,7 @@ def apply_edits(source: bytes, edits: list[Edit]) -> bytes:
 def to_documents(
     predictor: Predictor, caseops: bool, parts: list[bytes], separator: bytes
 ) -> tuple[list[list[int]], list[list[Edit]]]:
-    """Documents -> the tokens of each, and EDIT_PASSES passes of edits that correct what these decode to."""
+    """Documents -> the tokens of each, and EDIT_PASSES passes of edits that correct the decoded text."""
     stretches = [split_stretches(part) for part in parts]
     texts = ["".join(stretch.text for stretch in document) for document in stretches]
     documents = [to_tokens(predictor, caseops, text) for text in texts]
@@ -262,7 +262,7 @@ def to_documents(
 def from_documents(
     predictor: Predictor, caseops: bool, documents: list[list[int]], separator: bytes, passes: list[list[Edit]]
 ) -> bytes:
-    """The inverse: the bytes of all documents, with the separator between them."""
+    """The inverse of `to_documents`: the bytes of all documents, with the separator between them."""
     data = separator.join(to_bytes(predictor, caseops, tokens) for tokens in documents)
     for edits in passes:
         data = apply_edits(data, edits)
@@ -270,7 +270,7 @@ def from_documents(
 
 
 def varint(value: int) -> bytes:
-    """LEB128: seven bits a byte, the lowest first; the last byte is below 128."""
+    """LEB128: seven bits per byte, the lowest first; the last byte is below 128."""
     out = bytearray()
     while value > 127:
         out.append(value & 127 | 128)
@@ -279,7 +279,7 @@ def varint(value: int) -> bytes:
 
 
 def pack_edits(passes: list[list[Edit]]) -> bytes:
-    """Passes of edits, plain or in a zstd frame, whichever is shorter; no bytes for no edits."""
+    """Serialise passes of edits, plain or in a zstd frame, whichever is shorter; no edits give no bytes."""
     if not any(passes):
         return b""
     count = sum(map(len, passes))
@@ -293,7 +293,7 @@ def pack_edits(passes: list[list[Edit]]) -> bytes:
 
 
 def unpack_edits(data: bytes) -> list[list[Edit]]:
-    """The inverse. Raises ValueError."""
+    """The inverse of `pack_edits`. Raises ValueError."""
     if not data:
         return [[]] * EDIT_PASSES
     kind, packed = data[0], data[1:]
@@ -313,7 +313,7 @@ def read_pass(reader: Reader) -> list[Edit]:
 
 
 class Reader:
-    """Reads varints, and byte strings preceded by their length."""
+    """Reads varints and length-prefixed byte strings."""
 
     def __init__(self, data: bytes):
         self.data = data
@@ -339,11 +339,11 @@ class Reader:
 
 
 # -----------------------------------------------------------------------------
-# Coding: documents side by side, chunk by chunk. Encoder and decoder share `code_group` and differ in how the tokens of
-# a chunk become known: the encoder has them and predicts all of them at once; the decoder finds one and predicts again.
-# A prediction must therefore not vary, not even in its last bit, with the tokens after it, which the decoder does not
-# have yet: the encoder checks that. Both compute it by the same pass over all of the chunk and all rows, on a GPU by
-# the same CUDA graph: a pass of another shape might round otherwise.
+# Coding: documents side by side, chunk by chunk. Encoder and decoder share `code_group`. They differ in how the tokens
+# of a chunk become known: the encoder has them and predicts all at once; the decoder decodes one and predicts again. So
+# a prediction must not change, not even in its last bit, with the tokens after it, which the decoder does not have yet:
+# the encoder checks that. Both run the same pass over the whole chunk and all rows, on a GPU the same CUDA graph,
+# because a pass of another shape might round differently.
 
 
 class Chunk(NamedTuple):
@@ -353,19 +353,19 @@ class Chunk(NamedTuple):
     size: int  # C
     documents: np.ndarray  # (B,) which document each row holds
     last_tokens: np.ndarray  # (B,) the token before the chunk
-    active: np.ndarray  # (B,) bool, the row holds a document, which has not ended before the chunk
+    active: np.ndarray  # (B,) bool: the row holds a document that has not ended before the chunk
     predict: Callable[[np.ndarray], Tensor]  # inputs (B, C) -> logits (B, C, V), until the next call
 
 
 class TokenCoder(Protocol):
     def code(self, chunk: Chunk) -> np.ndarray:
-        """Code a chunk -> its tokens (B, C), with nothing but BOS from the end of a document on."""
+        """Code a chunk -> its tokens (B, C), all BOS from the end of a document on."""
 
 
 def code_group(run: train_gpt.RunConfig, learners: train_gpt.Learners, documents: range, coder: TokenCoder) -> None:
     """Code these documents to their ends, adapting to each, chunk by chunk as the scorer does."""
     device = learners.device
-    # Of every document; the last entries are for rows without one.
+    # One entry per document; the last entries are for rows without one.
     last_tokens = np.full(len(documents) + 1, BOS)
     ended = np.append(np.zeros(len(documents), bool), True)
 
@@ -387,7 +387,7 @@ def code_group(run: train_gpt.RunConfig, learners: train_gpt.Learners, documents
         targets = coder.code(Chunk(step.first, size, documents.start + rows, before, active, predict))
         ended[rows] |= (targets == BOS).any(1)
         if ended.all():
-            return  # nothing would be scored with what the last chunk teaches
+            return  # nothing is scored after the last chunk, so there is no need to learn from it
 
         to_learn = bool(run.ttt_enabled) and step.first + size >= run.ttt_min_doc_tokens
         chunk = learner.score(on_device(inputs_of(before, targets)), on_device(targets), to_learn)
@@ -400,8 +400,8 @@ def code_group(run: train_gpt.RunConfig, learners: train_gpt.Learners, documents
 def require_memory(
     config: train_gpt.ModelConfig, run: train_gpt.RunConfig, documents: int, device: torch.device
 ) -> None:
-    """Refuse what this device cannot hold: LoRA with gradients and moments, the logits of a chunk, keys and values.
-    Fp32. All twice, for the learners of fewer documents that take over as documents end or reach late chunks."""
+    """Refuse what this device cannot hold: LoRA with gradients and moments, the logits of a chunk, keys and values, all
+    in fp32. Counted twice, for the smaller learners that take over as documents end or reach late chunks."""
     passes = len(train_gpt.layer_plan(config, looping=True))
     widths = 2 * config.model_dim * passes * len(run.lora_targets) + config.model_dim + config.vocab_size
     cached = passes * 2 * config.kv_dim * run.eval_seq_len
@@ -418,7 +418,7 @@ def require_memory(
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that this device has, in use or not."""
+    """Total bytes of memory of this device, in use or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -430,14 +430,14 @@ def inputs_of(last_tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def counted(targets: np.ndarray, active: np.ndarray) -> np.ndarray:
-    """Which targets (B, C) belong to their document: those up to and including its first BOS."""
+    """The mask (B, C) of targets that belong to their document: up to and including its first BOS."""
     is_end = targets == BOS
     ends_before = np.cumsum(is_end, 1) - is_end
     return active[:, None] & (ends_before == 0)
 
 
 class TokenEncoder:
-    """Encodes the tokens of documents, each with the BOS that ends it."""
+    """Encodes the tokens of documents, each with its final BOS."""
 
     def __init__(self, documents: Sequence[Sequence[int]], progress: Callable[[int], None]):
         self.documents = documents
@@ -456,7 +456,7 @@ class TokenEncoder:
         self.check_causality(chunk, inputs, logits)
 
         mask = counted(targets, chunk.active)
-        for place in range(chunk.size):  # in the order in which the decoder finds them
+        for place in range(chunk.size):  # in the order of decoding
             rows = np.flatnonzero(mask[:, place])
             for row, bounds in zip(rows, intervals(logits[rows, place]), strict=True):
                 self.encoder.put(bounds, int(targets[row, place]))
@@ -465,7 +465,7 @@ class TokenEncoder:
         return targets
 
     def check_causality(self, chunk: Chunk, inputs: np.ndarray, logits: Tensor) -> None:
-        """Predict as the decoder will, knowing the chunk only up to one place, another in every chunk, and compare."""
+        """Predict as the decoder will, with the chunk known only up to one place that varies by chunk, and compare."""
         place = chunk.first // chunk.size * 5 % chunk.size
         partial = inputs.copy()
         partial[:, place + 1 :] = BOS
@@ -506,7 +506,7 @@ class TokenDecoder:
 
 
 def code_documents(predictor: Predictor, documents: int, coder: TokenCoder) -> None:
-    """Code so many documents, TTT_BATCH_DOCS side by side."""
+    """Code this many documents, TTT_BATCH_DOCS side by side."""
     run = predictor.run
     check_adaptation(run)
     at_a_time = run.ttt_batch_docs
@@ -522,8 +522,8 @@ def check_adaptation(run: train_gpt.RunConfig) -> None:
 
 
 def with_rows_for(predictor: Predictor, documents: int) -> Predictor:
-    """On a GPU a row costs the same with no document in it: the predictor with a TTT_BATCH_DOCS no larger than so many
-    documents need to stay side by side to their ends. A CPU has no such rows."""
+    """The predictor with TTT_BATCH_DOCS cut to what this many documents need to stay side by side to their ends: on a
+    GPU an empty row costs as much as a full one. A CPU has no empty rows."""
     if predictor.device.type == "cpu":
         return predictor
     run = predictor.run
@@ -534,7 +534,7 @@ def with_rows_for(predictor: Predictor, documents: int) -> Predictor:
 
 
 def encode(predictor: Predictor, documents: Sequence[Sequence[int]], progress: Callable[[int], None]) -> bytes:
-    """Tokens of documents, each with the BOS that ends it -> coded bytes."""
+    """Tokens of documents, each with its final BOS -> coded bytes."""
     coder = TokenEncoder(documents, progress)
     code_documents(predictor, len(documents), coder)
     return coder.encoder.finish()
@@ -543,20 +543,20 @@ def encode(predictor: Predictor, documents: Sequence[Sequence[int]], progress: C
 def decode(
     predictor: Predictor, documents: int, tokens: int, data: bytes, progress: Callable[[int], None]
 ) -> list[list[int]]:
-    """The inverse; `tokens` is their number in all documents together. Raises DataError."""
+    """The inverse of `encode`; `tokens` is the total number over all documents. Raises DataError."""
     coder = TokenDecoder(documents, tokens, data, progress)
     code_documents(predictor, documents, coder)
     return coder.documents
 
 
 # -----------------------------------------------------------------------------
-# Files: a header says what is needed to read the rest.
+# Files: a header holds what is needed to read the rest.
 
 MAGIC = b"PGT\x01"
 DIGEST_BYTES = 8
 MAX_DOCUMENTS = 1 << 20
 MAX_HEADER_BYTES = 1 << 16
-MAX_KNOBS = {  # of a compressed file: they multiply the work that a few bytes ask for
+MAX_KNOBS = {  # maxima in a compressed file: they multiply the work that a few bytes can cause
     "TTT_EPOCHS": 16,
     "TTT_LORA_RANK": 1024,
     "TTT_BATCH_DOCS": 4096,
@@ -576,7 +576,7 @@ HEADER = {
     "threads": int,
     "tokens": int,
 }
-GPU_HEADER = HEADER | {"device": str}  # with the GPU's name; without, a CPU made the file
+GPU_HEADER = HEADER | {"device": str}  # `device` is the GPU's name; without it, a CPU made the file
 DEFLATE_DICTIONARY = (  # part of the format: headers are deflated as if they followed this text
     b'{"artifact":"0123456789abcdef","build":"torch 2.13.0+cu128, AVX2, AVX512, entry ","caseops":true,'
     b'"documents":1,"edits":0,"knobs":{"EVAL_SEQ_LEN":"512","TTT_BATCH_DOCS":"16","TTT_CHUNK_TOKENS":"64",'
@@ -585,7 +585,7 @@ DEFLATE_DICTIONARY = (  # part of the format: headers are deflated as if they fo
 
 
 class Compressed(NamedTuple):
-    """A compressed file, and what it consists of."""
+    """A compressed file, and the sizes of its parts."""
 
     blob: bytes
     header: int  # bytes, magic, length and checksum included
@@ -596,7 +596,7 @@ class Compressed(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """A compressed file, checked and taken apart."""
+    """A compressed file, checked and parsed."""
 
     header: dict[str, Any]
     edits: list[list[Edit]]
@@ -608,7 +608,7 @@ def digest(data: bytes) -> str:
 
 
 def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compressed:
-    """Code a text as one document, or as those that the separator divides it into. Raises UserError."""
+    """Code a text as one document, or split into documents at the separator. Raises UserError."""
     parts = data.split(separator) if separator else [data]
     require(
         len(data) <= MAX_BYTES and len(parts) <= MAX_DOCUMENTS,
@@ -643,14 +643,14 @@ def compress(predictor: Predictor, data: bytes, separator: bytes = b"") -> Compr
 
 
 def reported_bits(predictor: Predictor, texts: Sequence[bytes]) -> float:
-    """What the scorer reports for these documents, the end of each included."""
+    """The bits that the scorer reports for these documents, including the end of each."""
     documents, _ = to_documents(predictor, uses_caseops(predictor), list(texts), b"\0")
     stream = np.array([BOS, *itertools.chain(*documents)], np.uint16)
     docs = train_gpt.Documents(stream, np.ones(len(stream), np.int64), np.flatnonzero(stream == BOS))
     run = with_rows_for(predictor, len(documents)).run
     run = dataclasses.replace(run, eval_stride=min(STRIDE, run.eval_seq_len))
     dist = train_gpt.Dist(device=predictor.device)
-    scorer = train_gpt.Evaluation(predictor.model, docs, run, dist, train_gpt.Log(), lambda: 0.0)  # takes all its time
+    scorer = train_gpt.Evaluation(predictor.model, docs, run, dist, train_gpt.Log(), lambda: 0.0)  # no time limit
     return float(scorer.score().nats.sum()) / math.log(2)
 
 
@@ -662,7 +662,7 @@ def pack_file(header: dict[str, Any], edits: bytes, coded: bytes) -> bytes:
 
 
 def unpack_file(blob: bytes, what: str) -> Contents:
-    """Take a compressed file apart; nothing in it is trusted before it is checked. Raises DataError."""
+    """Parse a compressed file; nothing in it is trusted before it is checked. Raises DataError."""
     require(blob[:4] == MAGIC, f"{what}: not a text compressed by this program, it begins with {blob[:4]!r}", DataError)
     body = blob[:-DIGEST_BYTES]
     require(
@@ -688,7 +688,7 @@ def inflate(data: bytes) -> bytes:
 
 
 def check_header(header: Any) -> None:
-    """Refuse values that cannot be: a file with a valid checksum may still have been made by somebody else."""
+    """Refuse impossible values: even a file with a valid checksum may be forged."""
     require(isinstance(header, dict), "the header is not a table")
     kinds = GPU_HEADER if "device" in header else HEADER
     require(header.keys() == kinds.keys(), "the header has other entries")
@@ -705,7 +705,7 @@ def check_header(header: Any) -> None:
 
 
 def check_work(knobs: Mapping[str, str]) -> None:
-    """Refuse knobs that are none, or that ask for more work than MAX_KNOBS. Raises UserError."""
+    """Refuse unknown knobs, and those that exceed MAX_KNOBS. Raises UserError."""
     known = checked_knobs(knobs, "its header")
     require(known.keys() == knobs.keys(), f"unknown knobs: {', '.join(sorted(knobs.keys() - known.keys()))}")
     for name, most in MAX_KNOBS.items():
@@ -714,9 +714,9 @@ def check_work(knobs: Mapping[str, str]) -> None:
 
 
 def device_of(header: Mapping[str, Any]) -> str:
-    """The device that a text was compressed on, as a value of the knob DEVICE. Raises UserError where that device is
-    not here or DEVICE is another. Another GPU or build is refused, as its numbers are others; another CPU is not, as
-    its numbers may be the same."""
+    """The device that a text was compressed on, as a value of the knob DEVICE. Raises UserError if this machine
+    lacks that device or DEVICE differs. Another GPU or build is refused, as its numbers differ; another CPU is
+    accepted, as its numbers may be the same."""
     allowed = os.environ.get("DEVICE", "auto")
     device = "cuda" if "device" in header else "cpu"
     where = f"compressed on a GPU, {printable(header['device'])}" if device == "cuda" else "compressed on a CPU"
@@ -764,7 +764,7 @@ def decompress(path: Path, contents: Contents) -> bytes:
 
 
 class Progress:
-    """Reports to stderr, every ten seconds, how far the work is and how long it will still take."""
+    """Reports progress and the estimated time left to stderr, every ten seconds."""
 
     def __init__(self, what: str, total: int):
         self.what = what
@@ -787,11 +787,11 @@ class Progress:
 
 
 # -----------------------------------------------------------------------------
-# Commands: what compress, decompress and sample share.
+# Commands: code shared by compress, decompress and sample.
 
 
 def argument_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command that uses an artifact."""
+    """The argument parser of a command that uses an artifact."""
     parser = argparse.ArgumentParser(
         prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -800,7 +800,7 @@ def argument_parser(prog: str, description: str) -> argparse.ArgumentParser:
 
 
 def convert_file(source: Path, out: Path, convert: Callable[[bytes], tuple[bytes, str]]) -> None:
-    """Write to `out` what `convert` makes of `source`, and print what it says about that."""
+    """Convert `source`, write the result to `out`, and print the message that `convert` returns."""
     data = train_gpt.read_file(source)
     started = time.monotonic()
     result, summary = convert(data)

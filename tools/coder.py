@@ -1,9 +1,9 @@
 """
-Arithmetic coding: symbols with their predicted probabilities, to bytes and back.
+Arithmetic coding: symbols with predicted probabilities, to bytes and back.
 
 A range coder (Martin 1979) with 64 bits of state that emits whole bytes; a carry is added to the bytes already emitted.
-A symbol is an interval of whole numbers within [0, TOTAL). Coding it costs log2(TOTAL / its width) bits, and rounding
-adds less than 2^-26 of a bit. `intervals` turns logits into such numbers, always the same from the same logits.
+A symbol is an interval of integers within [0, TOTAL). Coding it costs log2(TOTAL / width) bits, and rounding adds less
+than 2^-26 of a bit. `intervals` turns logits into such intervals deterministically.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ RENORMALISE = TOP >> 8  # between two symbols the range lies in (RENORMALISE, TO
 def intervals(logits: Tensor) -> np.ndarray:
     """Logits of n predictions (n, V) fp32 -> bounds (n, V + 1) int32, each row rising from 0 to TOTAL. Symbol s of a
     row gets bounds[s] to bounds[s + 1]: its share of TOTAL, rounded down, plus 1 so that every symbol can be coded.
-    What is left over goes to the likeliest symbol, the first of equals.
+    The remainder goes to the likeliest symbol (the first if tied).
 
-    This is done where the logits are. On a GPU a softmax of other shape may round otherwise, so encoder and decoder
-    must ask for the same predictions together."""
-    probabilities = torch.softmax(logits.double(), 1)  # in memory of its own, however the logits lie in theirs
+    Computed on the device of the logits. On a GPU, a softmax of another shape may round differently, so encoder and
+    decoder must batch the same predictions together."""
+    probabilities = torch.softmax(logits.double(), 1)  # its own memory, whatever the layout of the logits
     if not torch.isfinite(probabilities).all():
         raise UserError("the model's logits are not finite: adaptation has diverged; lower TTT_LR")
     symbols = probabilities.size(1)
@@ -42,7 +42,7 @@ def intervals(logits: Tensor) -> np.ndarray:
 
 
 class Encoder:
-    """put() every symbol, then finish()."""
+    """Call put() for every symbol, then finish()."""
 
     def __init__(self):
         self.low = 0  # the range is [low, low + range), below the bytes emitted so far
@@ -60,7 +60,7 @@ class Encoder:
             self.range <<= 8
 
     def _raise_low(self, amount: int) -> None:
-        """Add to `low`, and carry into the bytes that have been emitted."""
+        """Add to `low`, and carry into the bytes already emitted."""
         self.low += amount
         if self.low < TOP:
             return
@@ -72,9 +72,9 @@ class Encoder:
         self.out[at] += 1
 
     def finish(self) -> bytes:
-        """The shortest bytes that denote these symbols, as the decoder reads zeros after them."""
+        """The shortest bytes that encode these symbols; the decoder reads zeros after them."""
         size = 0
-        while -self.low % (TOP >> 8 * size) >= self.range:  # no number in the range ends in so many zeros
+        while -self.low % (TOP >> 8 * size) >= self.range:  # no number in the range ends in that many zero bytes
             size += 1
         self._raise_low(-self.low % (TOP >> 8 * size))
         self.out += self.low.to_bytes(STATE_BYTES, "big")[:size]
@@ -82,7 +82,7 @@ class Encoder:
 
 
 class Decoder:
-    """get() as many symbols as were put, with the same bounds."""
+    """Call get() once per symbol put, with the same bounds."""
 
     def __init__(self, data: bytes):
         self.data = data
@@ -91,13 +91,13 @@ class Decoder:
         self.offset = int.from_bytes(data[:STATE_BYTES].ljust(STATE_BYTES, b"\0"), "big")  # of the code in the range
 
     def get(self, bounds: np.ndarray) -> int:
-        """The next symbol. Raises DataError where no encoder can have put one."""
+        """The next symbol. Raises DataError if no encoder can have written it."""
         unit = self.range >> TOTAL_BITS
         place = self.offset // unit
         if place >= TOTAL or self.read > len(self.data) + STATE_BYTES:
             raise DataError("the coded text makes no sense: this computer does not predict what the encoder's did")
 
-        # Of the same type, so that numpy need not convert all bounds.
+        # In the same dtype, so that numpy need not convert all bounds.
         symbol = int(np.searchsorted(bounds, bounds.dtype.type(place), side="right")) - 1
         begin, end = int(bounds[symbol]), int(bounds[symbol + 1])
         self.offset -= unit * begin

@@ -1,27 +1,27 @@
 """
-Compress a text with an artifact: its score, test-time training included, turned into bits.
+Compress a text with an artifact: its score, including test-time training, turned into bits.
 
     python -m tools.compress FILE OUT          one document
     python -m tools.compress --table N         N held-out documents, against gzip, xz and zstd
 
-Any bytes come back exactly (python -m tools.decompress): what the tokenizer cannot restore is stored as well.
-The knobs TTT_..., EVAL_SEQ_LEN and SEED are taken from the environment, else from the run that made the artifact, and
+Any input is restored byte for byte (python -m tools.decompress): what the tokenizer cannot restore is stored too.
+The knobs TTT_..., EVAL_SEQ_LEN and SEED come from the environment, else from the run that made the artifact, and are
 stored in OUT. DATA_PATH or TOKENIZER_PATH must lead to the tokenizer.
 
-It runs on the GPU if there is one, else on the CPU; DEVICE=cpu or cuda decides otherwise. What a GPU compressed, only a
-GPU decompresses, and what a CPU compressed, only a CPU; `decompress` takes the one that OUT names.
+It runs on the GPU if there is one, else on the CPU; set DEVICE=cpu or cuda to choose. Only a GPU decompresses what a
+GPU compressed, and only a CPU what a CPU compressed; `decompress` uses the one that OUT names.
 
-What is promised: OUT decompresses on the same computer with the same torch, artifact and train_gpt.py, whose names it
-carries. Elsewhere the last bit of a sum may differ, and with it everything after. A GPU of another name or with another
-build is refused. Another CPU is tried, and fails with a message if the text's checksum is wrong. So this is a proof
-that the score is a code length, and not an archiver. On a CPU as many threads are used as OMP_NUM_THREADS says or there
-are cores, and the decoder then uses as many.
+Guarantee: OUT decompresses on the same computer with the same torch, artifact and train_gpt.py, all of which it names.
+Elsewhere the last bit of a sum may differ, and with it everything after. A GPU of another name or with another build is
+refused. Another CPU is tried, and fails with a message if the text's checksum is wrong. So this proves that the score
+is a code length; it is not an archiver. A CPU uses OMP_NUM_THREADS threads, or one per core; the decoder then uses the
+same number.
 
-Speed: decompressing costs a forward pass over a chunk (TTT_CHUNK_TOKENS) for every token, compressing about five for
-every chunk. A CPU core took 0.14 s a token to decompress with the default network and 0.015 s with the small one, and
-to compress 0.02 s and 0.002 s. Progress is reported, with the time left. Documents in one file (--split) are coded side
-by side, TTT_BATCH_DOCS at a time, which is faster, most of all on a GPU; memory grows with their number. At most 64 MiB
-go into a file.
+Speed: decompressing costs one forward pass over a chunk (TTT_CHUNK_TOKENS) per token, compressing about five per chunk.
+On one CPU core, decompressing took 0.14 s per token with the default network and 0.015 s with the small one;
+compressing took 0.02 s and 0.002 s. Progress and the time left are reported. Documents in one file (--split) are coded
+side by side, TTT_BATCH_DOCS at a time, which is faster, especially on a GPU; memory grows with their number. A file
+holds at most 64 MiB of text.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def separator(text: str) -> bytes:
 
 
 def compressed(predictor: codec.Predictor, data: bytes, between: bytes) -> tuple[bytes, str]:
-    """-> the compressed file, and what to say about it."""
+    """-> the compressed file, and a message about it."""
     made = codec.compress(predictor, data, between)
     size = len(made.blob)
     return made.blob, (
@@ -66,10 +66,10 @@ def compressed(predictor: codec.Predictor, data: bytes, between: bytes) -> tuple
 
 
 def held_out(predictor: codec.Predictor, count: int) -> list[bytes]:
-    """Validation documents of evenly spaced ranks by length, shortest first."""
+    """`count` validation documents, evenly spaced in the ranking by length, shortest first."""
     run = predictor.run
     docs = train_gpt.load_validation(run.data_path, predictor.model.config.vocab_size, predictor.tokenizer)
-    order = np.argsort(docs.lengths[:-1], kind="stable")  # the last document has no BOS behind it
+    order = np.argsort(docs.lengths[:-1], kind="stable")  # the last document has no closing BOS
     train_gpt.require(0 < count <= len(order), f"--table {count}: there are {len(order)} documents to choose from")
     chosen = order[np.linspace(0, len(order) - 1, count + 2).astype(int)[1:-1]]
     caseops = codec.uses_caseops(predictor)
@@ -85,7 +85,7 @@ def sizes_of_others(data: bytes) -> list[int]:
 
 
 def print_table(predictor: codec.Predictor, count: int) -> None:
-    """Sizes in bytes: a line for each document, and one for all of them in one file."""
+    """Print sizes in bytes: one line per document, and one for all of them in one file."""
     texts = held_out(predictor, count)
     print("| document | bytes | gzip -9 | xz -9e | zstd -19 | artifact | header | its tokens | score | bits per byte |")
     print("|" + "---|" * 10)
@@ -95,7 +95,7 @@ def print_table(predictor: codec.Predictor, count: int) -> None:
 
 
 def print_row(predictor: codec.Predictor, name: str, texts: list[bytes]) -> None:
-    """Sizes of these documents in one file. "artifact" is the whole file, of which "header" and "its tokens" are parts;
+    """Print the sizes of these documents in one file. "artifact" is the whole file, with "header" and "its tokens";
     "score" is what the scorer reports for these tokens, in bytes."""
     text = b"\0".join(texts)
     made = codec.compress(predictor, text, b"\0" if len(texts) > 1 else b"")

@@ -1,9 +1,9 @@
 """
-Finished runs, read back from the disk and checked, and what two of them differ by.
+Finished runs, read back from disk and checked, and the differences between them.
 
-A run RUN_ID is four files in logs/: RUN_ID.json (the result), RUN_ID.docs.npz (scores of every document),
-RUN_ID.events.jsonl (what it reported, for programs) and RUN_ID.txt (the source that ran, then the same for people).
-All are hostile until checked, and must agree. In a record folder they are train_seedN.json, .docs.npz and .log, which
+A run RUN_ID is four files in logs/: RUN_ID.json (the result), RUN_ID.docs.npz (the scores of every document),
+RUN_ID.events.jsonl (its reports, for programs) and RUN_ID.txt (the source that ran, then its reports for people). All
+are untrusted until checked, and must agree. In a record folder they are train_seedN.json, .docs.npz and .log; the .log
 holds the text, a line "events:" and the events.
 """
 
@@ -34,16 +34,16 @@ from train_gpt import LOGS, MAX_RANKS, DataError
 MAX_UNPACKED_BYTES = 1 << 28  # of a .docs.npz: six million documents
 MAX_LOG_BYTES = 1 << 27  # of a log: source, lines for people and, in a record, events
 MAX_RESULT_BYTES = 1 << 24  # of a .json: the losses of 300,000 steps
-MAX_ENTRIES = 64  # of a .docs.npz, which has six
-MAX_OF_A_DOCUMENT = {"f": 1e15, "i": 1 << 40}  # so that sums over all documents stay exact, and finite
-TOLERANCE = 1e-9  # relative; sums in another order differ in their last bits
+MAX_ENTRIES = 64  # in a .docs.npz, which has six
+MAX_OF_A_DOCUMENT = {"f": 1e15, "i": 1 << 40}  # keeps sums over all documents exact and finite
+TOLERANCE = 1e-9  # relative; the order of a sum affects its last bits
 RESAMPLES = 10_000
-FEWEST = 10  # documents behind an interval; one of fewer would pretend to know
-PER_DOCUMENT = {"nats": "f", "static_nats": "f", "tokens": "i", "bytes": "i", "updates": "i"}  # and their kinds
-LATER_PER_DOCUMENT = {"prequant_nats": "f"}  # which runs of earlier versions lack, and those that trained nothing
+FEWEST = 10  # documents needed for an interval; one from fewer would be spurious
+PER_DOCUMENT = {"nats": "f", "static_nats": "f", "tokens": "i", "bytes": "i", "updates": "i"}  # array -> its dtype kind
+LATER_PER_DOCUMENT = {"prequant_nats": "f"}  # missing in runs of earlier versions or without training
 RUN_AGAIN = "; a run of this version writes it; run it again"
 FILES_OF_A_RUN = (".ptz", ".docs.npz", ".events.jsonl", ".txt")  # beside its .json
-EVENTS_BELOW = b"\nevents:\n"  # in the log of a record, between what people read and the events
+EVENTS_BELOW = b"\nevents:\n"  # in a record's log, between the text and the events
 
 
 def is_history(value: Any) -> bool:
@@ -85,8 +85,8 @@ FIELDS = {
     "validation": digest,
     "knobs": table_of(any_text),
 }
-LATER_FIELDS = {"excess_bytes": whole}  # which results of earlier versions lack
-TRAINING_FIELDS = {  # of a run that trained; one with ARTIFACT has none of them
+LATER_FIELDS = {"excess_bytes": whole}  # missing in results of earlier versions
+TRAINING_FIELDS = {  # of a run that trained; a run with ARTIFACT has none of them
     "steps": whole,
     "train_tokens": whole,
     "epochs": number,
@@ -95,8 +95,8 @@ TRAINING_FIELDS = {  # of a run that trained; one with ARTIFACT has none of them
     "history": is_history,
     "train_seconds": number,
 }
-TRAIN_ONLY = "train_only"  # marks the result of a run that tools/train_only.py made: it is no score
-TRAIN_ONLY_FIELDS = {  # of such a run, which has no others
+TRAIN_ONLY = "train_only"  # marks the result of tools/train_only.py, which is not a final score
+TRAIN_ONLY_FIELDS = {  # all the fields of such a result
     name: (FIELDS | LATER_FIELDS | TRAINING_FIELDS)[name]
     for name in (
         *("run_id", "seed", "code_sha256", "code_bytes", "knobs", "world_size", "device", "versions", "phases"),
@@ -107,7 +107,7 @@ TRAIN_ONLY_FIELDS = {  # of such a run, which has no others
     TRAIN_ONLY: lambda value: value is True,
     "readout": text,
     "tokens_per_s": number,
-    "train_loss": optional(number),  # null where no step was logged
+    "train_loss": optional(number),  # null if no step was logged
     "peak_memory_bytes": whole,  # of the GPU; 0 on a CPU
 }
 TRAIN_ONLY_PER_DOCUMENT = {"prequant_nats": "f", "tokens": "i", "bytes": "i"}
@@ -117,16 +117,16 @@ TRAIN_ONLY_PER_DOCUMENT = {"prequant_nats": "f", "tokens": "i", "bytes": "i"}
 class Run:
     """A finished run whose files agree with each other. Arrays are over the validation documents, in their order.
 
-    Of one that only trained, all scores are those before quantisation."""
+    In a train-only run, all scores are those before quantisation."""
 
     path: Path  # of the .json; log and docs_path lie beside it
-    result: dict[str, Any]  # what the .json holds, every field of FIELDS checked
+    result: dict[str, Any]  # content of the .json, every field of FIELDS checked
     nats: np.ndarray  # (documents,) float64, sum over a document's targets, with adaptation
     static_nats: np.ndarray  # (documents,) float64, without adaptation
     tokens: np.ndarray  # (documents,) int64, targets
     bytes: np.ndarray  # (documents,) int64, bytes of original text
     updates: np.ndarray  # (documents,) int64, adaptation steps
-    prequant_nats: np.ndarray | None  # (documents,) float64, before quantisation; None where the run keeps none
+    prequant_nats: np.ndarray | None  # (documents,) float64, before quantisation; None if the run has none
     validation: str  # sha256 over the validation tokens and bytes: equal for runs on the same documents
 
     @property
@@ -135,27 +135,27 @@ class Run:
 
     @property
     def trained(self) -> bool:
-        """Whether the run trained, and has TRAINING_FIELDS; or else scored an artifact."""
+        """Whether the run trained, and so has TRAINING_FIELDS; if not, it scored an artifact."""
         return "steps" in self.result
 
     @property
     def train_only(self) -> bool:
-        """Whether it only trained: nothing was packed, read back or scored in the end."""
+        """Whether the run only trained: nothing was packed, read back or scored at the end."""
         return TRAIN_ONLY in self.result
 
     @property
     def recorded(self) -> bool:
-        """Whether it lies in a record folder."""
+        """Whether the run is in a record folder."""
         return self.path.name.startswith("train_seed") and not beside(self.path, ".txt").exists()
 
     @property
     def log(self) -> Path:
-        """logs/RUN.txt, or in a record folder train_seedN.log."""
+        """logs/RUN.txt, or train_seedN.log in a record folder."""
         return beside(self.path, ".log" if self.recorded else ".txt")
 
     @property
     def bpb(self) -> float:
-        """Bits per byte from the documents' nats and bytes, not from what the result claims."""
+        """Bits per byte, computed from the documents' nats and bytes, not taken from the result."""
         return bits_per_byte(self.nats, self.bytes)
 
     @property
@@ -164,17 +164,17 @@ class Run:
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return float(self.nats.sum() / self.tokens.sum())
 
     @property
     def source(self) -> bytes:
-        """The train_gpt.py that ran, as the log begins with it."""
+        """The train_gpt.py that ran; the log begins with it."""
         return read_part(self.log, MAX_LOG_BYTES)[: self.result["code_bytes"]]
 
     @functools.cached_property
     def log_text(self) -> str:
-        """What the log says to people after the source and an empty line: settings, progress, result."""
+        """The log's text for people, which follows the source and an empty line: settings, progress, result."""
         content = read_part(self.log, MAX_LOG_BYTES)[self.result["code_bytes"] :].removeprefix(b"\n")
         if self.recorded:
             content = content.partition(EVENTS_BELOW)[0] + b"\n"
@@ -185,7 +185,7 @@ class Run:
 
     @functools.cached_property
     def events(self) -> list[Event]:
-        """What the run reported, in order. Raises DataError where that is missing or damaged."""
+        """What the run reported, in order. Raises DataError if it is missing or damaged."""
         if not self.recorded:
             path = beside(self.path, ".events.jsonl")
             return read_events(read_part(path, MAX_EVENT_BYTES), path.name)
@@ -206,7 +206,7 @@ class Run:
         ]
 
     def phases(self) -> dict[str, tuple[float, str]]:
-        """Seconds and clock ("training", "evaluation" or "-") of every phase."""
+        """{phase: (seconds, clock)}; the clock is "training", "evaluation" or "-"."""
         return {event["name"]: (event["seconds"], event["clock"]) for event in self.reported("phase")}
 
 
@@ -215,14 +215,14 @@ def bits_per_byte(nats: np.ndarray, size: np.ndarray) -> float:
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """logs/a.b.json -> logs/a.b<suffix>: a run's name may hold dots."""
+    """logs/a.b.json -> logs/a.b<suffix>: a run's name may contain dots."""
     return path.with_name(path.name.removesuffix(".json") + suffix)
 
 
 def load_run(name: str | Path, folder: Path = LOGS, train_only: bool = False) -> Run:
-    """A run by its RUN_ID (in `folder`), or the path of its .json or of another of its files; with `train_only`, one
-    that only trained, which is refused else. Raises DataError where a file is missing or damaged, a field is missing or
-    of another kind, or the files contradict each other; the message lists every contradiction."""
+    """Load a run by its RUN_ID (in `folder`), or by the path of its .json or another of its files. A train-only run is
+    refused unless `train_only`. Raises DataError if a file is missing or damaged, if a field is missing or of another
+    kind, or if the files contradict each other; the message lists every contradiction."""
     path = result_path(str(name), folder)
     result = read_result(path, train_only)
     documents = read_documents(beside(path, ".docs.npz"), train_only)
@@ -236,7 +236,7 @@ def load_run(name: str | Path, folder: Path = LOGS, train_only: bool = False) ->
 
 
 def result_path(name: str, folder: Path) -> Path:
-    """Where the .json of a run lies that is named by its RUN_ID or by one of its files."""
+    """The path of a run's .json, given its RUN_ID or the path of one of its files."""
     if name.endswith(".json"):
         return Path(name)
     named = folder / f"{name}.json"
@@ -249,7 +249,7 @@ def result_path(name: str, folder: Path) -> Path:
 
 
 def read_result(path: Path, train_only: bool = False) -> dict[str, Any]:
-    """The checked content of a .json; `train_only` as for `load_run`."""
+    """The checked content of a run's .json; `train_only` as for `load_run`."""
     result = read_table(path)
     if TRAIN_ONLY in result and not train_only:
         raise DataError(f"{path}: its run only trained (sweep --train-only): nothing was packed, and this is no score")
@@ -265,7 +265,7 @@ def read_result(path: Path, train_only: bool = False) -> dict[str, Any]:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """A .json that may be the result of a run: names and values, of which nothing is checked."""
+    """A .json that may be the result of a run: names and unchecked values."""
     content = read_part(path, MAX_RESULT_BYTES)
     try:
         return parse_object(content)
@@ -274,15 +274,15 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def read_part(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes. A pipe or a device, which might never end, is not opened.
+    """The content of a regular file of at most `most` bytes. Pipes and devices, which might never end, are not read.
     Raises DataError."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes to must not hold us up
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe without a writer must not block
         with open(handle, "rb") as file:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise DataError(f"{path}: not a regular file")
             content = file.read(most + 1)
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+    except (OSError, ValueError) as error:  # ValueError: the path has a null byte
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: cannot be read: {error.args[-1]}{RUN_AGAIN}") from None
@@ -292,14 +292,14 @@ def read_part(path: Path, most: int) -> bytes:
 
 
 def read_documents(path: Path, train_only: bool = False) -> dict[str, Any]:
-    """The checked arrays of a .docs.npz, and `validation`; with `train_only`, those of a run that only trained."""
+    """The checked arrays of a .docs.npz, and `validation`; with `train_only`, of a train-only run."""
     content = read_part(path, MAX_UNPACKED_BYTES)
     needed = TRAIN_ONLY_PER_DOCUMENT if train_only else PER_DOCUMENT
     try:
         found = read_arrays(content, path, needed)
     except DataError:
         raise
-    except Exception as error:  # zip, deflate and the header of an array each break in ways of their own
+    except Exception as error:  # zip, deflate and array headers each fail in their own ways
         raise DataError(f"{path}: not the scores of a run's documents: {type(error).__name__}: {error}") from None
 
     check_documents(path, found)
@@ -310,8 +310,8 @@ def read_documents(path: Path, train_only: bool = False) -> dict[str, Any]:
 
 
 def read_arrays(content: bytes, path: Path, needed: Iterable[str]) -> dict[str, np.ndarray]:
-    """The `needed` arrays of a .docs.npz by name, and those that later runs have. Sizes are checked before anything is
-    unpacked."""
+    """The `needed` arrays of a .docs.npz by name, and those of LATER_PER_DOCUMENT if present. Sizes are checked before
+    anything is unpacked."""
     if content.count(zipfile.stringCentralDir) > MAX_ENTRIES:
         raise DataError(f"{path}: more than {MAX_ENTRIES} entries, a run writes {len(PER_DOCUMENT) + 1}")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -323,11 +323,11 @@ def read_arrays(content: bytes, path: Path, needed: Iterable[str]) -> dict[str, 
 
 
 def read_array(content: bytes) -> np.ndarray:
-    """A .npy, whose header must account for all of its bytes: a shape may claim more than the memory holds."""
+    """Parse a .npy. Its header must account for all of its bytes: a shape may claim more than memory holds."""
     file = io.BytesIO(content)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    with warnings.catch_warnings(action="error"):  # a header that numpy has to mend is not one of ours
+    with warnings.catch_warnings(action="error"):  # a header that numpy has to repair is not ours
         shape, _, dtype = read_header(file)
     data = content[file.tell() :]
     if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data):
@@ -336,7 +336,7 @@ def read_array(content: bytes) -> np.ndarray:
 
 
 def check_documents(path: Path, found: dict[str, np.ndarray]) -> None:
-    """Every array has one number a document, of its kind, finite and not negative."""
+    """Require one number per document in every array, of the right kind, finite and not negative."""
     count = found["tokens"].size
     known = PER_DOCUMENT | LATER_PER_DOCUMENT
     kinds = {name: kind for name, kind in known.items() if name in found}
@@ -352,7 +352,7 @@ def check_documents(path: Path, found: dict[str, np.ndarray]) -> None:
 
 
 def disagreements(run: Run) -> list[str]:
-    """Every number of the result that its documents, its source or its other numbers contradict."""
+    """Every number in the result that contradicts its documents, its source or other numbers."""
     result = run.result
     recomputed = {
         "documents": len(run.nats),
@@ -388,7 +388,7 @@ def disagreements(run: Run) -> list[str]:
 
 
 class Interval(NamedTuple):
-    """A figure and the 95 % interval that the bootstrap gives it; of too few documents, from -inf to inf."""
+    """A figure and its 95 % bootstrap interval; with too few documents, the interval is (-inf, inf)."""
 
     value: float
     low: float
@@ -403,8 +403,8 @@ def shown_interval(low: float, high: float) -> str:
 
 
 def require_same_documents(a: Run, b: Run, same_text: bool = False) -> None:
-    """Raise DataError unless both scored the same documents and count the same bytes. With `same_text`, it is known
-    that both held out the same documents, perhaps in tokens of their own: the bytes of each must be the same."""
+    """Raise DataError unless both scored the same documents and count the same bytes. With `same_text`, both are known
+    to have held out the same documents, perhaps with different tokenizers: only each document's bytes must be equal."""
     if same_text and np.array_equal(a.bytes, b.bytes):
         return
     if a.validation != b.validation or not np.array_equal(a.bytes, b.bytes) or not np.array_equal(a.tokens, b.tokens):
@@ -418,8 +418,8 @@ def require_same_documents(a: Run, b: Run, same_text: bool = False) -> None:
 def differences(
     base: Run, others: list[Run], seed: int = 0, chosen: np.ndarray | None = None, same_text: bool = False
 ) -> list[Interval]:
-    """bpb of every other run minus that of `base`, in all documents or those of the mask `chosen` (documents,), with a
-    paired 95 % interval: see `ratio_intervals`. All must have scored the same documents."""
+    """bpb of every other run minus bpb of `base`, each with a paired 95 % interval: see `ratio_intervals`. Over all
+    documents, or those in the mask `chosen` (documents,). All runs must have scored the same documents."""
     for other in others:
         require_same_documents(base, other, same_text)
     keep = slice(None) if chosen is None else chosen
@@ -431,7 +431,7 @@ class OverSeeds(NamedTuple):
     """The mean of a difference over seeds, and its 95 % interval."""
 
     value: float
-    spread: float  # standard deviation over seeds; nan of a single one
+    spread: float  # standard deviation over seeds; nan for a single seed
     low: float
     high: float
     seeds: int
@@ -442,12 +442,12 @@ class OverSeeds(NamedTuple):
 
 
 def over_seeds(gaps: np.ndarray, size: np.ndarray) -> OverSeeds:
-    """A difference in bpb over seeds, from the bits by which two runs of each seed differ, gaps (documents, seeds), and
-    the bytes of documents, size (documents,).
+    """The mean difference in bpb over seeds. gaps (documents, seeds) are the bits by which the two runs of each seed
+    differ, size (documents,) the bytes.
 
-    Documents and seeds are drawn independently, so that their errors add up as squares: the bootstrap's interval over
-    documents of the mean over seeds, and Student's t of the seeds' differences. A single seed says nothing of others:
-    the interval is then that over documents."""
+    Documents and seeds are sampled independently, so their errors add in quadrature: the bootstrap interval over
+    documents of the mean over seeds, and Student's t of the seeds' differences. A single seed tells nothing about
+    others: the interval is then the one over documents."""
     by_seed = gaps.sum(0) / size.sum()
     seeds = len(by_seed)
     (mean,) = ratio_intervals(gaps.mean(1, keepdims=True), size, 0)
@@ -462,17 +462,17 @@ def over_seeds(gaps: np.ndarray, size: np.ndarray) -> OverSeeds:
 
 
 def ratio_intervals(parts: np.ndarray, size: np.ndarray, seed: int, resamples: int = RESAMPLES) -> list[Interval]:
-    """sum(parts) / sum(size) of k figures over n documents, parts (n, k) and size (n,), each with the percentile
-    bootstrap's 95 % interval (Efron & Tibshirani 1993, ch. 13): documents are drawn with replacement, the same draws
-    for every figure, and each draw gives a ratio of sums (a draw without any bytes is divided by 1). Of fewer than
-    FEWEST documents, nothing is known: draws of a single one would all be the same."""
+    """sum(parts) / sum(size) for k figures over n documents, parts (n, k) and size (n,), each with its 95 % percentile
+    bootstrap interval (Efron & Tibshirani 1993, ch. 13): documents are drawn with replacement, the same draws for every
+    figure, and each draw gives a ratio of sums (a draw without any bytes is divided by 1). Fewer than FEWEST documents
+    give no interval: all draws of a single document would be equal."""
     if len(size) < FEWEST:
         return [Interval(float(value), -math.inf, math.inf) for value in parts.sum(0) / size.sum()]
     columns = np.column_stack([parts, size]).astype(np.float64)
     generator = np.random.default_rng(seed)
     n, k = parts.shape
     ratios = np.empty((resamples, k))
-    rows_at_once = max(1, (1 << 22) // n)  # 32 MB of counts at a time
+    rows_at_once = max(1, (1 << 22) // n)  # at most 32 MB of counts
 
     for start in range(0, resamples, rows_at_once):
         rows = min(rows_at_once, resamples - start)
@@ -486,13 +486,13 @@ def ratio_intervals(parts: np.ndarray, size: np.ndarray, seed: int, resamples: i
 
 
 def ratio_and_error(parts: np.ndarray, size: np.ndarray) -> tuple[float, float]:
-    """sum(parts) / sum(size) over n documents, parts (n,) and size (n,), and its standard error: that of a ratio
-    estimator (Cochran 1977, section 2.11), of which documents are a sample."""
+    """sum(parts) / sum(size) over n documents, parts (n,) and size (n,), and the standard error of this ratio estimator
+    (Cochran 1977, section 2.11), with documents as the sample."""
     ratio = parts.sum() / size.sum()
     return float(ratio), math.sqrt(((parts - ratio * size) ** 2).sum()) / float(size.sum())
 
 
 def length_groups(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Documents by length, (documents,) targets -> (label, mask) of every octave that holds any."""
+    """Group documents by length: tokens (documents,) -> (label, mask) of every octave that is not empty."""
     octaves = np.floor(np.log2(np.maximum(tokens, 1))).astype(int)
     return [(f"{1 << i}-{(2 << i) - 1}", octaves == i) for i in np.unique(octaves).tolist()]
