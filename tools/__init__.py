@@ -1,2 +1,2 @@
-"""What the 16 MB need not pay for: tools that examine, compare and keep runs. They import train_gpt, never the
-other way round."""
+"""Tools that examine, compare and keep runs, and do not count towards the 16 MB. They import train_gpt, never the other
+way round."""

@@ -1,4 +1,4 @@
-"""An artifact, opened as the run that scores it opens it; and how every tool ends."""
+"""Opens an artifact as a scoring run would; and how every tool exits."""
 
 import contextlib
 import io
@@ -13,20 +13,20 @@ import train_gpt
 from tools.results import read_table
 from tools.values import any_text, printable, table_of
 
-SYSTEM = ("TTT_PARAMS", "TTT_SCOPE", "TTT_OPTIMIZER")  # knobs that decide which other TTT_ knobs mean anything
+SYSTEM = ("TTT_PARAMS", "TTT_SCOPE", "TTT_OPTIMIZER")  # knobs that decide which other TTT_ knobs apply
 
 
 class Opened(NamedTuple):
     """An artifact, ready to score."""
 
-    env: dict[str, str]  # the environment under which `python train_gpt.py` scores it just so
+    env: dict[str, str]  # the environment in which `python train_gpt.py` scores it the same way
     setup: train_gpt.Setup  # knobs, device, tokenizer and validation
     model: train_gpt.GPT
 
 
 def open_artifact(path: Path | str, changes: Mapping[str, str] | None = None) -> Opened:
-    """Open an artifact and the validation it is scored on. A knob is what `changes` says ({"DEVICE": "cpu", ...}), else
-    the environment, else the result of the run beside the artifact, else its default. Raises UserError."""
+    """Open an artifact and its validation set. A knob comes from `changes` ({"DEVICE": "cpu", ...}), else from the
+    environment, else from the result of the artifact's own run, else from its default. Raises UserError."""
     path = Path(path)
     env = knobs_of_run(path, os.environ) | dict(os.environ) | {"RESUME": ""} | dict(changes or {})
     env["ARTIFACT"] = str(path)
@@ -39,15 +39,15 @@ def open_artifact(path: Path | str, changes: Mapping[str, str] | None = None) ->
 
 
 def result_beside(artifact: Path) -> dict[str, Any]:
-    """The result of the run that wrote an artifact, logs/RUN.json for logs/RUN.ptz; empty where there is none. It may
-    be of an older version: nothing in it is checked."""
+    """The result of the run that wrote an artifact, logs/RUN.json for logs/RUN.ptz; empty if there is none. It may be
+    from an older version: nothing in it is checked."""
     path = artifact.with_suffix(".json")
     return read_table(path) if path.exists() else {}
 
 
 def knobs_of_run(artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """The knobs that the result beside an artifact names; without the TTT_ ones where `env` chooses another way of
-    adapting, for which they may mean nothing."""
+    """The knobs in the result of the artifact's own run; without its TTT_ knobs if `env` chooses another kind of
+    adaptation, to which they may not apply."""
     knobs = result_beside(artifact).get("knobs", {})
     is_table = table_of(any_text)
     train_gpt.require(
@@ -59,9 +59,9 @@ def knobs_of_run(artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
 
 
 def checked_knobs(stored: Mapping[str, str], what: str) -> dict[str, str]:
-    """The knobs among the names that a file stores, each with a value that it can have. Other names are left out: in
-    the environment of a process they could make it run a program (PYTHONWARNINGS, LD_PRELOAD). So are those that are
-    retired, of runs of older versions. Raises DataError, which names the file `what`."""
+    """The knobs among the names stored in the file `what`, each with a valid value. Other names are dropped: in a
+    process's environment they could make it run a program (PYTHONWARNINGS, LD_PRELOAD). So are retired knobs, from runs
+    of older versions. Raises DataError, which names the file."""
     knobs = {name: value for name, value in stored.items() if name in train_gpt.KNOBS}
     try:
         train_gpt.refuse_unknown(stored.keys() - train_gpt.RETIRED.keys(), train_gpt.KNOBS)
@@ -75,7 +75,7 @@ def checked_knobs(stored: Mapping[str, str], what: str) -> dict[str, str]:
 
 
 def find_artifact(given: str | None) -> Path:
-    """The artifact that an argument names, else the environment's ARTIFACT, else the newest of logs/*.ptz."""
+    """The artifact given as an argument, else the environment's ARTIFACT, else the newest of logs/*.ptz."""
     named = given or os.environ.get("ARTIFACT")
     if named:
         return Path(named)
@@ -84,12 +84,12 @@ def find_artifact(given: str | None) -> Path:
     return found[-1]
 
 
-CUT_OFF = 141  # exit status where nobody reads the output any more, as of a program that SIGPIPE ends
+CUT_OFF = 141  # exit status when the reader of the output has gone, as after SIGPIPE
 
 
 def end_in_a_line(work: Callable[[], int]) -> int:
-    """-> exit status: that of `work`; 2 and a line for what a user can mend, 130 when interrupted, 141 when whoever
-    reads the output has gone."""
+    """-> exit status: the one from `work`; 2, with one line, for an error that the user can fix; 130 if interrupted;
+    141 if the reader of the output has gone."""
     open_closed_streams()
     escape_what_cannot_be_encoded()
     end_as_by_ctrl_c()
@@ -97,7 +97,7 @@ def end_in_a_line(work: Callable[[], int]) -> int:
         try:
             return work()
         finally:
-            sys.stdout.flush()  # here, since a failure at the interpreter's exit is shown as a traceback
+            sys.stdout.flush()  # here, because a failure at interpreter exit prints a traceback
     except BrokenPipeError:
         drop_what_nobody_reads()
         return CUT_OFF
@@ -110,15 +110,15 @@ def end_in_a_line(work: Callable[[], int]) -> int:
 
 
 def end_as_by_ctrl_c() -> None:
-    """From now on SIGTERM and a terminal that closes interrupt this process as Ctrl-C does, so that it ends what it has
-    started and removes its temporary files. Whoever ignores one of them, as nohup does, goes on."""
+    """From now on, SIGTERM and SIGHUP (the terminal closes) interrupt this process like Ctrl-C, so that it ends what it
+    started and removes its temporary files. A signal that is ignored, as under nohup, stays ignored."""
     for number in train_gpt.ending_signals():
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
 
 
 def drop_what_nobody_reads() -> None:
-    """What is still to be written to a reader that has gone would fail again at the interpreter's exit."""
+    """Discard unwritten output once its reader has gone: writing it would fail again at interpreter exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -128,15 +128,15 @@ def drop_what_nobody_reads() -> None:
 
 
 def open_closed_streams() -> None:
-    """A process may be started without an output (`>&-`). Python then has None in its place, which nothing can be
-    written to, and the next file that is opened would take its number."""
+    """Open missing output streams as /dev/null. If a process is started without one (`>&-`), Python sets it to None,
+    which cannot be written to, and the next file opened would take its descriptor."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  it stays open to the end
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  stays open to the end
 
 
 def escape_what_cannot_be_encoded() -> None:
-    """A terminal that is not UTF-8 shows an escape for a character that it does not have."""
+    """On a terminal that is not UTF-8, print characters that it lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -1,13 +1,13 @@
 """
-What a train_gpt.py that is not the one beside the tools says of its knobs. tools/sweep.py runs this file in a process
-of its own, since importing a source runs it:
+Ask any train_gpt.py, not just this repository's, about its knobs. tools/sweep.py runs this file in a separate process,
+since importing a source runs it:
 
     python -P tools/ask_source.py SOURCE < question > answer
 
-question {"environments": [{NAME: text}], "gpus": number, "trains": bool, "needs": [names]}; answer {"knobs": {NAME: its
-group}, "settings": for every environment the knobs that a run under it has, or a text that says why it can have none,
-"lacking": those of the names that the source does not define}. Standard library alone: nothing of the tools' own
-train_gpt.py may mix with what is asked.
+The question is {"environments": [{NAME: text}], "gpus": number, "trains": bool, "needs": [names]}. The answer is
+{"knobs": {NAME: its group}, "settings": for each environment, the knobs of a run under it or the reason why it is
+refused, "lacking": the names in "needs" that the source does not define}. Imports only the standard library, so that
+nothing of the tools' own train_gpt.py mixes with the source.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dataclasses import fields
 from types import ModuleType
 from typing import Any
 
-NEEDED = ("CONFIGS", "read_env", "settings")  # of a source that can be asked
+NEEDED = ("CONFIGS", "read_env", "settings")  # names that a source must define to be asked
 
 
 def knob_groups(entry: ModuleType) -> dict[str, str]:
-    """{NAME: group} of every knob of a source, in its order; a knob without a group belongs to the one before."""
+    """{NAME: group} of every knob of a source, in order; a knob without a group belongs to the group before it."""
     groups = {}
     group = ""
     for config in entry.CONFIGS:
@@ -36,14 +36,14 @@ def knob_groups(entry: ModuleType) -> dict[str, str]:
 
 
 def settings_under(entry: ModuleType, env: Mapping[str, str], gpus: int, trains: bool) -> dict[str, str] | str:
-    """The knobs that a run of a source has under an environment, or why it refuses it."""
+    """The knobs of a source's run under an environment, or the reason why the source refuses it."""
     try:
         model, run = entry.read_env(env)
-        if trains and hasattr(entry, "with_batch"):  # of older sources, TRAIN_BATCH_TOKENS always says it
+        if trains and hasattr(entry, "with_batch"):  # missing in older sources, where TRAIN_BATCH_TOKENS is always set
             run = entry.with_batch(run, gpus)
-        if trains and hasattr(entry, "split_batch"):  # older sources check that later
+        if trains and hasattr(entry, "split_batch"):  # older sources check it later
             entry.split_batch(run, gpus)
-    except ValueError as error:  # ConfigError is one
+    except ValueError as error:  # ConfigError is a ValueError
         return str(error)
     return entry.settings(model, run)
 
@@ -59,7 +59,7 @@ def answer(
 def load(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location("train_gpt", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["train_gpt"] = module  # dataclasses look their module up
+    sys.modules["train_gpt"] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     lacking = [name for name in NEEDED if not hasattr(module, name)]
     if lacking:
@@ -69,7 +69,7 @@ def load(path: str) -> ModuleType:
 
 def main(path: str) -> None:
     out = os.dup(1)
-    os.dup2(2, 1)  # what the source prints is no answer
+    os.dup2(2, 1)  # what the source prints must not mix with the answer
     question = json.load(sys.stdin)
     with open(out, "w") as file:
         json.dump(answer(load(path), **question), file)

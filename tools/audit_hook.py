@@ -1,7 +1,7 @@
 """
-A Python program, and what it reached for: `python -c SOURCE PROGRAM REPORT` with this file's text as SOURCE.
+Run a Python program and report what it opened: `python -c SOURCE PROGRAM REPORT`, with this file's text as SOURCE.
 
-It stands alone, so that no other code of this repository is there to be imported by the program.
+This file is self-contained, so that the program cannot import any other code of this repository.
 """
 
 import json
@@ -14,7 +14,7 @@ GOES_OUTSIDE = ("socket.connect", "subprocess.Popen", "os.system", "os.exec", "o
 
 
 def mapped() -> set[str]:
-    """The files in this process's memory: libraries open them without Python's knowledge."""
+    """Files mapped into this process: libraries open them without Python noticing."""
     maps = Path("/proc/self/maps")
     lines = os.fsdecode(maps.read_bytes()).split("\n") if maps.exists() else []
     names = {line.split(maxsplit=5)[5] for line in lines if "/" in line}
@@ -22,7 +22,7 @@ def mapped() -> set[str]:
 
 
 def watched(script: str, report: str) -> None:
-    """Run a Python script as __main__, and leave in `report` the paths that it opened and how else it reached out."""
+    """Run a Python script as __main__; write to `report` the paths that it opened and its other outside accesses."""
     opened = set()
 
     def hook(event: str, arguments: tuple) -> None:

@@ -4,14 +4,14 @@ coder and the compressor.
 python -m tools.bench                     everything, in the entry's shapes; knobs are environment variables, as for
                                           the entry
 python -m tools.bench --only steps        training steps, and where their time goes: a profile by kind of kernel. They
-                                          have the longest context, TRAIN_SEQ_LEN, and TRAIN_BATCH_TOKENS=0 is by the
+                                          use the longest context, TRAIN_SEQ_LEN; TRAIN_BATCH_TOKENS=0 follows the
                                           budget, MAX_WALLCLOCK_SECONDS
 python -m tools.bench --only adaptation   chunks of test-time training, and where their time goes
 python -m tools.bench --only kernels      forward and backward passes of kernels and references; needs a GPU
-python -m tools.bench --only coder        seconds and bytes of the entropy coder, on one CPU core everywhere
-python -m tools.bench --only codec        tokens a second that compress and decompress, TTT_BATCH_DOCS documents and one
+python -m tools.bench --only coder        seconds and bytes of the entropy coder, always on one CPU core
+python -m tools.bench --only codec        tokens per second of compress and decompress, TTT_BATCH_DOCS documents and one
 
-On a CPU set DEVICE=cpu and smaller shapes; profiles and kernels are then left out.
+On a CPU, set DEVICE=cpu and smaller shapes; profiles and kernels are then skipped.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import train_gpt as g
 from tools import codec
 from tools.artifact import end_in_a_line
 
-CATEGORIES = {  # by the names of kernels in a profile; the first pattern that matches counts
+CATEGORIES = {  # patterns of kernel names in a profile; the first match counts
     "attention": r"flash|fmha|attention|varlen|^qk_norm_rope_",
     "loss": r"^loss_",
     "GEMM with activation": r"^mlp_",
@@ -53,7 +53,7 @@ def category(kernel: str) -> str:
 
 
 def make_model(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> g.GPT:
-    """A network with initial weights, but no matrix of zeros: a step would skip half of its arithmetic."""
+    """A network with initial weights, but no all-zero matrices, with which a step would skip half of its arithmetic."""
     model = g.GPT(model_config)
     g.init_weights(model, run.seed)
     for name, p in model.named_parameters():
@@ -72,7 +72,7 @@ def make_trainer(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) ->
 
 
 def timer(step: Callable[[], object], dist: g.Dist) -> Callable[[int], float]:
-    """-> a function that runs the step n times and gives the seconds of one, until the GPU is done."""
+    """-> a function that runs the step n times, waits for the GPU, and returns the seconds per step."""
 
     def seconds_per_step(n: int) -> float:
         start = time.perf_counter()
@@ -114,7 +114,7 @@ def graphs_compiled() -> int:
 
 
 def adaptation(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> None:
-    """Time chunks of documents that adapt side by side, as many as there may be and two."""
+    """Time chunks of documents that adapt side by side: the largest batch, then two."""
     model = make_model(model_config, run, dist).requires_grad_(False)
     for documents in (run.ttt_batch_docs, 2):
         adapt(model, run, documents, dist)
@@ -149,8 +149,8 @@ def adapt(model: g.GPT, run: g.RunConfig, documents: int, dist: g.Dist) -> None:
 
 
 def kernels(c: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> None:
-    """Each kernel's time, forward and with backward, beside that of its reference in plain torch, compiled. Attention's
-    is not: it has a call for every segment, and adaptation, which attends to a cache, runs eagerly."""
+    """Time each kernel, forward and with backward, against its reference in plain torch, compiled. The references of
+    attention are not compiled: one makes a call per segment, and adaptation, which uses the cache, runs eagerly."""
     micro_batch = g.random_batch(run, c.vocab_size, dist)[0]
     N = micro_batch.tokens.size(1)
     D = c.model_dim
@@ -212,7 +212,7 @@ def mlp_reference(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, slope: 
 
 
 def compare(name: str, fused: Callable, reference: Callable, inputs: tuple[torch.Tensor, ...], *fixed: object) -> None:
-    """Times of both on inputs that have gradients and on fixed ones that have none."""
+    """Print the times of both, on `inputs` with gradients and `fixed` arguments without."""
     forward, both = times(fused, inputs, fixed)
     reference_forward, reference_both = times(reference, inputs, fixed)
     print(
@@ -223,7 +223,7 @@ def compare(name: str, fused: Callable, reference: Callable, inputs: tuple[torch
 
 
 def times(f: Callable, inputs: tuple[torch.Tensor, ...], fixed: tuple) -> tuple[float, float]:
-    """-> milliseconds of the forward pass, and of forward and backward pass"""
+    """-> milliseconds of the forward pass, and of the forward and backward passes together."""
     outputs = f(*inputs, *fixed)
     if not isinstance(outputs, tuple):
         outputs = (outputs,)
@@ -235,7 +235,7 @@ def times(f: Callable, inputs: tuple[torch.Tensor, ...], fixed: tuple) -> tuple[
 
 
 def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:
-    """Of one call on the GPU, after a warm-up."""
+    """Milliseconds of one call on the GPU, after a warm-up."""
     for _ in range(3):
         f()
     start = torch.cuda.Event(enable_timing=True)
@@ -252,8 +252,8 @@ def milliseconds(f: Callable[[], object], repeats: int = 20) -> float:
 
 
 def coder(symbols: int = 36_000_000) -> None:
-    """Time the coder on Gaussian integers of some 3.4 bits, in calls of 5,000 to 34,000 as matrices have rows, and
-    compare the bytes with the entropy of the counts."""
+    """Time the coder on Gaussian integers of about 3.4 bits, in calls of 5,000 to 34,000 symbols, like the rows of
+    matrices, and compare the bytes with the entropy of the counts."""
     calls, counts = gaussian_calls(symbols)
     start = time.perf_counter()
     tables = g.FrequencyTables.from_counts(counts)
@@ -301,8 +301,8 @@ def gaussian_calls(symbols: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], n
 
 
 def compressor(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist, tokens: int) -> None:
-    """Time the coding of random documents, as many as may be side by side and a lone one, once kernels are compiled;
-    their graphs are captured anew, as for every file. Torch stays deterministic."""
+    """Time the coding of random documents, the largest batch and a single one, with kernels already compiled; CUDA
+    graphs are captured again, as for every file. Leaves torch deterministic."""
     codec.make_deterministic(torch.get_num_threads())
     model = make_model(model_config, run, dist).requires_grad_(False)
     for count in (run.ttt_batch_docs, 1):
@@ -319,7 +319,7 @@ def compressor(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist, toke
 
 
 def there_and_back(predictor: codec.Predictor, documents: list[list[int]]) -> tuple[int, float, float]:
-    """Encode and decode documents -> bytes, seconds of both."""
+    """Encode and decode documents -> bytes, seconds to encode, seconds to decode."""
     tokens = sum(map(len, documents))
     start = time.perf_counter()
     data = codec.encode(predictor, documents, codec.Progress("encoding", tokens))
@@ -334,15 +334,14 @@ def there_and_back(predictor: codec.Predictor, documents: list[list[int]]) -> tu
 
 
 def peak_memory() -> str:
-    """The most that tensors took, and the most that the process held for them: the memory of CUDA graphs counts in the
-    second alone."""
+    """Peak memory allocated by tensors, and peak memory reserved for them: CUDA graphs count only in the second."""
     allocated = torch.cuda.max_memory_allocated() / 2**30
     reserved = torch.cuda.max_memory_reserved() / 2**30
     return f"peak_GiB:{allocated:.1f} reserved_GiB:{reserved:.1f}"
 
 
 def print_profile(seconds_per_step: Callable[[int], float], dist: g.Dist) -> None:
-    """On a GPU: milliseconds of a step by kind of kernel, the time without one, and the kernels that took longest."""
+    """On a GPU: milliseconds of a step by kind of kernel, the idle time, and the slowest kernels."""
     if dist.device.type != "cuda":
         return
     with profile(activities=[ProfilerActivity.CUDA]) as trace:

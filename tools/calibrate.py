@@ -1,14 +1,14 @@
 """
-Give an artifact the RMS of gradients on training text, which TTT_OPTIMIZER=rms divides by: one that was trained without
-it, or for chunks of another length.
+Add to an artifact the RMS of gradients on training text, which TTT_OPTIMIZER=rms divides by; for an artifact trained
+without it, or with chunks of another length.
 
     python -m tools.calibrate ARTIFACT --out NEW
 
-This is training: its seconds belong on the training clock. The text is the last GRAD_RMS_TOKENS training tokens before
+This is training: its time counts on the training clock. The text is the last GRAD_RMS_TOKENS training tokens before
 those that ARTIFACT held out, in DATA_PATH, which must hold the text that ARTIFACT was trained on. Gradients are
 measured on chunks of TTT_CHUNK_TOKENS, in the first 512 tokens of each document, or TRAIN_SEQ_LEN. These knobs come
-from the environment, else from the run beside the artifact; but GRAD_RMS_TOKENS from the environment, else its default.
-The weights stay as they are.
+from the environment, else from the artifact's own run; GRAD_RMS_TOKENS from the environment, else its default. The
+weights are not changed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from tools.values import printable
 
 
 def calibrate(path: Path, out: Path, over_limit: bool) -> list[str]:
-    """Write the artifact `path`, with gradients measured anew, to `out` -> lines that say what was done. Raises
-    UserError, also where the result is too large, unless that is allowed."""
+    """Write the artifact `path`, with its gradients measured again, to `out` -> lines that report what was done. Raises
+    UserError, also if the result is too large, unless `over_limit`."""
     data = g.read_file(path)
     meta, stored = g.unpack(data, str(path))
     setup = open_training_text(path, meta)
@@ -61,9 +61,8 @@ def calibrate(path: Path, out: Path, over_limit: bool) -> list[str]:
 
 
 def open_training_text(path: Path, meta: dict[str, Any]) -> g.Setup:
-    """What measuring needs, for the artifact `path`, which says this of itself. Its validation is what the artifact
-    held out, of which nothing is used. Raises UserError, also where DATA_PATH holds other text than it was trained
-    on."""
+    """The set-up for measuring, for the artifact `path` with the metadata `meta`. Its validation set is what the
+    artifact held out, and is not used. Raises UserError, also if DATA_PATH is not the text that it was trained on."""
     inherited = {name: value for name, value in knobs_of_run(path, os.environ).items() if name != "GRAD_RMS_TOKENS"}
     config = g.stored_config(meta, str(path))
     _, run = g.read_env(inherited | dict(os.environ) | {"ARTIFACT": "", "RESUME": ""})

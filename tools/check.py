@@ -1,21 +1,21 @@
 """
-Check a record folder as an organiser would: every number of it against its logs, and the logs against each other.
-(./run.sh check-setup is something else: it checks this machine and set-up before a run.)
+Check a record folder as an organiser would: every number against its logs, and the logs against each other.
+(Not to be confused with ./run.sh check-setup, which checks this machine and set-up before a run.)
 
     ./run.sh check records/TRACK/DATE_NAME ... [--artifact SEED=FILE ...] [--no-evaluation]
 
-README.md, submission.json and requirements.txt are derived again from the runs (train_seed*.log, .json, .docs.npz) and
-compared. Results are compared with the events at the end of the logs, with the knobs, with the audits and with the
-scores of the documents; the lines of a log with its events; the source with what the logs begin with; sizes and times
-with the limits. No code of the record runs for that.
+README.md, submission.json and requirements.txt are regenerated from the runs (train_seed*.log, .json, .docs.npz) and
+compared. Results are compared with the events at the end of the logs, the knobs, the audits and the document scores;
+the lines of each log with its events; train_gpt.py with the source at the start of the logs; sizes and times with the
+limits. None of this runs any code of the record.
 
-Then, where the artifact of a seed is at hand (named, or logs/<RUN_ID>.ptz, by its SHA-256), the record's own
-train_gpt.py evaluates it once more, on DATA_PATH of the environment or else of the record, without a time limit: the
-score must come within 1e-4 bpb. If a GPU scored an artifact and this machine has none, that happens only when the
-artifact is named.
-That is code of the record's author, run as you: it is announced, gets the record's knobs and none of your variables but
-those that a machine needs (PATH, CUDA_VISIBLE_DEVICES, ...), and --no-evaluation does without it.
-Exit status: 0 all agrees, 1 something does not (it is listed), 2 for what you can fix.
+Then, if the artifact of a seed is available (named, or logs/<RUN_ID>.ptz with the right SHA-256), the record's own
+train_gpt.py evaluates it again without a time limit, on DATA_PATH from the environment or else from the record. The
+score must agree within 1e-4 bpb. If a GPU scored an artifact and this machine has none, only a named artifact is
+evaluated.
+This runs code of the record's author as your user: it is announced, and gets the record's knobs but none of your
+variables except those that a machine needs (PATH, CUDA_VISIBLE_DEVICES, ...). --no-evaluation skips it.
+Exit status: 0 if everything agrees, 1 if something does not (it is listed), 2 for an error that you can fix.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ from tools.values import digest, printable, refuse_constant
 from train_gpt import LOGS, RETIRED, DataError, UserError, read_file, require
 
 RECORDS = Path("records")
-SAME_SCORE = 1e-4  # bpb, between two machines
-MOST_FILES = 1_000  # of a record
+SAME_SCORE = 1e-4  # bpb, tolerance between two machines
+MOST_FILES = 1_000  # in a record
 MOST_BYTES = {".py": 1 << 24, ".log": MAX_LOG_BYTES, ".npz": 1 << 28, ".json": 1 << 24, ".png": 1 << 24}  # of a file
 MOST_BYTES_OF_TEXT = 1 << 20  # of any other file: README.md, requirements.txt, audits
-MOST_LINES_COMPARED = 5_000  # of a text; what takes longest grows with their square
+MOST_LINES_COMPARED = 5_000  # of a text; the time to compare grows with their square
 LONGEST_LINE = 1 << 16  # bytes of output taken for one line
-MOST_FINDINGS = 200  # shown of a record
-HANDED_ON = re.compile(  # variables of the caller that a record's own code gets: what a machine needs, and no secret
+MOST_FINDINGS = 200  # shown per record
+HANDED_ON = re.compile(  # variables of the caller passed to a record's code: what a machine needs, no secrets
     "PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR|VIRTUAL_ENV|LD_LIBRARY_PATH|(OMP|MKL)_NUM_THREADS|"
     "OMP_WAIT_POLICY|CUDA_VISIBLE_DEVICES|CUDA_HOME|CUDA_PATH|CC|CXX|TRITON_INTERPRET|TRITON_CACHE_DIR|"
     "TORCHINDUCTOR_CACHE_DIR|NCCL_[A-Z0-9_]+"
 )
-OF_THE_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "COMPILE")  # knobs that whoever checks sets differently
+OF_THE_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "COMPILE")  # knobs that depend on the machine that checks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def say(folder: Path, line: str) -> None:
-    """One line of the report; neither the names of a record nor what stands in it may speak for us."""
+    """Print one line of the report, escaped so that no name or text in a record can pass for output of ours."""
     print(printable(f"{folder}: {line}"), flush=True)
 
 
@@ -114,27 +114,27 @@ def seed_and_path(text: str) -> tuple[int, Path]:
 
 
 def find_records(root: Path = RECORDS) -> list[Path]:
-    """Every record under a folder. Names that begin with a dot are left out: those are records in the making."""
+    """Every record under a folder, except names that begin with a dot: those are still being written."""
     return sorted(p.parent for p in root.glob("*/*/submission.json") if not p.parent.name.startswith("."))
 
 
 # -----------------------------------------------------------------------------
-# Reading a record: all of it is hostile until checked
+# Reading a record: all of it is untrusted until checked
 
 
 @contextlib.contextmanager
 def untrusted(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside is the fault of the file that is read. Raises UserError, and nothing else."""
+    """Blame any error inside on the file that is being read: every exception becomes a UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # endless numbers, endless brackets, and whatever else no run writes
+    except Exception as error:  # huge numbers, deep nesting, and anything else that no run writes
         raise DataError(printable(f"{what} cannot be examined: {type(error).__name__}: {error}")) from error
 
 
 def guarded(findings: Iterable[str]) -> Iterator[str]:
-    """Findings, each in one line that is safe to show; if the search itself breaks, that is one more."""
+    """Findings, each as one line that is safe to print; an error in the search itself is one more finding."""
     try:
         with untrusted("it"):
             yield from map(printable, findings)
@@ -144,13 +144,13 @@ def guarded(findings: Iterable[str]) -> Iterator[str]:
 
 class Record(NamedTuple):
     folder: Path
-    stated: dict[str, Any]  # submission.json as it stands
+    stated: dict[str, Any]  # content of submission.json
     facts: Facts
     runs: list[Run]  # by seed; their files may still contradict each other
 
 
 def read_record(folder: Path) -> Record:
-    """Open all parts of a record. Raises UserError where one is missing or cannot be what it should be."""
+    """Open all parts of a record. Raises UserError if one is missing or malformed."""
     require_plain_files(folder)
     try:
         stated = json.loads(read_file(folder / "submission.json"), parse_constant=refuse_constant)
@@ -160,8 +160,8 @@ def read_record(folder: Path) -> Record:
 
 
 def require_plain_files(folder: Path) -> None:
-    """Refuse a record that holds anything but folders and regular files, or more of them than a record has: a link
-    would show what lies elsewhere, a pipe would never answer, and a device never end. Raises DataError."""
+    """Refuse a record with anything but folders and regular files, or with too many of them: a link could expose files
+    elsewhere, reading a pipe could block, and a device might never end. Raises DataError."""
     entries = itertools.islice(folder.rglob("*"), MOST_FILES + 1)  # rglob does not follow links
     for count, path in enumerate(entries, 1):
         require(count <= MOST_FILES, f"it holds more than {MOST_FILES} files", DataError)
@@ -173,7 +173,7 @@ def require_plain_files(folder: Path) -> None:
             stat.S_ISREG(status.st_mode), f"{name}: not a regular file; a record holds no links or devices", DataError
         )
         most = MOST_BYTES.get(path.suffix, MOST_BYTES_OF_TEXT)
-        artifact = path.suffix == ".ptz"  # not read, and reported by its name
+        artifact = path.suffix == ".ptz"  # not read; only its name is reported
         require(artifact or status.st_size <= most, f"{name}: {status.st_size} bytes, at most {most}", DataError)
 
 
@@ -185,7 +185,7 @@ def read_text(path: Path) -> str:
 
 
 def read_facts(stated: Any, readme: str) -> Facts:
-    """The facts that submission.json states; the text of what changed is the README's."""
+    """The facts in submission.json, with the text of what changed from the README."""
     try:
         baseline = None if stated["baseline"] is None else Baseline(**stated["baseline"])
         plain = {name: stated[name] for name in ("author", "github_id", "name", "date", "track")}
@@ -197,7 +197,7 @@ def read_facts(stated: Any, readme: str) -> Facts:
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The runs that lie in a record, by seed."""
+    """The runs in a record, sorted by seed."""
     names = [re.fullmatch(r"train_seed(\d{1,10})\..*", path.name) for path in folder.iterdir()]
     seeds = {int(match[1]) for match in names if match}
     require(bool(seeds), "no train_seed*.json: no run is here", DataError)
@@ -210,8 +210,8 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def examine(folder: Path) -> list[str]:
-    """Everything in a record that does not follow from its runs, and everything that speaks against the runs. No code
-    of the record runs."""
+    """Everything in a record that does not follow from its runs, and every objection to the runs. Runs no code of the
+    record."""
     return list(guarded(findings_in(folder)))
 
 
@@ -230,12 +230,12 @@ def misplaced(record: Record) -> Iterator[str]:
 
 
 def contradictions(record: Record) -> list[str]:
-    """What is wrong in a record, wherever it lies."""
+    """Everything that is wrong in a record."""
     folder = record.folder
     facts = record.facts
     runs = record.runs
     wrong = against_runs(record)
-    if wrong:  # what follows from such runs says nothing
+    if wrong:  # no point in checking what follows from wrong runs
         return wrong
 
     return [
@@ -251,12 +251,12 @@ def contradictions(record: Record) -> list[str]:
 
 
 def against_runs(record: Record) -> list[str]:
-    """What is wrong with single runs, whatever is claimed of them."""
+    """What is wrong with individual runs, whatever the record claims."""
     return [f"{r.path.name}: {line}" for r in record.runs for line in guarded(against_files(r, record.folder))]
 
 
 def against_files(run: Run, folder: Path) -> Iterator[str]:
-    """A run's files against each other, and against the train_gpt.py of the record."""
+    """Compare a run's files with each other, and with the train_gpt.py of the record."""
     if run.path.name != f"train_seed{run.result['seed']}.json":
         yield f"it is of seed {run.result['seed']}"
     if run.source != read_file(folder / "train_gpt.py"):
@@ -275,7 +275,7 @@ def audit_name(run: Run) -> str:
 
 
 def against_knobs(result: Mapping[str, Any]) -> Iterator[str]:
-    """What a result says about how it was scored, against the knobs; and the digest of its artifact."""
+    """Compare with the knobs what a result states about its scoring; also check the form of the artifact's digest."""
     knobs = result["knobs"]
     each_alone = knobs.get("TTT_SCOPE") == "document" and result["degraded_documents"] == 0
     independent = int(knobs.get("TTT_ENABLED") == "0" or each_alone)
@@ -291,9 +291,9 @@ def against_knobs(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 # -----------------------------------------------------------------------------
-# A result against the events of its run, and these against the log that people read
+# A result against the events of its run, and the events against the log for people
 
-STATED = {  # event -> its fields that the result states, too, and their names there
+STATED = {  # event -> {field that the result also states: its name in the result}
     "run": {
         "run_id": "run_id",
         "seed": "seed",
@@ -307,8 +307,8 @@ STATED = {  # event -> its fields that the result states, too, and their names t
     "predicted_size": {"code_bytes": "code_bytes"},
     "readout": {"readout": "readout"},
     "before_quantisation": {"prequant_bpb": "prequant_bpb", "last_bpb": "last_bpb"},
-    "rounding": {"artifact_bytes": "artifact_bytes"},  # of the last attempt
-    "pack": {"artifact_bytes": "artifact_bytes"},  # the same of runs whose matrices had ranges
+    "rounding": {"artifact_bytes": "artifact_bytes"},  # from the last attempt
+    "pack": {"artifact_bytes": "artifact_bytes"},  # the same, in older runs, whose matrices had clip ranges
     "time_short": {"degraded_documents": "degraded_documents"},
     "adapted": {"documents": "documents"},
     "excess": {"excess_bytes": "excess_bytes"},
@@ -317,7 +317,7 @@ STATED = {  # event -> its fields that the result states, too, and their names t
 
 
 def against_log(run: Run) -> Iterator[str]:
-    """What the log of a run says against its result: first the events, then the lines for people."""
+    """Contradictions between a run's log and its result: first the events, then the lines for people."""
     yield from against_events(run)
     yield from against_phases(run)
     yield from against_training(run)
@@ -325,7 +325,7 @@ def against_log(run: Run) -> Iterator[str]:
 
 
 def against_events(run: Run) -> Iterator[str]:
-    """The result against every event that states a part of it, and events that are missing or are none."""
+    """Compare the result with every event that states part of it; report missing and unknown events."""
     if not run.events or run.events[-1].name != "result":
         yield "its events do not end with a result"
     for values in run.reported("result"):
@@ -346,9 +346,9 @@ def against_events(run: Run) -> Iterator[str]:
 def contradicted(
     event: str, values: Mapping[str, Any], result: Mapping[str, Any], names: Mapping[str, str]
 ) -> Iterator[str]:
-    """Fields of an event that are not what the result says under the names given."""
+    """Fields of an event that differ from the result; `names` maps fields to their names in the result."""
     for field, name in names.items():
-        silent = event == "score" and values[field] is None  # without adaptation it has no val_bpb
+        silent = event == "score" and values[field] is None  # without adaptation, the event has no val_bpb
         if not silent and values.get(field) != result.get(name):
             yield f"the event {event} says {field} {values.get(field)}, the result {result.get(name)}"
 
@@ -358,7 +358,7 @@ def adapts(run: Run) -> bool:
 
 
 def expected_events(run: Run) -> list[str]:
-    """The events of STATED that such a run reports."""
+    """The events of STATED that a run like this one must report."""
     events = ["run", "device", "validation", "score"]
     if run.trained:
         events += ["training_data", "before_quantisation", "pack" if run.reported("pack") else "rounding"]
@@ -371,7 +371,7 @@ def expected_events(run: Run) -> list[str]:
 
 
 def unknown_numbers(events: Iterable[Event]) -> Iterator[str]:
-    """Events that no run reports may say something in words, but state no number that nothing is compared with."""
+    """Refuse numbers in unknown events: nothing would check them. Words are allowed."""
     for event in events:
         if not event.known and any(character.isdigit() for character in event.name + json.dumps(event.values)):
             yield f"it has an event {event.name!r}, which no run reports, with numbers"
@@ -404,7 +404,7 @@ def against_training(run: Run) -> Iterator[str]:
 
 
 def against_lines(run: Run) -> Iterator[str]:
-    """The first line for people that is not the one its events give: what people read is what is checked."""
+    """The first line for people that does not follow from the events, so that what people read is what was checked."""
     difference = first_difference(run.log_text, run.events)
     if difference is not None:
         stated, expected = difference
@@ -412,9 +412,9 @@ def against_lines(run: Run) -> Iterator[str]:
 
 
 # -----------------------------------------------------------------------------
-# Results against audits, which are text
+# Results against audits, which are plain text
 
-AUDITED = {  # a line of an audit -> the results that it counted again
+AUDITED = {  # a line of an audit -> the result fields that it recounts
     r"ok +bytes +(\d+) of code \+ (\d+) of artifact; (\d+) of text; .*": ("code_bytes", "artifact_bytes", "bytes"),
     r"ok +single pass .*; (\d+) targets of (\d+) documents in the shards": ("tokens", "documents"),
     r"ok +reported +val_bpb ([\d.]+) of .*": ("val_bpb",),
@@ -429,7 +429,7 @@ def against_audits(record: Record) -> Iterator[str]:
 
 
 def against_audit(run: Run, path: Path) -> Iterator[str]:
-    """What an audit leaves open or says against a run, and where it speaks of another artifact."""
+    """What an audit leaves out or finds wrong, and signs that it audits another artifact."""
     lines = read_text(path).splitlines()
     for name in PROPERTIES:
         matches = [re.fullmatch(rf"(ok|FAIL|-) +{re.escape(name)}( .*)?", line) for line in lines]
@@ -449,7 +449,7 @@ def against_audit(run: Run, path: Path) -> Iterator[str]:
 
 
 def against_counts(run: Run, lines: Sequence[str]) -> Iterator[str]:
-    """What an audit counted again, where that is not what the result says."""
+    """The audit's own counts that differ from the result."""
     for pattern, names in AUDITED.items():
         for match in filter(None, (re.fullmatch(pattern, line) for line in lines)):
             for name, counted in zip(names, match.groups(), strict=True):
@@ -458,7 +458,7 @@ def against_counts(run: Run, lines: Sequence[str]) -> Iterator[str]:
 
 
 def says(text: str, value: Any) -> bool:
-    """Whether a text gives this value, to as many decimals as it shows."""
+    """Whether a text states this value, to the decimals that it shows."""
     if not isinstance(value, float):
         return text == str(value)
     decimals = len(text.partition(".")[2])
@@ -481,7 +481,7 @@ def against_submission(record: Record) -> Iterator[str]:
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """("seed_results.42.steps", "1500") for every leaf; an empty table or list is a leaf, too."""
+    """("seed_results.42.steps", "1500") for every leaf; an empty dict or list is a leaf too."""
     if isinstance(value, dict | list) and value:
         parts = value.items() if isinstance(value, dict) else enumerate(value)
         for key, part in parts:
@@ -495,7 +495,7 @@ def differing_lines(name: str, stated: str, expected: str) -> Iterator[str]:
         yield f"{name} has {stated.count(chr(10))} lines"
         return
     lines = difflib.unified_diff(stated.split("\n"), expected.split("\n"), n=0, lineterm="")
-    for line in itertools.islice(lines, 2, None):  # after the names of two files
+    for line in itertools.islice(lines, 2, None):  # skip the two file names
         if line.startswith("-"):
             yield f"{name} says {line[1:]!r}"
         elif line.startswith("+"):
@@ -503,7 +503,7 @@ def differing_lines(name: str, stated: str, expected: str) -> Iterator[str]:
 
 
 def against_baseline(facts: Facts) -> list[str]:
-    """The baseline against the record that it is taken from, where that is at hand."""
+    """Compare the baseline with the record that it was taken from, if that is available."""
     if facts.baseline is None:
         return []
     source = Path(facts.baseline.source)
@@ -519,7 +519,7 @@ def against_baseline(facts: Facts) -> list[str]:
 
 
 def baseline_of(folder: Path) -> Baseline:
-    """The scores of a record, from its runs. Raises UserError where that record disagrees with itself."""
+    """The scores of a record, from its runs. Raises UserError if that record contradicts itself."""
     with untrusted(f"the baseline {folder}"):
         record = read_record(folder)
         wrong = list(guarded(itertools.chain(misplaced(record), against_runs(record))))
@@ -538,11 +538,11 @@ def baseline_of(folder: Path) -> Baseline:
 
 
 # -----------------------------------------------------------------------------
-# The evaluation again
+# Evaluating again
 
 
 def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
-    """Score again every artifact that is at hand -> what differs."""
+    """Score every available artifact again -> the differences."""
     runs = read_record(folder).runs
     wrong = []
     unknown = named.keys() - {run.result["seed"] for run in runs}
@@ -570,7 +570,7 @@ def made_on_gpu(run: Run) -> bool:
 
 
 def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
-    """Score an artifact with the record's train_gpt.py, in a folder of its own."""
+    """Score an artifact with the record's train_gpt.py, in a separate folder."""
     if difference := how_it_differs(artifact, run):
         yield f"{artifact} is another one: {difference}"
         return
@@ -609,14 +609,14 @@ def how_it_differs(artifact: Path, run: Run) -> str:
 
 
 def validation_of(result: Mapping[str, Any]) -> str:
-    """Which validation set was scored, in short."""
+    """A short name of the validation set that was scored."""
     return f"{result['documents']} documents, {result['tokens']} targets, sha256 {result['validation'][:12]}…"
 
 
 def evaluation_environment(run: Run, artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the run, for another machine: the knobs of the result, of the caller's those alone that say
-    where its data lie and on what it runs, and of its other variables HANDED_ON. Raises DataError where the result has
-    a knob that is none here: the score would be another one without it."""
+    """The environment of the run on this machine: the knobs of the result, except that OF_THE_MACHINE come from the
+    caller, and of the caller's other variables those in HANDED_ON. Raises DataError if this version lacks a knob of the
+    result: without it, the score would differ."""
     knobs = checked_knobs(run.result["knobs"], run.path.name)
     unknown = sorted(run.result["knobs"].keys() - knobs.keys() - RETIRED.keys())
     require(not unknown, f"{run.path.name}: {', '.join(unknown)}: no knob of this version; not evaluated", DataError)
@@ -632,12 +632,12 @@ def evaluation_environment(run: Run, artifact: Path, env: Mapping[str, str]) -> 
 
 
 def ranks(env: Mapping[str, str]) -> int:
-    """Processes of a run: one per GPU, or one."""
+    """The number of processes of a run: one per GPU, or one on a CPU."""
     return 1 if env.get("DEVICE") == "cpu" else max(1, torch.cuda.device_count())
 
 
 def run_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
-    """Start a train_gpt.py on all GPUs, as run.sh does, its output on the screen -> its exit status. When interrupted,
+    """Run a train_gpt.py on all GPUs, as run.sh does, with its output on the screen -> its exit status. If interrupted,
     wait for the run to end by itself."""
     process = subprocess.Popen(command_of(script, env), cwd=folder, env=dict(env), preexec_fn=ends_with_its_parent())
     try:
@@ -655,7 +655,7 @@ def command_of(script: Path, env: Mapping[str, str]) -> list[str]:
 
 
 def run_foreign_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
-    """The same with a train_gpt.py that is not ours: its output is marked as such, and cannot steer the terminal."""
+    """As `run_entry`, for a train_gpt.py that is not ours: its output is marked, and cannot control the terminal."""
     process = subprocess.Popen(
         command_of(script, env),
         cwd=folder,

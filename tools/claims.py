@@ -1,9 +1,9 @@
 """
-What a record claims, and what speaks against it.
+What a record claims, and the reasons to reject it.
 
 README.md, submission.json and requirements.txt of a record are pure functions of its runs and of the few facts that no
-run knows (`Facts`). `python -m tools.record` writes them, `python -m tools.check` derives them again and compares, so
-that no number of theirs is ever copied by hand.
+run knows (`Facts`). `python -m tools.record` writes them; `python -m tools.check` regenerates and compares them, so no
+number in them is ever copied by hand.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tools.welch import Sample, lower_by
 from train_gpt import DataError, UserError, require
 
 CONTEST, NON_RECORD = "track_10min_16mb", "track_non_record_16mb"
-MOST_BYTES = 16_000_000  # code and weights; the contest's, whatever ARTIFACT_BYTES said
-CONTEST_SECONDS = 600.0  # of training, and once more of evaluation
+MOST_BYTES = 16_000_000  # code and weights; the contest's limit, whatever ARTIFACT_BYTES is
+CONTEST_SECONDS = 600.0  # for training, and as many for evaluation
 CONTEST_GPUS, CONTEST_GPU = 8, "H100"
-REQUIRED_NATS, REQUIRED_P = 0.005, 0.01  # a record beats the one before by so many nats a token, at this p
+REQUIRED_NATS, REQUIRED_P = 0.005, 0.01  # a record must beat the last by this many nats per token, at this p
 # The contest's validation set. Published totals (151,074,498 bytes of 47,851,520 CaseOps tokens, 151,078,222 bytes of
-# 40,540,160 SP8192 tokens) leave out the tail, up to 2,047 tokens, which is scored here. All CaseOps tokens: published.
+# 40,540,160 SP8192 tokens) omit the tail of up to 2,047 tokens, which is scored here. All CaseOps tokens: published.
 TAIL_TOKENS, TAIL_TOKEN_BYTES = 2_047, 8
-SAME_TEXT = 1e-3  # by so much may two tokenizers differ in the bytes that they count in one text
+SAME_TEXT = 1e-3  # tolerance, relative, between the bytes that two tokenizers count in one text
 CONTEST_DOCUMENTS = 50_000
 CONTEST_BYTES = range(151_074_498, 151_078_222 + TAIL_TOKENS * TAIL_TOKEN_BYTES + 1)
 CONTEST_TOKENS = {
@@ -39,7 +39,7 @@ CONTEST_TOKENS = {
     "SP8192": range(40_540_160, 40_540_160 + TAIL_TOKENS + 1),
 }
 DEPENDENT, OWN_TOKENIZER = "dependent_documents", "own_tokenizer"
-ALLOWANCES = {  # what a record may do if it says so -> how it says so
+ALLOWANCES = {  # what a record may do if it declares it -> the declaration
     DEPENDENT: "the score of a document may depend on other documents or on the time that was left",
     OWN_TOKENIZER: "the validation text is the contest's, its tokens are not",
 }
@@ -55,12 +55,12 @@ class Baseline:
     val_bpb: float
     val_bpb_std: float
     seeds: int
-    bytes_per_token: float | None = None  # None where nobody said: then this record's own
-    documents: int | None = None  # of its validation; None where nobody said
+    bytes_per_token: float | None = None  # None if not given: then this record's own
+    documents: int | None = None  # in its validation set; None if not given
     bytes: int | None = None
 
     def __post_init__(self):
-        """Raises UserError where these are no scores."""
+        """Raises UserError if these cannot be scores."""
         fit = number(self.val_bpb) and number(self.val_bpb_std) and whole(self.seeds) and self.seeds > 0
         fit = fit and all(x is None or (whole(x) and x > 0) for x in (self.documents, self.bytes))
         width = self.bytes_per_token
@@ -73,13 +73,13 @@ class Baseline:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a record says and its runs do not know."""
+    """What a record states beyond its runs."""
 
     author: str
     github_id: str
     name: str
     date: str  # YYYY-MM-DD
-    what: str  # what changed: Markdown without headings of the first and second level
+    what: str  # what changed: Markdown without headings of levels 1 and 2
     track: str
     train_seconds: float = CONTEST_SECONDS  # limits
     eval_seconds: float = CONTEST_SECONDS
@@ -87,7 +87,7 @@ class Facts:
     baseline: Baseline | None = None
 
     def __post_init__(self):
-        """Raises UserError where a fact cannot be one."""
+        """Raises UserError if a fact is invalid."""
         for name in ("author", "github_id", "name", "date", "what", "track"):
             value = getattr(self, name)
             require(isinstance(value, str) and value.strip() != "", f"{name} is {value!r}: say it", UserError)
@@ -108,7 +108,7 @@ class Facts:
 
     @property
     def folder(self) -> str:
-        """Where the record lies, under records/."""
+        """The path of the record under records/."""
         return f"{self.track}/{self.date}_{self.name}"
 
     @property
@@ -118,11 +118,11 @@ class Facts:
 
 
 # -----------------------------------------------------------------------------
-# What speaks against a record
+# Reasons to reject a record
 
 
 def objections(runs: Sequence[Run], facts: Facts) -> list[str]:
-    """Every reason to refuse these runs, one a seed, as a record; none: an empty list."""
+    """Every reason to refuse these runs, one per seed, as a record; empty if there is none."""
     return [
         *(f"seed {run.result['seed']}: {reason}" for run in runs for reason in against_run(run, facts)),
         *against_set(runs),
@@ -133,7 +133,7 @@ def objections(runs: Sequence[Run], facts: Facts) -> list[str]:
 
 
 def against_run(run: Run, facts: Facts) -> Iterator[str]:
-    """What speaks against one run, whatever the others did."""
+    """Reasons to refuse one run, independent of the others."""
     result = run.result
     knobs = result["knobs"]
     if not run.trained or knobs.get("ARTIFACT") or knobs.get("RESUME"):
@@ -160,7 +160,7 @@ def against_run(run: Run, facts: Facts) -> Iterator[str]:
 
 
 def against_set(runs: Sequence[Run]) -> Iterator[str]:
-    """What differs between seeds and must not."""
+    """Differences between seeds that are not allowed."""
     seeds = [run.result["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
         yield f"a seed comes twice: {seeds}"
@@ -181,12 +181,12 @@ def common_knobs(run: Run) -> dict[str, str]:
 
 
 def against_validation(run: Run, facts: Facts) -> Iterator[str]:
-    """Totals that are not the contest's. Another track may score what it likes."""
+    """Totals that are not the contest's. Other tracks may score any validation set."""
     return against_totals(*(run.result[name] for name in ("documents", "tokens", "bytes")), facts)
 
 
 def against_totals(documents: int, tokens: int, size: int, facts: Facts) -> Iterator[str]:
-    """Totals that are not those of the contest's validation set, where the track asks for it."""
+    """Totals that differ from the contest's validation set, if the track requires it."""
     if facts.track != CONTEST:
         return
     if documents != CONTEST_DOCUMENTS:
@@ -202,7 +202,7 @@ def against_totals(documents: int, tokens: int, size: int, facts: Facts) -> Iter
 
 
 def against_track(gpus: int, device: str, facts: Facts) -> Iterator[str]:
-    """Hardware and limits that are not the contest's, where the track asks for them."""
+    """Hardware and limits that differ from the contest's, if the track requires them."""
     if facts.track != CONTEST:
         return
     if gpus != CONTEST_GPUS or CONTEST_GPU not in device:
@@ -215,7 +215,7 @@ def against_track(gpus: int, device: str, facts: Facts) -> Iterator[str]:
 
 
 def against_baseline(documents: int, size: int, baseline: Baseline | None) -> Iterator[str]:
-    """Scores in bits per byte compare on one text only."""
+    """Objections if the texts differ: bits per byte compare only on the same text."""
     if baseline is None or baseline.documents is None or baseline.bytes is None:
         return
     if documents != baseline.documents or not math.isclose(size, baseline.bytes, rel_tol=SAME_TEXT):
@@ -230,14 +230,14 @@ def against_baseline(documents: int, size: int, baseline: Baseline | None) -> It
 
 
 class Verdict(NamedTuple):
-    """What the scores say against a baseline."""
+    """How the scores compare with a baseline."""
 
     gain: float  # bpb by which our mean is lower
-    gain_nats: float  # the same in nats a token, with `bytes_per_token`
+    gain_nats: float  # the same in nats per token, by `bytes_per_token`
     bytes_per_token: float
     required: float  # REQUIRED_NATS in bpb
-    p_better: float | None  # Welch's one-sided p of "lower at all"; None where there is no spread to measure it by
-    p_required: float | None  # and of "lower by more than `required`"
+    p_better: float | None  # Welch's one-sided p of "lower at all"; None without a spread
+    p_required: float | None  # the p of "lower by more than `required`"
 
     @property
     def met(self) -> bool:
@@ -245,8 +245,8 @@ class Verdict(NamedTuple):
 
 
 def judge(runs: Sequence[Run], baseline: Baseline) -> Verdict:
-    """Our scores against the baseline's. In bpb, since nats a token depend on the tokenizer; the contest's bar in nats
-    a token becomes one in bpb through the bytes of a token: bpb = nats / ln 2 / bytes."""
+    """Compare our scores with the baseline's. In bpb, since nats per token depend on the tokenizer; the contest's
+    threshold in nats per token is converted by the bytes per token: bpb = nats / ln 2 / bytes."""
     ours = scores(runs)
     theirs = Sample(baseline.val_bpb, baseline.val_bpb_std, baseline.seeds)
     gain = theirs.mean - ours.mean
@@ -299,7 +299,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def changed_settings(run: Run) -> dict[str, str]:
-    """The knobs whose value is not the default of the source that ran."""
+    """The knobs that differ from the defaults of the source that ran."""
     knobs = common_knobs(run)
     defaults = dict(declared_defaults(run.source, default_argument(knobs)))
     if defaults.get("TTT_OPTIMIZER") == "auto":
@@ -309,7 +309,7 @@ def changed_settings(run: Run) -> dict[str, str]:
 
 
 def default_argument(knobs: Mapping[str, str]) -> str:
-    """Which argument of `knob` is the default under these knobs, where there is one of that name."""
+    """The argument of `knob` that holds the default under these knobs, for knobs that have that argument."""
     if knobs.get("TTT_PARAMS") == "full":
         return "full"
     return "rms" if knobs.get("TTT_OPTIMIZER") == "rms" else ""
@@ -317,8 +317,8 @@ def default_argument(knobs: Mapping[str, str]) -> str:
 
 @functools.lru_cache(maxsize=4)
 def declared_defaults(source: bytes, argument: str) -> dict[str, str]:
-    """NAME -> default, as text, of every line `name: type = knob(default, ..., full=..., rms=...)` in a train_gpt.py;
-    of `argument` where there is one of that name. Raises DataError where one cannot be read."""
+    """NAME -> default, as text, of every line `name: type = knob(default, ..., full=..., rms=...)` in a train_gpt.py.
+    If a line has the keyword `argument`, that is the default. Raises DataError if one cannot be read."""
     try:
         return dict(defaults_in(parsed(source), argument))
     except DataError:
@@ -345,7 +345,7 @@ def parsed(source: bytes) -> ast.Module:
 
 
 def constant(node: ast.expr) -> Any:
-    """The value of a literal, with a sign or as a power of two such as 1 << 20."""
+    """The value of a literal, possibly with a sign or shifted, as in 1 << 20."""
     match node:
         case ast.Constant(value):
             return value
@@ -361,7 +361,7 @@ def constant(node: ast.expr) -> Any:
 
 
 def submission(runs: Sequence[Run], facts: Facts) -> dict[str, Any]:
-    """submission.json: the contest's fields, and what is needed to judge them."""
+    """submission.json: the contest's fields, and what is needed to verify them."""
     first = runs[0].result
     bpb = scores(runs)
     loss = scores(runs, "val_loss")
@@ -411,7 +411,7 @@ def step_ms(run: Run) -> float:
 
 
 def rounded(value: float) -> float | None:
-    """To 8 decimals; None for what is not known, as the deviation of one seed."""
+    """Round to 8 decimals; None if unknown, such as the deviation of a single seed."""
     return round(value, 8) if math.isfinite(value) else None
 
 
@@ -428,7 +428,7 @@ def significance(v: Verdict) -> dict[str, Any]:
 
 
 def short(p: float | None) -> float | None:
-    """To four digits."""
+    """Round to four digits."""
     return None if p is None or not math.isfinite(p) else float(f"{p:.4g}")
 
 
@@ -437,7 +437,7 @@ def hardware(run: Run) -> str:
 
 
 def requirements(run: Run) -> str:
-    """requirements.txt: the packages that ran. A local build (torch 2.13.0+cpu) is named by its public version."""
+    """requirements.txt: the packages used. A local build (torch 2.13.0+cpu) is listed by its public version."""
     found = re.findall(r"(torch|numpy|sentencepiece|zstandard):([^\s+]+)", run.result["versions"])
     return "".join(f"{name}=={version}\n" for name, version in found)
 
@@ -449,7 +449,7 @@ WHAT, SETTINGS = "## What changed", "## Settings that differ from the defaults"
 
 
 def readme(runs: Sequence[Run], facts: Facts) -> str:
-    """README.md: what changed, with which settings, and every figure by seed."""
+    """README.md: what changed, the settings, and every figure by seed."""
     sections = [
         headline(runs, facts),
         f"{WHAT}\n\n{facts.what.strip()}",
@@ -465,7 +465,7 @@ def readme(runs: Sequence[Run], facts: Facts) -> str:
 
 
 def what_of(text: str) -> str:
-    """`Facts.what`, from a README."""
+    """Recover `Facts.what` from a README."""
     _, start, rest = text.partition(f"\n{WHAT}\n\n")
     what, end, _ = rest.partition(f"\n\n{SETTINGS}\n")
     require(bool(start and end), f"README.md: no text between {WHAT!r} and {SETTINGS!r}", DataError)
@@ -501,7 +501,7 @@ def settings_section(run: Run) -> str:
 
 
 def shell_word(value: str) -> str:
-    """As shlex.quote has it, but for an empty value, which needs no quotes behind an `=`."""
+    """As shlex.quote, except for an empty value, which needs no quotes after `=`."""
     return shlex.quote(value) if value else ""
 
 
@@ -551,7 +551,7 @@ def results_row(run: Run) -> list[str]:
 
 
 def phases_section(runs: Sequence[Run], facts: Facts) -> str:
-    """Seconds of every phase of every run, of the two clocks, and from start to finish."""
+    """Seconds of every phase of every run, of both clocks, and from start to finish."""
     clocks = {name: clock for run in runs for name, (_, clock) in run.phases().items()}
     rows = []
     for name, clock in clocks.items():
@@ -589,6 +589,6 @@ every artifact. The artifacts themselves are not kept here."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; the first column is left-aligned, figures are right-aligned."""
+    """A Markdown table; the first column is left-aligned, the others are right-aligned."""
     rule = ["---"] + ["---:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))

@@ -1,11 +1,11 @@
 """
-What two runs differ by, document by document.
+Compare two runs, document by document.
 
     ./run.sh compare A B [--out PICTURE]
 
-A and B: RUN_IDs, or paths of their .json or their artifacts. Differences are those of B to A: below zero, B is better.
-Intervals are paired 95 % bootstrap intervals: documents are drawn anew, 10,000 times. They say how much the difference
-depends on the choice of documents, not how far another seed would move either run.
+A and B are RUN_IDs, or paths of their .json or artifact. Differences are B - A: if negative, B is better. Intervals are
+paired 95 % bootstrap intervals: documents are resampled 10,000 times. They show how much the difference depends on the
+choice of documents, not how much another seed would change either run.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ from tools.results import (
 from tools.values import printable
 from train_gpt import LOGS
 
-SEED = 0  # of the draws
+SEED = 0  # for the bootstrap
 
 
 class Group(NamedTuple):
     """Documents of similar length, in both runs."""
 
-    label: str  # tokens, from-to
+    label: str  # tokens, as from-to
     documents: int
-    tokens: float  # mean of a document
-    bpb: tuple[float, float]  # of A, of B
-    gap: Interval | None  # B - A; None where there are too few documents
+    tokens: float  # mean per document
+    bpb: tuple[float, float]  # (A, B)
+    gap: Interval | None  # B - A; None if there are too few documents
     better: int  # documents that B predicts better
     worse: int
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def compare_by_length(a: Run, b: Run) -> list[Group]:
-    """Groups of documents that hold text, by octaves of their length."""
+    """Groups of documents by octave of length; documents without text are left out."""
     groups = []
     for label, mask in length_groups(a.tokens):
         size = a.bytes[mask]
@@ -84,7 +84,7 @@ def compare_by_length(a: Run, b: Run) -> list[Group]:
 
 
 def better_worse(a: Run, b: Run, mask: np.ndarray) -> tuple[int, int]:
-    """Documents that B predicts better than A, and worse; equal ones are neither."""
+    """The number of documents that B predicts better than A, and worse; ties count as neither."""
     return int((b.nats < a.nats)[mask].sum()), int((b.nats > a.nats)[mask].sum())
 
 
@@ -113,7 +113,7 @@ def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
 
 
 def left_out(documents: int, groups: list[Group]) -> list[str]:
-    """How many documents the table says nothing of, or gives no interval."""
+    """Notes on how many documents the table omits, or gives no interval."""
     without_text = documents - sum(g.documents for g in groups)
     without_interval = sum(g.documents for g in groups if g.gap is None)
     lines = []
@@ -134,7 +134,7 @@ def verdict(gap: Interval) -> str:
 
 
 def draw(a: Run, b: Run, groups: list[Group], path: Path) -> None:
-    """Both runs' bits per byte against length, and what B gains."""
+    """Plot both runs' bits per byte against document length, and the gain of B."""
     with picture(path, 420, columns=2) as (both, gain):
         for name, run, colour in (("A", a, COLOURS[0]), ("B", b, COLOURS[1])):
             both.plot(*by_length(run, run.nats), "o-", color=colour, label=f"{name} {short(run)}: {run.bpb:.4f}")

@@ -1,9 +1,9 @@
 """
-The events of a run: what it reports while it runs, for programs.
+The events of a run: its reports for programs.
 
-logs/RUN.events.jsonl holds one JSON object a line that begins with the name of the event: {"event": "step", ...}.
-train_gpt.py writes it, and the lines for people in logs/RUN.txt from the same values. Here the events are read and
-checked (`read_events`), and the log is compared with the lines that they give (`first_difference`).
+logs/RUN.events.jsonl holds one JSON object per line, which begins with the event's name: {"event": "step", ...}.
+train_gpt.py writes it, and from the same values the lines for people in logs/RUN.txt. Here the events are read and
+checked (`read_events`), and the log is compared with the lines that follow from them (`first_difference`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from train_gpt import DataError
 
 MAX_BYTES = 1 << 26  # of all events of a run: half a million steps
 
-FIELDS = {  # event -> its fields and their kinds; a value that is not finite is null
+FIELDS = {  # event -> its fields and their kinds; a non-finite value is stored as null
     "run": {
         "run_id": text,
         "seed": whole,
@@ -67,7 +67,7 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
     "gradients": {"documents": whole, "tokens": whole, "chunk": whole, "longer_chunk": whole},
     "damping": {"damping": number},
     "rounding": {"attempt": whole, "fineness": signed, "artifact_bytes": whole, "bits": signed},
-    # Of older runs:
+    # From older runs:
     "pack": {"attempt": whole, "clip_scale": number, "artifact_bytes": whole, "entropy_bytes": number},
     "time_short": {"degraded_documents": whole},
     "adapted": {
@@ -83,16 +83,16 @@ FIELDS = {  # event -> its fields and their kinds; a value that is not finite is
     "over_limit": {"clock": one_of("training", "evaluation"), "over_seconds": number, "limit_seconds": number},
     "warning": {"text": text},
     "phase": {"name": text, "seconds": number, "clock": one_of("training", "evaluation", "-")},
-    "result": {},  # the whole result, which has kinds of its own: tools/results.py
+    "result": {},  # the whole result, whose kinds are in tools/results.py
 }
-EARLIER_FIELDS = {  # event -> what it had before, in logs that are kept
+EARLIER_FIELDS = {  # event -> its earlier fields, in existing logs
     "readout": {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
 }
 
 
 class Event(NamedTuple):
     name: str
-    values: dict[str, Any]  # of an event in FIELDS: its fields, checked; of any other: whatever it holds
+    values: dict[str, Any]  # checked for an event in FIELDS, unchecked for any other
 
     @property
     def known(self) -> bool:
@@ -100,9 +100,9 @@ class Event(NamedTuple):
 
 
 def read_events(content: bytes, source: str) -> list[Event]:
-    """The events of a file, or of the whole lines that a growing one has so far. Those of unknown names are kept and
-    their values are not checked. Raises DataError, naming `source` and the line, where a line is no event, or an event
-    lacks a field, has one too many, or has one of another kind."""
+    """The events of a file, or of the complete lines of a growing one. Events with unknown names are kept, and their
+    values are not checked. Raises DataError, naming `source` and the line, if a line is not an event, or if an event
+    has a missing field, an extra one, or one of the wrong kind."""
     if len(content) > MAX_BYTES:
         raise DataError(f"{source}: {len(content)} bytes of events, at most {MAX_BYTES} are expected")
 
@@ -110,7 +110,7 @@ def read_events(content: bytes, source: str) -> list[Event]:
     for i, line in enumerate(content.splitlines(), 1):
         try:
             events.append(parse_event(line))
-        except ValueError as error:  # DataError is one
+        except ValueError as error:  # DataError is a ValueError
             raise DataError(f"{source}: line {i} of the events: {error}") from None
     return events
 
@@ -139,10 +139,10 @@ def named(name: str, events: Iterable[Event]) -> list[dict[str, Any]]:
 
 
 # -----------------------------------------------------------------------------
-# The lines for people, from the events. The templates of train_gpt.py stand here once more: a record is measured by
-# these, and not by what its own source says that its lines look like.
+# The lines for people, from the events. The templates of train_gpt.py are repeated here, so that a record is checked
+# against these and not against whatever its own source prints.
 
-TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, the latest first
+TEMPLATES = {  # event -> all wordings of its line in train_gpt.py, the latest first
     "gradients": (
         "gradients: measured on {documents} documents of {tokens} tokens, in chunks of {chunk} and {longer_chunk}",
     ),
@@ -198,7 +198,7 @@ TEMPLATES = {  # event -> the wordings of its line that train_gpt.py has had, th
     "warning": ("warning: {text}",),
     "phase": ("phase {name:26} {seconds:9.2f} s   clock: {clock}",),
 }
-SHOWN = (  # of a result, in its line, where the result has them
+SHOWN = (  # fields of a result shown in its line, if present
     "val_bpb",
     "static_bpb",
     "prequant_bpb",
@@ -219,8 +219,9 @@ SHOWN = (  # of a result, in its line, where the result has them
 
 
 def first_difference(log: str, events: Iterable[Event]) -> tuple[str, str] | None:
-    """The log of a run after its source, compared with what its events give: settings, versions, progress, result.
-    -> None where they agree; else the first line that differs, and what it should be. Either may be empty: no more."""
+    """Compare a run's log, after the source, with the lines that follow from its events: settings, versions, progress,
+    result. -> None if they agree; else the first line that differs, and what it should be. Either is empty if there
+    are no more lines."""
     at = 0
     for event in events:
         wordings = wordings_of(event)
@@ -234,7 +235,7 @@ def first_difference(log: str, events: Iterable[Event]) -> tuple[str, str] | Non
 
 
 def wordings_of(event: Event) -> list[str]:
-    """The lines that an event may have in the log, each ended; none: it has no line."""
+    """The possible lines of an event in the log, each with its newline; empty if it has no line."""
     if event.name in SPECIAL:
         return [SPECIAL[event.name](event.values) + "\n"]
     shown = {name: math.nan if value is None else value for name, value in event.values.items()}

@@ -1,8 +1,8 @@
 """
-Held-out training documents as a validation set, so that whatever is chosen is not chosen on validation.
+Held-out training documents as a validation set, so that no choice is made on the real validation set.
 
-HOLDOUT_TOKENS keeps the end of the training shards out of training. Here the whole documents of that stretch become the
-validation shard of a folder on which the entry runs as it is; the training shards are linked into it.
+HOLDOUT_TOKENS keeps the end of the training shards out of training. Here the whole documents in it become the
+validation shard of a folder, with links to the training shards, on which the entry runs unchanged.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ NAMES = ("fineweb_val_000000.bin", "fineweb_val_bytes_000000.bin")
 
 
 def score_holdout(run: RunConfig, vocab_size: int, folder: Path, exact: bool = False) -> RunConfig:
-    """The run with held-out training documents for a validation set, in `folder`: those that its artifact held out, or
-    without an artifact the last HOLDOUT_TOKENS; `exact` as for `make_holdout`. Raises UserError, also where DATA_PATH
-    is not what the artifact was trained on."""
+    """The run with held-out training documents as its validation set, in `folder`: those that its artifact held out, or
+    without an artifact the last HOLDOUT_TOKENS; `exact` as for `make_holdout`. Raises UserError, also if DATA_PATH is
+    not the data that the artifact was trained on."""
     held = run.holdout_tokens
     digest = ""
     if run.artifact:
@@ -61,7 +61,7 @@ def score_holdout(run: RunConfig, vocab_size: int, folder: Path, exact: bool = F
 
 
 def held_out_by(artifact: str) -> tuple[ModelConfig, int, str]:
-    """The network of an artifact, how many tokens at the end of its training data it has not learned from, and the
+    """The network of an artifact, the number of tokens at the end of its training data that were held out, and the
     SHA-256 of those documents."""
     header, _ = read_header(read_file(artifact), artifact)
     held = header["meta"].get("holdout_tokens", 0)
@@ -75,8 +75,8 @@ def held_out_by(artifact: str) -> tuple[ModelConfig, int, str]:
 
 
 def require_training_text(stream: TrainingStream, digest: Any, what: str) -> None:
-    """Raise DataError unless the end of these training shards is what the training behind the file `what` held out;
-    `digest` is what that file says of it."""
+    """Raise DataError unless the end of these training shards is the text that was held out in the training of the file
+    `what`; `digest` is the one that the file states for it."""
     found = hashlib.sha256(stream.held_out().tokens.astype("<u2").tobytes()).hexdigest()
     require(
         found == digest,
@@ -89,11 +89,11 @@ def require_training_text(stream: TrainingStream, digest: Any, what: str) -> Non
 def make_holdout(
     source: Path, tokenizer: Tokenizer, holdout_tokens: int, folder: Path, exact: bool = False
 ) -> dict[str, Any]:
-    """Make `folder` from the prepared data in `source`, or find it made -> what its manifest says under "holdout". With
-    `exact`, a side-car counts the bytes of text, where the contest's formula might count too many.
+    """Make `folder` from the prepared data in `source` unless it exists -> the "holdout" entry of its manifest. With
+    `exact`, a side-car holds the true bytes of the text, since the contest's formula may count too many.
 
-    The folder appears whole or not at all. Raises ConfigError when nothing is held out, DataError when the stretch
-    holds no whole document or the bytes of its text cannot be told."""
+    The folder is created atomically. Raises ConfigError if nothing is held out, DataError if the held-out stretch
+    contains no whole document or the bytes of its text cannot be determined."""
     require(
         holdout_tokens > 0,
         "HOLDOUT_TOKENS=0 keeps no training document to choose on; set it, or choose with --on validation",
@@ -131,8 +131,8 @@ def make_holdout(
 
 
 def known_transform(source: Path, tokenizer: Tokenizer) -> str:
-    """`transform_of`, but a folder with side-cars must say it: they may count the bytes of text that was transformed in
-    a way of which nothing is known here."""
+    """`transform_of`, but a folder with side-cars must state its transform: they may count the bytes of text under a
+    transform that is unknown here."""
     transform = transform_of(source, tokenizer)
     told = manifest_value(source, "tokenizer", "transform") is not None or transform == "caseops"
     require(
@@ -145,8 +145,8 @@ def known_transform(source: Path, tokenizer: Tokenizer) -> str:
 
 
 def last_tokens(paths: list[Path], count: int, vocab_size: int) -> np.ndarray:
-    """The last `count` tokens of consecutive shards, (count,) uint16. Raises DataError where there are fewer, and for
-    one outside the vocabulary."""
+    """The last `count` tokens of consecutive shards, (count,) uint16. Raises DataError if there are fewer, or if one is
+    outside the vocabulary."""
     parts = []
     missing = count
     for path in reversed(paths):
@@ -161,7 +161,7 @@ def last_tokens(paths: list[Path], count: int, vocab_size: int) -> np.ndarray:
 
 
 def whole_documents(stretch: np.ndarray, holdout_tokens: int) -> np.ndarray:
-    """From the first BOS up to the last, which may begin a document that goes on elsewhere."""
+    """Cut from the first BOS to just before the last, whose document may continue beyond the stretch."""
     starts = np.flatnonzero(stretch == BOS)
     require(
         len(starts) > 1,
@@ -172,7 +172,7 @@ def whole_documents(stretch: np.ndarray, holdout_tokens: int) -> np.ndarray:
 
 
 def exact_sidecar(documents: np.ndarray, tokenizer: Tokenizer, transform: str) -> np.ndarray:
-    """Bytes of original text behind every token, (n,) uint16; what a lossy tokenizer drops is not known here."""
+    """Bytes of original text of every token, (n,) uint16; what a lossy tokenizer drops cannot be known here."""
     if transform == "caseops":
         return caseops_sidecar(documents, tokenizer)
     pieces = tokenizer.pieces
@@ -180,8 +180,8 @@ def exact_sidecar(documents: np.ndarray, tokenizer: Tokenizer, transform: str) -
 
 
 def caseops_sidecar(documents: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of original text behind every token, (n,) uint16, by decoding the tokens and undoing the transform: the
-    same as the side-car that data/prepare.py writes for validation."""
+    """Bytes of original text of every token, (n,) uint16, found by decoding the tokens and undoing the transform: equal
+    to the side-car that data/prepare.py writes for validation."""
     encoder = load_encoder(read_file(tokenizer.path), True, str(tokenizer.path))
     sidecar = np.zeros(len(documents), np.uint16)
     starts = np.flatnonzero(documents == BOS)

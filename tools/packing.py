@@ -1,17 +1,17 @@
 """
-What packing costs, and what each part of the quantiser is worth: the same weights are packed in several ways into the
-same bytes, read back, and compared with the network before packing, on held-out training documents.
+What packing costs, and what each part of the quantiser gains: the same weights are packed in several ways to the same
+size, read back, and compared with the unpacked network on held-out training documents.
 
 ./run.sh packing WEIGHTS                 WEIGHTS is a checkpoint, logs/RUN.ckpt
-./run.sh packing WEIGHTS --only NAMES    these ways, with commas; --list shows all
-./run.sh packing WEIGHTS --artifact A    beside them, an artifact of the same weights
-./run.sh packing WEIGHTS --on validation for a final figure: nothing is chosen there
+./run.sh packing WEIGHTS --only NAMES    only these ways, comma-separated; --list shows all
+./run.sh packing WEIGHTS --artifact A    compare an artifact of the same weights too
+./run.sh packing WEIGHTS --on validation only for a final figure: never choose by it
 
-Knobs are environment variables, as for the entry; DATA_PATH and ARTIFACT_BYTES matter here. TRAIN_BATCH_TOKENS (unless
-it is set, that of the training) and GPTQ_CALIBRATION_BATCHES say on how much text is calibrated; HOLDOUT_TOKENS is
-always that of the training. KL is the divergence from the predictions of the network before packing: it needs no
-labels, so it is the quieter measure of the two. Both are in bits per byte, with the standard error over documents,
-where there are ten or more.
+Knobs are environment variables, as for the entry; DATA_PATH and ARTIFACT_BYTES matter here. TRAIN_BATCH_TOKENS (by
+default, the value used in training) and GPTQ_CALIBRATION_BATCHES set the amount of calibration text; HOLDOUT_TOKENS is
+always the value used in training. KL is the divergence from the predictions of the network before packing: it needs no
+labels, so it is less noisy than the score. Both are in bits per byte, with the standard error over documents if there
+are ten or more.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LOGIT_CHUNK = 4096  # tokens whose logits are in memory at a time
 
 
 class Way(NamedTuple):
-    """How a way differs from the default: knobs, names of train_gpt with other values, or other sensitivities."""
+    """How a way differs from the default: knobs, patched names of train_gpt, or changed sensitivities."""
 
     doc: str
     knobs: dict[str, object] = {}
@@ -67,25 +67,25 @@ def equal_rows_of_blocks(name: str, sensitivity: g.Sensitivity) -> g.Sensitivity
 
 
 def add_unweighted(sums: g.GradientSums, x: Tensor, gradient: Tensor) -> None:
-    """`GradientSums.add`, where every input counts alike; the scale is that of the whole text, not of each token."""
+    """`GradientSums.add` with all inputs weighted alike: by the mean over the whole text, not per token."""
     squares = gradient.square()
     sums.rows += squares.sum(0)
     sums.hessian.addmm_(x.mT, x, alpha=float(squares.mean()))
 
 
 def equal_columns(plan: g.MatrixPlan, octave: float) -> g.Grid:
-    """`MatrixPlan.grid` with one step for all columns, which costs as many bits."""
+    """`MatrixPlan.grid` with one step for all columns, at the same cost in bits."""
     grid = PLAIN_GRID(plan, octave)
     return grid._replace(column_steps=np.full_like(grid.column_steps, round(grid.column_steps.mean())))
 
 
 def equal_columns_of_blocks(plan: g.MatrixPlan, octave: float) -> g.Grid:
-    """The same, but for the embedding and the output matrices of attention."""
+    """As `equal_columns`, except for the embedding and the output matrices of attention."""
     return PLAIN_GRID(plan, octave) if plan.column_steps.std() > 2 else equal_columns(plan, octave)
 
 
 def one_table(walk: g.Walk, row: int) -> np.ndarray:
-    """`Walk.contexts`, where only the trellis chooses among tables."""
+    """`Walk.contexts` with tables chosen by the trellis alone."""
     contexts = PLAIN_CONTEXTS(walk, row)
     return np.where(contexts > 1, 2 + (contexts & 1), contexts)
 
@@ -124,7 +124,7 @@ WAYS = {
     "text-4": Way("four times the text", {"calibration": 4.0}, calibrates_anew=True),
 }
 
-PARTS = {  # of the quantiser, and the way that leaves each out
+PARTS = {  # part of the quantiser -> the way that leaves it out
     "trellis": "nearest",
     "rows": "equal-rows",
     "columns": "equal-columns",
@@ -134,7 +134,7 @@ PARTS = {  # of the quantiser, and the way that leaves each out
 
 
 def all_without(names: Sequence[str], doc: str) -> Way:
-    """The way that leaves out what each of these ways does."""
+    """One way that combines the changes of all these ways."""
     ways = [WAYS[name] for name in names]
     knobs = {name: value for way in ways for name, value in way.knobs.items()}
     patches = {name: value for way in ways for name, value in way.patches.items()}
@@ -158,7 +158,7 @@ for part in PARTS:
 
 @contextlib.contextmanager
 def patched(patches: dict[str, object]) -> Iterator[None]:
-    """Inside, these names of train_gpt have other values."""
+    """Within the context, these names of train_gpt have other values."""
     with contextlib.ExitStack() as stack:
         for name, value in patches.items():
             owner, _, attribute = name.rpartition(".")
@@ -170,14 +170,14 @@ def patched(patches: dict[str, object]) -> Iterator[None]:
 
 
 class Judge:
-    """Compares networks with one before packing, document by document."""
+    """Compares networks with the network before packing, document by document."""
 
     def __init__(self, model: g.GPT, docs: g.Documents, run: g.RunConfig):
         self.docs = docs
         self.cap = model.config.logit_softcap
         self.embedding = model.embed.detach().clone()
-        self.rows = []  # (micro-batch, document of every target)
-        document = np.repeat(np.arange(len(docs)), docs.lengths)  # of every target, in the order of the stream
+        self.rows = []  # (micro-batch, document index of every target)
+        document = np.repeat(np.arange(len(docs)), docs.lengths)  # document index of every target, in stream order
         size = run.train_row_tokens
         for start in range(0, len(document), size):
             end = min(start + size, len(document))
@@ -190,7 +190,7 @@ class Judge:
 
     @torch.no_grad()
     def compare(self, model: g.GPT) -> tuple[np.ndarray, np.ndarray]:
-        """-> of every document, the bits that packing adds to its score, and the divergence in bits."""
+        """-> for every document, the bits that packing adds to its score, and the KL divergence in bits."""
         penalty = np.zeros(len(self.docs))
         divergence = np.zeros(len(self.docs))
         for (batch, document), exact in zip(self.rows, self.states, strict=True):
@@ -204,24 +204,24 @@ class Judge:
         return penalty / math.log(2), divergence / math.log(2)
 
     def of_tokens(self, model: g.GPT, states: Tensor, exact: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """States (T, D) of both networks, targets (T,) -> differences of the scores and divergences (T,), nats, fp64"""
+        """States (T, D) of both networks, targets (T,) -> score differences and divergences (T,), nats, fp64."""
         log_p = g.softcap(exact @ self.embedding.to(exact.dtype).mT, self.cap).log_softmax(-1)
         log_q = g.softcap(states @ model.embed.to(states.dtype).mT, self.cap).log_softmax(-1)
         added = (log_p - log_q).gather(1, targets[:, None])[:, 0]
         return added.double(), (log_p.exp() * (log_p - log_q)).sum(-1).double()
 
     def per_byte(self, bits: np.ndarray) -> tuple[float, float]:
-        """Bits of every document -> bits per byte, and their standard error over documents."""
+        """Bits of every document -> bits per byte and its standard error over documents."""
         return ratio_and_error(bits, self.docs.target_bytes())
 
     def cell(self, bits: np.ndarray) -> str:
-        """The same for a table; an error of too few documents would pretend to know."""
+        """The same as a table cell, without the error if there are too few documents to estimate it."""
         figure, error = self.per_byte(bits)
         return f"{figure:.5f}" if len(self.docs) < FEWEST else f"{figure:.5f} ± {error:.5f}"
 
 
 def load_weights(path: str) -> g.GPT:
-    """The network of a checkpoint, with the weights that the model had."""
+    """The network of a checkpoint, with the weights of its model."""
     meta, tensors = g.unpack(g.read_file(path), path)
     config = g.stored_config(meta | {"kind": "artifact"}, path)
     model = g.GPT(config)
@@ -232,16 +232,16 @@ def load_weights(path: str) -> g.GPT:
 
 
 class Training(NamedTuple):
-    """What a checkpoint says of the training that it is of."""
+    """What a checkpoint states about its training."""
 
-    batch_tokens: int  # tokens a step
+    batch_tokens: int  # tokens per step
     holdout_tokens: int
-    holdout: str  # sha256 of the documents that were held out
+    holdout: str  # sha256 of the held-out documents
     tokenizer: str  # sha256
 
 
 def training_of(path: str) -> Training:
-    """Raises DataError where a checkpoint does not say it."""
+    """Read a checkpoint's `Training`. Raises DataError if it is missing."""
     header, _ = g.read_header(g.read_file(path), path)
     meta = header["meta"]
     numbers = [meta.get(name) for name in ("train_batch_tokens", "holdout_tokens")]
@@ -263,7 +263,7 @@ def calibrate(model: g.GPT, setup: g.Setup, batches: float) -> dict[str, g.Sensi
 
 
 def measure(way: Way, model: g.GPT, setup: g.Setup, known: dict[str, g.Sensitivity], judge: Judge) -> str:
-    """Pack in this way, read back and compare -> the columns of a line."""
+    """Pack in this way, read back and compare -> the columns of its row."""
     knobs = dict(way.knobs)
     batches = setup.run.gptq_calibration_batches * knobs.pop("calibration", 1.0)
     run = dataclasses.replace(setup.run, **knobs)
@@ -279,7 +279,7 @@ def measure(way: Way, model: g.GPT, setup: g.Setup, known: dict[str, g.Sensitivi
 
 
 def read_back(artifact: bytes, what: str, model: g.GPT) -> g.GPT:
-    """The network in an artifact, which must be of the shape and goes to the device of `model`."""
+    """The network in an artifact, which must have the shape of `model`; it is put on the device of `model`."""
     _, stored = g.unpack(artifact, what)
     return g.restore(g.GPT(model.config).to(model.embed.device), stored, what)
 
@@ -290,14 +290,14 @@ def columns(judge: Judge, packed: g.GPT, size: int, pack_seconds: float, unpack_
 
 
 def open_text(on: str, folder: Path, config: g.ModelConfig, weights: str) -> g.Setup:
-    """Set-up whose validation is what is compared on, and whose stream is what is calibrated on: batches as large as
-    those of the training that made the checkpoint `weights`, which may have had more GPUs and seconds than this. Raises
-    UserError where DATA_PATH is not what that was trained on."""
+    """A set-up with the documents to compare on as its validation set, and the calibration text as its stream. Batches
+    are as large as in the training that made the checkpoint `weights`, which may have had more GPUs and time. Raises
+    UserError if DATA_PATH is not the data that it was trained on."""
     _, run = g.read_env()
     training = training_of(weights)
     if not run.train_batch_tokens:
         run = dataclasses.replace(run, train_batch_tokens=training.batch_tokens)
-    run = dataclasses.replace(run, holdout_tokens=training.holdout_tokens)  # more would be text that was learned
+    run = dataclasses.replace(run, holdout_tokens=training.holdout_tokens)  # more was trained on
     if on == "holdout":
         run = score_holdout(run, config.vocab_size, folder / "data")
     dist = g.Dist.from_env(run.device)

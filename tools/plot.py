@@ -1,9 +1,9 @@
 """
-Pictures of finished runs, one question a picture.
+Plots of finished runs, one question per plot.
 
     ./run.sh plot logs/A.json logs/B.json ... [--out FOLDER]
 
-loss.png     training and validation loss against time and against tokens (of runs that trained)
+loss.png     training and validation loss against time and against tokens (if any run trained)
 phases.png   where the time went
 lengths.png  bits per byte against document length, with and without test-time training
 bytes.png    what the artifact's bytes are spent on
@@ -31,7 +31,7 @@ from train_gpt import EVALUATION_CLOCK, LOGS, TRAINING_CLOCK, UserError, require
 
 WIDTH, DPI = 900, 100  # pixels of every picture, as wide as a README
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D1F", "#000000")  # Okabe & Ito 2008
-HATCHES = ("", "///", "...", "xxx")  # tell parts apart once the colours are used up
+HATCHES = ("", "///", "...", "xxx")  # distinguish parts once the colours run out
 STYLE = {
     "font.size": 12,
     "axes.titlesize": 13,
@@ -44,7 +44,7 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 2,
     "hatch.color": "white",
-    "text.parse_math": False,  # a run's name may hold dollar signs
+    "text.parse_math": False,  # a run's name may contain dollar signs
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
 }
 MOST_RUNS = len(COLOURS)
@@ -52,7 +52,7 @@ MOST_RUNS = len(COLOURS)
 
 @contextlib.contextmanager
 def picture(path: Path, height: int, columns: int = 1) -> Iterator[list[Axes]]:
-    """Axes side by side on WIDTH x `height` pixels, in the one style; a PNG when the block ends well."""
+    """Axes side by side on WIDTH x `height` pixels, in STYLE; saved as a PNG unless the block raises."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, layout="constrained")
         yield figure.subplots(1, columns, squeeze=False)[0].tolist()
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def draw_all(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Every picture of these runs -> their paths; no loss.png where no run trained."""
+    """Draw every plot of these runs -> their paths; no loss.png if no run trained."""
     require(
         len(runs) <= MOST_RUNS, f"{len(runs)} runs: more than {MOST_RUNS} cannot be told apart; give fewer", UserError
     )
@@ -93,24 +93,24 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def short(run: Run) -> str:
-    """Its name without the folder, such as that of a sweep."""
+    """The run's name without its folder, such as a sweep's."""
     return run.name.rpartition("/")[2]
 
 
 def warn_of_other_text(axes: Axes, runs: Sequence[Run], in_bytes: bool) -> None:
-    """Say above the picture that its curves do not compare: nats a token where the tokens differ, and bits per byte
-    (`in_bytes`) where the bytes of the documents do."""
+    """Warn above the plot if its curves are not comparable: nats per token if the tokens differ, or bits per byte
+    (`in_bytes`) if the documents' bytes differ."""
     first = runs[0]
     if all(run.validation == first.validation for run in runs):
         return
     if in_bytes and all(np.array_equal(run.bytes, first.bytes) for run in runs):
-        return  # the same text, in tokens of different tokenizers
+        return  # the same text with different tokenizers
     what = "documents" if in_bytes else "documents or tokens"
     axes.figure.suptitle(f"These runs scored different {what}: their curves do not compare", fontsize=12)
 
 
 def draw_loss(runs: Sequence[Run], path: Path) -> None:
-    """Nats a token against the training clock and against tokens: lines of training, dots of validation."""
+    """Nats per token against the training clock and against tokens: lines for training, dots for validation."""
     with picture(path, 400 + 24 * len(runs), columns=2) as (by_time, by_tokens):
         shown = 0.0
         for run, colour in zip(runs, COLOURS, strict=False):
@@ -126,7 +126,7 @@ def draw_loss(runs: Sequence[Run], path: Path) -> None:
                 axes.plot(at, nats, "o", color=colour, markersize=6, label=f"{short(run)}: validation, not adapted")
             shown = max(shown, *losses[len(losses) // 20 :], *nats)
         by_time.set(xlabel="training clock (s)", ylabel="loss (nats a token)")
-        by_time.set_ylim(top=1.02 * shown)  # the first steps, off the scale, would flatten the rest
+        by_time.set_ylim(top=1.02 * shown)  # the high losses of the first steps would flatten the rest
         by_tokens.set(xlabel="tokens (millions)", ylim=by_time.get_ylim())
         by_tokens.locator_params(axis="x", nbins=5)
         warn_of_other_text(by_time, runs, in_bytes=False)
@@ -134,14 +134,14 @@ def draw_loss(runs: Sequence[Run], path: Path) -> None:
 
 
 def validation_losses(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Steps (n,) and nats a token (n,) of every validation without adaptation, that of the last iterate included."""
+    """Steps (n,) and nats per token (n,) of every validation without adaptation, including the last iterate's."""
     measured = [*run.validations(), (run.result["steps"], run.result["last_bpb"])]
     steps, bpb = np.array(measured, float).T
     return steps, bpb * math.log(2) * run.result["bytes"] / run.result["tokens"]
 
 
 def draw_phases(runs: Sequence[Run], path: Path) -> None:
-    """Three bars a run: the training clock, the evaluation clock, and what neither counts."""
+    """Three bars per run: the training clock, the evaluation clock, and time on neither."""
     bars = []
     for run in runs:
         phases = run.result["phases"]
@@ -154,7 +154,7 @@ def draw_phases(runs: Sequence[Run], path: Path) -> None:
 
 
 def draw_bytes(runs: Sequence[Run], path: Path) -> None:
-    """The artifact's parts and the source, of the bytes allowed."""
+    """Sizes of the artifact's parts and of the source, within the bytes allowed."""
     bars = []
     for run in runs:
         allowed = run.result["knobs"].get("ARTIFACT_BYTES")
@@ -184,7 +184,7 @@ def draw_bars(bars: list[tuple[str, dict[str, float]]], path: Path, unit: str, f
 
 
 def draw_lengths(runs: Sequence[Run], path: Path) -> None:
-    """Bits per byte of documents by length: with adaptation a line, without it a dashed one."""
+    """Bits per byte by document length: a solid line with adaptation, a dashed one without."""
     with picture(path, 460) as (axes,):
         for run, colour in zip(runs, COLOURS, strict=False):
             at, bpb = by_length(run, run.nats)
@@ -205,7 +205,7 @@ def draw_lengths(runs: Sequence[Run], path: Path) -> None:
 
 
 def by_length(run: Run, nats: np.ndarray) -> tuple[list[float], list[float]]:
-    """Mean length in tokens and bits per byte of every group of documents that holds text."""
+    """Mean length in tokens, and bits per byte, of every group of documents; groups without text are left out."""
     groups = [mask for _, mask in length_groups(run.tokens) if run.bytes[mask].sum()]
     return [float(run.tokens[m].mean()) for m in groups], [bits_per_byte(nats[m], run.bytes[m]) for m in groups]
 

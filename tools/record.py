@@ -1,13 +1,13 @@
 """
-Train and evaluate every seed, audit the artifacts, and write a record that checks itself.
+Train and evaluate every seed, audit the artifacts, and write a record that has been checked.
 
     MATRIX_LR=0.028 ./run.sh record NAME --seeds 42,0,1234 --what "one line, or a file with more" [--baseline ...]
 
-Knobs come from the environment, as in any run; seed S runs with SEED=S and RUN_ID=NAME_seedS, and is skipped if
-logs/ holds it finished with the same code, knobs and validation. The record is records/<track>/<date>_NAME/. It is
-refused, with the reason, if a seed breaks a limit, if the seeds are not alike, if the hardware or the validation is not
-what the track asks for, or if the audit (./run.sh prove) of an artifact fails. An audit takes about --audit-seconds.
-AUTHOR and GITHUB_ID name who submits; without them git's user.name and github.user do.
+Knobs come from the environment, as in any run. Seed S runs with SEED=S and RUN_ID=NAME_seedS, and is skipped if logs/
+has a finished run of it with the same code, knobs and validation set. The record is records/<track>/<date>_NAME/. It is
+refused, with the reason, if a seed exceeds a limit, if the seeds differ in more than the seed, if the track requires
+other hardware or another validation set, or if the audit (./run.sh prove) of an artifact fails. An audit takes about
+--audit-seconds. AUTHOR and GITHUB_ID name the submitter; the defaults are git's user.name and github.user.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for i, job in enumerate(jobs):
         print(f"seed {job.run.seed} ({i + 1} of {len(jobs)})", flush=True)
         runs.append(job.finished or start(job))
-        refuse(claims.objections(runs, facts))  # as soon as one seed speaks against it, and not after the last
+        refuse(claims.objections(runs, facts))  # as soon as one seed rules it out, not after the last
     audits = {run.result["seed"]: audit(run, options.audit_seconds) for run in runs}
     print(write_record(runs, audits, facts))
     return 0
@@ -107,7 +107,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def seed_list(text: str) -> list[int]:
-    """Sorted, as the record lists them."""
+    """Parse seeds, and sort them as the record lists them."""
     parts = text.split(",")
     require(
         all(part.isdecimal() for part in parts) and len(set(map(int, parts))) == len(parts),
@@ -122,7 +122,7 @@ def seed_list(text: str) -> list[int]:
 
 
 def gather_facts(options: argparse.Namespace, env: Mapping[str, str]) -> Facts:
-    """What the record will say and no run knows. Raises UserError, naming all that is missing."""
+    """The facts in the record that no run knows. Raises UserError, naming everything that is missing."""
     author = env.get("AUTHOR") or git("user.name")
     github_id = env.get("GITHUB_ID") or git("github.user")
     ways = {
@@ -149,14 +149,14 @@ def gather_facts(options: argparse.Namespace, env: Mapping[str, str]) -> Facts:
 
 
 def git(name: str) -> str:
-    """A value of git's configuration; empty where there is none, or no git."""
+    """A value of git's configuration; empty if it is not set or there is no git."""
     if not shutil.which("git"):
         return ""
     return subprocess.run(["git", "config", name], capture_output=True, text=True).stdout.strip()
 
 
 def text_of(what: str) -> str:
-    """The text, or that of the file it names."""
+    """`what` itself, or the text of the file that it names."""
     if "\n" in what or not Path(what).is_file():
         return what.strip()
     try:
@@ -183,7 +183,7 @@ def parse_baseline(text: str) -> Baseline:
 
 
 class Job(NamedTuple):
-    """One seed: what to run, and its run if it has finished already."""
+    """One seed: what to run, and the run if it has already finished."""
 
     env: dict[str, str]
     run: RunConfig
@@ -197,7 +197,7 @@ def job_for(seed: int, facts: Facts, env: Mapping[str, str]) -> Job:
 
 
 def find_finished(model: train_gpt.ModelConfig, run: RunConfig) -> Run | None:
-    """The run of that name, if it is complete and of this code and these knobs."""
+    """The finished run of that name, if it has this code and these knobs."""
     path = LOGS / f"{run.run_id}.json"
     if not path.exists():
         return None
@@ -224,7 +224,7 @@ def find_finished(model: train_gpt.ModelConfig, run: RunConfig) -> Run | None:
 
 
 def check_before(jobs: Sequence[Job], facts: Facts) -> None:
-    """Refuse what could not become a record, before anything is paid for."""
+    """Refuse what could never become a record before any compute is spent."""
     run = jobs[0].run
     require(not run.artifact and not run.resume, "a record trains from the start: unset ARTIFACT and RESUME", UserError)
     require(
@@ -260,7 +260,7 @@ def check_before(jobs: Sequence[Job], facts: Facts) -> None:
 
 
 def device_here(env: Mapping[str, str]) -> str:
-    """The name of the device a run would take. Another process is asked: asking takes hold of a GPU."""
+    """The name of the device that a run would use. Asks in another process, because asking initialises the GPU."""
     if env.get("DEVICE") == "cpu" or not torch.cuda.device_count():
         return train_gpt.device_name(torch.device("cpu"))
     ask = "import torch; print(torch.cuda.get_device_name())"
@@ -280,7 +280,7 @@ def refuse(reasons: Sequence[str]) -> None:
 
 
 def audit(run: Run, seconds: int) -> str:
-    """What `python -m tools.prove` says of a run's artifact, also on the screen. Raises UserError if it fails."""
+    """The output of `python -m tools.prove` on a run's artifact, also printed. Raises UserError if it fails."""
     artifact = beside(run.path, ".ptz")
     difference = how_it_differs(artifact, run) if artifact.is_file() else "it is missing"
     require(
@@ -314,7 +314,7 @@ def audit(run: Run, seconds: int) -> str:
 
 
 def write_record(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -> Path:
-    """Build the folder beside its place, check it there, and move it into place whole -> its path."""
+    """Build the folder next to its final place, check it, and move it there as a whole -> its path."""
     folder = RECORDS / facts.folder
     beside_it = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     beside_it.mkdir(parents=True)
@@ -331,8 +331,8 @@ def write_record(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -
 
 
 def content_of(runs: Sequence[Run], audits: Mapping[int, str], facts: Facts) -> dict[str, bytes]:
-    """Every file of a record but its pictures: {name: bytes}. Files of the runs are kept byte for byte, the events of a
-    run at the end of its log."""
+    """Every file of a record but its plots: {name: bytes}. Files of the runs are kept byte for byte, with the events
+    of a run at the end of its log."""
     files = {
         "README.md": claims.readme(runs, facts).encode(),
         "submission.json": claims.as_json(claims.submission(runs, facts)).encode(),

@@ -1,21 +1,21 @@
 """
-Which rule of test-time training brings what: one artifact, scored by one process in several ways on the same documents.
+What each rule of test-time training gains: one artifact, scored in several ways on the same documents by one process.
 
-./run.sh rules ARTIFACT [SETTING ...]    what every setting gains over the static score
-./run.sh rules ARTIFACT --published      the artifact's default, and every published system once
-./run.sh rules --list                    the published systems, where they come from, and their knobs
+./run.sh rules ARTIFACT [SETTING ...]    the gain of every setting over the static score
+./run.sh rules ARTIFACT --published      the artifact's default and every published system
+./run.sh rules --list                    the published systems, their sources and their knobs
 
-SETTING is knobs, with spaces in quotes or with commas: "TTT_OPTIMIZER=adamw TTT_LR=1e-4"; "" or default is what the
-artifact does by itself; a published system's name stands for its knobs, and knobs behind it change it. Other knobs come
-from the environment, else from the run beside the artifact, else they have their defaults; a published system ignores
-their TTT_ knobs. DATA_PATH must name the text that the artifact was trained on, of which the held-out documents are
+SETTING is a list of knobs, separated by spaces (in quotes) or commas: "TTT_OPTIMIZER=adamw TTT_LR=1e-4"; "" or default
+is the artifact's own setting. The name of a published system stands for its knobs; knobs after it override them. Other
+knobs come from the environment, else from the artifact's own run, else from their defaults; for a published system,
+their TTT_ knobs are ignored. DATA_PATH must name the text that the artifact was trained on: its held-out documents are
 scored; with --on validation, a validation set.
 
-The yardstick is the score without adaptation at EVAL_SEQ_LEN=2048 (--context). A setting's gain over it has two parts:
-what its EVAL_SEQ_LEN and EVAL_STRIDE bring without adaptation ("context"), and what adaptation adds ("rule"). All are
-in bits per byte; above zero is better. ± is half of the 95 % interval of the paired difference over documents; fewer
-than 10 documents get none. Columns such as "up to 256 (37)" are the gain on the documents with so many targets, and how
-many there are. Tokens per second leave the warm-up out.
+The baseline is the score without adaptation at EVAL_SEQ_LEN=2048 (--context). A setting's gain over it has two parts:
+the gain from its EVAL_SEQ_LEN and EVAL_STRIDE without adaptation ("context"), and the further gain from adaptation
+("rule"). All are in bits per byte; positive is better. ± is half the 95 % interval of the paired difference over
+documents, omitted for fewer than 10 documents. A column such as "up to 256 (37)" is the gain on documents of that many
+targets (up to 256), and their number (37). Tokens per second exclude the warm-up.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from tools.holdout import score_holdout
 from tools.results import FEWEST, bits_per_byte, ratio_and_error
 from tools.values import printable
 
-CONTEXT = 2048  # of the yardstick
-CLASSES = (256, 512, 1024, 2048)  # most targets of a document of each class but the last
-SEED = 0  # of the sample of documents
-PROGRESS_S = 10.0  # between two lines of progress
-GROUPS = ("Evaluation", "Test-time training")  # of knobs that a setting may have,
-ALSO = ("MICRO_BATCH_TOKENS", "SEED")  # and others that change how an artifact is scored
+CONTEXT = 2048  # of the baseline score
+CLASSES = (256, 512, 1024, 2048)  # most targets of a document, for each class but the last
+SEED = 0  # for sampling documents
+PROGRESS_S = 10.0  # seconds between two lines of progress
+GROUPS = ("Evaluation", "Test-time training")  # groups of knobs that a setting may have,
+ALSO = ("MICRO_BATCH_TOKENS", "SEED")  # and other knobs that change how an artifact is scored
 
 
 # ---- Published systems ----
@@ -59,8 +59,8 @@ class System(NamedTuple):
     knobs: str
 
 
-# The knobs of a rule are named, so that another default of the program does not change a published system. What a
-# source does not name: SGD's momentum is 0.9, AdamW's betas are those of #1855, nothing decays, LoRA is not scaled
+# All knobs of a rule are explicit, so that a new default of the program does not change a published system. Where a
+# source is silent: SGD's momentum is 0.9, AdamW has the betas of #1855, there is no weight decay, LoRA is not scaled
 # (alpha is the rank), and the context is 2,048 tokens.
 FULL = (
     "TTT_PARAMS=full TTT_OPTIMIZER=sgd TTT_MOMENTUM=0.9 TTT_CHUNK_TOKENS=32768 TTT_COSINE=1 TTT_GRAD_CLIP=1 "
@@ -126,15 +126,15 @@ class Setting(NamedTuple):
 
     label: str
     knobs: dict[str, str]
-    published: str = ""  # name of the system that it is, or is made of: the environment's TTT_ knobs do not count
+    published: str = ""  # the system that it is or builds on; then the environment's TTT_ knobs are ignored
 
 
 DEFAULT = Setting("default", {})
 
 
 def parse_setting(text: str) -> Setting:
-    """Knobs, or a published system's name and perhaps knobs -> a setting. Raises ConfigError for what is neither, and
-    for knobs that do not change how an artifact is scored."""
+    """Parse knobs, or a published system's name with optional knobs, into a setting. Raises ConfigError for anything
+    else, and for knobs that do not change how an artifact is scored."""
     words = [word for word in re.split(r"\s+|,(?=[A-Z0-9_]+=)", text) if word]
     if words in ([], ["default"]):
         return DEFAULT
@@ -158,7 +158,7 @@ def split_knobs(words: Sequence[str]) -> dict[str, str]:
 
 
 def choose_settings(texts: Sequence[str], published: bool) -> list[Setting]:
-    """The settings to compare, in order. Raises ConfigError where one comes twice."""
+    """The settings to compare, in order. Raises ConfigError for duplicates."""
     settings = [parse_setting(text) for text in texts]
     if published:
         named = [parse_setting(name) for name in PUBLISHED]
@@ -170,9 +170,8 @@ def choose_settings(texts: Sequence[str], published: bool) -> list[Setting]:
 
 
 def environment(artifact: str, knobs: Mapping[str, str], with_ttt: bool = True) -> dict[str, str]:
-    """These knobs, then those of this environment, then those of the run beside the artifact, in which it is scored
-    without a limit of time: what is short of it would not adapt. Without `with_ttt`, only the given TTT_ knobs count.
-    """
+    """The environment to score in: `knobs` override this environment, which overrides the artifact's own run. There is
+    no time limit: documents short of time would not adapt. Without `with_ttt`, TTT_ knobs come from `knobs` only."""
     others = knobs_of_run(Path(artifact), os.environ | knobs) | os.environ
     env = {name: value for name, value in others.items() if with_ttt or not name.startswith("TTT_")}
     env |= knobs
@@ -183,7 +182,7 @@ def environment(artifact: str, knobs: Mapping[str, str], with_ttt: bool = True) 
 
 
 def smallest_row(env: Mapping[str, str]) -> int:
-    """MICRO_BATCH_TOKENS where nobody says it: the default, or a context if that is longer."""
+    """MICRO_BATCH_TOKENS if it is not set: the default, or the context length if that is larger."""
     field, kind = g.KNOBS["EVAL_SEQ_LEN"]
     context = field.metadata["default"]
     if "EVAL_SEQ_LEN" in env:
@@ -195,8 +194,8 @@ def smallest_row(env: Mapping[str, str]) -> int:
 
 
 def choose_documents(docs: g.Documents, lengths: str, count: int | None) -> np.ndarray:
-    """Numbers of the documents to score, ascending: all whose targets are LOW-HIGH, or a sample of them that is the
-    same each time. Raises UserError where there are none."""
+    """Indices of the documents to score, ascending: all with LOW to HIGH targets, or a fixed random sample of `count`
+    of them. Raises UserError if there are none."""
     low, high = 0, int(docs.lengths.max())
     if lengths:
         parts = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", lengths)
@@ -208,8 +207,8 @@ def choose_documents(docs: g.Documents, lengths: str, count: int | None) -> np.n
 
 
 def pick(docs: g.Documents, chosen: np.ndarray) -> g.Documents:
-    """These documents alone, each with all of its targets: where the last one is followed by a BOS, that stays, though
-    no document begins with it."""
+    """Only these documents, each with all of its targets: if a BOS follows the last one, it is kept as a target,
+    although no document begins with it."""
     begins = docs.starts[chosen]
     ends = docs.starts[chosen + 1]
     positions = np.concatenate([np.arange(*span) for span in zip(begins, ends, strict=True)])
@@ -220,7 +219,7 @@ def pick(docs: g.Documents, chosen: np.ndarray) -> g.Documents:
 
 
 def length_classes(lengths: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Label and mask (documents,) of every class that holds any."""
+    """Label and mask (documents,) of every class that is not empty."""
     least = 0
     for most in (*CLASSES, math.inf):
         mask = (lengths >= least) & (lengths <= most)
@@ -234,7 +233,7 @@ def length_classes(lengths: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 class Progress(g.ScoreTable):
-    """A table that says how far it is, where that takes long."""
+    """A score table that prints progress when scoring takes long."""
 
     def __init__(self, docs: g.Documents, label: str):
         super().__init__(docs)
@@ -258,7 +257,7 @@ class Scored(NamedTuple):
     nats: np.ndarray  # (documents,)
     warm_up: float  # seconds
     seconds: float
-    peak: float  # GiB on the GPU, weights included; NaN without one
+    peak: float  # GiB on the GPU, including weights; NaN without a GPU
 
 
 class Comparison:
@@ -275,12 +274,12 @@ class Comparison:
         self.yardstick = self.static({"EVAL_SEQ_LEN": str(context)})
 
     def run_of(self, knobs: Mapping[str, str], with_ttt: bool = True) -> g.RunConfig:
-        """Raises UserError for knobs that no run can have, or none of this artifact."""
+        """The run's config. Raises UserError for knobs that are invalid, for any run or for this artifact."""
         _, run = g.read_env(environment(self.artifact, knobs, with_ttt))
         return g.decide_optimizer(run, self.header, self.artifact)
 
     def static(self, knobs: Mapping[str, str]) -> Scored:
-        """The score without adaptation; each is computed once."""
+        """The score without adaptation, cached."""
         run = self.run_of({**knobs, "TTT_ENABLED": "0"}, with_ttt=False)
         key = (run.eval_seq_len, run.eval_stride)
         if key not in self.static_scores:
@@ -292,12 +291,12 @@ class Comparison:
         return self.static_scores[key]
 
     def context_of(self, run: g.RunConfig) -> Scored:
-        """What the context and the stride of a run score without adaptation."""
+        """The score without adaptation at the context and stride of a run."""
         names = ("eval_seq_len", "eval_stride", "micro_batch_tokens")
         return self.static({name.upper(): str(getattr(run, name)) for name in names})
 
     def score(self, run: g.RunConfig, label: str) -> Scored:
-        """Score all documents, and leave the model as it was, whatever happens."""
+        """Score all documents; the model is restored even after an error."""
         dist = self.setup.dist
         on_gpu = dist.device.type == "cuda"
         if on_gpu:
@@ -322,7 +321,7 @@ class Comparison:
 
     @torch.no_grad()
     def put_weights_back(self) -> None:
-        """TTT_PARAMS=full changes them in place; where it ends by an error, nobody else puts them back."""
+        """TTT_PARAMS=full changes the weights in place, and does not restore them after an error."""
         for name, p in self.model.named_parameters():
             p.copy_(self.weights[name])
 
@@ -331,7 +330,7 @@ class Comparison:
 
 
 class Table:
-    """Rows of a Markdown table, printed as they come."""
+    """A Markdown table, printed row by row."""
 
     def __init__(self, comparison: Comparison):
         self.comparison = comparison
@@ -348,7 +347,7 @@ class Table:
         print("| " + " | ".join(printable(cell).replace("|", "\\|") for cell in cells) + " |", flush=True)
 
     def gain(self, before: np.ndarray, after: np.ndarray, mask: np.ndarray | None = None) -> str:
-        """How many bits a byte `after` (documents,) is below `before`, nats, on all documents or those of a mask."""
+        """Bits per byte that `after` saves over `before`, both (documents,) nats, on all documents or a mask."""
         chosen = slice(None) if mask is None else mask
         size = self.sizes[chosen]
         if not size.sum():
@@ -378,7 +377,7 @@ class Table:
 
 
 def compare(comparison: Comparison, settings: Sequence[Setting], out: Path | None, numbers: np.ndarray) -> bool:
-    """Score every setting and print its row -> whether none was refused. What diverges has a row that says so."""
+    """Score every setting and print its row -> whether none was refused. A setting that diverges gets a row too."""
     table = Table(comparison)
     yardstick = comparison.yardstick
     static_run = comparison.setup.run
@@ -410,8 +409,8 @@ def compare(comparison: Comparison, settings: Sequence[Setting], out: Path | Non
 
 
 def save(path: Path | None, comparison: Comparison, found: Mapping[str, np.ndarray], numbers: np.ndarray) -> None:
-    """Write what is known so far: `settings` (k,) and their `nats` (k, documents), the first of which is static, and
-    of every document its `number` in the text, `tokens` (targets) and `bytes`."""
+    """Write the results so far: `settings` (k,) and their `nats` (k, documents), static first, and each document's
+    `number` in the text, `tokens` (targets) and `bytes`."""
     if path is None:
         return
     content = io.BytesIO()
@@ -430,7 +429,7 @@ def save(path: Path | None, comparison: Comparison, found: Mapping[str, np.ndarr
 
 
 def open_text(artifact: str, on: str, folder: Path) -> g.Setup:
-    """Set-up that scores the artifact without adaptation, and whose validation is what it is compared on."""
+    """A set-up that scores the artifact without adaptation; its validation set is the documents to compare on."""
     header, _ = g.read_header(g.read_file(artifact), artifact)
     config = g.stored_config(header["meta"], artifact)
     _, run = g.read_env(environment(artifact, {"TTT_ENABLED": "0"}, with_ttt=False))

@@ -1,11 +1,11 @@
 """
-Let an artifact write: it continues a prompt, without adaptation.
+Generate text from an artifact: it continues a prompt, without adaptation.
 
     python -m tools.sample                     from the beginning of a document
     python -m tools.sample "def main("         from a prompt; `-` reads it from standard input
 
-The text ends where the model ends its document, or after --tokens. The same seed gives the same text on one computer.
-It runs on the CPU.
+The text ends where the model ends the document, or after --tokens. On one computer, the same seed gives the same text.
+Runs on the CPU.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tools.artifact import end_in_a_line, find_artifact
 from tools.values import printable
 from train_gpt import BOS
 
-UNFINISHED = TITLE + ALLCAPS + CAPNEXT + ESCAPE + "\ufffd"  # at the end of a text, the next token changes how they read
-CHUNK = 16  # tokens of the prompt that are read at a time, at most
+UNFINISHED = TITLE + ALLCAPS + CAPNEXT + ESCAPE + "\ufffd"  # at the end, they may read differently with the next token
+CHUNK = 16  # most tokens of the prompt that are read at a time
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Logits (V,) -> a token drawn from the likeliest ones, whose probabilities add up to top_p (nucleus sampling,
-    arXiv:1904.09751); at temperature 0 the likeliest."""
+    """Logits (V,) -> a token sampled from the likeliest tokens, whose probabilities add up to top_p (nucleus sampling,
+    arXiv:1904.09751); at temperature 0, the likeliest token."""
     if temperature == 0:
         return int(logits.argmax())
     probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
@@ -43,8 +43,8 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
 def continued(
     predictor: codec.Predictor, tokens: list[int], temperature: float, top_p: float, seed: int
 ) -> Iterator[int]:
-    """Draw the tokens that follow these at the beginning of a document, without end. Every pass is over new tokens
-    alone, which attend to the cached keys and values of those before: as many as EVAL_SEQ_LEN holds, less a chunk."""
+    """Sample the continuation of these first tokens of a document, without end. Each pass runs only the new tokens,
+    which attend to the cached keys and values of the tokens before: EVAL_SEQ_LEN of them, minus a chunk."""
     model = predictor.model
     context = predictor.run.eval_seq_len
     chunk = min(CHUNK, context // 2)
@@ -62,7 +62,7 @@ def continued(
 
 
 def read(model: train_gpt.GPT, cache: train_gpt.KVCache, inputs: Tensor) -> Tensor:
-    """Inputs (1, C) -> their states (1, C, D); their keys and values are cached."""
+    """Inputs (1, C) -> states (1, C, D); their keys and values are cached."""
     cache.make_room(inputs.size(1))
     tokens = torch.cat([cache.last_token, inputs], 1)
     states, new_kvs = model.hidden(tokens, cache.context(inputs.size(1)))
@@ -72,10 +72,10 @@ def read(model: train_gpt.GPT, cache: train_gpt.KVCache, inputs: Tensor) -> Tens
 
 
 def print_text(predictor: codec.Predictor, prompt: list[int], tokens: Iterator[int]) -> None:
-    """Print the prompt and what follows, as it comes."""
+    """Print the prompt, then the continuation as it is generated."""
     caseops = codec.uses_caseops(predictor)
     seen = list(prompt)
-    shown = 0  # characters
+    shown = 0  # characters printed
 
     def text_so_far() -> str:
         return codec.to_bytes(predictor, caseops, [*seen, BOS]).decode()
@@ -89,14 +89,14 @@ def print_text(predictor: codec.Predictor, prompt: list[int], tokens: Iterator[i
 
 
 def show(text: str) -> None:
-    """Print a part of a text; on a terminal, what would steer it is shown as an escape."""
+    """Print part of a text; on a terminal, control characters are shown as escapes."""
     if sys.stdout.isatty():
         text = printable(text, most=len(text), kept="\n\t")
     print(text, end="", flush=True)
 
 
 def within(low: float, high: float, kind: type = float) -> Callable[[str], float]:
-    """A converter of arguments that refuses what is not between these bounds."""
+    """An argparse type that refuses values outside these bounds."""
 
     def parse(text: str) -> float:
         value = kind(text)

@@ -1,6 +1,6 @@
 """
-The same text prepared with several tokenizers, as one more dimension of a sweep: its end is held out of training by
-whole documents, the same ones for every tokenizer, so that scores in bits per byte compare.
+The same text prepared with several tokenizers, as one more dimension of a sweep. The same whole documents at its end
+are held out of training for every tokenizer, so that scores in bits per byte are comparable.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from train_gpt import BOS, DataError, RunConfig, find_shards, read_shard, requir
 class Text(NamedTuple):
     """A folder of prepared data."""
 
-    name: str  # as --data says it; empty for DATA_PATH, where nothing else was asked for
+    name: str  # as given to --data; empty for DATA_PATH, without --data
     vocab_size: int = 0
-    held: int = 0  # tokens at its end
+    held: int = 0  # tokens held out at its end
 
     def knobs(self) -> dict[str, str]:
-        """What it adds to a combination. No knob has small letters."""
+        """Its entry in a combination: `data` is lower case, as no knob is."""
         return {"data": self.name} if self.name else {}
 
     def env(self) -> dict[str, str]:
-        """What it adds to the environment of a run."""
+        """The variables that it sets in a run's environment."""
         if not self.name:
             return {}
         sizes = {"VOCAB_SIZE": str(self.vocab_size), "HOLDOUT_TOKENS": str(self.held)}
@@ -36,8 +36,8 @@ class Text(NamedTuple):
 
 
 def find_texts(words: str | None) -> list[Text]:
-    """The folders that --data names, separated by commas. Of the first, the last HOLDOUT_TOKENS are held out; of the
-    others, as many whole documents. Raises DataError where these are not the same text."""
+    """The comma-separated folders of --data. In the first, the last HOLDOUT_TOKENS are held out; in the others, as many
+    whole documents. Raises DataError if these are not the same text."""
     if words is None:
         return [Text("")]
     knobs = {name: os.environ[name] for name in ("HOLDOUT_TOKENS",) if os.environ.get(name)}
@@ -59,7 +59,7 @@ def find_texts(words: str | None) -> list[Text]:
 
 
 def pieces_of(folder: str) -> int:
-    """The size of the vocabulary of a folder's tokenizer. Raises DataError."""
+    """The vocabulary size of a folder's tokenizer. Raises DataError."""
     named = train_gpt.manifest_value(Path(folder), "tokenizer", "path")
     require(isinstance(named, str), f"--data {folder}: no manifest.json in it names a tokenizer", DataError)
     processor = train_gpt.sentencepiece.SentencePieceProcessor()
@@ -71,9 +71,9 @@ def pieces_of(folder: str) -> int:
 
 
 def tokens_of(paths: list[Path], documents: int) -> int:
-    """How many tokens the last whole documents have, with the one after them, of which nobody knows whether it is
-    whole. Raises DataError where there are fewer."""
-    missing = documents + 1  # beginnings
+    """The number of tokens in this many whole documents at the end, plus the last document, which may be incomplete.
+    Raises DataError if there are fewer documents."""
+    missing = documents + 1  # document beginnings still to find
     tokens = 0
     for path in reversed(paths):
         shard = read_shard(path)
@@ -86,7 +86,7 @@ def tokens_of(paths: list[Path], documents: int) -> int:
 
 
 def document_bytes(folder: str, vocab_size: int, held: int) -> np.ndarray:
-    """Bytes of original text of every document held out, (documents,)."""
+    """Bytes of original text of every held-out document, (documents,)."""
     tokenizer = train_gpt.load_tokenizer(RunConfig(data_path=folder), vocab_size)
     documents = whole_documents(last_tokens(find_shards(folder, "train"), held, vocab_size), held)
     sizes = exact_sidecar(documents, tokenizer, known_transform(Path(folder), tokenizer))

@@ -1,4 +1,4 @@
-"""What a value read from a file may be. Files are hostile until checked: nothing here trusts what it is given."""
+"""Checks of values read from files. Files are untrusted until checked, so nothing here trusts its input."""
 
 import json
 import math
@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from train_gpt import MOST_SHOWN, printable  # noqa: F401  it is the tools' as well as the entry's
+from train_gpt import MOST_SHOWN, printable  # noqa: F401  used by the tools as well as the entry
 
-MOST_NAMES = 1_000  # in a table
+MOST_NAMES = 1_000  # in a dict
 LONGEST_NAME = 200
-LARGEST = 1e18  # no score, time or size that a run measures comes near
+LARGEST = 1e18  # far above any score, time or size of a run
 
-Kind = Callable[[Any], bool]  # says whether a value is of a kind
+Kind = Callable[[Any], bool]  # whether a value is of a kind
 
 
 def whole(value: Any) -> bool:
@@ -20,7 +20,7 @@ def whole(value: Any) -> bool:
 
 
 def number(value: Any) -> bool:
-    """Zero or more, and so small that sums of it stay finite."""
+    """A number of zero or more, small enough that sums stay finite."""
     return type(value) in {int, float} and 0 <= value <= LARGEST
 
 
@@ -30,7 +30,7 @@ def signed(value: Any) -> bool:
 
 
 def text(value: Any) -> bool:
-    """One line, without what would move a cursor or is no character at all."""
+    """One line of text, without control characters or invalid characters."""
     return isinstance(value, str) and value != "" and value.isprintable()
 
 
@@ -39,7 +39,7 @@ def any_text(value: Any) -> bool:
 
 
 def settings(value: Any) -> bool:
-    """{NAME: text} of environment variables, each of which fits in a line."""
+    """{NAME: text} of environment variables, each on one line."""
     if not isinstance(value, dict) or not all(re.fullmatch("[A-Z][A-Z0-9_]*", name) for name in value):
         return False
     return all(entry == "" or text(entry) for entry in value.values())
@@ -51,7 +51,7 @@ def digest(value: Any) -> bool:
 
 
 def table_of(kind: Kind) -> Kind:
-    """{name: entry of that kind}, of names that fit into a line of a report and a label of a picture."""
+    """{name: entry of that kind}; names must fit in a line of a report and a label of a plot."""
 
     def is_table(value: Any) -> bool:
         if not isinstance(value, dict) or len(value) > MOST_NAMES:
@@ -78,7 +78,7 @@ def optional(kind: Kind) -> Kind:
 
 
 def missing_or_wrong(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> str:
-    """What is wrong with the values of a table whose fields are known; empty if nothing is."""
+    """What is wrong with the values of a dict with known fields; empty if nothing is."""
     missing = [name for name in kinds if name not in values]
     if missing:
         return f"it lacks {', '.join(missing)}"
@@ -89,8 +89,8 @@ def missing_or_wrong(values: Mapping[str, Any], kinds: Mapping[str, Kind]) -> st
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """A JSON object in which no name comes twice (a parser would keep the last, a reader see the first), and
-    no NaN or Infinity. Raises ValueError, also for brackets without end."""
+    """Parse a JSON object without duplicate names (a parser would keep the last, a reader see the first), and without
+    NaN or Infinity. Raises ValueError, also for excessive nesting."""
     try:
         value = json.loads(content, object_pairs_hook=strict_table)
     except RecursionError:
@@ -115,7 +115,7 @@ def strict_table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether a value is not NaN or an infinity, and no list holds one; tables are looked into as they are read."""
+    """Whether a value, or every item of a list, is neither NaN nor infinite; dicts are checked while parsed."""
     if isinstance(value, list):
         return all(is_finite(entry) for entry in value)
     return not isinstance(value, float) or math.isfinite(value)

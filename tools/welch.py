@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOST_TERMS = 10_000
-CLOSE = 1e-15  # to 1, for the factor of the last term
-TINY = 1e-300  # in place of a zero that would be divided by
+CLOSE = 1e-15  # how close to 1 the last factor must be
+TINY = 1e-300  # replaces a zero in a denominator
 
 
 class Sample(NamedTuple):
-    """What a t-test needs of some measurements."""
+    """The summary of some measurements that a t-test needs."""
 
     mean: float
-    std: float  # sample standard deviation, over n - 1; nan for a single measurement
+    std: float  # sample standard deviation (n - 1); nan for a single measurement
     n: int
 
     @classmethod
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
 
 class Welch(NamedTuple):
-    """t statistic, its degrees of freedom, and the chance of such a t or a larger one if the truth is 0."""
+    """t statistic, degrees of freedom, and the probability of this t or a larger one under the null hypothesis."""
 
     t: float
     df: float
@@ -34,8 +34,9 @@ class Welch(NamedTuple):
 
 
 def lower_by(margin: float, ours: Sample, theirs: Sample) -> Welch:
-    """The one-sided test of: our true mean is lower than theirs by more than `margin`. Both need two measurements or
-    more, and one of them a deviation above 0. Statistic and degrees of freedom: Welch 1947, Satterthwaite 1946."""
+    """One-sided test that our true mean is lower than theirs by more than `margin`. Each sample needs at least two
+    measurements, and at least one a deviation above 0. Statistic and degrees of freedom: Welch 1947, Satterthwaite
+    1946."""
     a = ours.std**2 / ours.n
     b = theirs.std**2 / theirs.n
     t = (theirs.mean - ours.mean - margin) / math.sqrt(a + b)
@@ -51,8 +52,8 @@ def upper_tail(t: float, df: float) -> float:
 
 
 def two_sided(confidence: float, df: float) -> float:
-    """The t that Student's t with df degrees of freedom, 1 or more, stays within, to either side, with this confidence
-    (at most 0.999): bisection of `upper_tail`."""
+    """The two-sided critical value of Student's t with df >= 1 degrees of freedom at this confidence (at most 0.999),
+    by bisection of `upper_tail`."""
     low = 0.0
     high = 1000.0
     while high - low > 1e-9 * high:
