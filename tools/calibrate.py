@@ -6,8 +6,8 @@ without it, or with chunks of another length.
 
 This is training: its time counts on the training clock. The text is the last GRAD_RMS_TOKENS training tokens before
 those that ARTIFACT held out, in DATA_PATH, which must hold the text that ARTIFACT was trained on. Gradients are
-measured on chunks of TTT_CHUNK_TOKENS, in the first 512 tokens of each document, or TRAIN_SEQ_LEN. These knobs come
-from the environment, else from the artifact's own run; GRAD_RMS_TOKENS from the environment, else its default. The
+measured on chunks of TTT_CHUNK_TOKENS in the first 512 tokens of each document (TRAIN_SEQ_LEN if shorter). These knobs
+come from the environment, else from the artifact's own run; GRAD_RMS_TOKENS from the environment, else its default. The
 weights are not changed.
 """
 

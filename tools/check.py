@@ -9,7 +9,7 @@ compared. Results are compared with the events at the end of the logs, the knobs
 the lines of each log with its events; train_gpt.py with the source at the start of the logs; sizes and times with the
 limits. None of this runs any code of the record.
 
-Then, if the artifact of a seed is available (named, or logs/<RUN_ID>.ptz with the right SHA-256), the record's own
+Then, if the artifact of a seed is available (named, or logs/<RUN_ID>.ptz with its SHA-256), the record's own
 train_gpt.py evaluates it again without a time limit, on DATA_PATH from the environment or else from the record. The
 score must agree within 1e-4 bpb. If a GPU scored an artifact and this machine has none, only a named artifact is
 evaluated.

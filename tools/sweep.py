@@ -717,8 +717,8 @@ class Sweep:
 
 
 def loses_steps(one: Running) -> bool:
-    """Whether an import beside this run would cost it training steps: on a CPU, with a limit in seconds. Otherwise the
-    last run of a sweep, with no import beside it, would seem to learn faster."""
+    """Whether an import beside this run would cost it training steps: on a CPU, with a limit in seconds. If all runs
+    but the last had an import beside them, the last would seem to learn faster."""
     return one.slot is None and float(one.job.settings.get("MAX_WALLCLOCK_SECONDS", "0")) > 0
 
 
