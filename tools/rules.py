@@ -11,7 +11,7 @@ knobs come from the environment, else from the artifact's own run, else from the
 their TTT_ knobs are ignored. DATA_PATH must name the text that the artifact was trained on: its held-out documents are
 scored; with --on validation, a validation set.
 
-The baseline is the score without adaptation at EVAL_SEQ_LEN=2048 (--context). A setting's gain over it has two parts:
+The yardstick is the score without adaptation at EVAL_SEQ_LEN=2048 (--context). A setting's gain over it has two parts:
 the gain from its EVAL_SEQ_LEN and EVAL_STRIDE without adaptation ("context"), and the further gain from adaptation
 ("rule"). All are in bits per byte; positive is better. ± is half the 95 % interval of the paired difference over
 documents, omitted for fewer than 10 documents. A column such as "up to 256 (37)" is the gain on documents of that many
@@ -43,7 +43,7 @@ from tools.holdout import score_holdout
 from tools.results import FEWEST, bits_per_byte, ratio_and_error
 from tools.values import printable
 
-CONTEXT = 2048  # of the baseline score
+CONTEXT = 2048  # of the yardstick
 CLASSES = (256, 512, 1024, 2048)  # most targets of a document, for each class but the last
 SEED = 0  # for sampling documents
 PROGRESS_S = 10.0  # seconds between two lines of progress
