@@ -575,7 +575,7 @@ def causality(audit: Audit) -> Seen:
 
 
 def score_before_update(audit: Audit) -> Seen:
-    """A chunk is scored with exactly the weights that a replay, stopped just before that chunk, has learned."""
+    """A chunk is scored with exactly what a replay that stops just before it has learned."""
     faults = []
     seen = 0
     updates = 0
