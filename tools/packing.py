@@ -67,7 +67,7 @@ def equal_rows_of_blocks(name: str, sensitivity: g.Sensitivity) -> g.Sensitivity
 
 
 def add_unweighted(sums: g.GradientSums, x: Tensor, gradient: Tensor) -> None:
-    """`GradientSums.add` with all inputs weighted alike: by the mean over the whole text, not per token."""
+    """`GradientSums.add` with all inputs weighted alike, by the mean squared gradient instead of each token's own."""
     squares = gradient.square()
     sums.rows += squares.sum(0)
     sums.hessian.addmm_(x.mT, x, alpha=float(squares.mean()))
