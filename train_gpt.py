@@ -1648,6 +1648,10 @@ class Documents(NamedTuple):
         """Identifies tokens and bytes."""
         return hashlib.sha256(self.tokens.astype("<u2").tobytes() + self.bytes.astype("<i8").tobytes()).hexdigest()
 
+    def tokens_sha256(self) -> str:
+        """Identifies the tokens alone, as for training text, whose bytes are unknown."""
+        return hashlib.sha256(self.tokens.astype("<u2").tobytes()).hexdigest()
+
 
 def split_documents(tokens: np.ndarray, token_bytes: np.ndarray, by_formula: bool = False) -> Documents:
     """Tokens (n,) and their bytes (n,), counted by the contest's formula or not -> documents, one for every BOS."""
@@ -5373,7 +5377,7 @@ def check_ranks_agree(setup: Setup) -> None:
         "knobs": repr(knobs).encode(),
         "tokenizer": setup.tokenizer.sha256.encode(),
         "validation set": setup.validation.sha256().encode(),
-        "training shards": repr(describe_shards(setup.stream)).encode(),
+        "training shards": shards_digest(setup.stream).encode(),
     }
     digests = b"".join(hashlib.sha256(content).digest() for content in compared.values())
     everyone = setup.dist.gather_bytes(digests)
@@ -5389,15 +5393,13 @@ def check_ranks_agree(setup: Setup) -> None:
             )
 
 
-def describe_shards(stream: TrainingStream | None) -> list[tuple[str, int, list[int]]]:
-    """Name, size and some tokens of every training shard."""
-    if stream is None:
-        return []
+def shards_digest(stream: TrainingStream | None) -> str:
+    """Identifies the training shards, by the name, size and some tokens of each."""
     described = []
-    for path, shard in zip(stream.paths, stream.shards, strict=True):
+    for path, shard in zip(stream.paths, stream.shards, strict=True) if stream else ():
         sample = np.concatenate([tokens for _, tokens in sample_shard(shard)])
         described.append((path.name, len(shard), sample.tolist()))
-    return described
+    return hashlib.sha256(repr(described).encode()).hexdigest()
 
 
 def check_setup(setup: Setup) -> None:
@@ -5598,10 +5600,9 @@ def make_trainer(setup: Setup, held_out: Documents) -> Trainer:
     provenance = {
         "tokenizer": setup.tokenizer.sha256,
         "holdout_tokens": run.holdout_tokens,
-        "holdout": hashlib.sha256(held_out.tokens.astype("<u2").tobytes()).hexdigest(),
+        "holdout": held_out.tokens_sha256(),
     }
-    shards = hashlib.sha256(repr(describe_shards(setup.stream)).encode()).hexdigest()
-    return Trainer(model, run, setup.dist, provenance, shards)
+    return Trainer(model, run, setup.dist, provenance, shards_digest(setup.stream))
 
 
 def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: Log) -> float:

@@ -4,7 +4,8 @@ tests at a time as there are cores.
 Fixtures for every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`,
 `write_shard(path, tokens)`, `tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that),
 `run_script` (starts it as a user does) and `run_here` (in this process, for speed). To import, where a fixture does not
-reach: TINY_MODEL, TINY_RUN, read_events, stored_tensors, rows_of_integers, start_two_ranks, START_RANKS_BY.
+reach: TINY_MODEL, TINY_RUN, read_events, stored_tensors, rows_of_integers, start_two_ranks,
+START_RANKS_BY, leave_process_alone.
 """
 
 import os
@@ -22,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -268,13 +269,18 @@ def run_script(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+def leave_process_alone(entry: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep a run of this train_gpt.py from changing what would outlive it in the process of the tests."""
+    monkeypatch.setattr(entry, "install_signal_handlers", lambda ending: None)
+    monkeypatch.setattr(entry, "prepare_torch", lambda run, device: None)
+
+
 @pytest.fixture
 def run_here(tmp_path, monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
     """run_here(*arguments, env={}, folder=tmp_path): as `run_script`, but in this process, which need not import torch
     again -> returncode, stdout, stderr."""
     monkeypatch.chdir(".")  # goes back in the end
-    monkeypatch.setattr(train_gpt, "install_signal_handlers", lambda ending: None)  # they would outlive the run
-    monkeypatch.setattr(train_gpt, "prepare_torch", lambda run, device: None)  # so would what it sets
+    leave_process_alone(train_gpt, monkeypatch)
 
     def run(*arguments: str, env: Mapping[str, str], folder: Path = tmp_path) -> SimpleNamespace:
         os.chdir(folder)

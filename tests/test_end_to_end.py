@@ -261,8 +261,13 @@ def test_a_time_that_packing_alone_takes_is_refused_before_training(tmp_path, he
 def test_ranks_whose_clocks_differ_name_their_files_alike(tmp_path, monkeypatch):
     """Without RUN_ID, a rank that named the artifact by its own clock would not find the one that was written."""
     named = []
+
+    def note_path(setup: g.Setup, log: g.Log, watch: g.Stopwatch, path: Path) -> tuple[dict, np.ndarray]:
+        named.append(path)
+        return {}, np.zeros(0)
+
     monkeypatch.setattr(g.Dist, "broadcast", lambda self, *values: [0.0])  # rank 0's time
-    monkeypatch.setattr(g, "train_and_pack", lambda setup, log, watch, path: (named.append(path), ({}, np.zeros(0)))[1])
+    monkeypatch.setattr(g, "train_and_pack", note_path)
     monkeypatch.setattr(g, "evaluate", lambda *given: g.require(False, "far enough"))
     monkeypatch.chdir(tmp_path)
     for name, value in Folder(tmp_path).environment().items():

@@ -134,7 +134,8 @@ def test_ways_to_pack_are_compared(checkpoint, capsys):
 
 def test_it_calibrates_on_as_much_text_as_the_training_did(checkpoint, tiny_config, tmp_path, monkeypatch):
     def batch() -> int:
-        return packing.open_text("holdout", tmp_path / "held", tiny_config, str(checkpoint)).run.train_batch_tokens
+        _, training = packing.load_checkpoint(str(checkpoint))
+        return packing.open_text("holdout", tmp_path / "held", tiny_config, training).run.train_batch_tokens
 
     monkeypatch.setenv("TRAIN_BATCH_TOKENS", "0")  # which here, without a limit in seconds, would be 786,432
     assert batch() == 256
@@ -146,7 +147,8 @@ def test_it_compares_on_what_the_training_held_out_and_refuses_other_text(
     checkpoint, setup, tiny_config, tiny_data, train_tokenizer, write_shard, tmp_path, monkeypatch
 ):
     def opened() -> g.Setup:
-        return packing.open_text("holdout", tmp_path / "held", tiny_config, str(checkpoint))
+        _, training = packing.load_checkpoint(str(checkpoint))
+        return packing.open_text("holdout", tmp_path / "held", tiny_config, training)
 
     held_out = setup.stream.held_out().tokens.tolist()
     monkeypatch.setenv("HOLDOUT_TOKENS", "900")  # of which the training has learned 300
@@ -187,7 +189,7 @@ def test_every_way_changes_what_it_names(name):
 
 
 def test_an_artifact_of_the_same_weights_is_compared_on_validation(checkpoint, setup, tiny_config, tmp_path, capsys):
-    model = packing.load_weights(str(checkpoint))
+    model, _ = packing.load_checkpoint(str(checkpoint))
     assert g.read_header(g.read_file(checkpoint), "it")[0]["meta"]["kind"] == "checkpoint"
     path = tmp_path / "fine.ptz"
     stored = stored_tensors(model, octave=-10.0)

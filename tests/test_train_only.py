@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import leave_process_alone
 from test_sweep import HELD, sweep_here, tokenizer_of
 
 import train_gpt
@@ -44,8 +45,7 @@ def job_here(tmp_path, monkeypatch, capsys):
 
     def load(path: str):
         entry = plain(path)
-        entry.install_signal_handlers = lambda ending: None  # they would outlive the job
-        entry.prepare_torch = lambda run, device: None  # so would what it sets
+        leave_process_alone(entry, monkeypatch)
         return entry
 
     plain = train_only.load

@@ -23,7 +23,7 @@ from typing import Any
 
 import train_gpt as g
 from tools.artifact import end_in_a_line, knobs_of_run
-from tools.holdout import require_training_text
+from tools.holdout import same_held_out
 from tools.values import printable
 
 
@@ -77,8 +77,8 @@ def open_training_text(path: Path, meta: dict[str, Any]) -> g.Setup:
     g.prepare_torch(run, dist.device)
     tokenizer = g.load_tokenizer(run, config.vocab_size)
     stream = g.TrainingStream(run, config.vocab_size, dist)
-    require_training_text(stream, meta.get("holdout"), str(path))
-    return g.Setup(config, run, dist, tokenizer, stream.held_out(), stream)
+    held_out = same_held_out(stream, meta.get("holdout"), str(path))
+    return g.Setup(config, run, dist, tokenizer, held_out, stream)
 
 
 def main(arguments: list[str] | None = None) -> int:

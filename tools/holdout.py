@@ -20,6 +20,7 @@ from train_gpt import (
     BOS,
     ConfigError,
     DataError,
+    Documents,
     ModelConfig,
     RunConfig,
     Tokenizer,
@@ -74,16 +75,17 @@ def held_out_by(artifact: str) -> tuple[ModelConfig, int, str]:
     return stored_config(header["meta"], artifact), held, header["meta"].get("holdout")
 
 
-def require_training_text(stream: TrainingStream, digest: Any, what: str) -> None:
-    """Raise DataError unless the end of these training shards is the text that was held out in the training of the file
-    `what`; `digest` is the one that the file states for it."""
-    found = hashlib.sha256(stream.held_out().tokens.astype("<u2").tobytes()).hexdigest()
+def same_held_out(stream: TrainingStream, digest: Any, what: str) -> Documents:
+    """The documents that these training shards hold out. Raises DataError unless they are those that were held out in
+    the training of the file `what`; `digest` is the one that the file states for them."""
+    held_out = stream.held_out()
     require(
-        found == digest,
+        held_out.tokens_sha256() == digest,
         f"DATA_PATH: its last {stream.run.holdout_tokens} training tokens are not those that {what} held out: name the "
         "data that it was trained on",
         DataError,
     )
+    return held_out
 
 
 def make_holdout(

@@ -23,9 +23,9 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -34,7 +34,7 @@ from torch import Tensor
 
 import train_gpt as g
 from tools.artifact import end_in_a_line
-from tools.holdout import require_training_text, score_holdout
+from tools.holdout import same_held_out, score_holdout
 from tools.results import FEWEST, ratio_and_error
 from tools.values import digest
 
@@ -220,35 +220,34 @@ class Judge:
         return f"{figure:.5f}" if len(self.docs) < FEWEST else f"{figure:.5f} ± {error:.5f}"
 
 
-def load_weights(path: str) -> g.GPT:
-    """The network of a checkpoint, with the weights of its model."""
-    meta, tensors = g.unpack(g.read_file(path), path)
-    config = g.stored_config(meta | {"kind": "artifact"}, path)
-    model = g.GPT(config)
-    with torch.no_grad(), g.untrusted(path):
-        for name, p in model.named_parameters():
-            p.copy_(tensors[f"model.{name}"])
-    return model
-
-
 class Training(NamedTuple):
     """What a checkpoint states about its training."""
 
+    path: str  # of the checkpoint
     batch_tokens: int  # tokens per step
     holdout_tokens: int
     holdout: str  # sha256 of the held-out documents
     tokenizer: str  # sha256
 
 
-def training_of(path: str) -> Training:
-    """Read a checkpoint's `Training`. Raises DataError if it is missing."""
-    header, _ = g.read_header(g.read_file(path), path)
-    meta = header["meta"]
+def load_checkpoint(path: str) -> tuple[g.GPT, Training]:
+    """The network of a checkpoint, with the weights of its model, and its training. Raises DataError."""
+    meta, tensors = g.unpack(g.read_file(path), path)
+    config = g.stored_config(meta | {"kind": "artifact"}, path)
+    model = g.GPT(config)
+    with torch.no_grad(), g.untrusted(path):
+        for name, p in model.named_parameters():
+            p.copy_(tensors[f"model.{name}"])
+    return model, training_of(meta, path)
+
+
+def training_of(meta: Mapping[str, Any], path: str) -> Training:
+    """The `Training` that a checkpoint's metadata states. Raises DataError if it is missing."""
     numbers = [meta.get(name) for name in ("train_batch_tokens", "holdout_tokens")]
     digests = [meta.get(name) for name in ("holdout", "tokenizer")]
     known = all(type(number) is int and 0 <= number <= g.MAX_KNOB for number in numbers) and all(map(digest, digests))
     g.require(known, f"{path}: it does not say what it was trained on, as a checkpoint does: train again", g.DataError)
-    return Training(*numbers, *digests)
+    return Training(path, *numbers, *digests)
 
 
 def calibrate(model: g.GPT, setup: g.Setup, batches: float) -> dict[str, g.Sensitivity]:
@@ -289,12 +288,11 @@ def columns(judge: Judge, packed: g.GPT, size: int, pack_seconds: float, unpack_
     return f"{size:,} | {judge.cell(divergence)} | {judge.cell(penalty)} | {pack_seconds:.1f} | {unpack_seconds:.1f} |"
 
 
-def open_text(on: str, folder: Path, config: g.ModelConfig, weights: str) -> g.Setup:
+def open_text(on: str, folder: Path, config: g.ModelConfig, training: Training) -> g.Setup:
     """A set-up with the documents to compare on as its validation set, and the calibration text as its stream. Batches
-    are as large as in the training that made the checkpoint `weights`, which may have had more GPUs and time. Raises
-    UserError if DATA_PATH is not the data that it was trained on."""
+    are as large as in the training that made the checkpoint, which may have had more GPUs and time. Raises UserError if
+    DATA_PATH is not the data that it was trained on."""
     _, run = g.read_env()
-    training = training_of(weights)
     if not run.train_batch_tokens:
         run = dataclasses.replace(run, train_batch_tokens=training.batch_tokens)
     run = dataclasses.replace(run, holdout_tokens=training.holdout_tokens)  # more was trained on
@@ -305,10 +303,10 @@ def open_text(on: str, folder: Path, config: g.ModelConfig, weights: str) -> g.S
     setup = g.make_setup(config, run, dist)
     g.require(
         setup.tokenizer.sha256 == training.tokenizer,
-        f"{weights}: made for another tokenizer than {setup.tokenizer.path}; set DATA_PATH or TOKENIZER_PATH",
+        f"{training.path}: made for another tokenizer than {setup.tokenizer.path}; set DATA_PATH or TOKENIZER_PATH",
         g.DataError,
     )
-    require_training_text(setup.stream, training.holdout, weights)
+    same_held_out(setup.stream, training.holdout, training.path)
     return setup
 
 
@@ -331,9 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
     g.require(not unknown, f"--only {','.join(unknown)}: no such way; --list names them")
     g.require(options.weights is not None, "name a checkpoint, logs/RUN.ckpt")
 
-    model = load_weights(options.weights)
+    model, training = load_checkpoint(options.weights)
     with tempfile.TemporaryDirectory() as folder:
-        setup = open_text(options.on, Path(folder), model.config, options.weights)
+        setup = open_text(options.on, Path(folder), model.config, training)
         model.to(setup.dist.device)
         judge = Judge(model, setup.validation, setup.run)
         start = time.perf_counter()

@@ -167,8 +167,8 @@ def parse_file(path: Path) -> list[dict[str, str]]:
             words = shlex.split(line, comments=True)
             require(all(re.match(r"[A-Za-z_]\w*=", word) for word in words), "expected NAME=value ...", ConfigError)
             names = [word.partition("=")[0] for word in words]
-            twice = [name for name in names if names.count(name) > 1]
-            require(not twice, f"{''.join(twice[:1])} is given twice", ConfigError)
+            for name in names:
+                require(names.count(name) == 1, f"{name} is given twice", ConfigError)
         except ValueError as error:  # ConfigError is a ValueError
             raise ConfigError(f"{path}:{number}: {error}") from None
         if words:
@@ -374,7 +374,7 @@ def choose_documents_of(jobs: list[Job], on: str, folder: Path, world: int) -> S
     config, run = config_to_open(jobs[0], world)
     setup = train_gpt.make_setup(config, run, train_gpt.Dist(world=world))
     count = f"{len(setup.validation):,} documents ({setup.validation.target_bytes().sum():,} bytes)"
-    shards = hashlib.sha256(repr(train_gpt.describe_shards(setup.stream)).encode()).hexdigest()
+    shards = train_gpt.shards_digest(setup.stream)
     identity = {"validation": setup.validation.sha256(), "tokenizer": setup.tokenizer.sha256, "train": shards}
     for job in jobs:
         job.documents = identity
