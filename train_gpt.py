@@ -508,9 +508,12 @@ def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+NORM_EPSILON = 1e-6  # added to the mean square
+
+
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without a gain, over the last dimension."""
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPSILON)
 
 
 def rope_angles(positions: Tensor, dims: int, base: float) -> Rope:
@@ -6040,6 +6043,7 @@ else:  # the kernels are still defined, but nothing calls them
 
 MASKED = constant(-1e30)  # score of a masked pair: as good as -inf, but the difference of two is not NaN
 LOG2_E = constant(math.log2(math.e))
+EPSILON = constant(NORM_EPSILON)  # for kernels, which may read constants only
 
 
 # ---- Attention kernels ----
@@ -6076,7 +6080,7 @@ LOG2_E = constant(math.log2(math.e))
 # dimensions that RoPE rotates, and `tokens` N.
 
 TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the launch options below
-TILE = constant(TILE_TOKENS)  # for kernels, which may read constants only
+TILE = constant(TILE_TOKENS)  # for kernels
 
 ONE_PASS_LAUNCH = dict(num_warps=8)  # kernels that read their input once
 
@@ -6158,7 +6162,7 @@ def qk_norm_rope_kernel(
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (64,)
     head = tl.program_id(1)
     x = load_tile(qkv_ptr, rows, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)  # (64, width)
-    inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / width + 1e-6)[:, None]  # (64, 1)
+    inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / width + EPSILON)[:, None]  # (64, 1)
     gain = tl.load(gain_ptr + head)
 
     if backward:
@@ -6910,7 +6914,7 @@ def mix_backward_kernel(
         d_normalised += tl.load(d_gate_input_ptr + row * gate_width + col, in_gate, 0.0).to(tl.float32)
 
         mixed = keep * x + add * x0
-        inverse_rms = tl.rsqrt(tl.sum(mixed * mixed, 1) / width + 1e-6)[:, None]  # (rows, 1)
+        inverse_rms = tl.rsqrt(tl.sum(mixed * mixed, 1) / width + EPSILON)[:, None]  # (rows, 1)
         along = tl.sum(mixed * d_normalised, 1)[:, None] / width * inverse_rms * inverse_rms
         d_mixed = tl.load(d_mixed_ptr + offsets, inside, 0.0).to(tl.float32)
         d_mixed = d_mixed + scale * inverse_rms * (d_normalised - mixed * along)
