@@ -6977,6 +6977,14 @@ def nearest_in_coset_tile(v, coset):
 
 
 @jit
+def predecessor(state, bit, states: tl.constexpr, h0: tl.constexpr, h1: tl.constexpr):
+    """The state before `state`, if bit 1 of the integer in between is `bit`: see `Trellis.predecessors`."""
+    parity = state // (states // 2)
+    shifted = state ^ (parity * (h0 >> 1)) ^ (bit * (h1 >> 1))
+    return ((shifted << 1) | parity) & (states - 1)
+
+
+@jit
 def viterbi_kernel(
     v_ptr,
     live_ptr,
@@ -6992,10 +7000,8 @@ def viterbi_kernel(
     begin = tl.program_id(0) * length
     state = tl.arange(0, states)
     parity = state // (states // 2)
-    before_0 = ((state ^ (parity * (h0 >> 1))) << 1) | parity
-    before_1 = ((state ^ (parity * (h0 >> 1)) ^ (h1 >> 1)) << 1) | parity
-    before_0 = before_0 & (states - 1)
-    before_1 = before_1 & (states - 1)
+    before_0 = predecessor(state, 0, states, h0, h1)
+    before_1 = predecessor(state, 1, states, h0, h1)
     cost = tl.where(state == 0, 0.0, 1e30)
     for i in range(length):
         v = tl.load(v_ptr + begin + i)
@@ -7018,8 +7024,7 @@ def viterbi_kernel(
         last_parity = at // (states // 2)
         k = nearest_in_coset_tile(v, last_parity + 2 * bit)
         tl.store(integers_ptr + begin + i, tl.where(live != 0, k, 0.0))
-        came_from = ((at ^ (last_parity * (h0 >> 1)) ^ (bit * (h1 >> 1))) << 1) | last_parity
-        at = tl.where(live != 0, came_from & (states - 1), at)
+        at = tl.where(live != 0, predecessor(at, bit, states, h0, h1), at)
 
 
 def viterbi(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
