@@ -787,6 +787,7 @@ class ParallelBlock(Block):
 
     def __init__(self, c: ModelConfig, index: int):
         super().__init__(c, index)
+        # A lane is a stream: artifacts and checkpoints hold these names.
         self.lane_keep = nn.Parameter(torch.full((2,), 1.1))  # of a, of m
         self.lane_mix = nn.Parameter(torch.ones(2, 2))  # [stream written][attention, MLP]
 
