@@ -2983,14 +2983,14 @@ class StepReport:
 
 
 class Sensitivity(NamedTuple):
-    """What an error E in a matrix (out, in) costs: about 1/2 sum_i rows[i] E[i] hessian E[i]^T nats per token, as KL
-    divergence from the predictions of the exact network.
+    """What an error E in a matrix (out, in) costs: about 1/2 sum_i row_weights[i] E[i] hessian E[i]^T nats per token,
+    as KL divergence from the predictions of the exact network.
 
     This is the Fisher information, estimated from gradients at sampled labels, with one factor per row (Martens &
     Grosse 2015, arXiv 1503.05671, restricted to the diagonal on the output side)."""
 
     hessian: Tensor  # (in, in) fp32
-    rows: Tensor  # (out,) fp32, with mean 1
+    row_weights: Tensor  # (out,) fp32, with mean 1
     inputs: Tensor | None = None  # (in, in), mean of x x^T; only for the embedding: see `MatrixPlan.row_octaves`
 
 
@@ -2999,13 +2999,13 @@ class GradientSums:
 
     def __init__(self, shape: torch.Size, device: torch.device):
         self.hessian = torch.zeros(shape[1], shape[1], device=device)
-        self.rows = torch.zeros(shape[0], device=device)
+        self.row_squares = torch.zeros(shape[0], device=device)  # of gradients at each output
         self.calls = 0  # forward passes that used the matrix
 
     def add(self, x: Tensor, gradient: Tensor) -> None:
         """Inputs (T, in), gradients (T, out)"""
         squares = gradient.square()
-        self.rows += squares.sum(0)
+        self.row_squares += squares.sum(0)
         weighted = x * squares.mean(1).sqrt()[:, None]
         self.hessian.addmm_(weighted.mT, weighted)
 
@@ -3048,7 +3048,7 @@ class Calibration:
 
     def run(self, batches: Iterable[MicroBatch]) -> None:
         """Add text. Keeps all activations of a micro-batch in memory, where uncompiled code needs more of them."""
-        hooked = (self.watch(name, module) for name, module in self.model.named_modules())
+        hooked = (self.add_hook(name, module) for name, module in self.model.named_modules())
         handles = [handle for handle in hooked if handle is not None]
         try:
             with without_weight_gradients(self.model), torch.enable_grad():  # hooks do not fire in compiled code
@@ -3061,7 +3061,7 @@ class Calibration:
             for handle in handles:
                 handle.remove()
 
-    def watch(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle | None:
+    def add_hook(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle | None:
         """Hook a module that multiplies by matrices, or looks up embeddings; None if it does neither."""
         if isinstance(module, Lookup):
             return module.register_forward_hook(self.lookup_hook)
@@ -3075,7 +3075,7 @@ class Calibration:
     def product_hook(self, names: list[str]) -> Callable[[nn.Module, tuple, Tensor], None]:
         """A hook for a product of inputs (..., in) with these matrices, whose outputs lie side by side."""
         sums = [self.matrices[name] for name in names]
-        widths = [len(s.rows) for s in sums]
+        widths = [len(s.row_squares) for s in sums]
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             x = args[0].detach()
@@ -3118,7 +3118,7 @@ class Calibration:
             x = x.float()
             weighted = x * curvature.sum(1).sqrt()[:, None]
             self.head.hessian.addmm_(weighted.mT, weighted)
-            self.head.rows += curvature.sum(0)
+            self.head.row_squares += curvature.sum(0)
             self.inputs.addmm_(x.mT, x)
             p[torch.arange(len(x), device=x.device), labels] -= 1.0
             gradients.append((p * slope) @ embedding)
@@ -3128,7 +3128,7 @@ class Calibration:
         """Sum over ranks."""
         for sums in (*self.matrices.values(), self.head):
             dist.all_reduce(sums.hessian)
-            dist.all_reduce(sums.rows)
+            dist.all_reduce(sums.row_squares)
         for total in (self.lookup, self.inputs, self.counts):
             dist.all_reduce(total)
         self.tokens = int(dist.all_reduce(torch.tensor(self.tokens)))
@@ -3146,8 +3146,8 @@ class Calibration:
         found = {"embed": self.of_embedding()}
         for name, sums in self.matrices.items():
             factor = LOOPED_FACTOR if sums.calls > fewest else 1.0
-            rows = sums.rows / sums.rows.mean().clamp(min=1e-30)
-            found[name] = Sensitivity(factor * sums.hessian / self.tokens, rows)
+            row_weights = sums.row_squares / sums.row_squares.mean().clamp(min=1e-30)
+            found[name] = Sensitivity(factor * sums.hessian / self.tokens, row_weights)
         return found
 
     def of_embedding(self) -> Sensitivity:
@@ -3157,10 +3157,11 @@ class Calibration:
         looked_up = self.lookup / self.tokens
         total = output + looked_up
         vocab = len(self.counts)
-        predicted = self.head.rows / self.head.rows.sum().clamp(min=1e-30)
+        predicted = self.head.row_squares / self.head.row_squares.sum().clamp(min=1e-30)
         counts = self.counts + 0.3  # a token that calibration never saw will occur, though rarely
-        rows = predicted * output.trace() + counts / counts.sum() * looked_up.trace()
-        return Sensitivity(total / vocab, vocab * rows / total.trace().clamp(min=1e-30), self.inputs / self.tokens)
+        weights = predicted * output.trace() + counts / counts.sum() * looked_up.trace()
+        row_weights = vocab * weights / total.trace().clamp(min=1e-30)
+        return Sensitivity(total / vocab, row_weights, self.inputs / self.tokens)
 
 
 def calibrate(
@@ -3282,7 +3283,7 @@ class MatrixPlan:
         self.level = column_octaves.median()  # moved to the rows, so that columns have small numbers
         column_octaves -= self.level
         self.column_steps = to_eighths(column_octaves)
-        self.rows = sensitivity.rows.clamp(min=1e-6)
+        self.row_weights = sensitivity.row_weights.clamp(min=1e-6)
         row_sizes, column_sizes = row_and_column_sizes(weight)
         self.row_sizes = to_quarters(row_sizes.log2())  # as fine as classes
         self.column_sizes = to_quarters(column_sizes.log2())
@@ -3303,9 +3304,9 @@ class MatrixPlan:
         The cost of an error is quadratic only while the error is small. Noise of variance v on the logit of a rare
         token of probability P costs P (e^(v/2) - 1), and v grows with the squared step. Minimising bits plus this cost
         bounds the steps of rare tokens, by Lambert's W."""
-        octaves = octave + self.level - 0.5 * self.rows.log2()
+        octaves = octave + self.level - 0.5 * self.row_weights.log2()
         if self.logit_noise:
-            x = self.logit_noise * 4.0**octave / self.rows
+            x = self.logit_noise * 4.0**octave / self.row_weights
             octaves = octaves + 0.5 * (2 * lambert_w(x / 2) / x).log2()
         return octaves
 
@@ -3317,7 +3318,7 @@ class MatrixPlan:
 # ---- Rounding: to nearest, or along a trellis ----
 
 TRELLISES = {8: (0o13, 0o4), 32: (0o45, 0o10)}  # {states: (h0, h1)}, parity checks
-SEGMENT = 512  # rows of a column that one path through the trellis covers
+STRIP_ROWS = 512  # rows of a column that one path through the trellis covers
 # Below this class, weights have an RMS of less than a quarter of a step: a path would force odd integers on them.
 SILENT_CLASS = -16
 LARGEST_INTEGER = 4095  # columns of the embedding with large inputs have much finer steps than the others
@@ -3339,7 +3340,7 @@ class Trellis(NamedTuple):
         return 0.259 if self.states else 1 / 12  # measured: 0.261 with 8 states, 0.255 with 32
 
     def advance(self, state: np.ndarray, bit: np.ndarray) -> np.ndarray:
-        """The state that follows `state` after an integer whose bit 1 is `bit`; arrays of uint8."""
+        """The state that follows `state` after an integer whose bit 1, the second lowest, is `bit`; arrays of uint8."""
         h0, h1 = TRELLISES[self.states]
         return (state >> 1) ^ ((state & 1) * (h0 >> 1)) ^ (bit * (h1 >> 1))
 
@@ -3350,8 +3351,8 @@ class Trellis(NamedTuple):
         h0, h1 = TRELLISES[self.states]
         state = torch.arange(self.states)
         parity = state // (self.states // 2)
-        came = [state ^ (parity * (h0 >> 1)) ^ (bit * (h1 >> 1)) for bit in (0, 1)]
-        return torch.stack([(s << 1 | parity) & (self.states - 1) for s in came])
+        shifted = [state ^ (parity * (h0 >> 1)) ^ (bit * (h1 >> 1)) for bit in (0, 1)]
+        return torch.stack([(s << 1 | parity) & (self.states - 1) for s in shifted])
 
 
 def nearest_in_coset(v: Tensor, coset: Tensor) -> Tensor:
@@ -3390,15 +3391,15 @@ def viterbi_reference(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
 
 
 def round_columns(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
-    """Columns of matrices (n, out), in steps -> integers (n, out) fp32. Each path covers SEGMENT rows of a column."""
+    """Columns of matrices (n, out), in steps -> integers (n, out) fp32. Each path covers STRIP_ROWS of a column."""
     if not trellis.states:
         return v.round()
     n, rows = v.shape
-    padding = -rows % SEGMENT if rows > SEGMENT else 0
+    padding = -rows % STRIP_ROWS if rows > STRIP_ROWS else 0
     if padding:
         v = F.pad(v, (0, padding))
         live = F.pad(live, (0, padding))
-    length = min(rows, SEGMENT)
+    length = min(rows, STRIP_ROWS)
     search = viterbi if use_kernels(v) else viterbi_reference
     integers = search(v.reshape(-1, length).contiguous(), live.reshape(-1, length).contiguous(), trellis)
     return integers.view(n, rows + padding)[:, :rows]
@@ -3466,7 +3467,7 @@ CONTEXTS = 2 * CLASSES  # a table for each class and parity of the integer
 
 
 class Strip(NamedTuple):
-    """SEGMENT rows of a matrix, or fewer at its end: the rows that one path through the trellis covers in a column."""
+    """STRIP_ROWS of a matrix, or fewer at its end: the rows that one path through the trellis covers in a column."""
 
     name: str
     start: int  # its first row
@@ -3477,8 +3478,8 @@ def strips_by_height(shapes: Shapes) -> dict[int, list[Strip]]:
     strips: dict[int, list[Strip]] = {}
     for name in sorted(shapes):
         rows = shapes[name][0]
-        for start in range(0, rows, SEGMENT):
-            strips.setdefault(min(SEGMENT, rows - start), []).append(Strip(name, start))
+        for start in range(0, rows, STRIP_ROWS):
+            strips.setdefault(min(STRIP_ROWS, rows - start), []).append(Strip(name, start))
     return dict(sorted(strips.items()))
 
 
@@ -3515,7 +3516,7 @@ class Walk:
         if not self.trellis.states:
             return integers + (LARGEST_INTEGER + 1)
         halves = np.where(self.silent, 0, integers - (self.state & 1)) >> 1
-        self._go_on(halves)
+        self._advance(halves)
         return halves + (LARGEST_INTEGER + 1)
 
     def to_integers(self, symbols: np.ndarray) -> np.ndarray:
@@ -3524,10 +3525,10 @@ class Walk:
         if not self.trellis.states:
             return halves
         integers = np.where(self.silent, 0, 2 * halves + (self.state & 1))
-        self._go_on(halves)
+        self._advance(halves)
         return integers
 
-    def _go_on(self, halves: np.ndarray) -> None:
+    def _advance(self, halves: np.ndarray) -> None:
         following = self.trellis.advance(self.state, (halves & 1).astype(np.uint8))
         self.state = np.where(self.silent, self.state, following)
 

@@ -294,7 +294,7 @@ def test_the_kernel_equals_its_reference(device, states, columns, rows):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("states", ALL_STATES)
-def test_the_kernel_finds_as_good_paths_in_whole_segments(states):
+def test_the_kernel_finds_as_good_paths_in_whole_strips(states):
     v = 3 * torch.randn(200, 512)
     live = torch.rand_like(v) > 0.1
     expected = g.viterbi_reference(v, live, g.Trellis(states))
@@ -335,9 +335,9 @@ def test_rounding_to_nearest_stays_above_the_bound():
 
 
 @pytest.mark.parametrize("rows", [3, 8, 9, 21])
-def test_a_path_covers_a_segment_of_rows(monkeypatch, rows):
+def test_a_path_covers_a_strip_of_rows(monkeypatch, rows):
     """Each begins in state 0, so that decoders need not know those before."""
-    monkeypatch.setattr(g, "SEGMENT", 8)
+    monkeypatch.setattr(g, "STRIP_ROWS", 8)
     trellis = g.Trellis(8)
     v = 3 * torch.randn(5, rows)
     live = torch.rand(5, rows) > 0.2
@@ -457,7 +457,7 @@ def test_the_steps_of_rare_tokens_are_bounded():
 
 # ---- what is stored ---------------------------------------------------------
 
-ODD_SHAPES = {  # heads, segments and leftovers of all kinds, families of several matrices
+ODD_SHAPES = {  # heads, strips and leftovers of all kinds, families of several matrices
     "embed": (37, 10),
     "blocks.0.attention.o.weight": (10, 10),
     "blocks.11.attention.o.weight": (10, 10),
@@ -489,10 +489,10 @@ def stream(stored: dict[str, torch.Tensor], name: str) -> bytes:
     return stored[g.PREFIX + name].numpy().tobytes()
 
 
-@pytest.mark.parametrize("segment", [8, 512])
+@pytest.mark.parametrize("height", [8, 512])
 @pytest.mark.parametrize("states", [0, 8, 32])
-def test_matrices_come_back_as_they_were(monkeypatch, states, segment):
-    monkeypatch.setattr(g, "SEGMENT", segment)
+def test_matrices_come_back_as_they_were(monkeypatch, states, height):
+    monkeypatch.setattr(g, "STRIP_ROWS", height)
     found, trellis = odd_matrices(states)
     silent = [(grid.row_classes[:, None] + grid.column_classes < g.SILENT_CLASS).any() for grid in found.grids.values()]
     assert any(silent) and not all(silent)
@@ -982,8 +982,8 @@ def test_sensitivities_are_the_fisher_information():
         assert len(uses) == (2 if name.startswith(LOOPED) else 1)
         factor = g.LOOPED_FACTOR if name.startswith(LOOPED) else 1.0
         assert_near(found[name].hessian, factor * hessian, 0.1)
-        assert_near(found[name].rows, rows / rows.mean(), 0.1)
-        assert found[name].rows.mean() == pytest.approx(1.0, rel=1e-4) and found[name].inputs is None
+        assert_near(found[name].row_weights, rows / rows.mean(), 0.1)
+        assert found[name].row_weights.mean() == pytest.approx(1.0, rel=1e-4) and found[name].inputs is None
 
     output = head.sum(0) / len(text)
     lookup = lookup / len(text)
@@ -993,7 +993,7 @@ def test_sensitivities_are_the_fisher_information():
     frequencies = torch.bincount(torch.tensor(text), minlength=9) / len(text)
     predicted = probability_curvature(model, states).sum(0)
     rows = predicted / predicted.sum() * output.trace() + frequencies * lookup.trace()
-    assert_near(found["embed"].rows, rows / rows.mean(), 0.05)
+    assert_near(found["embed"].row_weights, rows / rows.mean(), 0.05)
     assert_near(
         head,
         probability_curvature(model, states).mT[:, :, None, None].mul(states[:, :, None] * states[:, None]).sum(1),
@@ -1028,15 +1028,17 @@ def test_looped_blocks_count_more(monkeypatch):
     for name in matrices(model):
         looped = name.startswith(("blocks.1.", "blocks.2."))
         torch.testing.assert_close(more[name].hessian, (2.0 if looped else 1.0) * plain[name].hessian)
-        assert torch.equal(more[name].rows, plain[name].rows)
+        assert torch.equal(more[name].row_weights, plain[name].row_weights)
 
 
 def test_the_seed_decides_the_labels():
     model = a_model()
     first, again, other = (calibrated(model, a_batch(1), seed=seed) for seed in (3, 3, 4))
     for name, found in first.items():
-        assert torch.equal(found.hessian, again[name].hessian) and torch.equal(found.rows, again[name].rows)
-        assert not torch.equal(found.rows, other[name].rows)
+        assert torch.equal(found.hessian, again[name].hessian) and torch.equal(
+            found.row_weights, again[name].row_weights
+        )
+        assert not torch.equal(found.row_weights, other[name].row_weights)
 
 
 @pytest.mark.parametrize("fails", [False, True])

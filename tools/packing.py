@@ -55,7 +55,7 @@ class Way(NamedTuple):
 
 
 def equal_rows(name: str, sensitivity: g.Sensitivity) -> g.Sensitivity:
-    return sensitivity._replace(rows=torch.ones_like(sensitivity.rows), inputs=None)
+    return sensitivity._replace(row_weights=torch.ones_like(sensitivity.row_weights), inputs=None)
 
 
 def equal_rows_of_embedding(name: str, sensitivity: g.Sensitivity) -> g.Sensitivity:
@@ -69,7 +69,7 @@ def equal_rows_of_blocks(name: str, sensitivity: g.Sensitivity) -> g.Sensitivity
 def add_unweighted(sums: g.GradientSums, x: Tensor, gradient: Tensor) -> None:
     """`GradientSums.add` with all inputs weighted alike, by the mean squared gradient instead of each token's own."""
     squares = gradient.square()
-    sums.rows += squares.sum(0)
+    sums.row_squares += squares.sum(0)
     sums.hessian.addmm_(x.mT, x, alpha=float(squares.mean()))
 
 
@@ -118,8 +118,8 @@ WAYS = {
     "damping-0.01": Way("less damping", {"gptq_damping": 0.01}),
     "damping-0.04": Way("more damping", {"gptq_damping": 0.04}),
     "damping-0.1": Way("more damping", {"gptq_damping": 0.1}),
-    "segment-128": Way("paths of 128 rows", patches={"SEGMENT": 128}),
-    "segment-2048": Way("paths of 2,048 rows", patches={"SEGMENT": 2048}),
+    "segment-128": Way("paths of 128 rows", patches={"STRIP_ROWS": 128}),
+    "segment-2048": Way("paths of 2,048 rows", patches={"STRIP_ROWS": 2048}),
     "text-quarter": Way("a quarter of the text", {"calibration": 0.25}, calibrates_anew=True),
     "text-4": Way("four times the text", {"calibration": 4.0}, calibrates_anew=True),
 }
