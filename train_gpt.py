@@ -452,11 +452,11 @@ CONFIGS = (ModelConfig, RunConfig)
 
 
 class HeadLayout(NamedTuple):
-    """The columns of a row of `qkv`: H queries, then K keys, then K values, each of width h."""
+    """The heads of attention. A row of `qkv` holds H queries, then K keys, then K values, each of width h."""
 
     xsa: bool  # the output drops its component along the token's own value (XSA)
-    query: int  # H
-    kv: int  # K
+    query_heads: int  # H
+    kv_heads: int  # K
     width: int  # h
 
 
@@ -707,7 +707,7 @@ class Attention(nn.Module):
     def fused(self, qkv: Tensor, gate: Tensor | None, rope: Rope, segments: Segments) -> Tensor:
         """`attention_reference` on one packed row, by kernels."""
         if gate is None:
-            gate = qkv.new_ones(1, qkv.size(1), self.heads.query)
+            gate = qkv.new_ones(1, qkv.size(1), self.heads.query_heads)
         cos, sin = rope
         rows = qkv.flatten(0, 1)  # not qkv[0]: the backward pass of a view is free, but indexing's is a copy
         y = FusedAttention.apply(rows, self.q_gain, gate.flatten(0, 1), cos[:, 0], sin[:, 0], segments, self.heads)
@@ -864,10 +864,11 @@ class OutputHead(nn.Module):
         """(B, T, D), (V, D) -> (B, T, V) fp32"""
         return softcap(self.uncapped_logits(x, embedding, lora), self.cap)
 
-    def probabilities(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """`logits` (..., V) -> their probabilities, and the soft cap's derivative at each logit"""
-        slope = 1 - (z / self.cap).square() if self.cap else torch.ones_like(z)
-        return z.softmax(-1), slope
+    def probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What `logits` returns (..., V) -> its probabilities, and the derivative of every logit with respect to its
+        uncapped one"""
+        slope = 1 - (logits / self.cap).square() if self.cap else torch.ones_like(logits)
+        return logits.softmax(-1), slope
 
     def forward(self, x: Tensor, targets: Tensor, embedding: Tensor, lora: LoRA | None = None) -> Tensor:
         """(B, T, D), (B, T), (V, D) -> negative log-likelihood of every target, (B, T) nats"""
@@ -3105,14 +3106,15 @@ class Calibration:
     @torch.no_grad()
     def head_gradient(self, states: Tensor) -> Tensor:
         """States before the head (T, D) -> gradient (T, D) of the loss at them, with labels sampled from the model.
+        Also adds to the sums of the head.
 
-        With p the softmax of the logits z and c the slope of the soft cap, the loss has the gradient c (p - onehot) and
+        With p the softmax of the logits and c the slope of the soft cap, the loss has the gradient c (p - onehot) and
         the expected second derivative c^2 p (1 - p) with respect to the uncapped logits."""
         embedding = self.model.embed
         gradients = []
         for x in states.split(HEAD_CHUNK):
-            z = self.model.head.logits(x[None], embedding, None)[0]  # (chunk, V) fp32
-            p, slope = self.model.head.probabilities(z)
+            logits = self.model.head.logits(x[None], embedding, None)[0]  # (chunk, V) fp32
+            p, slope = self.model.head.probabilities(logits)
             labels = torch.multinomial(p, 1, generator=self.generator)[:, 0]
             curvature = p * (1 - p) * slope.square()
             x = x.float()
@@ -4068,7 +4070,7 @@ class Adapter:
         generator = torch.Generator().manual_seed(run.seed)
         bound = c.model_dim**-0.5
         self.adapts_down = run.ttt_optimizer != "rms"
-        self.starts: list[Tensor] = []  # initial values for one document, in the order of `tensors`
+        self.initial: list[Tensor] = []  # values for one document, in the order of `tensors`
 
         def new_lora(target: str, width: int) -> LoRA | None:
             if target not in run.lora_targets:
@@ -4076,9 +4078,9 @@ class Adapter:
             down = torch.empty(c.model_dim, run.ttt_lora_rank).uniform_(-bound, bound, generator=generator).to(device)
             up = torch.zeros(documents, run.ttt_lora_rank, width, device=device)  # zero: no effect at first
             if self.adapts_down:
-                self.starts.append(down)
+                self.initial.append(down)
                 down = down.repeat(documents, 1, 1).requires_grad_()
-            self.starts.append(up[0].clone())
+            self.initial.append(up[0].clone())
             return LoRA(down, up.requires_grad_(), run.ttt_lora_alpha / run.ttt_lora_rank)
 
         *of_layers, self.head = [new_lora(target, width) for target, width in lora_outputs(c)]
@@ -4092,8 +4094,8 @@ class Adapter:
         return [t for lora in loras if lora is not None for t in (lora.down, lora.up)]
 
     def reset(self) -> None:
-        for t, start in zip(self.tensors(), self.starts, strict=True):
-            t.copy_(start)
+        for t, initial in zip(self.tensors(), self.initial, strict=True):
+            t.copy_(initial)
 
 
 class TTTOptimizer:
@@ -4722,8 +4724,8 @@ class ProbedDocuments:
 
         With the text's own targets, tokens absent from so little text would get numbers a hundred times too small, and
         steps a hundred times too large once they occur."""
-        z = self.model.head.logits(states, self.model.embed, None)
-        p, slope = self.model.head.probabilities(z)
+        logits = self.model.head.logits(states, self.model.embed, None)  # (B, C, V)
+        p, slope = self.model.head.probabilities(logits)
         curvature = p * (1 - p) * slope.square()
         weights = states.float().square().sum(-1) * counted[:, None]
         return (curvature * weights[..., None]).sum((0, 1))
@@ -4895,13 +4897,13 @@ class SequentialTTT(Learner):
             self.tensors = [p.detach()[None] for p in self.leaves]  # one "document", sharing the weights' memory
             multipliers = [lr_multiplier(name, run) for name in named]
         self.optimizer = TTTOptimizer(self.tensors, multipliers, run)
-        self.starts = [t.detach().clone() for t in self.tensors]
+        self.initial = [t.detach().clone() for t in self.tensors]
 
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the artifact's weights, remembering nothing."""
-        for t, start in zip(self.tensors, self.starts, strict=True):
-            t.copy_(start)
+        for t, initial in zip(self.tensors, self.initial, strict=True):
+            t.copy_(initial)
         self.optimizer = TTTOptimizer(self.tensors, self.optimizer.multipliers, self.run)
 
     @torch.no_grad()
@@ -5004,21 +5006,21 @@ def score_sequentially(
         wanted = (window for span in spans for window in windows(*span, run.eval_seq_len, run.eval_stride))
         return local_rows(docs, wanted, run, dist)
 
-    def book(row: EvalRow, nats: np.ndarray) -> None:
+    def add_scores(row: EvalRow, nats: np.ndarray) -> None:
         table.add(row.documents[row.counted], nats[row.counted])
 
     for spans in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
         if not may_learn(targets_left):
             rest = spans_from(docs, chosen, spans[0])
             for row in rows_of(rest):
-                book(row, learner.score_row(row)[1])
+                add_scores(row, learner.score_row(row)[1])
             degraded = len(rest)
             break
 
         targets = sum(span.end - span.begin for span in spans)
         chunk = learner.score(list(rows_of(spans)), targets)
         for row, nats in zip(chunk.rows, chunk.nats, strict=True):
-            book(row, nats)
+            add_scores(row, nats)
 
         targets_left -= targets
         # Under TTT_SCOPE=document there is one document, so that spans[0].end is how many of its targets are scored.
