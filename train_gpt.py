@@ -29,8 +29,9 @@ The sections of this file, in order; `run_experiment` at the very end walks thro
     Appendix: CUDA graphs       capture and replay
     Main                        the run in one page, signals, exit status
 
-Shapes: B rows or documents, T tokens, D model width, H query heads, K key/value heads, h head width, V vocabulary,
-R LoRA rank, S attention segments.
+Shapes: B rows or documents, T tokens of each, N tokens of a packed row, S attention segments in it, C tokens of a
+chunk, L slots of a cache, D model width, H query heads, K key/value heads, h head width, V vocabulary, R LoRA rank. The
+coder and the kernels define their own letters.
 """
 
 from __future__ import annotations
@@ -93,6 +94,7 @@ class DataError(UserError):
 
 
 def require(ok: bool, message: str, error: type[UserError] = ConfigError) -> None:
+    """Raise an error with this message unless `ok`."""
     if not ok:
         raise error(message)
 
@@ -141,7 +143,9 @@ def knob(
     written before the field existed."""
     meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, only=only or {}, absent=absent)
     meta |= dict(full=full, rms=rms)
-    return field(default=default if full is None and rms is None else None, metadata=meta)
+    if full is not None or rms is not None:
+        default = None  # until `RunConfig._fill_in_defaults` knows which it is
+    return field(default=default, metadata=meta)
 
 
 MAX_PASSES = 1024  # of blocks in one forward pass: a forged artifact could demand any number
@@ -720,7 +724,7 @@ class MLP(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.slope = c.mlp_leaky_slope
-        self.may_fuse = True  # see compile_parts
+        self.may_fuse = True  # `compile_parts` clears it where compiled code cannot hold FusedMLP
         self.up = Linear(c.model_dim, c.mlp_mult * c.model_dim)
         self.down = Linear(c.mlp_mult * c.model_dim, c.model_dim)
 
@@ -737,7 +741,10 @@ class MLP(nn.Module):
 
 def mix_reference(x: Tensor, x0: Tensor, mix: Tensor, scale: Tensor, gate_width: int) -> tuple[Tensor, Tensor, Tensor]:
     """The start of a block: (B, T, D), (B, T, D), (2, D), ()
-    -> mixed = mix[0] x + mix[1] x0, normalised = scale norm(mixed), the latter's first columns (B, T, gate_width)"""
+    -> mixed = mix[0] x + mix[1] x0, normalised = scale norm(mixed), the latter's first columns (B, T, gate_width)
+
+    These columns are an output of their own for `FusedMix`, whose backward pass then gets their gradient as it is, not
+    padded with zeros to the full width."""
     mixed = mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
     normalised = norm(mixed) * scale.to(x.dtype)
     return mixed, normalised, normalised[..., :gate_width]
@@ -795,6 +802,7 @@ class ParallelBlock(Block):
         self, a: Tensor, m: Tensor, x0: Tensor, rope: Rope, context: AttentionContext, lora: LayerLoRA
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Streams and normalised embeddings, (B, T, D) each -> both streams, new keys and values for a cache"""
+        # Only attention reads the mix with x0; the stream goes on without it, unlike that of a Block.
         _, attention, new_kv = self.attention_branch(a, x0, rope, context, lora)
         mlp = self.mlp_branch(m, lora)
         keep = self.lane_keep.to(a.dtype)
@@ -2380,17 +2388,18 @@ class RansDecoder:
         require(bool((self.states >= LOWEST_STATE).all()), "coded symbols: a state is too small", DataError)
 
         # For every slot: its symbol; and that symbol's frequency (upper bits) and the slot's place among the symbol's
-        # slots (lower 16). Unused tables have slots too, so that table t begins at slot t * FREQUENCY_SUM.
+        # slots (lower 16): slot - start. Unused tables have slots too, so that table t begins at slot
+        # t * FREQUENCY_SUM.
         frequencies = tables.frequencies.copy()
         frequencies[~tables.in_use, 0] = FREQUENCY_SUM
         count, alphabet = frequencies.shape
         symbols = np.tile(np.arange(alphabet, dtype=np.int16), count)
-        first_places = ((frequencies << 16) - tables.starts()).ravel()
+        offsets = ((frequencies << 16) - tables.starts()).ravel()  # of every symbol; each of its slots adds itself
         slots = np.tile(np.arange(FREQUENCY_SUM), count)
 
         self.in_use = tables.in_use
         self.symbols = np.repeat(symbols, frequencies.ravel())
-        self.intervals = (np.repeat(first_places, frequencies.ravel()) + slots).astype(np.uint32)
+        self.intervals = (np.repeat(offsets, frequencies.ravel()) + slots).astype(np.uint32)
 
     def take(self, contexts: np.ndarray) -> np.ndarray:
         """The next symbols (n,) int16, each in its context (n,), integers of any type. Raises DataError if a context
@@ -2544,7 +2553,7 @@ def require_layout(expected: Layout, found: Layout, what: str) -> None:
 
 @contextlib.contextmanager
 def untrusted(what: str) -> Iterator[None]:
-    """Whatever goes wrong inside becomes a DataError that blames the file `what`."""
+    """Whatever goes wrong inside, a failed `require` too, becomes a DataError that blames the file `what`."""
     try:
         yield
     except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, zstandard.ZstdError) as error:
@@ -3080,6 +3089,7 @@ class Calibration:
 
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             x = args[0].detach()
+            # `scale` of Linear.forward, which callers pass by position: hooks do not see keyword arguments.
             scale = args[2] if isinstance(module, Linear) and len(args) > 2 else None
 
             def add(gradient: Tensor) -> None:
@@ -3278,20 +3288,20 @@ class MatrixPlan:
         if not hessian.any():  # nothing that this matrix computes matters
             hessian = torch.eye(len(hessian), device=hessian.device)
         self.weight = weight
-        self.order = hessian.diagonal().argsort(descending=True, stable=True)
-        self.upper, self.damping = inverse_factor(hessian[self.order][:, self.order], damping)
-        column_octaves = torch.empty_like(weight[0])
+        self.order = hessian.diagonal().argsort(descending=True, stable=True)  # (in,) columns in the order of rounding
+        self.upper, self.damping = inverse_factor(hessian[self.order][:, self.order], damping)  # (in, in)
+        column_octaves = torch.empty_like(weight[0])  # (in,)
         column_octaves[self.order] = self.upper.diagonal().log2()
         self.level = column_octaves.median()  # moved to the rows, so that columns have small numbers
         column_octaves -= self.level
         self.column_steps = to_eighths(column_octaves)
-        self.row_weights = sensitivity.row_weights.clamp(min=1e-6)
+        self.row_weights = sensitivity.row_weights.clamp(min=1e-6)  # (out,)
         row_sizes, column_sizes = row_and_column_sizes(weight)
         self.row_sizes = to_quarters(row_sizes.log2())  # as fine as classes
         self.column_sizes = to_quarters(column_sizes.log2())
 
         # Finer steps would need integers that are too large; 0.75 leaves room for errors spread from other columns.
-        largest = (weight.abs() / column_octaves.exp2()).amax(1)
+        largest = (weight.abs() / column_octaves.exp2()).amax(1)  # (out,)
         self.finest_row_octaves = (largest.clamp(min=1e-30) / (0.75 * LARGEST_INTEGER)).log2()
 
         self.logit_noise = 0.0  # variance of the logit of a row of weight 1, at octave 0; 0 if rows are not tokens
@@ -3895,8 +3905,9 @@ class ScoreTable:
 
     def __init__(self, docs: Documents):
         self.docs = docs
+        # (documents,) each
         self.nats = np.zeros(len(docs))
-        self.counted = np.zeros(len(docs))
+        self.counted = np.zeros(len(docs))  # scored targets
         self.updates = np.zeros(len(docs))
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
@@ -3905,7 +3916,7 @@ class ScoreTable:
         self.counted += np.bincount(documents, minlength=len(self.docs))
 
     def all_reduced(self, dist: Dist) -> ScoreTable:
-        """The sums of all ranks, after a check that every target was scored exactly once."""
+        """Sum over ranks, in place -> this table, after a check that every target was scored exactly once."""
         for values in (self.nats, self.counted, self.updates):
             values[:] = dist.all_reduce(torch.from_numpy(values)).numpy()
         wrong = np.flatnonzero(self.counted != self.docs.lengths)
@@ -4135,7 +4146,7 @@ class TTTOptimizer:
         """Update tensors (B, ...) in place, by gradients (B, ...) and a learning rate per document (B,) or for all."""
         run = self.run
         self.steps_done += 1
-        lr = torch.zeros(len(tensors[0]), device=tensors[0].device) + lr
+        lr = torch.zeros(len(tensors[0]), device=tensors[0].device) + lr  # (B,), also from one number
         if run.ttt_grad_clip:
             norms = torch.stack([g.flatten(1).square().sum(1) for g in grads]).sum(0).sqrt()  # (B,)
             factor = (run.ttt_grad_clip / (norms + 1e-6)).clamp(max=1.0)
@@ -6009,10 +6020,11 @@ def report(result: Mapping[str, Any], documents: bytes, watch: Stopwatch, log: L
 
 
 def prepare_torch(run: RunConfig, device: torch.device) -> None:
-    """A budget in steps must repeat exactly, so it gets deterministic kernels; a budget in time gets the fastest."""
+    """Set torch's seed, precision and determinism. A budget in steps must repeat exactly, so it gets deterministic
+    kernels; a budget in time gets the fastest."""
     torch.manual_seed(run.seed)
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("high")  # products of fp32 matrices in TF32
     if run.iterations and not run.max_wallclock_seconds:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
@@ -6201,7 +6213,7 @@ def masked_scores(q, k, positions_ptr, first_query, first_key, tokens):
 def unit_vectors(v):
     """Values (64, h) -> unit vectors (64, h), and the lengths they were divided by (64, 1)."""
     v = v.to(tl.float32)
-    length = tl.sqrt(tl.maximum(tl.sum(v * v, 1), 1e-24))[:, None]
+    length = tl.sqrt(tl.maximum(tl.sum(v * v, 1), 1e-24))[:, None]  # at least 1e-12, as in F.normalize
     return v / length, length
 
 
