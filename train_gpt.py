@@ -2677,7 +2677,8 @@ class Trainer:
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
 
     def spend(self, progress: float) -> None:
-        """Record that the fraction `progress` of the budget is spent, and update the average with the last step."""
+        """Record that the fraction `progress` of the budget is spent, and update the average with the last step, since
+        only now is it known how much of the budget that step took."""
         if self.step:
             self.average.update(progress - self.progress)
         self.progress = progress
@@ -2903,20 +2904,16 @@ def train(
     validate: Callable[[], float],
     checkpoint: Path,
 ) -> list[tuple[int, float, float]]:
-    """Train until the budget is spent -> (step, seconds, loss) of every logged step. `validate` returns bits per
-    byte, `checkpoint` is the file that CHECKPOINT_SECONDS writes."""
+    """Train until the budget, less `reserve` seconds, is spent -> (step, seconds, loss) of every logged step.
+    `validate` returns bits per byte, `checkpoint` is the file that CHECKPOINT_SECONDS writes."""
     run = trainer.run
     report = StepReport(log, trainer, stream)
     loss = torch.zeros(())
     check_loss = DivergenceCheck(stream.vocab_size)
     # What earlier runs spent: otherwise the average would charge it to the last step.
     trainer.progress = progress_at(run, trainer.step, trainer.seconds_before, reserve)
+    warn_if_spent(trainer, log)
     saved_at = trainer.seconds_before
-    if trainer.progress >= 1.0:
-        log.warn(
-            f"no step is left to train: {trainer.step} steps and {saved_at:.0f} s have spent the budget of this run; "
-            "the weights of RESUME are packed as they are, whose rates may not have fallen: raise the budget"
-        )
 
     def seconds_now() -> float:
         return trainer.seconds_before + watch.total(*TRAINING_CLOCK)
@@ -2948,6 +2945,16 @@ def train(
 
     check_loss.at_the_end(loss.item(), f"the loss of step {trainer.step}")
     return report.history
+
+
+def warn_if_spent(trainer: Trainer, log: Log) -> None:
+    """Warn if the runs that this one continues have spent its budget."""
+    if trainer.progress >= 1.0:
+        log.warn(
+            f"no step is left to train: {trainer.step} steps and {trainer.seconds_before:.0f} s have spent the budget "
+            "of this run; the weights of RESUME are packed as they are, whose rates may not have fallen: raise the "
+            "budget"
+        )
 
 
 class StepReport:
@@ -5057,7 +5064,8 @@ def spans_from(docs: Documents, chosen: Sequence[int], first: TargetSpan) -> lis
 
 
 def deal_documents(lengths: np.ndarray, world: int, batch: int) -> list[list[list[int]]]:
-    """Rounds of groups of documents, a group for each rank, longest documents first. The order changes no score."""
+    """Documents by [round][rank], longest first: in a round every rank gets a group of at most `batch` documents. The
+    order changes no score."""
     order = np.argsort(-lengths, kind="stable").tolist()
     batch = min(batch, -(-len(order) // world))  # rounded up
     groups = [order[i : i + batch] for i in range(0, len(order), batch)]
@@ -5107,32 +5115,38 @@ class Evaluation:
         self.degraded = 0  # documents that did not adapt for lack of time
         self.learners = Learners(model, dist.device)
         self.static_costs = static_costs(docs.lengths, run)
-        # Both speeds are measured in the warm-up, and the second again during the evaluation.
+        # Both are measured in the warm-up, and the second again during the evaluation.
         self.static_tokens_per_s = math.inf
-        self.seconds_per_token = 0.0  # of a group that adapts
+        self.ttt_seconds_per_token = 0.0  # of a group that adapts
         model.requires_grad_(run.ttt_params == "full")
 
     def warm_up(self) -> None:
         """Measure speeds on random documents; on a GPU also compile and load every kernel."""
-        run = self.run
         on_gpu = self.dist.device.type == "cuda"
-        alone = Dist(device=self.dist.device)
-        count = 2
+        self._warm_up_static(on_gpu)
+        if self.run.ttt_enabled and on_gpu:
+            self._warm_up_ttt()
+
+    def _warm_up_static(self, on_gpu: bool) -> None:
+        run = self.run
         length = run.eval_seq_len
-        full_row = max(1, run.micro_batch_tokens // length) if on_gpu else 1  # documents; a GPU has no shorter row
-        docs = random_documents(self.model.config.vocab_size, full_row, length)
+        count = max(1, run.micro_batch_tokens // length) if on_gpu else 1  # a full row: a GPU has no shorter one
+        docs = random_documents(self.model.config.vocab_size, count, length)
         for _ in range(2):  # the first run compiles, the second measures the speed
             started = time.perf_counter()
-            score_static(self.model, docs, range(full_row), run, alone, ScoreTable(docs))
+            score_static(self.model, docs, range(count), run, Dist(device=self.dist.device), ScoreTable(docs))
             spent = time.perf_counter() - started
             self.static_tokens_per_s = static_costs(docs.lengths, run).sum() / spent
 
-        if not run.ttt_enabled or not on_gpu:
-            return
+    def _warm_up_ttt(self) -> None:
+        run = self.run
+        alone = Dist(device=self.dist.device)
+        count = 2  # documents
+        length = run.eval_seq_len
         if not run.batched_ttt:
             docs = random_documents(self.model.config.vocab_size, count, length)
             short = dataclasses.replace(run, ttt_chunk_tokens=length)  # two chunks, of which the first is learned from
-            score_sequentially(SequentialTTT(self.model, short, alone), docs, range(len(docs)), ScoreTable(docs))
+            score_sequentially(SequentialTTT(self.model, short, alone), docs, range(count), ScoreTable(docs))
             return
 
         longer = length + 3 * late_chunk_tokens(run)  # a graph is captured at the second chunk of its kind
@@ -5141,7 +5155,7 @@ class Evaluation:
             started = time.perf_counter()
             score_batched(docs, range(count), run, alone, ScoreTable(docs), self.learners)
             cost = batched_cost(docs.lengths, run, self.dist.device)
-            self.seconds_per_token = (time.perf_counter() - started) / cost
+            self.ttt_seconds_per_token = (time.perf_counter() - started) / cost
 
     def score(self) -> ScoreTable:
         """Score every target of every document -> the table of all ranks."""
@@ -5184,8 +5198,8 @@ class Evaluation:
         for n, groups in enumerate(rounds):
             rest = [i for later in rounds[n:] for group in later for i in group]
             if cost_so_far:
-                self.seconds_per_token = (self.seconds() - started) / cost_so_far
-            if not self._has_time(self.static_costs[rest].sum(), self.seconds_per_token * costs[n]):
+                self.ttt_seconds_per_token = (self.seconds() - started) / cost_so_far
+            if not self._has_time(self.static_costs[rest].sum(), self.ttt_seconds_per_token * costs[n]):
                 self.degraded = len(rest)
                 line = "time is short: {degraded_documents} documents that have not begun are scored without adaptation"
                 self.log.event("time_short", line, degraded_documents=len(rest))
@@ -5669,7 +5683,7 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
         sensitivities = calibrate(model, [batch], dist, run)
     make_artifact(model, sensitivities, run, dist, watch, trainer.provenance, Log(), rehearsal=True)
 
-    for phase in ("compile", "choose"):
+    for phase in ("compile", "choose"):  # the first run compiles, the second is timed
         with watch.phase(phase):
             score_all_static(model, setup, docs=blank(held_out))
     if run.grad_rms_tokens:
