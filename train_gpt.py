@@ -443,6 +443,13 @@ class RunConfig:
 
 
 CONFIGS = (ModelConfig, RunConfig)
+# {NAME: (its field, its type)}
+KNOBS = {
+    f.name.upper(): (f, kind)
+    for config in CONFIGS
+    for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
+}
+MAX_KNOB = 1e9  # largest absolute value of a number that is not a count
 
 
 # ======================================================================================================================
@@ -5239,13 +5246,6 @@ class Evaluation:
 # Set-up and report: read the settings, check them, train and pack, read back from the disk, score, report.
 
 
-# {NAME: (its field, its type)}
-KNOBS = {
-    f.name.upper(): (f, kind)
-    for config in CONFIGS
-    for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
-}
-
 # A name that begins like one of our knobs but is not one is a mistake, unless other programs use such names too.
 COMMON_WORDS = "ARTIFACT CHECKPOINT DATA ENABLE MAX MIN MODEL NUM PARALLEL RUN TOKENIZER".split()
 # Knobs of other entries that ours does not have.
@@ -5257,9 +5257,6 @@ BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # set by build tools, though they look 
 # Knobs of earlier versions, which change nothing when an artifact is scored, and what decides instead.
 BITS_AND_RANGES = "MATRIX_BITS EMBED_BITS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS QUANT_CLIP_FLOOR".split()
 RETIRED = dict.fromkeys(BITS_AND_RANGES, "the steps of integers follow from ARTIFACT_BYTES alone")
-
-
-MAX_KNOB = 1e9  # largest absolute value of a number that is not a count
 
 
 def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
