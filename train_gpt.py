@@ -3399,7 +3399,7 @@ def viterbi_reference(v: Tensor, live: Tensor, trellis: Trellis) -> Tensor:
     distance = (v[..., None] - nearest_in_coset(v[..., None], cosets)).square()  # (n, L, 4)
 
     cost = torch.full((n, states), 1e30, device=v.device)
-    cost[:, 0] = 0.0
+    cost[:, 0] = 0.0  # paths begin in state 0
     chosen = torch.zeros(L, n, states, dtype=torch.bool, device=v.device)
     for i in range(L):
         paths = [cost[:, before[bit]] + distance[:, i, parity + 2 * bit] for bit in (0, 1)]
@@ -6849,8 +6849,8 @@ def mlp_kernel(
         y = tl.dot(x.load([row, k]), w.load([col, k]).T, y)
 
     if backward:
-        z = h.load([row, col]).to(tl.float32)
-        y *= tl.where(z > 0, 2 * z, 2 * slope * slope * z)
+        hidden = h.load([row, col]).to(tl.float32)
+        y *= tl.where(hidden > 0, 2 * hidden, 2 * slope * slope * hidden)
     else:
         h.store([row, col], y.to(h.dtype))
         y *= tl.where(y > 0, y, slope * slope * y)
@@ -7025,24 +7025,24 @@ def viterbi_kernel(
     """`viterbi_reference`, with a program for each column of `length` rows. Choices (n, length) int64 are memory for
     tracing back: bit s is the bit by which the best path reached state s."""
     begin = tl.program_id(0) * length
-    state = tl.arange(0, states)
+    state = tl.arange(0, states)  # (states,)
     parity = state // (states // 2)
     before_0 = predecessor(state, 0, states, h0, h1)
     before_1 = predecessor(state, 1, states, h0, h1)
-    cost = tl.where(state == 0, 0.0, 1e30)
+    cost = tl.where(state == 0, 0.0, 1e30)  # (states,) of the best path to each: paths begin in state 0
     for i in range(length):
         v = tl.load(v_ptr + begin + i)
         live = tl.load(live_ptr + begin + i)
-        distance_0 = v - nearest_in_coset_tile(v, parity)
-        distance_1 = v - nearest_in_coset_tile(v, parity + 2)
-        path_0 = tl.gather(cost, before_0, 0) + distance_0 * distance_0
-        path_1 = tl.gather(cost, before_1, 0) + distance_1 * distance_1
-        second = (path_1 < path_0).to(tl.int64)
-        tl.store(choices_ptr + begin + i, tl.sum(second << state, 0))
+        error_0 = v - nearest_in_coset_tile(v, parity)
+        error_1 = v - nearest_in_coset_tile(v, parity + 2)
+        path_0 = tl.gather(cost, before_0, 0) + error_0 * error_0
+        path_1 = tl.gather(cost, before_1, 0) + error_1 * error_1
+        choice = (path_1 < path_0).to(tl.int64)
+        tl.store(choices_ptr + begin + i, tl.sum(choice << state, 0))
         cost = tl.where(live != 0, tl.minimum(path_0, path_1), cost)
 
     tl.debug_barrier()  # the threads that read choices are not those that wrote them
-    at = tl.argmin(cost, 0)
+    at = tl.argmin(cost, 0)  # the state of the best path, from the last row back to the first
     for step in range(length):
         i = length - 1 - step
         v = tl.load(v_ptr + begin + i)
