@@ -496,7 +496,7 @@ class CachedContext(NamedTuple):
 
 
 AttentionContext = Segments | CachedLayer | None  # packed segments; a cache; or None: every row is one document
-Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's rotation angles
+Rope = tuple[Tensor, Tensor]  # cosine and sine of every token's rotation angles, (T, 1, rope_dims / 2) each
 
 
 def activation_dtype(device: torch.device) -> torch.dtype:
@@ -1019,7 +1019,8 @@ def init_weights(model: GPT, seed: int) -> None:
 
 
 def compile_parts(model: GPT) -> None:
-    """Compile block by block: blocks of a kind share one graph. For training only; evaluation runs eagerly."""
+    """Compile the model that is trained, block by block: blocks of a kind share one graph. The model that is read back
+    from the artifact runs eagerly."""
     for block in model.blocks:
         block.mlp.may_fuse = has_tma(model.embed.device)  # without TMA, FusedMLP's descriptors would break the graph
     for part in (model.input, model.head, model.skip, *model.blocks):
@@ -1396,7 +1397,8 @@ class Stopwatch:
         return sum(self.seconds.get(name, 0.0) for name in names)
 
 
-# From the first real batch to the packed file, and from opening the artifact to the final score
+# The phases that count against a limit: from the first real batch to the packed file, and from opening the artifact to
+# the final score.
 TRAINING_CLOCK = ("train", "checkpoint", "choose", "gradients", "calibrate", "quantise", "pack")
 EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")
 
@@ -1512,7 +1514,8 @@ def check_shard(path: Path, shard: np.ndarray, vocab_size: int, listed: Mapping[
     count = listed.get("tokens", len(shard))
     require(
         count == len(shard),
-        f"{path}: {len(shard)} tokens, but {str(count)[:20]} by the manifest: of other data; prepare the data again",
+        f"{path}: {len(shard)} tokens, but {str(count)[:20]} by the manifest: it belongs to other data; "
+        "prepare the data again",
         DataError,
     )
     for start, tokens in sample_shard(shard):
@@ -1782,7 +1785,7 @@ def check_digests(folder: Path, tokenizer: Tokenizer) -> None:
         require(
             found == digest,
             f"{folder / name}: its SHA-256 is {found[:12]}…, the manifest says {digest[:12]}…: "
-            "damaged, or of other data; prepare the data again",
+            "it is damaged, or belongs to other data; prepare the data again",
             DataError,
         )
 
@@ -1812,7 +1815,8 @@ def check_listed(folder: Path, split: str, kind: str, paths: Iterable[Path]) -> 
     for path in paths:
         require(
             path.name in listed,
-            f"{path}: the manifest lists {kind}, but not this one: of other data; remove it, or prepare the data again",
+            f"{path}: the manifest lists {kind}, but not this one: it belongs to other data; remove it, or prepare the "
+            "data again",
             DataError,
         )
 
@@ -3346,7 +3350,7 @@ class MatrixPlan:
 TRELLISES = {8: (0o13, 0o4), 32: (0o45, 0o10)}  # {states: (h0, h1)}, parity checks
 STRIP_ROWS = 512  # rows of a column that one path through the trellis covers
 # Below this class, weights have an RMS of less than a quarter of a step: a path would force odd integers on them.
-SILENT_CLASS = -16
+SILENT_CLASS = -16  # eighths of an octave
 LARGEST_INTEGER = 4095  # columns of the embedding with large inputs have much finer steps than the others
 
 
@@ -3435,7 +3439,8 @@ def gptq(plans: Sequence[MatrixPlan], grids: Sequence[Grid], trellis: Trellis, b
     """Integers (out, in) int16 of n matrices of one shape. Times their steps, they map calibration inputs to nearly the
     same outputs as the weights: columns are rounded in turn, and each one's error is spread over later columns.
 
-    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), with columns in order of decreasing diagonal of the Hessian."""
+    GPTQ, Frantar et al. 2022 (arXiv 2210.17323), with columns in order of decreasing diagonal of the Hessian. The
+    errors of `block` columns are spread over those after the block in one product."""
     device = plans[0].weight.device
 
     def stack(parts: Iterable[np.ndarray | Tensor]) -> Tensor:
@@ -4573,7 +4578,7 @@ def score_batched(
 ) -> None:
     """Score documents that adapt side by side."""
     group = np.array(group)
-    lengths = np.append(docs.lengths[group], 0)  # the last one is for rows without a document
+    lengths = np.append(docs.lengths[group], 0)  # the last one is for rows without a document, -1
     text = padded_documents(docs, group, late_chunk_tokens(run)).to(dist.device)  # (n + 1, T)
     scored = []  # nats stay on the device until the end: reading them at every chunk would make it wait for Python
     for step in chunk_steps(len(group), run, dist.device, lambda rows, first: lengths[rows] > first):
@@ -4692,7 +4697,7 @@ class Probe:
         self.columns = columns
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, C, in) -> zeros (B, C, columns), which have a gradient"""
+        """(B, C, in) -> zeros (B, C, columns), which have a gradient. Keeps both for `squares`."""
         self.inputs = x.detach().float()
         self.outputs = x.new_zeros(*x.shape[:-1], self.columns, requires_grad=True)
         return self.outputs
@@ -5732,8 +5737,8 @@ def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log
 
 
 def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict[str, Any], np.ndarray]:
-    """Train, from random weights or a checkpoint, and write the artifact -> what the result says about it, and nats as
-    from `read_out_and_pack`."""
+    """Train, from random weights or a checkpoint, and write the artifact -> what the result says about training, and
+    the nats of every validation document, (documents,), before quantisation."""
     run = setup.run
     stream = setup.stream
     checkpoint = path.with_suffix(".ckpt")
