@@ -6537,15 +6537,20 @@ def score_gradient(p, v, d_y, delta):
 
 
 @jit
+def token_and_head(row, kv_head, heads: tl.constexpr, kv_heads: tl.constexpr):
+    """Rows (R,) of a key/value head -> token and query head of every row, (R,) each."""
+    group: tl.constexpr = heads // kv_heads
+    return row // group, kv_head * group + row % group
+
+
+@jit
 def place_of_rows(chunk, slots, heads: tl.constexpr, kv_heads: tl.constexpr, tile_rows: tl.constexpr):
     """The rows of the tile that a program owns -> token and query head of every row, (R,) each, and how many queries of
     all heads, own keys of all heads, and cached keys are stored before the program's."""
     document = tl.program_id(0).to(tl.int64)  # a cache may hold more numbers than 32 bits count
     kv_head = tl.program_id(1)
-    group: tl.constexpr = heads // kv_heads
     row = tl.program_id(2) * tile_rows + tl.arange(0, tile_rows)  # (R,)
-    token = row // group
-    head = kv_head * group + row % group
+    token, head = token_and_head(row, kv_head, heads, kv_heads)
     queries = document * chunk * heads
     own_keys = document * chunk * kv_heads
     cached_keys = (document * kv_heads + kv_head) * slots
@@ -6686,8 +6691,7 @@ def cached_attention_kv_backward_kernel(
     d_v = tl.zeros([TILE, width], tl.float32)
     for first_row in range(first_key * group, chunk * group, tile_rows):
         row = first_row + tl.arange(0, tile_rows)  # (R,)
-        token = row // group
-        head = kv_head * group + row % group
+        token, head = token_and_head(row, kv_head, heads, kv_heads)
         q = load_tile(q_ptr + queries * width, token, chunk, heads, head[:, None], width)  # (R, h)
         d_y = load_tile(d_y_ptr + queries * width, token, chunk, heads, head[:, None], width)
         lse = tl.load(lse_ptr + queries + token * heads + head, token < chunk, 0.0)  # (R,)
