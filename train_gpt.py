@@ -4011,8 +4011,8 @@ def fill_rows(wanted: Iterable[Window], row_tokens: int) -> list[list[Window]]:
 
 def local_rows(docs: Documents, wanted: Iterable[Window], run: RunConfig, dist: Dist) -> Iterator[EvalRow]:
     """Pack windows into rows -> this rank's share of them. Every row has MICRO_BATCH_TOKENS: for matrix products of
-    another shape a GPU may choose a kernel that rounds differently. A CPU does not, and there a lone row is only as
-    long as its windows need."""
+    another shape a GPU may choose a kernel that rounds differently. Some CPUs do, too, but there padding would take
+    too long: scores are the same up to rounding, and a lone row is only as long as its windows need."""
     size = run.micro_batch_tokens
     rows = fill_rows(wanted, size)
     if len(rows) == 1 and dist.device.type == "cpu":
@@ -4484,8 +4484,9 @@ def chunk_steps(
     than EVAL_SEQ_LEN go on in waves of fewer rows, as late chunks have more tokens.
 
     On a GPU the number of rows is fixed, and some rows may hold no document: for a matrix product of another shape, a
-    GPU may choose a kernel that rounds differently, and a score would depend on the documents beside it. A CPU does
-    not, so half of the rows are dropped whenever half have ended.
+    GPU may choose a kernel that rounds differently, and a score would depend on the documents beside it. Some CPUs do,
+    too, but there empty rows would take too long: scores are the same up to rounding, and half of the rows are dropped
+    whenever half have ended.
 
     goes_on(rows, first) -> (B,) bool says which of these documents have a target at `first`. It is called once all
     earlier chunks are processed: a decoder finds out where a document ends as it goes."""
