@@ -38,7 +38,7 @@ SUITABLE = {  # values of other knobs that the changed value of this one needs
 }
 OTHER_VALUES = {
     "MODEL_DIM": "1024",
-    "NUM_HEADS": "8",
+    "NUM_HEADS": "16",
     "NUM_KV_HEADS": "1",
     "NUM_LAYERS": "12",
     "ROPE_DIMS": "8",
@@ -177,10 +177,10 @@ def test_any_text_becomes_a_number_in_range_or_a_config_error(name, text):
 @pytest.mark.parametrize(
     "env, mentioned",
     [
-        ({"MODEL_DIM": "501"}, ("MODEL_DIM=501", "NUM_HEADS=4")),
-        ({"NUM_KV_HEADS": "3"}, ("NUM_HEADS=4", "NUM_KV_HEADS=3")),
+        ({"MODEL_DIM": "501"}, ("MODEL_DIM=501", "NUM_HEADS=8")),
+        ({"NUM_KV_HEADS": "3"}, ("NUM_HEADS=8", "NUM_KV_HEADS=3")),
         ({"ROPE_DIMS": "7"}, ("ROPE_DIMS=7",)),
-        ({"ROPE_DIMS": "130"}, ("ROPE_DIMS=130", "128")),
+        ({"ROPE_DIMS": "66"}, ("ROPE_DIMS=66", "64")),
         ({"SMEAR_WIDTH": "513"}, ("SMEAR_WIDTH=513", "MODEL_DIM=512")),
         ({"ATTN_GATE_WIDTH": "513"}, ("ATTN_GATE_WIDTH=513", "MODEL_DIM=512")),
         ({"LOOP_END": "11"}, ("LOOP_START=3", "LOOP_END=11")),
