@@ -70,7 +70,10 @@ def test_a_line_that_is_no_event_is_refused_with_its_number(line):
 
 
 def test_an_event_may_have_the_fields_that_it_had_in_logs_that_are_kept():
-    """Before half of the average was tried, and its line with it."""
+    """Before other blends were scored, and before half of the average was; each with its line."""
+    values = b'"documents": 3, "last": 2.75, "half": 2.25, "average": 2.5, "readout": '
+    (event,) = read_events(b'{"event": "readout", ' + values + b'"half"}\n', "a run")
+    assert "3 held-out documents: last 2.75000, half 2.25000, average 2.50000 nats a token\n" in wordings_of(event)
     values = b'"documents": 3, "average": 2.5, "last": 2.75, "readout": '
     (event,) = read_events(b'{"event": "readout", ' + values + b'"average"}\n', "a run")
     assert wordings_of(event) == ["3 held-out documents: average 2.50000, last 2.75000 nats a token\n"]

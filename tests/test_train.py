@@ -650,27 +650,61 @@ def test_the_dry_run_writes_a_checkpoint_whose_seconds_are_reserved(settings, tm
 # ---- which weights are read out ---------------------------------------------
 
 
-@pytest.mark.parametrize("best", ["last", "half", "average"])
-def test_the_readout_is_what_scores_best_on_held_out_text(settings, monkeypatch, tmp_path, best):
-    run = settings(holdout_tokens=300)
-    trainer = new_trainer(run)
-    trainer.average.values[0].add_(1.0)
-    (own, averaged) = (trainer.average.params[0].mean().item(), trainer.average.values[0].mean().item())
-    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
-    held_out = stream.held_out()
-    setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+@pytest.fixture
+def choosing(settings, monkeypatch, tmp_path):
+    """choosing(cost): choose_weights where cost(share of the average) is the score on held-out text, nats a token
+    -> the chosen share, every share that was scored, and the event."""
 
-    def score(model, setup, looping=True, docs=None) -> g.ScoreTable:
-        """The nearer the weights are to those of `best`, the better."""
-        weight = (trainer.average.params[0].mean().item() - own) / (averaged - own)
-        table = g.ScoreTable(docs)
-        table.nats[:] = 1 + abs(weight - g.READOUTS[best])
-        return table
+    def choose(cost) -> tuple[float, list[float], dict]:
+        run = settings(holdout_tokens=300)
+        trainer = new_trainer(run)
+        trainer.average.values[0].add_(1.0)
+        own, averaged = (weights[0].mean().item() for weights in (trainer.average.params, trainer.average.values))
+        stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
+        held_out = stream.held_out()
+        setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+        scored = []
 
-    monkeypatch.setattr(g, "score_all_static", score)
-    assert g.choose_weights(trainer, setup, held_out, g.Log(tmp_path / "run.txt")) == best
-    (event,) = read_events(tmp_path / "run.events.jsonl")
-    assert event["readout"] == best == min(g.READOUTS, key=lambda name: event[name])
+        def score(model, setup, looping=True, docs=None) -> g.ScoreTable:
+            scored.append((trainer.average.params[0].mean().item() - own) / (averaged - own))
+            table = g.ScoreTable(docs)
+            table.nats[:] = cost(scored[-1]) * (len(docs.tokens) - 1) / len(docs)
+            return table
+
+        monkeypatch.setattr(g, "score_all_static", score)
+        share = g.choose_weights(trainer, setup, held_out, g.Log(tmp_path / "run.txt"))
+        assert trainer.average.params[0].mean().item() == own  # the model keeps its own weights
+        (event,) = read_events(tmp_path / "run.events.jsonl")
+        return share, scored, event
+
+    return choose
+
+
+@pytest.mark.parametrize("lowest", [0.31, 0.8])
+def test_the_blend_that_is_read_out_is_where_the_score_is_lowest(choosing, lowest):
+    share, scored, event = choosing(lambda share: 3.0 + 0.04 * (share - lowest) ** 2)
+    assert share == event["readout"] == pytest.approx(lowest, abs=1e-4)
+    assert scored == pytest.approx([0.0, 0.5, 1.0, lowest], abs=1e-4)
+    assert event["best"] == pytest.approx(3.0, abs=1e-6)
+    assert event["average"] == pytest.approx(3.0 + 0.04 * (1 - lowest) ** 2, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cost, best",
+    [
+        (lambda share: 3.0 - 0.1 * share, 1.0),  # a line
+        (lambda share: 3.0 + 0.1 * share, 0.0),
+        (lambda share: 3.0 + (share - 1.5) ** 2, 1.0),  # lowest beyond the average
+        (lambda share: 3.0 + (share + 0.5) ** 2, 0.0),  # or beyond the last weights
+        (lambda share: 3.0 - (share - 0.4) ** 2, 1.0),  # a hill
+        (lambda share: 3.0 if share == 0.5 else 4.0 if 0.5 < share < 1 else 3.1 if share == 0 else 3.05, 0.5),
+    ],
+)
+def test_where_no_blend_is_better_the_best_of_last_half_and_average_is_read_out(choosing, cost, best):
+    share, scored, event = choosing(lambda share: cost(round(share, 3)))
+    assert share == event["readout"] == best
+    assert event["best"] == min(event["last"], event["half"], event["average"])
+    assert set(np.round(scored[:3], 3)) == {0.0, 0.5, 1.0}
 
 
 def test_without_held_out_text_half_of_the_average_is_read_out(settings):
@@ -678,7 +712,7 @@ def test_without_held_out_text_half_of_the_average_is_read_out(settings):
     trainer = new_trainer(run)
     stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
     setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
-    assert g.choose_weights(trainer, setup, stream.held_out(), g.Log()) == "half"
+    assert g.choose_weights(trainer, setup, stream.held_out(), g.Log()) == 0.5
 
 
 def test_the_time_to_score_every_readout_is_reserved(settings, monkeypatch, tmp_path):
@@ -689,7 +723,7 @@ def test_the_time_to_score_every_readout_is_reserved(settings, monkeypatch, tmp_
     monkeypatch.setattr(g, "make_artifact", lambda *given, **named: b"")
     monkeypatch.setattr(g, "score_all_static", lambda *given, **named: time.sleep(1.0))
     reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
-    assert 1.15 * 3.0 + 0.5 < reserve < 1.15 * 4.0 + 0.5
+    assert 1.15 * 4.0 + 0.5 < reserve < 1.15 * 5.0 + 0.5
 
 
 # ---- when to stop -----------------------------------------------------------

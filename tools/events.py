@@ -15,7 +15,19 @@ import string
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from tools.values import digest, missing_or_wrong, number, one_of, optional, parse_object, settings, signed, text, whole
+from tools.values import (
+    digest,
+    missing_or_wrong,
+    number,
+    one_of,
+    optional,
+    parse_object,
+    settings,
+    share,
+    signed,
+    text,
+    whole,
+)
 from train_gpt import DataError
 
 MAX_BYTES = 1 << 26  # of all events of a run: half a million steps
@@ -61,7 +73,8 @@ FIELDS = {  # event -> its fields and their kinds; a non-finite value is stored 
         "last": number,
         "half": number,
         "average": number,
-        "readout": one_of("last", "half", "average"),
+        "readout": share,
+        "best": number,
     },
     "before_quantisation": {"prequant_bpb": number, "last_bpb": number},
     "gradients": {"documents": whole, "tokens": whole, "chunk": whole, "longer_chunk": whole},
@@ -86,7 +99,16 @@ FIELDS = {  # event -> its fields and their kinds; a non-finite value is stored 
     "result": {},  # the whole result, whose kinds are in tools/results.py
 }
 EARLIER_FIELDS = {  # event -> its earlier fields, in existing logs
-    "readout": {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
+    "readout": (
+        {
+            "documents": whole,
+            "last": number,
+            "half": number,
+            "average": number,
+            "readout": one_of("last", "half", "average"),
+        },
+        {"documents": whole, "average": number, "last": number, "readout": one_of("average", "last")},
+    ),
 }
 
 
@@ -122,9 +144,9 @@ def parse_event(line: bytes) -> Event:
 
     event = Event(values.pop("event"), values)
     fields = FIELDS.get(event.name)
-    earlier = EARLIER_FIELDS.get(event.name)
-    if earlier and values.keys() == earlier.keys():
-        fields = earlier
+    for earlier in EARLIER_FIELDS.get(event.name, ()):
+        if values.keys() == earlier.keys():
+            fields = earlier
     if fields:
         wrong = missing_or_wrong(values, fields)
         unknown = [name for name in values if name not in fields]
@@ -172,6 +194,8 @@ TEMPLATES = {  # event -> all wordings of its line in train_gpt.py, the latest f
     "trained": ("step {step}: the trained weights are in {file} ({bytes} bytes); RESUME={file} goes on from here",),
     "validate": ("step:{step} val_bpb:{val_bpb:.5f} (last iterate, without adaptation)",),
     "readout": (
+        "{documents} held-out documents: last {last:.5f}, half {half:.5f}, average {average:.5f} nats a token; "
+        "{readout:.3f} of the average: {best:.5f}",
         "{documents} held-out documents: last {last:.5f}, half {half:.5f}, average {average:.5f} nats a token",
         "{documents} held-out documents: average {average:.5f}, last {last:.5f} nats a token",
     ),

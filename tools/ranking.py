@@ -202,13 +202,19 @@ def cells_of_training(row: Row) -> dict[str, str]:
         "before quantisation": bpb_of(row),
         "difference": str(row.gap or ""),
         "seeds": seeds_of(row),
-        "read-out": " ".join(run.result["readout"] for run in row.runs),
+        "read-out": " ".join(readout_of(run) for run in row.runs),
         "steps": mean_of(row, "steps", ".0f"),
         "tokens/s": mean_of(row, "tokens_per_s", ".0f"),
         "last training loss": mean_of(row, "train_loss", ".4f"),
         "training, s": mean_of(row, "train_seconds", ".1f"),
         "peak memory, GiB": f"{memory / 2**30:.1f}" if memory else "",
     }
+
+
+def readout_of(run: Run) -> str:
+    """The share of the average in the weights that are read out; earlier runs name it."""
+    readout = run.result["readout"]
+    return readout if isinstance(readout, str) else f"{readout:.3f}"
 
 
 def seeds_of(row: Row) -> str:

@@ -27,7 +27,18 @@ import numpy as np
 
 from tools.events import MAX_BYTES as MAX_EVENT_BYTES
 from tools.events import Event, named, read_events
-from tools.values import any_text, digest, missing_or_wrong, number, optional, parse_object, table_of, text, whole
+from tools.values import (
+    any_text,
+    digest,
+    missing_or_wrong,
+    number,
+    optional,
+    parse_object,
+    share,
+    table_of,
+    text,
+    whole,
+)
 from tools.welch import two_sided
 from train_gpt import LOGS, MAX_RANKS, DataError
 
@@ -58,6 +69,11 @@ def is_history(value: Any) -> bool:
 def is_world(value: Any) -> bool:
     """A number of ranks."""
     return whole(value) and 0 < value <= MAX_RANKS
+
+
+def is_readout(value: Any) -> bool:
+    """The share of the average in the weights that are read out; earlier runs name it."""
+    return share(value) or (text(value) and value in ("last", "half", "average"))
 
 
 FIELDS = {
@@ -105,7 +121,7 @@ TRAIN_ONLY_FIELDS = {  # all the fields of such a result
     )
 } | {
     TRAIN_ONLY: lambda value: value is True,
-    "readout": text,
+    "readout": is_readout,
     "tokens_per_s": number,
     "train_loss": optional(number),  # null if no step was logged
     "peak_memory_bytes": whole,  # of the GPU; 0 on a CPU

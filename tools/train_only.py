@@ -89,7 +89,8 @@ def experiment(entry: ModuleType, model_config: Any, run: Any, dist: Any, run_id
 
     with watch.phase("choose"):
         readout = entry.choose_weights(trainer, setup, held_out, log)
-    with watch.phase("validate"), trainer.average.applied(entry.READOUTS[readout]):
+    share = entry.READOUTS.get(readout, readout)  # of the average; earlier sources name it
+    with watch.phase("validate"), trainer.average.applied(share):
         table = entry.score_all_static(trainer.model, setup)
     check = entry.DivergenceCheck(setup.model.vocab_size)
     check.at_the_end(table.nats_per_token, "the score of the trained weights")

@@ -24,6 +24,11 @@ def number(value: Any) -> bool:
     return type(value) in {int, float} and 0 <= value <= LARGEST
 
 
+def share(value: Any) -> bool:
+    """A part of a whole, 0 to 1."""
+    return number(value) and value <= 1
+
+
 def signed(value: Any) -> bool:
     """A finite number of either sign."""
     return type(value) in {int, float} and abs(value) <= LARGEST
