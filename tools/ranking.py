@@ -8,37 +8,22 @@ import csv
 import dataclasses
 import io
 import math
-import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 import train_gpt
+from tools.grid import knob_names, shell_words, without_seed
+from tools.jobs import Job, ScoredText
 from tools.plot import COLOURS, picture
 from tools.results import Interval, OverSeeds, Run, differences, over_seeds, ratio_intervals, require_same_documents
 from tools.screening import Design, effects_table
 from tools.values import printable
 
-if TYPE_CHECKING:
-    from tools.sweep import Job, ScoredText
-
 LONGEST_LABEL = 60  # characters; a longer one would leave no room for the plot
-
-
-def shell_words(knobs: Mapping[str, str]) -> str:
-    return " ".join(f"{name}={shlex.quote(value)}" for name, value in knobs.items())
-
-
-def knob_names(combinations: Iterable[Mapping[str, str]]) -> list[str]:
-    """Every knob named in any combination, in order of first appearance."""
-    return list(dict.fromkeys(name for knobs in combinations for name in knobs))
-
-
-def without_seed(knobs: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in knobs.items() if name != "SEED"}
 
 
 class Row(NamedTuple):

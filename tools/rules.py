@@ -39,6 +39,7 @@ import train_gpt as g
 from data.prepare import whole_number
 from tools import ask_source
 from tools.artifact import end_in_a_line, knobs_of_run
+from tools.grid import require_distinct
 from tools.holdout import score_holdout
 from tools.results import FEWEST, bits_per_byte, ratio_and_error
 from tools.values import printable
@@ -145,16 +146,18 @@ def parse_setting(text: str) -> Setting:
 
 def split_knobs(words: Sequence[str]) -> dict[str, str]:
     groups = ask_source.knob_groups(g)
-    knobs = {}
+    names = []
+    values = []
     for word in words:
         name, equals, value = word.partition("=")
         g.require(equals != "", f"{word!r}: expected NAME=value, default, or a name that --list shows")
         g.refuse_unknown([name], groups)
         g.require(name in groups, f"{name} is not a knob (./run.sh help lists all)")
         g.require(groups[name] in GROUPS or name in ALSO, f"{name} does not tell rules apart: set it for all, outside")
-        g.require(name not in knobs, f"{name} comes twice in one setting")
-        knobs[name] = value
-    return knobs
+        names.append(name)
+        values.append(value)
+    require_distinct(names)
+    return dict(zip(names, values, strict=True))
 
 
 def choose_settings(texts: Sequence[str], published: bool) -> list[Setting]:
@@ -163,9 +166,7 @@ def choose_settings(texts: Sequence[str], published: bool) -> list[Setting]:
     if published:
         named = [parse_setting(name) for name in PUBLISHED]
         settings = [DEFAULT, *named, *(s for s in settings if s not in (DEFAULT, *named))]
-    labels = [setting.label for setting in settings or [DEFAULT]]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    g.require(not twice, f"{', '.join(twice)}: given twice")
+    require_distinct([setting.label for setting in settings])
     return settings or [DEFAULT]
 
 
