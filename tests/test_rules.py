@@ -285,11 +285,24 @@ def test_no_limit_of_time_degrades_a_document(artifact, capsys, monkeypatch):
     assert all(row.rule[0] != 0 for row in rows[1:])
 
 
+def test_the_text_is_named_before_anything_is_scored(artifact, capsys, monkeypatch):
+    said = []
+    score = rules.Comparison.score
+
+    def watched(comparison, run, label):
+        said.append(capsys.readouterr().out)
+        return score(comparison, run, label)
+
+    monkeypatch.setattr(rules.Comparison, "score", watched)
+    assert run_tool(artifact, "TTT_LR=0.05", "--context", 32, "--documents", 4) == 0
+    assert "yardstick: static, EVAL_SEQ_LEN=32" in said[0]
+
+
 def test_what_takes_long_says_how_far_it_is(artifact, capsys, monkeypatch):
     monkeypatch.setattr(rules, "PROGRESS_S", 0.0)
     assert run_tool(artifact, "TTT_LR=0.05", "--context", 32, "--documents", 4) == 0
     lines = capsys.readouterr().err.splitlines()
-    for label in ("static, EVAL_SEQ_LEN=32", "TTT_LR=0.05"):
+    for label in ("static, EVAL_SEQ_LEN=32", "TTT_LR=0.05 (1 of 1)"):
         told = [line for line in lines if line.startswith(f"{label}: ")]
         assert told and all(re.fullmatch(r".*: [\d,]+ of [\d,]+ targets, eta_s:\d+", line) for line in told)
         assert told[-1].endswith("eta_s:0")

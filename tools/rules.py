@@ -21,6 +21,7 @@ targets (up to 256), and their number (37). Tokens per second exclude the warm-u
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import math
 import os
@@ -272,16 +273,24 @@ class Comparison:
         self.model = g.load_artifact(Path(self.artifact), setup)
         self.weights = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         self.static_scores: dict[tuple[int, int], Scored] = {}  # by EVAL_SEQ_LEN and EVAL_STRIDE
-        self.yardstick = self.static({"EVAL_SEQ_LEN": str(context)})
+        self.plain = self.plain_run({"EVAL_SEQ_LEN": str(context)})
+
+    @functools.cached_property
+    def yardstick(self) -> Scored:
+        """What gains are measured from: the score without adaptation at the context of the command line."""
+        return self.static(self.plain)
 
     def run_of(self, knobs: Mapping[str, str], with_ttt: bool = True) -> g.RunConfig:
         """The run's config. Raises UserError for knobs that are invalid, for any run or for this artifact."""
         _, run = g.read_env(environment(self.artifact, knobs, with_ttt))
         return g.decide_optimizer(run, self.header, self.artifact)
 
-    def static(self, knobs: Mapping[str, str]) -> Scored:
-        """The score without adaptation, cached."""
-        run = self.run_of({**knobs, "TTT_ENABLED": "0"}, with_ttt=False)
+    def plain_run(self, knobs: Mapping[str, str]) -> g.RunConfig:
+        """The config of a run without adaptation."""
+        return self.run_of({**knobs, "TTT_ENABLED": "0"}, with_ttt=False)
+
+    def static(self, run: g.RunConfig) -> Scored:
+        """The score of a run without adaptation, cached."""
         key = (run.eval_seq_len, run.eval_stride)
         if key not in self.static_scores:
             scored = self.score(run, f"static, EVAL_SEQ_LEN={run.eval_seq_len}")
@@ -294,7 +303,7 @@ class Comparison:
     def context_of(self, run: g.RunConfig) -> Scored:
         """The score without adaptation at the context and stride of a run."""
         names = ("eval_seq_len", "eval_stride", "micro_batch_tokens")
-        return self.static({name.upper(): str(getattr(run, name)) for name in names})
+        return self.static(self.plain_run({name.upper(): str(getattr(run, name)) for name in names}))
 
     def score(self, run: g.RunConfig, label: str) -> Scored:
         """Score all documents; the model is restored even after an error."""
@@ -386,11 +395,11 @@ def compare(comparison: Comparison, settings: Sequence[Setting], out: Path | Non
     table.scored("static", static_run, yardstick, yardstick)
     save(out, comparison, found, numbers)
     fine = True
-    for setting in settings:
+    for number, setting in enumerate(settings, 1):
         try:
             run = comparison.run_of(setting.knobs, with_ttt=not setting.published)
             context = comparison.context_of(run)
-            scored = comparison.score(run, setting.label)
+            scored = comparison.score(run, f"{setting.label} ({number} of {len(settings)})")
         except g.UserError as error:
             table.failed(setting.label, f"refused: {error}")
             fine = False
@@ -482,7 +491,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = choose_documents(setup.validation, options.lengths, options.documents)
         docs = pick(setup.validation, numbers)
         comparison = Comparison(setup, docs, options.context)
-
         print(describe_text(docs, options.on, options.documents))
         print(f"yardstick: static, EVAL_SEQ_LEN={options.context}")
         named = dict.fromkeys(setting.published for setting in settings if setting.published)
