@@ -307,7 +307,9 @@ def file_sha256(path: Path | str) -> str:
 
 
 def command_line() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="prove", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="./run.sh prove", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("artifact", nargs="?", help="logs/RUN.ptz; default: ARTIFACT, else the newest in logs/")
     parser.add_argument("--seed", type=prepare.whole_number, default=1, help="chooses documents and cuts [%(default)s]")
     parser.add_argument(
