@@ -29,6 +29,7 @@ import train_gpt
 from data import prepare
 from tools import ask_source, progress, scheduler, sources, sweep
 from tools.artifact import end_in_a_line
+from tools.events import read_events
 from tools.grid import parse_grid
 from tools.holdout import caseops_sidecar, make_holdout
 from tools.jobs import RUN_SH, Job, make_jobs, training_knobs
@@ -627,6 +628,7 @@ def test_a_run_of_a_source_that_was_changed_meanwhile_does_not_count(stand_in, c
 
 
 STEP = dict(step=50, loss=3.1, progress=0.5, loop=0, tokens_per_s=1.0, epoch=0.1, train_s=9.5, eta_s=12.5)
+OPENED = dict(documents=64, tokens=900, bytes=2000)
 ADAPTED = dict(documents_done=12, documents=64, bpb=1.3, eval_s=20.0, eta_s=30.0)
 SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
 
@@ -634,6 +636,7 @@ SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
 @pytest.mark.parametrize(
     "event, values, at, bpb, eta",
     [
+        ("validation", OPENED, "set-up", None, None),
         ("step", STEP, "step 50", None, 12.5),
         ("validate", dict(step=50, val_bpb=1.5), "step 50", 1.5, None),
         ("before_quantisation", dict(prequant_bpb=1.4, last_bpb=1.45), "packing", 1.4, None),
@@ -658,6 +661,13 @@ def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, 
             progress.note_progress(job, one)
     assert [one.name for one in found] == [event] and growing.new() == []
     assert (job.at, job.bpb, job.eta) == (at, bpb, eta)
+
+
+def test_a_job_that_scores_an_artifact_says_so_once_its_data_is_open():
+    job = Job({}, {}, OURS, artifact="0" * 64)
+    (event,) = read_events(json.dumps({"event": "validation", **OPENED}).encode() + b"\n", "it")
+    progress.note_progress(job, event)
+    assert job.at == "scoring"
 
 
 def test_on_a_terminal_the_table_is_redrawn_within_the_screen(monkeypatch, capsys):

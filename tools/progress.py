@@ -44,6 +44,8 @@ def note_progress(job: Job, event: Event) -> None:
     """Update a job's progress from one event of its run."""
     values = event.values
     match event.name:
+        case "validation":
+            job.at = "scoring" if job.artifact else "set-up"
         case "set_up":
             job.at = "training"
         case "readout":
