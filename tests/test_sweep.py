@@ -27,7 +27,7 @@ from test_results import fabricate
 
 import train_gpt
 from data import prepare
-from tools import ask_source, progress, scheduler, sources, sweep
+from tools import ask_source, live, scheduler, sources, sweep
 from tools.artifact import end_in_a_line
 from tools.events import read_events
 from tools.grid import parse_grid
@@ -650,7 +650,7 @@ SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
 def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, at, bpb, eta):
     job = Job({}, {}, OURS)
     path = tmp_path / "run.events.jsonl"
-    growing = progress.GrowingEvents(path)
+    growing = live.GrowingEvents(path)
     assert growing.new() == []
     line = json.dumps({"event": event, **values}) + "\n"
     for part in ('{"damaged\n' + line[:9], line[9:]):
@@ -658,7 +658,7 @@ def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, 
             file.write(part)
         found = growing.new()
         for one in found:
-            progress.note_progress(job, one)
+            live.note_progress(job, one)
     assert [one.name for one in found] == [event] and growing.new() == []
     assert (job.at, job.bpb, job.eta) == (at, bpb, eta)
 
@@ -666,15 +666,15 @@ def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, 
 def test_a_job_that_scores_an_artifact_says_so_once_its_data_is_open():
     job = Job({}, {}, OURS, artifact="0" * 64)
     (event,) = read_events(json.dumps({"event": "validation", **OPENED}).encode() + b"\n", "it")
-    progress.note_progress(job, event)
+    live.note_progress(job, event)
     assert job.at == "scoring"
 
 
 def test_on_a_terminal_the_table_is_redrawn_within_the_screen(monkeypatch, capsys):
     jobs = [Job({"TTT_LR": str(i)}, {}, OURS, state="done" if i < 9 else "running") for i in range(10)]
-    screen = progress.Screen(jobs)
+    screen = live.Screen(jobs)
     screen.terminal = True
-    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda fallback=None: os.terminal_size((40, 8)))
+    monkeypatch.setattr(live.shutil, "get_terminal_size", lambda fallback=None: os.terminal_size((40, 8)))
     screen.show(12.0)
     screen.show(12.0)  # too soon
     screen.show(0.0, last=True)

@@ -28,7 +28,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -42,13 +41,13 @@ from tools import ask_source
 from tools.artifact import end_in_a_line, knobs_of_run
 from tools.grid import require_distinct
 from tools.holdout import score_holdout
+from tools.progress import Progress
 from tools.results import FEWEST, bits_per_byte, ratio_and_error
 from tools.values import printable
 
 CONTEXT = 2048  # of the yardstick
 CLASSES = (256, 512, 1024, 2048)  # most targets of a document, for each class but the last
 SEED = 0  # for sampling documents
-PROGRESS_S = 10.0  # seconds between two lines of progress
 GROUPS = ("Evaluation", "Test-time training")  # groups of knobs that a setting may have,
 ALSO = ("MICRO_BATCH_TOKENS", "SEED")  # and other knobs that change how an artifact is scored
 
@@ -234,25 +233,16 @@ def length_classes(lengths: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 # ---- Scoring ----
 
 
-class Progress(g.ScoreTable):
+class WatchedTable(g.ScoreTable):
     """A score table that prints progress when scoring takes long."""
 
     def __init__(self, docs: g.Documents, label: str):
         super().__init__(docs)
-        self.label = label
-        self.targets = int(docs.lengths.sum())
-        self.began = time.perf_counter()
-        self.told = self.began
+        self.progress = Progress(label, int(docs.lengths.sum()), "targets")
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         super().add(documents, nats)
-        now = time.perf_counter()
-        done = int(self.counted.sum())
-        if now - self.told >= PROGRESS_S and done:
-            self.told = now
-            eta = (now - self.began) * (self.targets / done - 1)
-            line = f"{self.label}: {done:,} of {self.targets:,} targets, eta_s:{eta:.0f}"
-            print(printable(line), file=sys.stderr, flush=True)
+        self.progress(int(self.counted.sum()))
 
 
 class Scored(NamedTuple):
@@ -319,7 +309,7 @@ class Comparison:
             with watch.phase("warm-up"):
                 evaluation.warm_up()
             with watch.phase("score"):
-                evaluation.table = Progress(self.docs, label)
+                evaluation.table = WatchedTable(self.docs, label)
                 nats = evaluation.score().nats
             assert evaluation.degraded == 0, "without a limit of time every document adapts"
         finally:

@@ -17,8 +17,8 @@ import torch
 import train_gpt
 from tools.finished import KEPT, copy_run, load_finished
 from tools.jobs import Job
+from tools.live import GrowingEvents, Screen, note_progress
 from tools.processes import ends_with_its_parent, torchrun
-from tools.progress import GrowingEvents, Screen, note_progress
 from train_gpt import UserError, require
 
 STOP_SECONDS = 10.0  # how long a run has to end after it is told to
