@@ -193,7 +193,9 @@ def test_a_sweep_ranks_what_it_ran_and_runs_nothing_twice(stand_in, capsys):
     assert [(row["TTT_LR"], row["TTT_EPOCHS"], row["state"]) for row in rows] == [
         (lr, epochs, "done") for lr in ("0.1", "0.2") for epochs in ("1", "2")
     ]
-    table = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("| 0")]
+    text = (folder / "results.md").read_text()
+    assert "Scores are in bits per byte. Differences are those to the first row" in text
+    table = [line for line in text.splitlines() if line.startswith("| 0")]
     best = load_run(rows[2]["run_id"])
     worst = load_run(rows[0]["run_id"])
     assert table[0].startswith(f"| 0.2 | 1 | {best.bpb:.5f} |  |")

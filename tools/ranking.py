@@ -139,8 +139,8 @@ def ranking(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, com
     knobs = knob_names(without_seed(job.knobs) for job in jobs)
     mark = "**VALIDATION. Nothing may be chosen from this table.** " if scored.is_validation else ""
     about = (
-        "Differences are those to the first row, with paired 95 % bootstrap intervals over documents; "
-        "± is the standard deviation over seeds."
+        "Scores are in bits per byte. Differences are those to the first row, with paired 95 % bootstrap intervals "
+        "over documents; ± is the standard deviation over seeds."
     )
     cells_of = cells_of_training if rows[0].run.train_only else cells_of_score
     head = [*knobs, *cells_of(rows[0])]
@@ -190,7 +190,7 @@ def cells_of_training(row: Row) -> dict[str, str]:
         "read-out": " ".join(run.result["readout"] for run in row.runs),
         "steps": mean_of(row, "steps", ".0f"),
         "tokens/s": mean_of(row, "tokens_per_s", ".0f"),
-        "last training loss": mean_of(row, "train_loss", ".4f"),
+        "last training loss, nats a token": mean_of(row, "train_loss", ".4f"),
         "training, s": mean_of(row, "train_seconds", ".1f"),
         "peak memory, GiB": f"{memory / 2**30:.1f}" if memory else "",
     }
