@@ -73,7 +73,7 @@ default() { # NAME=value...: for what the environment does not say
   done
 }
 
-small_job_defaults() { # a line NAME=value each; tools/sweep.py asks for those of every combination
+small_job_defaults() { # a line NAME=value each; tools/jobs.py asks for those of every combination
   local name
   small_job
   for name in "${defaults[@]}"; do printf '%s=%s\n' "$name" "${!name}"; done

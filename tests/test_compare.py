@@ -22,6 +22,7 @@ def test_a_planted_difference_is_found_and_drawn(tmp_path, monkeypatch, capsys):
     a = load_run("base")
     b = load_run("better")
     assert f"B - A: {b.bpb - a.bpb:+.5f} [" in out
+    assert "| A, bpb | B, bpb | B - A, bpb, 95 % interval | B better | B worse |" in out
     better = int((b.nats < a.nats).sum())
     worse = int((b.nats > a.nats).sum())
     assert better > worse and f"of 300 documents B predicts {better} better, {worse} worse, 0 the same" in out

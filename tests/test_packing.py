@@ -1,6 +1,8 @@
 """What packing costs: the tool's figures against plain ones, and its table."""
 
+import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -143,6 +145,20 @@ def test_it_calibrates_on_as_much_text_as_the_training_did(checkpoint, tiny_conf
     assert batch() == 512
 
 
+def test_knobs_that_the_environment_does_not_set_are_those_of_the_run_beside(
+    checkpoint, tiny_config, tmp_path, monkeypatch
+):
+    _, training = packing.load_checkpoint(str(checkpoint))
+    names = ("DATA_PATH", "TOKENIZER_PATH", "TRAIN_ROW_TOKENS", "EVAL_SEQ_LEN")
+    knobs = {name: os.environ[name] for name in names if name in os.environ}
+    checkpoint.with_suffix(".json").write_text(json.dumps({"knobs": knobs | {"EVAL_SEQ_LEN": "8"}}))
+    for name in {*knobs} - {"EVAL_SEQ_LEN"}:
+        monkeypatch.delenv(name)
+    run = packing.open_text("validation", tmp_path / "held", tiny_config, training).run
+    assert (run.data_path, run.train_batch_tokens) == (knobs["DATA_PATH"], training.batch_tokens)
+    assert str(run.eval_seq_len) == knobs["EVAL_SEQ_LEN"], "the environment's"
+
+
 def test_it_compares_on_what_the_training_held_out_and_refuses_other_text(
     checkpoint, setup, tiny_config, tiny_data, train_tokenizer, write_shard, tmp_path, monkeypatch
 ):
@@ -213,7 +229,7 @@ def test_all_ways_are_listed(capsys):
     [
         (["w.ckpt", "--only", "default,best"], "--only best: no such way; --list names them"),
         ([], "name a checkpoint, logs/RUN.ckpt"),
-        (["none.ckpt"], "none.ckpt: cannot be read"),
+        (["none.ckpt"], "none.ckpt: there is none; a run removes its checkpoint once its artifact is written"),
         (["data/fineweb_val_000000.bin"], "not a file of this program"),
     ],
 )

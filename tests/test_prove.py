@@ -22,8 +22,11 @@ from sentencepiece import SentencePieceProcessor
 
 import train_gpt
 from data import prepare
-from tools import artifact, audit_hook, prove
+from tools import alone, artifact, audit_hook, listening, prove, recount
+from tools.audit import FEWEST_TOKENS, Audit
+from tools.listening import ScorerError
 
+AUDITING = ("alone", "artifact", "audit", "listening", "prove", "recount")  # modules of tools/ that call the program
 BUDGET = dict(iterations=1, max_wallclock_seconds=0)  # a budget in steps: kernels that repeat
 DOCUMENTS = (30, 5, 41)  # tokens after BOS; contexts are 24, chunks 8
 
@@ -95,21 +98,21 @@ def write_documents(folder: Path, name: str, model: bytes) -> None:
 
 
 @pytest.fixture
-def audit(monkeypatch, tmp_path) -> Callable[..., prove.Audit]:
+def audit(monkeypatch, tmp_path) -> Callable[..., Audit]:
     """audit(place, knobs, source): an audit of all documents, by train_gpt.py or by another program's source."""
     number = itertools.count()
 
-    def begin(place: Place, knobs: dict, source: str | None = None) -> prove.Audit:
+    def begin(place: Place, knobs: dict, source: str | None = None) -> Audit:
         program = load_source(tmp_path / f"{next(number)}" / "train_gpt.py", source) if source else train_gpt
-        for module in (prove, artifact):
-            monkeypatch.setattr(module, "train_gpt", program)
+        for module in AUDITING:
+            monkeypatch.setattr(f"tools.{module}.train_gpt", program)
         opened = artifact.open_artifact(place.artifact, environment(place.data, knobs))
-        return prove.Audit(opened, 0, 1e9, lambda line: None)
+        return Audit(opened, 0, 1e9, lambda line: None)
 
     return begin
 
 
-def faults_of(audit: prove.Audit, name: str) -> list[str]:
+def faults_of(audit: Audit, name: str) -> list[str]:
     """What a property is found to be broken by; [] where it is kept, or does not apply."""
     return list(prove.PROPERTIES[name](audit)[0] or [])
 
@@ -143,12 +146,12 @@ def long_document(places, tmp_path) -> Callable[[int], Place]:
 def test_of_a_document_that_the_time_does_not_hold_the_beginning_is_looked_at(long_document):
     place = long_document(2_000)
     opened = artifact.open_artifact(place.artifact, environment(place.data, SYSTEMS["static"]))
-    looked = prove.Audit(opened, 0, 0.001, lambda line: None)
-    assert [len(text.tokens) for text in looked.texts] == [looked.limit] == [prove.FEWEST_TOKENS]
+    looked = Audit(opened, 0, 0.001, lambda line: None)
+    assert [len(text.tokens) for text in looked.texts] == [looked.limit] == [FEWEST_TOKENS]
     for name in prove.PROPERTIES.keys() - {"artifact alone"}:
         assert faults_of(looked, name) == [], name
     assert 0.4 < looked.spent / looked.planned < 2.5, "the time left is told from these"
-    whole = prove.Audit(opened, 0, 1e9, lambda line: None)
+    whole = Audit(opened, 0, 1e9, lambda line: None)
     assert [len(text.tokens) for text in whole.texts] == [2_000] and whole.is_whole(0)
 
 
@@ -156,12 +159,12 @@ def test_a_validation_that_proves_nothing_is_named(long_document):
     place = long_document(2)
     opened = artifact.open_artifact(place.artifact, environment(place.data, SYSTEMS["static"]))
     with pytest.raises(train_gpt.DataError, match="the longest of its 1 validation documents has 2 tokens"):
-        prove.Audit(opened, 0, 1.0, lambda line: None)
+        Audit(opened, 0, 1.0, lambda line: None)
 
 
 @pytest.mark.parametrize("place", ["bytes", "caseops"])
 def test_bytes_are_counted_again_from_the_tokens(audit, places, place):
-    faults, figures = prove.bytes_counted(audit(places[place], SYSTEMS["static"]))
+    faults, figures = recount.bytes_counted(audit(places[place], SYSTEMS["static"]))
     assert faults == [] and "documents decoded again" in figures
 
 
@@ -174,7 +177,7 @@ def test_bytes_that_the_formula_counts_too_many_are_told(audit, places, tmp_path
     for stated, faults in ((excess, []), (0, [f"excess_bytes is 0, the spaces inside pieces have {excess}"])):
         result = {"validation": docs.sha256(), "excess_bytes": stated}
         (folder / "small.json").write_text(json.dumps(result))
-        found, figures = prove.bytes_counted(looked)
+        found, figures = recount.bytes_counted(looked)
         assert found == faults and excess > 0 and f"counts {excess} bytes too many" in figures
 
 
@@ -241,10 +244,10 @@ def test_no_knob_raises_the_limit_of_the_contest(audit, places):
     ],
 )
 def test_what_an_evaluation_may_open(tmp_path, monkeypatch, path, on_cpu, on_gpu):
-    monkeypatch.setattr(prove, "LIBRARIES", ["/opt/driver"])
-    monkeypatch.setattr(prove, "PYTHONPATH", ["/opt/site"])
+    monkeypatch.setattr(alone, "LIBRARIES", ["/opt/driver"])
+    monkeypatch.setattr(alone, "PYTHONPATH", ["/opt/site"])
     path = path.format(folder=tmp_path)
-    assert [prove.expected(path, tmp_path, compiles) for compiles in (False, True)] == [on_cpu, on_gpu]
+    assert [alone.expected(path, tmp_path, compiles) for compiles in (False, True)] == [on_cpu, on_gpu]
 
 
 def test_a_watched_program_finds_no_code_of_the_repository_and_opens_nothing_unseen(tmp_path):
@@ -252,7 +255,7 @@ def test_a_watched_program_finds_no_code_of_the_repository_and_opens_nothing_uns
         (tmp_path / name).write_bytes(bytes(4096))
     (tmp_path / "program.py").write_text(PROGRAM)
     source, root = Path(audit_hook.__file__).read_text(), Path(audit_hook.__file__).parent.parent
-    env = os.environ | {"PYTHONPATH": prove.elsewhere(f"{root}:{tmp_path}")}
+    env = os.environ | {"PYTHONPATH": alone.elsewhere(f"{root}:{tmp_path}")}
     subprocess.run([sys.executable, "-c", source, "program.py", "report"], cwd=tmp_path, env=env, check=True)
     opened = set(json.loads((tmp_path / "report").read_text()))
     assert {str(tmp_path / name) for name in ("by path", "mapped", "program.py")} <= opened
@@ -303,7 +306,7 @@ def test_prove_prints_a_line_a_property_and_leaves_them_as_json(command, places)
 
 
 def test_prove_fails_by_its_exit_status(command, places, monkeypatch):
-    monkeypatch.setattr(prove, "PROPERTIES", {"bytes": prove.bytes_counted})
+    monkeypatch.setattr(prove, "PROPERTIES", {"bytes": recount.bytes_counted})
     monkeypatch.setenv("ARTIFACT_BYTES", "1000")
     status, out, _ = command(str(places["plain"].artifact))
     assert status == 1 and out.splitlines()[1].startswith("FAIL  bytes")
@@ -333,7 +336,7 @@ def scored(places, run_here, tmp_path) -> Place:
 def test_a_run_reports_what_its_documents_score(audit, scored, monkeypatch):
     opened = artifact.open_artifact(scored.artifact, {"EVAL_SECONDS": "0"})
     assert (opened.setup.run.ttt_lora_rank, opened.setup.run.data_path) == (4, str(scored.data)), "knobs are the run's"
-    faults, figures = prove.reported(prove.Audit(opened, 0, 1e9, lambda line: None))
+    faults, figures = prove.reported(Audit(opened, 0, 1e9, lambda line: None))
     assert faults == [] and "in 3 documents" in figures
     other = audit(scored, SYSTEMS["adamw"] | dict(ttt_lr=0.02))
     assert prove.reported(other)[0] is None and "other knobs" in prove.reported(other)[1]
@@ -366,7 +369,7 @@ def caught(audit, places, cheat: Cheat) -> str:
         place = places[cheat.data]
         looked = audit(place, SYSTEMS[cheat.system], cheat.source(place.data))
         return "; ".join(faults_of(looked, cheat.rule))
-    except prove.ScorerError as error:
+    except ScorerError as error:
         return str(error)
 
 
@@ -388,11 +391,11 @@ def test_every_rule_has_its_cheats_and_they_change_the_program_as_it_is():
 
 def test_the_digest_of_a_state_sees_every_bit_and_every_place():
     tensors = [torch.randn(3, 4), torch.randn(5), torch.tensor(1.5)]
-    one = prove.state_of(tensors)
-    assert prove.state_of([t.clone() for t in tensors]) == one
+    one = listening.state_of(tensors)
+    assert listening.state_of([t.clone() for t in tensors]) == one
     for i, bit in itertools.product(range(5), range(32)):
         changed_bits = tensors[1].view(torch.int32).clone()
         changed_bits[i] ^= 1 << bit if bit < 31 else -(1 << 31)
-        assert prove.state_of([tensors[0], changed_bits.view(torch.float32), tensors[2]]) != one
+        assert listening.state_of([tensors[0], changed_bits.view(torch.float32), tensors[2]]) != one
     moved = tensors[1][[1, 0, 2, 3, 4]]
-    assert prove.state_of([tensors[0], moved, tensors[2]]) != one
+    assert listening.state_of([tensors[0], moved, tensors[2]]) != one

@@ -285,14 +285,27 @@ def test_no_limit_of_time_degrades_a_document(artifact, capsys, monkeypatch):
     assert all(row.rule[0] != 0 for row in rows[1:])
 
 
+def test_the_text_is_named_before_anything_is_scored(artifact, capsys, monkeypatch):
+    said = []
+    score = rules.Comparison.score
+
+    def watched(comparison, run, label):
+        said.append(capsys.readouterr().out)
+        return score(comparison, run, label)
+
+    monkeypatch.setattr(rules.Comparison, "score", watched)
+    assert run_tool(artifact, "TTT_LR=0.05", "--context", 32, "--documents", 4) == 0
+    assert "yardstick: static, EVAL_SEQ_LEN=32" in said[0]
+
+
 def test_what_takes_long_says_how_far_it_is(artifact, capsys, monkeypatch):
-    monkeypatch.setattr(rules, "PROGRESS_S", 0.0)
+    monkeypatch.setattr("tools.progress.INTERVAL_S", 0.0)
     assert run_tool(artifact, "TTT_LR=0.05", "--context", 32, "--documents", 4) == 0
     lines = capsys.readouterr().err.splitlines()
-    for label in ("static, EVAL_SEQ_LEN=32", "TTT_LR=0.05"):
+    for label in ("static, EVAL_SEQ_LEN=32", "TTT_LR=0.05 (1 of 1)"):
         told = [line for line in lines if line.startswith(f"{label}: ")]
-        assert told and all(re.fullmatch(r".*: [\d,]+ of [\d,]+ targets, eta_s:\d+", line) for line in told)
-        assert told[-1].endswith("eta_s:0")
+        how_far = r".*: [\d,]+ of [\d,]+ targets, [\d,]+\.\d a second, \d+ s left"
+        assert told and all(re.fullmatch(how_far, line) for line in told)
 
 
 # ---- the command ------------------------------------------------------------
@@ -320,8 +333,8 @@ def test_validation_can_be_scored_without_training_text(artifact, tiny_data, cap
         (["model.ptz", "fast"], "'fast': expected NAME=value, default, or a name that --list shows"),
         (["model.ptz", "TTT_RATE=1"], "TTT_RATE is not a knob; did you mean TTT_"),
         (["model.ptz", "MATRIX_LR=1"], "MATRIX_LR does not tell rules apart"),
-        (["model.ptz", "TTT_LR=1 TTT_LR=2"], "TTT_LR comes twice"),
-        (["model.ptz", "", "default"], "default: given twice"),
+        (["model.ptz", "TTT_LR=1 TTT_LR=2"], "TTT_LR is given twice"),
+        (["model.ptz", "", "default"], "default is given twice"),
         (["model.ptz", "--lengths", "many"], "--lengths 'many': expected LOW-HIGH"),
         (["model.ptz", "--lengths", "5000-9000"], "--lengths 5000-9000: none of"),
         (["model.ptz", "--context", "4"], "EVAL_SEQ_LEN='4'"),

@@ -27,13 +27,16 @@ from test_results import fabricate
 
 import train_gpt
 from data import prepare
-from tools import ask_source, sweep
+from tools import ask_source, live, scheduler, sources, sweep
 from tools.artifact import end_in_a_line
+from tools.events import read_events
+from tools.grid import parse_grid
 from tools.holdout import caseops_sidecar, make_holdout
+from tools.jobs import RUN_SH, Job, make_jobs, training_knobs
 from tools.results import load_run
 
 HELD = 300  # of the 1,500 training tokens of tiny_data
-OURS = sweep.Source("", b"")
+OURS = sources.Source("", b"")
 
 
 # ---- held-out documents -----------------------------------------------------
@@ -190,7 +193,9 @@ def test_a_sweep_ranks_what_it_ran_and_runs_nothing_twice(stand_in, capsys):
     assert [(row["TTT_LR"], row["TTT_EPOCHS"], row["state"]) for row in rows] == [
         (lr, epochs, "done") for lr in ("0.1", "0.2") for epochs in ("1", "2")
     ]
-    table = [line for line in (folder / "results.md").read_text().splitlines() if line.startswith("| 0")]
+    text = (folder / "results.md").read_text()
+    assert "Scores are in bits per byte. Differences are those to the first row" in text
+    table = [line for line in text.splitlines() if line.startswith("| 0")]
     best = load_run(rows[2]["run_id"])
     worst = load_run(rows[0]["run_id"])
     assert table[0].startswith(f"| 0.2 | 1 | {best.bpb:.5f} |  |")
@@ -321,7 +326,7 @@ def test_a_failing_combination_is_reported_and_the_rest_goes_on(stand_in, capsys
 def test_a_run_fails_for_the_reason_that_was_told_first(tmp_path, output, reason):
     """What the other ranks say of it later is no reason."""
     (tmp_path / "x.err").write_text(output)
-    assert sweep.reason_of(tmp_path / "x.err", 7) == reason
+    assert scheduler.reason_of(tmp_path / "x.err", 7) == reason
 
 
 def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, capsys):
@@ -362,26 +367,26 @@ def test_a_run_ends_with_the_sweep_that_was_killed(stand_in, monkeypatch, capsys
     finally:
         killed.kill()
         killed.wait()
-    monkeypatch.setattr(sweep, "STOP_SECONDS", 5.0)
-    job = sweep.Job(
+    monkeypatch.setattr(scheduler, "STOP_SECONDS", 5.0)
+    job = Job(
         {}, {}, OURS, run_id=str(path.relative_to("logs" if not path.is_absolute() else Path("logs").resolve()))[:-4]
     )
-    sweep.remove_leftovers(job)  # no run holds its name any more
+    scheduler.remove_leftovers(job)  # no run holds its name any more
     (stand_in.folder / "go on").touch()
     assert sweep.main(["TTT_LR=0.25"]) == 0 and len(stand_in.started()) == 2
 
 
 def test_where_a_run_outlives_its_sweep_its_name_stays_taken(stand_in, monkeypatch):
     """As it may where a system cannot be asked to end it."""
-    job = sweep.Job({}, {}, OURS, run_id="x")
+    job = Job({}, {}, OURS, run_id="x")
     with train_gpt.reserve_run_id("x"):
         log = stand_in.folder / "logs/x.txt"
         log.write_text("of the run that goes on")
-        monkeypatch.setattr(sweep, "STOP_SECONDS", 0.2)
+        monkeypatch.setattr(scheduler, "STOP_SECONDS", 0.2)
         with pytest.raises(train_gpt.UserError, match=f"RUN_ID=x is in use: process {os.getpid()} on "):
-            sweep.remove_leftovers(job)
+            scheduler.remove_leftovers(job)
         assert log.exists()
-    sweep.remove_leftovers(job)
+    scheduler.remove_leftovers(job)
     assert not log.exists()
 
 
@@ -475,12 +480,12 @@ def test_lines_of_a_file_share_a_row_whatever_the_order_of_their_words(stand_in,
 
 def test_gpus_are_dealt_to_jobs(stand_in, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert sweep.device_slots("auto", 1, {}) == ["0", "1", "2"]
-    assert sweep.device_slots("auto", 1, {"CUDA_VISIBLE_DEVICES": "4,6,7"}) == ["4", "6", "7"]
-    assert sweep.device_slots("cuda", 2, {"CUDA_VISIBLE_DEVICES": "4,6,7"}) == ["4,6"]
-    assert sweep.device_slots("cpu", 1, {}) == [None]
+    assert scheduler.device_slots("auto", 1, {}) == ["0", "1", "2"]
+    assert scheduler.device_slots("auto", 1, {"CUDA_VISIBLE_DEVICES": "4,6,7"}) == ["4", "6", "7"]
+    assert scheduler.device_slots("cuda", 2, {"CUDA_VISIBLE_DEVICES": "4,6,7"}) == ["4,6"]
+    assert scheduler.device_slots("cpu", 1, {}) == [None]
     with pytest.raises(train_gpt.ConfigError, match="there are 3"):
-        sweep.device_slots("auto", 4, {})
+        scheduler.device_slots("auto", 4, {})
     monkeypatch.setenv("DEVICE", "auto")
     for lr in ("0.1", "0.2", "0.3"):
         stand_in.makes(lr)
@@ -515,7 +520,7 @@ def test_held_out_text_that_the_artifact_may_have_learnt_is_refused(stand_in, ti
 
 def test_an_evaluation_is_told_apart_by_every_knob_that_it_reads():
     ours = {field.name.upper() for field in dataclasses.fields(train_gpt.RunConfig)}
-    useless = sweep.training_knobs(ask_source.knob_groups(train_gpt))
+    useless = training_knobs(ask_source.knob_groups(train_gpt))
     assert not {name for name in useless if name.startswith(("EVAL_", "TTT_", "MICRO_"))}
     assert {"SEED", "DEVICE", "COMPILE"} <= ours - useless
 
@@ -523,13 +528,13 @@ def test_an_evaluation_is_told_apart_by_every_knob_that_it_reads():
 def test_a_combination_has_the_defaults_of_run_sh_that_go_with_it(monkeypatch):
     for name in train_gpt.KNOBS:
         monkeypatch.delenv(name, raising=False)
-    told = subprocess.run([sweep.RUN_SH, "small-job-defaults"], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([RUN_SH, "small-job-defaults"], capture_output=True, text=True, check=True).stdout
     defaults = dict(line.split("=", 1) for line in told.splitlines())
     for name, value in (defaults | {"RUN_SH_DEFAULTS": " ".join(defaults)}).items():
         monkeypatch.setenv(name, value)
 
     def made(*grid: str) -> list[dict[str, str]]:
-        return [job.env for job in sweep.make_jobs(sweep.parse_grid(grid), None, 1, [OURS])]
+        return [job.env for job in make_jobs(parse_grid(grid), None, 1, [OURS])]
 
     lora, full = made("TTT_PARAMS=lora,full")
     assert (lora["TTT_LORA_RANK"], lora["TTT_CHUNK_TOKENS"], full["TTT_CHUNK_TOKENS"]) == ("8", "16", "128")
@@ -544,7 +549,7 @@ def test_a_combination_has_the_defaults_of_run_sh_that_go_with_it(monkeypatch):
 
 def test_a_batch_that_the_budget_decides_is_swept_like_one_that_is_set(stand_in, monkeypatch, capsys):
     monkeypatch.setenv("TRAIN_BATCH_TOKENS", "0")
-    (job,) = sweep.make_jobs([{"SEED": "1"}], None, 4, [OURS])
+    (job,) = make_jobs([{"SEED": "1"}], None, 4, [OURS])
     assert job.settings["TRAIN_BATCH_TOKENS"] == "786432", "steps alone limit it"
     stand_in.makes("0.1")
     assert sweep.main(["TTT_LR=0.1"]) == 0 and len(stand_in.started()) == 1
@@ -556,11 +561,11 @@ def test_a_batch_that_the_budget_decides_is_swept_like_one_that_is_set(stand_in,
 def test_rules_are_swept_each_with_its_own_defaults(stand_in, monkeypatch):
     monkeypatch.delenv("TTT_WEIGHT_DECAY", raising=False)
     monkeypatch.delenv("TTT_RMS_FLOOR", raising=False)
-    jobs = sweep.make_jobs(sweep.parse_grid(["TTT_OPTIMIZER=auto,rms,adamw,sgd"]), "given.ptz", 1, [OURS])
+    jobs = make_jobs(parse_grid(["TTT_OPTIMIZER=auto,rms,adamw,sgd"]), "given.ptz", 1, [OURS])
     runs = [train_gpt.read_env(job.env)[1] for job in jobs]
     assert [run.ttt_lr for run in runs] == [None, 8e-5, 1e-4, 1e-4]  # auto: the artifact, once it is open, decides
     with pytest.raises(train_gpt.ConfigError, match="GRAD_RMS_TOKENS is for training"):
-        sweep.make_jobs(sweep.parse_grid(["GRAD_RMS_TOKENS=0,200"]), "given.ptz", 1, [OURS])
+        make_jobs(parse_grid(["GRAD_RMS_TOKENS=0,200"]), "given.ptz", 1, [OURS])
 
 
 @pytest.mark.parametrize(
@@ -617,14 +622,15 @@ def test_no_two_sweeps_share_a_folder(stand_in, capsys):
 
 def test_a_run_of_a_source_that_was_changed_meanwhile_does_not_count(stand_in, capsys):
     stand_in.makes("0.1")
-    job = sweep.Job({"TTT_LR": "0.1"}, {}, sweep.Source("", b"another"), run_id="one")
+    job = Job({"TTT_LR": "0.1"}, {}, sources.Source("", b"another"), run_id="one")
     fabricate(stand_in.folder / "logs", "one")
     job.file(".err").touch()
-    sweep.conclude(job, 0)
+    scheduler.conclude(job, 0)
     assert job.state == "failed" and "changed meanwhile" in job.at
 
 
 STEP = dict(step=50, loss=3.1, progress=0.5, loop=0, tokens_per_s=1.0, epoch=0.1, train_s=9.5, eta_s=12.5)
+OPENED = dict(documents=64, tokens=900, bytes=2000)
 ADAPTED = dict(documents_done=12, documents=64, bpb=1.3, eval_s=20.0, eta_s=30.0)
 SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
 
@@ -632,6 +638,7 @@ SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
 @pytest.mark.parametrize(
     "event, values, at, bpb, eta",
     [
+        ("validation", OPENED, "set-up", None, None),
         ("step", STEP, "step 50", None, 12.5),
         ("validate", dict(step=50, val_bpb=1.5), "step 50", 1.5, None),
         ("before_quantisation", dict(prequant_bpb=1.4, last_bpb=1.45), "packing", 1.4, None),
@@ -643,9 +650,9 @@ SCORE = dict(artifact="logs/a.ptz", static_bpb=1.41, val_bpb=1.39)
     ],
 )
 def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, at, bpb, eta):
-    job = sweep.Job({}, {}, OURS)
+    job = Job({}, {}, OURS)
     path = tmp_path / "run.events.jsonl"
-    growing = sweep.GrowingEvents(path)
+    growing = live.GrowingEvents(path)
     assert growing.new() == []
     line = json.dumps({"event": event, **values}) + "\n"
     for part in ('{"damaged\n' + line[:9], line[9:]):
@@ -653,16 +660,23 @@ def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, 
             file.write(part)
         found = growing.new()
         for one in found:
-            sweep.note_progress(job, one)
+            live.note_progress(job, one)
     assert [one.name for one in found] == [event] and growing.new() == []
     assert (job.at, job.bpb, job.eta) == (at, bpb, eta)
 
 
+def test_a_job_that_scores_an_artifact_says_so_once_its_data_is_open():
+    job = Job({}, {}, OURS, artifact="0" * 64)
+    (event,) = read_events(json.dumps({"event": "validation", **OPENED}).encode() + b"\n", "it")
+    live.note_progress(job, event)
+    assert job.at == "scoring"
+
+
 def test_on_a_terminal_the_table_is_redrawn_within_the_screen(monkeypatch, capsys):
-    jobs = [sweep.Job({"TTT_LR": str(i)}, {}, OURS, state="done" if i < 9 else "running") for i in range(10)]
-    screen = sweep.Screen(jobs)
+    jobs = [Job({"TTT_LR": str(i)}, {}, OURS, state="done" if i < 9 else "running") for i in range(10)]
+    screen = live.Screen(jobs)
     screen.terminal = True
-    monkeypatch.setattr(sweep.shutil, "get_terminal_size", lambda fallback=None: os.terminal_size((40, 8)))
+    monkeypatch.setattr(live.shutil, "get_terminal_size", lambda fallback=None: os.terminal_size((40, 8)))
     screen.show(12.0)
     screen.show(12.0)  # too soon
     screen.show(0.0, last=True)
@@ -836,8 +850,8 @@ def test_a_source_may_be_a_git_revision(race, monkeypatch):
         (repository / "train_gpt.py").write_bytes(content)
         subprocess.run([*git, "add", "."], check=True)
         subprocess.run([*git, "commit", "-q", "-m", "x"], check=True)
-    monkeypatch.setattr(sweep, "RUN_SH", repository / "run.sh")
-    found = sweep.find_sources("HEAD~1,HEAD,a.py")
+    monkeypatch.setattr(sources, "REPOSITORY", repository)
+    found = sources.find_sources("HEAD~1,HEAD,a.py")
     assert [(one.name, one.content) for one in found] == [
         ("HEAD~1", contents[0]),
         ("HEAD", contents[1]),
@@ -846,11 +860,11 @@ def test_a_source_may_be_a_git_revision(race, monkeypatch):
 
 
 def test_the_sources_of_this_repository_can_be_asked(tiny_env):
-    asked = sweep.Source("now", train_gpt.code())
+    asked = sources.Source("now", train_gpt.code())
     env = tiny_env(RUN_ID=None)
     question = {"environments": [env, env | {"TTT_LR": "fast"}], "gpus": 1, "trains": True}
-    said = sweep.ask(asked, question)
-    assert said == sweep.ask_source.answer(train_gpt, **question)
+    said = sources.ask(asked, question)
+    assert said == ask_source.answer(train_gpt, **question)
     assert said["settings"][0]["ITERATIONS"] == "3" and "TTT_LR='fast'" in said["settings"][1]
 
 
@@ -879,7 +893,7 @@ def test_a_launcher_stands_before_every_command_and_jobs_says_how_many_run(stand
     for action, more in ((signal.SIG_DFL, []), (signal.SIG_IGN, ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"])):
         monkeypatch.setattr(signal, "getsignal", lambda number, action=action: action)
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
-        assert sweep.command_of(2, ["srun"]) == ["srun", sys.executable, *ranks]
+        assert scheduler.command_of(2, ["srun"]) == ["srun", sys.executable, *ranks]
 
 
 def test_jobs_says_how_many_run_at_once(monkeypatch):
@@ -896,8 +910,8 @@ def test_jobs_says_how_many_run_at_once(monkeypatch):
 
 
 def test_turns_alternate_from_seed_to_seed():
-    jobs = [sweep.Job({"source": name, "SEED": seed}, {}, OURS) for name in "ab" for seed in "0123"]
-    order = [job.knobs["source"] + job.knobs["SEED"] for job in sweep.take_turns(jobs)]
+    jobs = [Job({"source": name, "SEED": seed}, {}, OURS) for name in "ab" for seed in "0123"]
+    order = [job.knobs["source"] + job.knobs["SEED"] for job in scheduler.take_turns(jobs)]
     assert order == ["a0", "b0", "b1", "a1", "a2", "b2", "b3", "a3"]
 
 

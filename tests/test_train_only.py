@@ -13,10 +13,11 @@ from conftest import leave_process_alone
 from test_sweep import HELD, sweep_here, tokenizer_of
 
 import train_gpt
-from tools import check, record, sweep, train_only
+from tools import check, record, scheduler, sweep, train_only
 from tools.artifact import end_in_a_line
 from tools.events import first_difference
 from tools.holdout import make_holdout
+from tools.jobs import Job
 from tools.results import load_run
 
 ENTRY = Path(train_gpt.__file__)
@@ -165,10 +166,10 @@ def test_a_source_that_cannot_be_trained_alone_is_refused(held_env, tmp_path, jo
 
 @pytest.mark.parametrize("slot, seconds, ahead", [(None, "0.0", True), (None, "60.0", False), ("0", "60.0", True)])
 def test_no_import_takes_steps_from_a_run_whose_seconds_count(tmp_path, monkeypatch, slot, seconds, ahead):
-    jobs = [sweep.Job({}, {}, None, {"MAX_WALLCLOCK_SECONDS": seconds}) for _ in range(2)]
-    running = sweep.Running(jobs[0], None, slot, 0.0, None, trains=True)
+    jobs = [Job({}, {}, None, {"MAX_WALLCLOCK_SECONDS": seconds}) for _ in range(2)]
+    running = scheduler.Running(jobs[0], None, slot, 0.0, None, trains=True)
     jobs[0].state = "running"
-    whole = sweep.Sweep(jobs, [slot], sweep.Command([], train_only=True, ahead=True), tmp_path)
+    whole = scheduler.Sweep(jobs, [slot], scheduler.Command([], train_only=True, ahead=True), tmp_path)
     whole.running = [running]
     monkeypatch.setattr(whole, "start", lambda job, slot, wait: (job, slot, wait))
     whole.prepare_successor(running)

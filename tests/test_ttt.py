@@ -19,7 +19,7 @@ from masked import attend_masked, chunk_mask
 from recorder import SMALL_MODEL, Recorder, random_gpt
 
 import train_gpt as g
-from tools import prove
+from tools.listening import LoneRank
 
 CONFIG = SMALL_MODEL
 CHUNK, CONTEXT = 8, 24
@@ -924,7 +924,7 @@ def test_a_documents_score_is_its_own_to_the_last_bit_on_a_gpu(name):
     def scores(*texts: list[int], world: int = 1) -> list[np.ndarray]:
         parts = []
         for rank in range(world):
-            made = evaluation(documents(*texts), prove.LoneRank(rank, world, "cuda"), model, **run | knobs)
+            made = evaluation(documents(*texts), LoneRank(rank, world, "cuda"), model, **run | knobs)
             made.table.all_reduced = lambda dist, table=made.table: table
             parts.append(made.score().by_document)
         return [np.concatenate(of_ranks) for of_ranks in zip(*parts, strict=True)]

@@ -1,6 +1,6 @@
 """
-Ask any train_gpt.py, not just this repository's, about its knobs. tools/sweep.py runs this file in a separate process,
-since importing a source runs it:
+Ask any train_gpt.py, not just this repository's, about its knobs. tools/sources.py runs this file in a process of its
+own, since importing a source runs it:
 
     python -P tools/ask_source.py SOURCE < question > answer
 

@@ -38,6 +38,7 @@ import train_gpt
 from data.prepare import decode_caseops, encode_caseops
 from tools.artifact import checked_knobs, knobs_of_run
 from tools.coder import Decoder, Encoder, intervals
+from tools.progress import Progress
 from tools.values import printable
 from train_gpt import BOS, DataError, UserError, require
 
@@ -761,29 +762,6 @@ def decompress(path: Path, contents: Contents) -> bytes:
     except DataError as error:
         raise DataError(f"{error}; {why}") from None
     return data
-
-
-class Progress:
-    """Reports progress and the estimated time left to stderr, every ten seconds."""
-
-    def __init__(self, what: str, total: int):
-        self.what = what
-        self.total = total  # tokens
-        self.started = time.monotonic()
-        self.reported = self.started
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if now - self.reported < 10 or done == self.total:
-            return
-        self.reported = now
-        spent = now - self.started
-        print(
-            f"{self.what}: {done} of {self.total} tokens, {done / spent:.1f} a second, "
-            f"{(self.total - done) * spent / done:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
 
 
 # -----------------------------------------------------------------------------

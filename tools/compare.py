@@ -101,7 +101,7 @@ def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
         verdict(overall),
         f"of {len(a.nats)} documents B predicts {better} better, {worse} worse, {same} the same",
         "",
-        "| tokens of a document | documents | A | B | B - A, 95 % interval | better | worse |",
+        "| tokens of a document | documents | A, bpb | B, bpb | B - A, bpb, 95 % interval | B better | B worse |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for g in groups:

@@ -59,9 +59,10 @@ def compressed(predictor: codec.Predictor, data: bytes, between: bytes) -> tuple
     """-> the compressed file, and a message about it."""
     made = codec.compress(predictor, data, between)
     size = len(made.blob)
+    documents = "1 document" if made.documents == 1 else f"{made.documents} documents"
     return made.blob, (
         f"{len(data)} -> {size} bytes, {8 * size / max(1, len(data)):.3f} bits per byte; "
-        f"header {made.header}, edits {made.edits}, {made.tokens} tokens of {made.documents} documents {made.coded}"
+        f"of these, header {made.header}, edits {made.edits}, tokens {made.coded} ({made.tokens} of {documents})"
     )
 
 
@@ -106,7 +107,7 @@ def print_row(predictor: codec.Predictor, name: str, texts: list[bytes]) -> None
 
 
 def main(arguments: list[str]) -> int:
-    parser = codec.argument_parser("compress", __doc__)
+    parser = codec.argument_parser("./run.sh compress", __doc__)
     parser.add_argument("file", type=Path, nargs="?", metavar="FILE")
     parser.add_argument("out", type=Path, nargs="?", metavar="OUT")
     parser.add_argument(

@@ -19,7 +19,7 @@ from tools.artifact import end_in_a_line, find_artifact
 
 
 def main(arguments: list[str]) -> int:
-    parser = codec.argument_parser("decompress", __doc__)
+    parser = codec.argument_parser("./run.sh decompress", __doc__)
     parser.add_argument("out", type=Path, metavar="OUT", help="the compressed file")
     parser.add_argument("file", type=Path, metavar="FILE", help="where its text goes")
     args = parser.parse_args(arguments)

@@ -7,11 +7,12 @@ size, read back, and compared with the unpacked network on held-out training doc
 ./run.sh packing WEIGHTS --artifact A    compare an artifact of the same weights too
 ./run.sh packing WEIGHTS --on validation only for a final figure: never choose by it
 
-Knobs are environment variables, as for the entry; DATA_PATH and ARTIFACT_BYTES matter here. TRAIN_BATCH_TOKENS (by
-default, the value used in training) and GPTQ_CALIBRATION_BATCHES set the amount of calibration text; HOLDOUT_TOKENS is
-always the value used in training. KL is the divergence from the predictions of the network before packing: it needs no
-labels, so it is less noisy than the score. Both are in bits per byte, with the standard error over documents if there
-are ten or more.
+A run removes its checkpoint once its artifact is written: copy it as soon as the log names it. Knobs are environment
+variables, as for the entry, or come from logs/RUN.json beside the checkpoint; DATA_PATH, TRAIN_ROW_TOKENS and
+ARTIFACT_BYTES matter here. TRAIN_BATCH_TOKENS (by default, the value used in training) and GPTQ_CALIBRATION_BATCHES set
+the amount of calibration text; HOLDOUT_TOKENS is always the value used in training. KL is the divergence from the
+predictions of the network before packing: it needs no labels, so it is less noisy than the score. Both are in bits per
+byte, with the standard error over documents if there are ten or more.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import sys
 import tempfile
 import time
@@ -33,7 +35,7 @@ import torch
 from torch import Tensor
 
 import train_gpt as g
-from tools.artifact import end_in_a_line
+from tools.artifact import end_in_a_line, knobs_of_run
 from tools.holdout import same_held_out, score_holdout
 from tools.results import FEWEST, ratio_and_error
 from tools.values import digest
@@ -292,7 +294,8 @@ def open_text(on: str, folder: Path, config: g.ModelConfig, training: Training) 
     """A set-up with the documents to compare on as its validation set, and the calibration text as its stream. Batches
     are as large as in the training that made the checkpoint, which may have had more GPUs and time. Raises UserError if
     DATA_PATH is not the data that it was trained on."""
-    _, run = g.read_env()
+    knobs = knobs_of_run(Path(training.path), os.environ)
+    _, run = g.read_env(knobs | os.environ | {"ARTIFACT": "", "RESUME": ""})
     if not run.train_batch_tokens:
         run = dataclasses.replace(run, train_batch_tokens=training.batch_tokens)
     run = dataclasses.replace(run, holdout_tokens=training.holdout_tokens)  # more was trained on
@@ -328,6 +331,11 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = sorted(set(names) - set(WAYS))
     g.require(not unknown, f"--only {','.join(unknown)}: no such way; --list names them")
     g.require(options.weights is not None, "name a checkpoint, logs/RUN.ckpt")
+    g.require(
+        Path(options.weights).exists(),
+        f"{options.weights}: there is none; a run removes its checkpoint once its artifact is written: copy it before",
+        g.DataError,
+    )
 
     model, training = load_checkpoint(options.weights)
     with tempfile.TemporaryDirectory() as folder:

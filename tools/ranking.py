@@ -8,37 +8,22 @@ import csv
 import dataclasses
 import io
 import math
-import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 import train_gpt
+from tools.grid import knob_names, shell_words, without_seed
+from tools.jobs import Job, ScoredText
 from tools.plot import COLOURS, picture
 from tools.results import Interval, OverSeeds, Run, differences, over_seeds, ratio_intervals, require_same_documents
 from tools.screening import Design, effects_table
 from tools.values import printable
 
-if TYPE_CHECKING:
-    from tools.sweep import Job, ScoredText
-
 LONGEST_LABEL = 60  # characters; a longer one would leave no room for the plot
-
-
-def shell_words(knobs: Mapping[str, str]) -> str:
-    return " ".join(f"{name}={shlex.quote(value)}" for name, value in knobs.items())
-
-
-def knob_names(combinations: Iterable[Mapping[str, str]]) -> list[str]:
-    """Every knob named in any combination, in order of first appearance."""
-    return list(dict.fromkeys(name for knobs in combinations for name in knobs))
-
-
-def without_seed(knobs: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in knobs.items() if name != "SEED"}
 
 
 class Row(NamedTuple):
@@ -154,8 +139,8 @@ def ranking(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, com
     knobs = knob_names(without_seed(job.knobs) for job in jobs)
     mark = "**VALIDATION. Nothing may be chosen from this table.** " if scored.is_validation else ""
     about = (
-        "Differences are those to the first row, with paired 95 % bootstrap intervals over documents; "
-        "± is the standard deviation over seeds."
+        "Scores are in bits per byte. Differences are those to the first row, with paired 95 % bootstrap intervals "
+        "over documents; ± is the standard deviation over seeds."
     )
     cells_of = cells_of_training if rows[0].run.train_only else cells_of_score
     head = [*knobs, *cells_of(rows[0])]
@@ -205,7 +190,7 @@ def cells_of_training(row: Row) -> dict[str, str]:
         "read-out": " ".join(readout_of(run) for run in row.runs),
         "steps": mean_of(row, "steps", ".0f"),
         "tokens/s": mean_of(row, "tokens_per_s", ".0f"),
-        "last training loss": mean_of(row, "train_loss", ".4f"),
+        "last training loss, nats a token": mean_of(row, "train_loss", ".4f"),
         "training, s": mean_of(row, "train_seconds", ".1f"),
         "peak memory, GiB": f"{memory / 2**30:.1f}" if memory else "",
     }

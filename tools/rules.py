@@ -21,13 +21,13 @@ targets (up to 256), and their number (37). Tokens per second exclude the warm-u
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import math
 import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -39,14 +39,15 @@ import train_gpt as g
 from data.prepare import whole_number
 from tools import ask_source
 from tools.artifact import end_in_a_line, knobs_of_run
+from tools.grid import require_distinct
 from tools.holdout import score_holdout
+from tools.progress import Progress
 from tools.results import FEWEST, bits_per_byte, ratio_and_error
 from tools.values import printable
 
 CONTEXT = 2048  # of the yardstick
 CLASSES = (256, 512, 1024, 2048)  # most targets of a document, for each class but the last
 SEED = 0  # for sampling documents
-PROGRESS_S = 10.0  # seconds between two lines of progress
 GROUPS = ("Evaluation", "Test-time training")  # groups of knobs that a setting may have,
 ALSO = ("MICRO_BATCH_TOKENS", "SEED")  # and other knobs that change how an artifact is scored
 
@@ -145,16 +146,18 @@ def parse_setting(text: str) -> Setting:
 
 def split_knobs(words: Sequence[str]) -> dict[str, str]:
     groups = ask_source.knob_groups(g)
-    knobs = {}
+    names = []
+    values = []
     for word in words:
         name, equals, value = word.partition("=")
         g.require(equals != "", f"{word!r}: expected NAME=value, default, or a name that --list shows")
         g.refuse_unknown([name], groups)
         g.require(name in groups, f"{name} is not a knob (./run.sh help lists all)")
         g.require(groups[name] in GROUPS or name in ALSO, f"{name} does not tell rules apart: set it for all, outside")
-        g.require(name not in knobs, f"{name} comes twice in one setting")
-        knobs[name] = value
-    return knobs
+        names.append(name)
+        values.append(value)
+    require_distinct(names)
+    return dict(zip(names, values, strict=True))
 
 
 def choose_settings(texts: Sequence[str], published: bool) -> list[Setting]:
@@ -163,9 +166,7 @@ def choose_settings(texts: Sequence[str], published: bool) -> list[Setting]:
     if published:
         named = [parse_setting(name) for name in PUBLISHED]
         settings = [DEFAULT, *named, *(s for s in settings if s not in (DEFAULT, *named))]
-    labels = [setting.label for setting in settings or [DEFAULT]]
-    twice = sorted({label for label in labels if labels.count(label) > 1})
-    g.require(not twice, f"{', '.join(twice)}: given twice")
+    require_distinct([setting.label for setting in settings])
     return settings or [DEFAULT]
 
 
@@ -232,25 +233,16 @@ def length_classes(lengths: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 # ---- Scoring ----
 
 
-class Progress(g.ScoreTable):
+class WatchedTable(g.ScoreTable):
     """A score table that prints progress when scoring takes long."""
 
     def __init__(self, docs: g.Documents, label: str):
         super().__init__(docs)
-        self.label = label
-        self.targets = int(docs.lengths.sum())
-        self.began = time.perf_counter()
-        self.told = self.began
+        self.progress = Progress(label, int(docs.lengths.sum()), "targets")
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         super().add(documents, nats)
-        now = time.perf_counter()
-        done = int(self.counted.sum())
-        if now - self.told >= PROGRESS_S and done:
-            self.told = now
-            eta = (now - self.began) * (self.targets / done - 1)
-            line = f"{self.label}: {done:,} of {self.targets:,} targets, eta_s:{eta:.0f}"
-            print(printable(line), file=sys.stderr, flush=True)
+        self.progress(int(self.counted.sum()))
 
 
 class Scored(NamedTuple):
@@ -271,16 +263,24 @@ class Comparison:
         self.model = g.load_artifact(Path(self.artifact), setup)
         self.weights = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         self.static_scores: dict[tuple[int, int], Scored] = {}  # by EVAL_SEQ_LEN and EVAL_STRIDE
-        self.yardstick = self.static({"EVAL_SEQ_LEN": str(context)})
+        self.plain = self.plain_run({"EVAL_SEQ_LEN": str(context)})
+
+    @functools.cached_property
+    def yardstick(self) -> Scored:
+        """What gains are measured from: the score without adaptation at the context of the command line."""
+        return self.static(self.plain)
 
     def run_of(self, knobs: Mapping[str, str], with_ttt: bool = True) -> g.RunConfig:
         """The run's config. Raises UserError for knobs that are invalid, for any run or for this artifact."""
         _, run = g.read_env(environment(self.artifact, knobs, with_ttt))
         return g.decide_optimizer(run, self.header, self.artifact)
 
-    def static(self, knobs: Mapping[str, str]) -> Scored:
-        """The score without adaptation, cached."""
-        run = self.run_of({**knobs, "TTT_ENABLED": "0"}, with_ttt=False)
+    def plain_run(self, knobs: Mapping[str, str]) -> g.RunConfig:
+        """The config of a run without adaptation."""
+        return self.run_of({**knobs, "TTT_ENABLED": "0"}, with_ttt=False)
+
+    def static(self, run: g.RunConfig) -> Scored:
+        """The score of a run without adaptation, cached."""
         key = (run.eval_seq_len, run.eval_stride)
         if key not in self.static_scores:
             scored = self.score(run, f"static, EVAL_SEQ_LEN={run.eval_seq_len}")
@@ -293,7 +293,7 @@ class Comparison:
     def context_of(self, run: g.RunConfig) -> Scored:
         """The score without adaptation at the context and stride of a run."""
         names = ("eval_seq_len", "eval_stride", "micro_batch_tokens")
-        return self.static({name.upper(): str(getattr(run, name)) for name in names})
+        return self.static(self.plain_run({name.upper(): str(getattr(run, name)) for name in names}))
 
     def score(self, run: g.RunConfig, label: str) -> Scored:
         """Score all documents; the model is restored even after an error."""
@@ -309,7 +309,7 @@ class Comparison:
             with watch.phase("warm-up"):
                 evaluation.warm_up()
             with watch.phase("score"):
-                evaluation.table = Progress(self.docs, label)
+                evaluation.table = WatchedTable(self.docs, label)
                 nats = evaluation.score().nats
             assert evaluation.degraded == 0, "without a limit of time every document adapts"
         finally:
@@ -385,11 +385,11 @@ def compare(comparison: Comparison, settings: Sequence[Setting], out: Path | Non
     table.scored("static", static_run, yardstick, yardstick)
     save(out, comparison, found, numbers)
     fine = True
-    for setting in settings:
+    for number, setting in enumerate(settings, 1):
         try:
             run = comparison.run_of(setting.knobs, with_ttt=not setting.published)
             context = comparison.context_of(run)
-            scored = comparison.score(run, setting.label)
+            scored = comparison.score(run, f"{setting.label} ({number} of {len(settings)})")
         except g.UserError as error:
             table.failed(setting.label, f"refused: {error}")
             fine = False
@@ -481,7 +481,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = choose_documents(setup.validation, options.lengths, options.documents)
         docs = pick(setup.validation, numbers)
         comparison = Comparison(setup, docs, options.context)
-
         print(describe_text(docs, options.on, options.documents))
         print(f"yardstick: static, EVAL_SEQ_LEN={options.context}")
         named = dict.fromkeys(setting.published for setting in settings if setting.published)

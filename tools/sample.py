@@ -109,7 +109,7 @@ def within(low: float, high: float, kind: type = float) -> Callable[[str], float
 
 
 def main(arguments: list[str]) -> int:
-    parser = codec.argument_parser("sample", __doc__)
+    parser = codec.argument_parser("./run.sh sample", __doc__)
     add = parser.add_argument
     add("prompt", nargs="?", default="", metavar="PROMPT")
     add("--tokens", type=within(0, 1 << 20, int), default=200, metavar="N", help="tokens to add at most [%(default)s]")

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tools.grid import require_distinct, split_word
 from tools.results import Interval, Run, ratio_intervals, require_same_documents
 from tools.welch import two_sided
 from train_gpt import ConfigError, DataError, require
@@ -26,13 +27,6 @@ SIZES = (8, 12, 16, 20, 24)  # runs
 FEWEST_FACTORS = 3  # a full grid of two has four runs
 LENTH = 1.5  # x median |effect| estimates the standard deviation of effects that are all noise
 CLEAR = 2.5  # estimated standard deviations above which an effect does not count as noise
-
-
-def split_word(word: str) -> tuple[str, list[str]]:
-    """NAME=v,w -> NAME and its values; semicolons separate values that contain commas. Raises ConfigError."""
-    name, equals, values = word.partition("=")
-    require(equals == "=" and name.isidentifier(), f"{word!r}: expected NAME=value,value,...", ConfigError)
-    return name, values.split(";" if ";" in values else ",")
 
 
 # -----------------------------------------------------------------------------
@@ -71,11 +65,10 @@ class Design(NamedTuple):
 def parse_factors(words: Sequence[str]) -> list[Factor]:
     """NAME=base,other ..., knobs that change together joined by a plus. Raises ConfigError."""
     factors = []
-    names: list[str] = []
+    names = []
     for word in words:
         parts = [split_word(part) for part in re.split(r"\+(?=[A-Za-z_]\w*=)", word)]
         for name, pair in parts:
-            require(name not in names, f"{name} is given twice")
             require(len(pair) == 2, f"{name}: --screen needs two values, the base and another; found {len(pair)}")
             require(pair[0] != pair[1], f"{name}: its two values are the same, {pair[0]!r}")
             require(name != "SEED", "SEED: all runs of --screen have that of the environment")
@@ -83,6 +76,7 @@ def parse_factors(words: Sequence[str]) -> list[Factor]:
         base = {name: pair[0] for name, pair in parts}
         other = {name: pair[1] for name, pair in parts}
         factors.append(Factor(word, base, other))
+    require_distinct(names)
     return factors
 
 

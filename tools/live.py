@@ -1,0 +1,126 @@
+"""The progress of a sweep: what its runs report while they go on, and the table that shows it."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from tools.events import Event, read_events
+from tools.jobs import Job
+from tools.values import printable
+from train_gpt import DataError
+
+
+class GrowingEvents:
+    """The events of a run in progress, as they come."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.position = 0
+        self.rest = b""  # beginning of a line that is not complete yet
+
+    def new(self) -> list[Event]:
+        """The events since the last call. A damaged line is skipped; it is an error when the finished run is read."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.position)
+                content = file.read()
+        except FileNotFoundError:
+            return []
+        self.position += len(content)
+        *lines, self.rest = (self.rest + content).split(b"\n")
+
+        events = []
+        for line in lines:
+            with contextlib.suppress(DataError):
+                events += read_events(line, self.path.name)
+        return events
+
+
+def note_progress(job: Job, event: Event) -> None:
+    """Update a job's progress from one event of its run."""
+    values = event.values
+    match event.name:
+        case "validation":
+            job.at = "scoring" if job.artifact else "set-up"
+        case "set_up":
+            job.at = "training"
+        case "readout":
+            job.at = "scoring"
+            job.eta = None
+        case "step" | "validate":
+            job.at = f"step {values['step']}"
+            job.bpb = values.get("val_bpb", job.bpb)
+        case "before_quantisation":
+            job.at = "packing"
+            job.eta = None
+            job.bpb = values["prequant_bpb"]
+        case "adapted":
+            job.at = f"{values['documents_done']}/{values['documents']} documents"
+            job.bpb = values["bpb"]
+        case "score":
+            job.at = "scored"
+            job.eta = None
+            job.bpb = values["static_bpb"] if values["val_bpb"] is None else values["val_bpb"]
+    if event.known:
+        job.eta = values.get("eta_s", job.eta)
+
+
+class Screen:
+    """The live table: redrawn on a terminal; elsewhere one line per change (progress at most every ten seconds per
+    job)."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs = jobs
+        self.terminal = sys.stdout.isatty()
+        self.lines_drawn = 0
+        self.drawn_at = 0.0
+        self.printed: dict[str, tuple[str, str, float]] = {}  # run_id -> state, progress, when
+
+    def show(self, seconds_left: float | None, last: bool = False) -> None:
+        if not self.terminal:
+            self.print_changes(seconds_left)
+        elif last or time.monotonic() - self.drawn_at > 0.5:
+            self.redraw(seconds_left)
+
+    def print_changes(self, seconds_left: float | None) -> None:
+        for job in self.jobs:
+            state, at, when = self.printed.get(job.run_id, ("waiting", "", 0.0))
+            now = time.monotonic()
+            if job.state != state or (job.at != at and now - when > 10):
+                self.printed[job.run_id] = job.state, job.at, now
+                print(self.line(job), flush=True)
+                if job.state in {"done", "failed"}:
+                    print(self.summary(seconds_left), flush=True)
+
+    def summary(self, seconds_left: float | None) -> str:
+        ended = sum(job.state in {"done", "failed"} for job in self.jobs)
+        text = f"{ended} of {len(self.jobs)} combinations"
+        return f"{text}, {seconds_left:.0f} s left" if seconds_left else text
+
+    def line(self, job: Job) -> str:
+        parts = [job.label, job.state]
+        if job.bpb is not None:
+            parts.append(f"bpb {job.bpb:.5f}")
+        if job.eta is not None:
+            parts.append(f"ETA {job.eta:.0f} s")
+        return "  ".join(map(printable, [*parts, job.at]))
+
+    def redraw(self, seconds_left: float | None) -> None:
+        """Draw the whole table. If not all lines fit, running and failed jobs come first."""
+        width, height = shutil.get_terminal_size()
+        room = max(1, height - 3)
+        shown = self.jobs
+        if len(shown) > room:
+            order = ("running", "failed", "done", "ready", "waiting")
+            shown = sorted(shown, key=lambda job: order.index(job.state))[:room]
+        lines = [self.summary(seconds_left), *map(self.line, shown)]
+        if len(shown) < len(self.jobs):
+            lines.append(f"... and {len(self.jobs) - len(shown)} more")
+        up = f"\x1b[{self.lines_drawn}A" if self.lines_drawn else ""
+        print(up + "".join(f"\x1b[2K{line[: width - 1]}\n" for line in lines) + "\x1b[J", end="", flush=True)
+        self.lines_drawn = len(lines)
+        self.drawn_at = time.monotonic()
