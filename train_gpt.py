@@ -1361,6 +1361,34 @@ def print_now(text: str) -> None:
     print(text, flush=True)
 
 
+SECONDS_BETWEEN_REPORTS = 10.0
+
+
+class ScoringProgress:
+    """Reports from time to time how far a pass over documents is. Short passes are over before the first report."""
+
+    def __init__(self, log: Log, what: str):
+        """`what` is scored, as it is to be called in the log."""
+        self.log = log
+        self.what = what
+        self.started = self.reported = time.perf_counter()
+
+    def __call__(self, done: int, targets: int) -> None:
+        """Call whenever more targets are scored: `done` of `targets`."""
+        now = time.perf_counter()
+        if now - self.reported < SECONDS_BETWEEN_REPORTS:
+            return
+        self.reported = now
+        self.log.event(
+            "scoring",
+            "scoring {what}: {targets_done}/{targets} targets eta_s:{eta_s:.0f}",
+            what=self.what,
+            targets_done=done,
+            targets=targets,
+            eta_s=(now - self.started) * (targets / done - 1),
+        )
+
+
 class Stopwatch:
     """Seconds spent in each phase. Only some count against a limit; to pause the clock, start another phase."""
 
@@ -4057,13 +4085,19 @@ def score_static(
     dist: Dist,
     table: ScoreTable,
     looping: bool = True,
+    progress: ScoringProgress | None = None,
 ) -> None:
     """Score these documents without adaptation."""
     lengths = docs.lengths
-    wanted = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
+    wanted = [w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride)]
+    targets = sum(w.end - w.first for w in wanted)
+    done = 0
     for row in local_rows(docs, wanted, run, dist):
         nats = model(*row.batch, looping=looping)[0].cpu().numpy()
         table.add(row.documents[row.counted], nats[row.counted])
+        done += int(row.counted.sum()) * dist.world  # the other ranks are about as far
+        if progress is not None:
+            progress(min(done, targets), targets)
 
 
 # ======================================================================================================================
@@ -5174,7 +5208,8 @@ class Evaluation:
         """Score every target of every document -> the table of all ranks."""
         everything = range(len(self.docs))
         if not self.run.ttt_enabled:
-            score_static(self.model, self.docs, everything, self.run, self.dist, self.table)
+            progress = ScoringProgress(self.log, "validation without adaptation")
+            score_static(self.model, self.docs, everything, self.run, self.dist, self.table, progress=progress)
         elif self.run.ttt_scope == "document":
             self._score_documents()
         else:  # a stream: the ranks share every chunk
@@ -5221,7 +5256,7 @@ class Evaluation:
 
             self._score_group(groups[dist.rank], learner)
             cost_so_far += costs[n]
-            if self.seconds() - reported > 10:
+            if self.seconds() - reported > SECONDS_BETWEEN_REPORTS:
                 reported = self.seconds()
                 eta = (reported - started) * (sum(costs) / cost_so_far - 1)
                 self._report(len(self.docs) - len(rest) + sum(map(len, groups)), reported, eta)
@@ -5616,10 +5651,16 @@ def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
     return model
 
 
-def score_all_static(model: GPT, setup: Setup, looping: bool = True, docs: Documents | None = None) -> ScoreTable:
+def score_all_static(
+    model: GPT,
+    setup: Setup,
+    looping: bool = True,
+    docs: Documents | None = None,
+    progress: ScoringProgress | None = None,
+) -> ScoreTable:
     """The scores without adaptation of the validation set, or of other documents; the same table on every rank."""
     table = ScoreTable(setup.validation if docs is None else docs)
-    score_static(model, table.docs, range(len(table.docs)), setup.run, setup.dist, table, looping)
+    score_static(model, table.docs, range(len(table.docs)), setup.run, setup.dist, table, looping, progress)
     return table.all_reduced(setup.dist)
 
 
@@ -5654,10 +5695,13 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: L
     step = trainer.step
     state = trainer.copy_state()
 
+    stage = "set-up: {stage}"
+    log.event("setting_up", stage, stage="compiling and warming up the training step")
     warm_up(trainer, batch)
     calibrate(trainer.model, [batch[:1]], setup.dist, run)  # refuses a matrix without input before training is paid for
     reserve = 0.0
     if run.max_wallclock_seconds:
+        log.event("setting_up", stage, stage="rehearsing what follows training, to know how long it takes")
         reserve = dry_run(trainer, batch, setup, held_out, log)
         require(
             reserve < run.max_wallclock_seconds,
@@ -5721,8 +5765,9 @@ def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log
         return READOUTS["half"]
 
     def score(share: float) -> float:
+        progress = ScoringProgress(log, f"held-out text with {share:.3f} of the average")
         with trainer.average.applied(share):
-            table = score_all_static(trainer.model, setup, docs=held_out)
+            table = score_all_static(trainer.model, setup, docs=held_out, progress=progress)
         return float(table.nats.sum() / (len(held_out.tokens) - 1))
 
     nats = {name: score(share) for name, share in READOUTS.items()}  # per token
@@ -5773,7 +5818,8 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
 
     def validate() -> float:
         looping = trainer.looping(trainer.progress)
-        return score_all_static(trainer.model, setup, looping).bits_per_byte
+        progress = ScoringProgress(log, "validation")
+        return score_all_static(trainer.model, setup, looping, progress=progress).bits_per_byte
 
     history = []
     weights_file = run.resume
@@ -5856,12 +5902,14 @@ def read_out_and_pack(
     """Choose among the trained weights and write the artifact -> what the result says about the chosen weights, and
     their nats on every validation document, (documents,), before quantisation."""
     with watch.phase("validate"):
-        last_bpb = score_all_static(trainer.model, setup).bits_per_byte
+        progress = ScoringProgress(log, "validation with the last weights")
+        last_bpb = score_all_static(trainer.model, setup, progress=progress).bits_per_byte
     with watch.phase("choose"):
         share = choose_weights(trainer, setup, held_out, log)
     with trainer.average.applied(share):
         with watch.phase("validate"):
-            table = score_all_static(trainer.model, setup)
+            progress = ScoringProgress(log, "validation before quantisation")
+            table = score_all_static(trainer.model, setup, progress=progress)
             prequant_bpb = table.bits_per_byte
         DivergenceCheck(setup.model.vocab_size).at_the_end(table.nats_per_token, "the score of the trained weights")
         line = "before quantisation, without adaptation: val_bpb:{prequant_bpb:.5f}, last iterate {last_bpb:.5f}"
@@ -5926,7 +5974,10 @@ def evaluate(
     with watch.phase("evaluate: score"):
         table = evaluation.score()
     with watch.phase("score without adaptation"):
-        static = score_all_static(model, setup) if run.ttt_enabled else table
+        static = table
+        if run.ttt_enabled:
+            progress = ScoringProgress(log, "validation without adaptation")
+            static = score_all_static(model, setup, progress=progress)
 
     static.require_finite(f"the network of {path} gives none, whatever adapts; train again, with lower rates")
     table.require_finite(

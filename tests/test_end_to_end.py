@@ -144,6 +144,7 @@ EVENTS = {  # of a run on a CPU in which nothing special happens, in order: thei
     "training_data": {"shards", "tokens", "holdout_tokens", "batch_tokens", "grad_accum_steps", "micro_batch_rows"},
     "predicted_size": {"artifact_bytes", "code_bytes", "limit_bytes"},
     "limits": {"train_seconds", "eval_seconds"},
+    "setting_up": {"stage"},
     "set_up": {"seconds", "reserve_seconds"},
     "step": {"step", "loss", "progress", "loop", "tokens_per_s", "epoch", "train_s", "eta_s"},
     "trained": {"step", "file", "bytes"},

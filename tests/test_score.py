@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from recorder import Recorder, random_gpt
 
 import train_gpt as g
+from tools.events import read_events
 
 CONFIG = TINY_MODEL
 CONTEXT, STRIDE = 32, 8
@@ -40,6 +41,33 @@ def static(model, docs, chosen=None, dist=None, **knobs) -> list[np.ndarray]:
         chosen = range(len(docs))
     g.score_static(model, docs, chosen, run_config(**knobs), dist or g.Dist(), table)
     return table.by_document
+
+
+# ---- progress ---------------------------------------------------------------
+
+
+def test_a_long_pass_tells_how_far_it_is_and_a_short_one_does_not(model, monkeypatch, tmp_path):
+    """With a row every 4 seconds: a report after the third and after the sixth."""
+    docs = documents(*[30] * 16)
+    clock = iter(range(0, 1000, 4))
+    monkeypatch.setattr(g.time, "perf_counter", lambda: float(next(clock)))
+
+    def events(name: str, rows: int) -> list[dict]:
+        log = g.Log(tmp_path / f"{name}.txt")
+        table = g.ScoreTable(docs)
+        chosen = range(2 * rows)  # a row of 128 tokens holds two documents
+        g.score_static(
+            model, docs, chosen, run_config(), g.Dist(), table, progress=g.ScoringProgress(log, "held-out text")
+        )
+        return [event.values for event in read_events((tmp_path / f"{name}.events.jsonl").read_bytes(), name)]
+
+    assert events("short", rows=2) == []
+    first, second = events("long", rows=8)
+    assert first["what"] == "held-out text" and first["targets"] == docs.lengths.sum()
+    assert (first["targets_done"], second["targets_done"]) == (docs.lengths[:6].sum(), docs.lengths[:12].sum())
+    assert (first["eta_s"], second["eta_s"]) == pytest.approx((20.0, 8.0), abs=0.5)
+    line = f"scoring held-out text: {first['targets_done']}/{first['targets']} targets eta_s:{first['eta_s']:.0f}\n"
+    assert (tmp_path / "long.txt").read_text().startswith(line)
 
 
 # ---- windows ----------------------------------------------------------------

@@ -55,6 +55,7 @@ FIELDS = {  # event -> its fields and their kinds; a non-finite value is stored 
     },
     "predicted_size": {"artifact_bytes": number, "code_bytes": whole, "limit_bytes": whole},
     "limits": {"train_seconds": number, "eval_seconds": number},
+    "setting_up": {"stage": text},
     "set_up": {"seconds": number, "reserve_seconds": number},
     "step": {
         "step": whole,
@@ -67,6 +68,7 @@ FIELDS = {  # event -> its fields and their kinds; a non-finite value is stored 
         "eta_s": signed,
     },
     "trained": {"step": whole, "file": text, "bytes": whole},
+    "scoring": {"what": text, "targets_done": whole, "targets": whole, "eta_s": signed},
     "validate": {"step": whole, "val_bpb": optional(number)},
     "readout": {
         "documents": whole,
@@ -186,12 +188,14 @@ TEMPLATES = {  # event -> all wordings of its line in train_gpt.py, the latest f
         "{code_bytes} bytes of code, limit {limit_bytes}",
     ),
     "limits": ("limits: {train_seconds:g} s of training, {eval_seconds:g} s of evaluation (0: none)",),
+    "setting_up": ("set-up: {stage}",),
     "set_up": ("set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing",),
     "step": (
         "step:{step} loss:{loss:.4f} progress:{progress:.3f} loop:{loop} "
         "tokens_per_s:{tokens_per_s:.0f} epoch:{epoch:.2f} train_s:{train_s:.1f} eta_s:{eta_s:.0f}",
     ),
     "trained": ("step {step}: the trained weights are in {file} ({bytes} bytes); RESUME={file} goes on from here",),
+    "scoring": ("scoring {what}: {targets_done}/{targets} targets eta_s:{eta_s:.0f}",),
     "validate": ("step:{step} val_bpb:{val_bpb:.5f} (last iterate, without adaptation)",),
     "readout": (
         "{documents} held-out documents: last {last:.5f}, half {half:.5f}, average {average:.5f} nats a token; "

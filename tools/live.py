@@ -54,6 +54,8 @@ def note_progress(job: Job, event: Event) -> None:
         case "step" | "validate":
             job.at = f"step {values['step']}"
             job.bpb = values.get("val_bpb", job.bpb)
+        case "scoring":
+            job.at = f"{values['what']}: {values['targets_done'] / max(1, values['targets']):.0%}"
         case "before_quantisation":
             job.at = "packing"
             job.eta = None
