@@ -1581,7 +1581,9 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     elif isinstance(named, str):
         path = Path(run.data_path) / named
     else:
-        raise DataError(f"{run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH")
+        raise DataError(
+            f"DATA_PATH={run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH"
+        )
 
     # The manifest may name anything, and reading a device or a pipe might never end.
     require(os.path.isfile(path) or not os.path.exists(path), f"{path}: not a file; set TOKENIZER_PATH", DataError)
@@ -5242,6 +5244,8 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
         value = kind(text)
     except ValueError:
         raise ConfigError(problem + {int: "a whole number", float: "a number"}[kind]) from None
+    # Tools refuse a result with such a knob, as it could pass for other lines of a log.
+    require(kind is not str or text.isprintable(), problem + "one line of printable text")
     require(kind is not float or math.isfinite(value), problem + "a finite number")
     require(kind is not float or abs(value) <= MAX_KNOB, problem + f"at most {MAX_KNOB:g}: fp32 must hold its products")
     require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
@@ -5250,10 +5254,16 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
 
 
 def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
-    """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names."""
-    for name in sorted(set(names) - set(knobs) - BUILD_TOOLS):
+    """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names, and a
+    knob's name in other letters beside the knob itself, as in a script's `SEED=$seed`."""
+    names = set(names)
+    knobs = set(knobs)
+    for name in sorted(names - knobs - BUILD_TOOLS):
         if name in RETIRED:
             raise ConfigError(f"{name} is retired: {RETIRED[name]}; unset it")
+        capitals = name.upper()
+        if capitals in knobs and capitals not in names:
+            raise ConfigError(f"{name} is not a knob; did you mean {capitals}? Knobs are in capitals")
         similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
         near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
         if near:
