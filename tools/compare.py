@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tools.artifact import end_in_a_line
-from tools.plot import COLOURS, by_length, label_lengths, picture, short
+from tools.plot import COLOURS, by_length, label_lengths, labels, picture
 from tools.results import (
     FEWEST,
     Interval,
@@ -136,8 +136,8 @@ def verdict(gap: Interval) -> str:
 def draw(a: Run, b: Run, groups: list[Group], path: Path) -> None:
     """Plot both runs' bits per byte against document length, and the gain of B."""
     with picture(path, 420, columns=2) as (both, gain):
-        for name, run, colour in (("A", a, COLOURS[0]), ("B", b, COLOURS[1])):
-            both.plot(*by_length(run, run.nats), "o-", color=colour, label=f"{name} {short(run)}: {run.bpb:.4f}")
+        for name, run, label, colour in zip("AB", (a, b), labels((a, b)), COLOURS, strict=False):
+            both.plot(*by_length(run, run.nats), "o-", color=colour, label=f"{name} {label}: {run.bpb:.4f}")
         gain.axhline(0, color="#555555", linewidth=1)
         known = [(g.tokens, g.gap) for g in groups if g.gap]
         reach = [[gap.high - gap.value for _, gap in known], [gap.value - gap.low for _, gap in known]]
