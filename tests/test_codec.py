@@ -592,8 +592,8 @@ def test_the_table_is_of_validation_documents(artifact, tmp_path, capsys, write_
     for *_, coded, score in sizes:
         assert 8 * abs(coded - score) <= allowance(8 * score)
     for row, documents in zip(sizes, ([texts[2]], [texts[3]], [texts[2], texts[3]]), strict=True):
-        bits = sum(scored_bits(predictor, [codec.to_tokens(predictor, False, text)]) for text in documents)
-        assert row[-1] == round(bits / 8)
+        bits = scored_bits(predictor, [codec.to_tokens(predictor, False, text) for text in documents])
+        assert row[-1] == round(bits / 8)  # together: a CPU may round one row otherwise than two
     assert [row[0] for row in sizes] == [len(texts[2]), len(texts[3]), len(texts[2]) + 1 + len(texts[3])]
     assert sizes[0][4] == len(codec.compress(predictor, texts[2].encode()).blob)
 
@@ -652,3 +652,4 @@ def test_top_p_leaves_the_likeliest():
     generator = torch.Generator().manual_seed(0)
     assert {sample.pick(logits, 1.0, 0.6, generator) for _ in range(200)} == {1, 2}
     assert {sample.pick(logits, 1.0, 0.0, generator) for _ in range(20)} == {1}
+    assert {sample.pick(logits, temperature, 1.0, generator) for temperature in (1e-3, 1e-45, 5e-324)} == {1}
