@@ -258,6 +258,7 @@ main() {
   local command=${1:-}
   (($# == 0)) || shift
   wait_without_spinning
+  unset PYTHONSAFEPATH # with it, Python would not find the tools, modules of this folder
   case $command in
     "") start_job ;;
     check-setup) start_job --check-setup ;;

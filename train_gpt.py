@@ -5272,6 +5272,7 @@ def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
     """Build both configs from the environment; only this function and Dist.from_env read it."""
+    require(__debug__, "Python runs under -O, without the check that every target is scored once: run it without -O")
     refuse_unknown(env, KNOBS)
     values = {}
     for name, (f, kind) in KNOBS.items():
@@ -5325,7 +5326,7 @@ def settings(*configs: Any) -> dict[str, str]:
 
 def describe_knobs() -> str:
     """The text of --help: every knob with its default, unit and meaning, in groups."""
-    usage = __doc__.split("\nA run leaves")[0].strip()
+    usage = (__doc__ or "").split("\nA run leaves")[0].strip()  # -OO drops docstrings
     lines = [usage, ""]
     for name, (f, kind) in KNOBS.items():
         meta = f.metadata

@@ -434,6 +434,13 @@ def test_help_works_whatever_the_environment_says(run_script):
     assert done.returncode == 0 and "TTT_LORA_RANK" in done.stdout and done.stderr == ""
 
 
+def test_nothing_runs_without_assertions(run_script, tiny_env):
+    """One of them is that every target is scored exactly once."""
+    done = run_script(env=tiny_env(PYTHONOPTIMIZE="2"))
+    assert done.returncode == 2 and done.stderr.startswith("error: Python runs under -O") and done.stdout == ""
+    assert run_script("--help", env={"PYTHONOPTIMIZE": "2"}).returncode == 0
+
+
 def test_an_unknown_argument_is_refused(capsys):
     assert train_gpt.main(["--lr=3"]) == 2
     out, err = capsys.readouterr()
