@@ -5250,7 +5250,7 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     require(kind is not float or abs(value) <= MAX_KNOB, problem + f"at most {MAX_KNOB:g}: fp32 must hold its products")
     require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
     require(meta["high"] is None or value <= meta["high"], problem + f"at most {meta['high']}")
-    return value
+    return value + 0.0 if kind is float else value  # -0.0 becomes 0.0: equal values are written alike
 
 
 def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:

@@ -174,6 +174,13 @@ def test_any_text_becomes_a_number_in_range_or_a_config_error(name, text):
         assert type(value) is kind and (low is None or value >= low) and (high is None or value <= high)
 
 
+@pytest.mark.parametrize("text", ["0", "-0", "-0.0", "0e5"])
+def test_equal_values_are_written_alike(text):
+    """Sweeps and records tell runs apart by what is written."""
+    _, run = read_env({"EVAL_SECONDS": text})
+    assert train_gpt.settings(run)["EVAL_SECONDS"] == "0.0"
+
+
 @pytest.mark.parametrize("path", ["a\tb", "a\nb", "a\u00a0b", "a\udcffb"])
 def test_a_text_that_is_no_line_is_refused(path):
     """No tool would read the result of such a run."""

@@ -938,6 +938,14 @@ def read_combinations(options: argparse.Namespace) -> tuple[list[dict[str, str]]
     return (parse_file(options.file) if options.file else parse_grid(options.grid)), None
 
 
+def require_effects(design: Design, jobs: Sequence[Job]) -> None:
+    """Refuse a factor whose two values are one, such as 0.02 and 2e-2: its effect would be that of noise."""
+    for factor in design.factors:
+        for name in factor.base:
+            values = {job.settings.get(name) for job in jobs}
+            require(len(values) > 1, f"{factor.word}: both values of {name} are {values.pop()} to a run", ConfigError)
+
+
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. A grid word after --screen is not taken for its number."""
     words = list(arguments)
@@ -965,6 +973,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launcher = launcher_words(options.launcher)
     sources = find_sources(options.source)
     jobs = make_jobs(combinations, options.eval, options.gpus, sources, options.train_only, find_texts(options.data))
+    if design is not None:
+        require_effects(design, jobs)
     slots = places(options, jobs[0].settings["DEVICE"])
     folder = SWEEPS / sweep_name(options, combinations)
 
