@@ -95,8 +95,8 @@ def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
     better, worse = better_worse(a, b, np.ones(len(a.nats), bool))
     same = len(a.nats) - better - worse
     lines = [
-        f"A {a.name}: {a.bpb:.5f} bpb, {a.static_bpb:.5f} without adaptation",
-        f"B {b.name}: {b.bpb:.5f} bpb, {b.static_bpb:.5f} without adaptation",
+        f"A {summary(a)}",
+        f"B {summary(b)}",
         f"B - A: {overall} bpb, without adaptation {static}",
         verdict(overall),
         f"of {len(a.nats)} documents B predicts {better} better, {worse} worse, {same} the same",
@@ -110,6 +110,13 @@ def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
             f"| {g.label} | {g.documents} | {g.bpb[0]:.5f} | {g.bpb[1]:.5f} | {gap} | {g.better} | {g.worse} |"
         )
     return lines + left_out(len(a.nats), groups)
+
+
+def summary(run: Run) -> str:
+    """A run's name and scores, and how many documents did not adapt for lack of time."""
+    text = f"{run.name}: {run.bpb:.5f} bpb, {run.static_bpb:.5f} without adaptation"
+    degraded = run.result["degraded_documents"]
+    return f"{text}; time was short: {degraded} documents without adaptation" if degraded else text
 
 
 def left_out(documents: int, groups: list[Group]) -> list[str]:
