@@ -938,14 +938,6 @@ def read_combinations(options: argparse.Namespace) -> tuple[list[dict[str, str]]
     return (parse_file(options.file) if options.file else parse_grid(options.grid)), None
 
 
-def require_effects(design: Design, jobs: Sequence[Job]) -> None:
-    """Refuse a factor whose two values are one, such as 0.02 and 2e-2: its effect would be that of noise."""
-    for factor in design.factors:
-        for name in factor.base:
-            values = {job.settings.get(name) for job in jobs}
-            require(len(values) > 1, f"{factor.word}: both values of {name} are {values.pop()} to a run", ConfigError)
-
-
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. A grid word after --screen is not taken for its number."""
     words = list(arguments)
@@ -963,6 +955,14 @@ def command_given(jobs: list[Job], arguments: Sequence[str]) -> str:
     knobs = train_gpt.KNOBS.keys() | {name for job in jobs for name in job.settings}
     said = shell_words({name: value for name, value in given().items() if name in knobs})
     return f"{said} {shlex.join(['./run.sh', 'sweep', *arguments])}".strip()
+
+
+def require_effects(design: Design, jobs: Sequence[Job]) -> None:
+    """Refuse a factor whose two values are one, such as 0.02 and 2e-2: its effect would be that of noise."""
+    for factor in design.factors:
+        for name in factor.base:
+            values = {job.settings.get(name) for job in jobs}
+            require(len(values) > 1, f"{factor.word}: both values of {name} are {values.pop()} to a run", ConfigError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
