@@ -13,7 +13,7 @@ usage() {
   ./run.sh check-setup  before a run: what `./run.sh` would do with these settings, and whether this machine can do it
   ./run.sh data ...     fetch or make data: python data/prepare.py ...
   ./run.sh prove ...    audit the score of an artifact (default: the newest in logs/), one line a property; two minutes
-  ./run.sh compress FILE OUT     the scorer as a lossless compressor; file names count from this folder
+  ./run.sh compress FILE OUT     the scorer as a lossless compressor
   ./run.sh decompress OUT FILE   and back, exactly
   ./run.sh sample ...   what an artifact would write after a prompt
   ./run.sh sweep ...    rank combinations of knobs on held-out training text: TTT_LR=5e-5,1e-4 [--eval ARTIFACT];
@@ -28,6 +28,7 @@ usage() {
   ./run.sh test         ruff and the default tests; `test slow`: the slow ones; `test all`: both; or pytest's arguments
   ./run.sh help         this text, then every knob with the full run's default (the small run's: small_job in run.sh)
 
+Names of files and folders, also in knobs, count from this folder, wherever you are.
 A knob is an environment variable: TTT_LR=3e-4 ./run.sh. Four more are read here:
   DATA_PATH        folder of prepared data; where there are GPUs, it makes the run the full one
   PYTHON           interpreter, at least 3.11 (default: python3). If it imports torch >= 2.11, that torch is used;
@@ -258,6 +259,7 @@ main() {
   local command=${1:-}
   (($# == 0)) || shift
   wait_without_spinning
+  unset PYTHONSAFEPATH # with it, Python would not find the tools, modules of this folder
   case $command in
     "") start_job ;;
     check-setup) start_job --check-setup ;;

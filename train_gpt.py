@@ -1632,7 +1632,9 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     elif isinstance(named, str):
         path = Path(run.data_path) / named
     else:
-        raise DataError(f"{run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH")
+        raise DataError(
+            f"DATA_PATH={run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH"
+        )
 
     # The manifest may name anything, and reading a device or a pipe might never end.
     require(os.path.isfile(path) or not os.path.exists(path), f"{path}: not a file; set TOKENIZER_PATH", DataError)
@@ -5312,18 +5314,26 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
         value = kind(text)
     except ValueError:
         raise ConfigError(problem + {int: "a whole number", float: "a number"}[kind]) from None
+    # Tools refuse a result with such a knob, as it could pass for other lines of a log.
+    require(kind is not str or text.isprintable(), problem + "one line of printable text")
     require(kind is not float or math.isfinite(value), problem + "a finite number")
     require(kind is not float or abs(value) <= MAX_KNOB, problem + f"at most {MAX_KNOB:g}: fp32 must hold its products")
     require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
     require(meta["high"] is None or value <= meta["high"], problem + f"at most {meta['high']}")
-    return value
+    return value + 0.0 if kind is float else value  # -0.0 becomes 0.0: equal values are written alike
 
 
 def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
-    """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names."""
-    for name in sorted(set(names) - set(knobs) - BUILD_TOOLS):
+    """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names, and a
+    knob's name in other letters beside the knob itself, as in a script's `SEED=$seed`."""
+    names = set(names)
+    knobs = set(knobs)
+    for name in sorted(names - knobs - BUILD_TOOLS):
         if name in RETIRED:
             raise ConfigError(f"{name} is retired: {RETIRED[name]}; unset it")
+        capitals = name.upper()
+        if capitals in knobs and capitals not in names:
+            raise ConfigError(f"{name} is not a knob; did you mean {capitals}? Knobs are in capitals")
         similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
         near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
         if near:
@@ -5332,6 +5342,7 @@ def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
 
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
     """Build both configs from the environment; only this function and Dist.from_env read it."""
+    require(__debug__, "Python runs under -O, without the check that every target is scored once: run it without -O")
     refuse_unknown(env, KNOBS)
     values = {}
     for name, (f, kind) in KNOBS.items():
@@ -5385,7 +5396,7 @@ def settings(*configs: Any) -> dict[str, str]:
 
 def describe_knobs() -> str:
     """The text of --help: every knob with its default, unit and meaning, in groups."""
-    usage = __doc__.split("\nA run leaves")[0].strip()
+    usage = (__doc__ or "").split("\nA run leaves")[0].strip()  # -OO drops docstrings
     lines = [usage, ""]
     for name, (f, kind) in KNOBS.items():
         meta = f.metadata

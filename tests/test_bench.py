@@ -56,6 +56,44 @@ def test_the_compressor_is_timed_for_a_full_batch_and_for_one_document(tiny_run,
     ]
 
 
+def test_every_peak_of_memory_is_that_of_its_own_line(tiny_run, tiny_config, monkeypatch, capsys):
+    """Otherwise two documents would seem to take what the full batch before them took."""
+    done = []
+    monkeypatch.setattr(bench, "forget_peak_memory", lambda dist: done.append("forget"))
+    monkeypatch.setattr(bench, "peak_memory", lambda dist: done.append("peak") or "")
+    bench.adaptation(tiny_config, tiny_run(), g.Dist())
+    trainer = bench.make_trainer(tiny_config, tiny_run(), g.Dist())
+    for looping in (False, True):
+        bench.steps(trainer, looping, count=1)
+    try:
+        bench.compressor(tiny_config, tiny_run(), g.Dist(), tokens=2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert done == ["forget", "peak"] * 6
+
+
+def test_a_cpu_has_no_peak_of_gpu_memory():
+    assert bench.peak_memory(g.Dist()) == "peak_GiB:- reserved_GiB:-"
+
+
+@pytest.mark.parametrize(
+    "arguments, knobs, reason",
+    [
+        (["--count", "-1"], {}, "at least 1"),
+        (["--tokens", "0"], {}, "at least 1"),
+        (["--only", "adaptation"], {"TTT_SCOPE": "stream"}, "TTT_SCOPE=document"),
+        (["--only", "codec"], {"TTT_PARAMS": "full"}, "TTT_PARAMS=lora"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(arguments, knobs, reason, monkeypatch, capsys):
+    for name, value in {"DEVICE": "cpu", **knobs}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(g, "prepare_torch", lambda run, device: None)
+    with pytest.raises(SystemExit):
+        bench.main(arguments)
+    assert reason in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "kernel, kind",
     [

@@ -566,8 +566,7 @@ def test_the_commands(make_artifact, tmp_path, monkeypatch, capsys):
     source.write_bytes(text)
     assert end_in_a_line(lambda: compress.main([str(source), str(out), "--artifact", str(first)])) == 0
     said = capsys.readouterr().out
-    assert f"{len(text)} -> {out.stat().st_size} bytes, " in said
-    assert re.search(r"; of these, header \d+, edits \d+, tokens \d+ \(\d+ of 1 document\); \d+\.\d s$", said)
+    assert re.search(rf"{len(text)} -> {out.stat().st_size} bytes, .* edits \d+, \d+ tokens of 1 documents", said)
     monkeypatch.setenv("TTT_LR", "7")
     command = [sys.executable, "-m", "tools.decompress", str(out), str(back), "--artifact", str(first)]
     subprocess.run(command, check=True, cwd=ROOT, timeout=100)
@@ -581,9 +580,7 @@ def test_the_commands(make_artifact, tmp_path, monkeypatch, capsys):
     assert not back.exists()
 
 
-def test_the_table_is_of_validation_documents(artifact, tmp_path, monkeypatch, capsys, write_shard):
-    # On some CPUs products of other shapes round differently, and random weights that learn fast magnify it.
-    monkeypatch.setenv("TTT_LR", "0.001")
+def test_the_table_is_of_validation_documents(artifact, tmp_path, capsys, write_shard):
     predictor = codec.open_predictor(artifact)
     texts = [some_text(n, seed=n).decode() for n in (4, 20, 9, 14, 3)]
     stream = [BOS, *(token for text in texts for token in codec.to_tokens(predictor, False, text))]
@@ -595,8 +592,8 @@ def test_the_table_is_of_validation_documents(artifact, tmp_path, monkeypatch, c
     for *_, coded, score in sizes:
         assert 8 * abs(coded - score) <= allowance(8 * score)
     for row, documents in zip(sizes, ([texts[2]], [texts[3]], [texts[2], texts[3]]), strict=True):
-        bits = sum(scored_bits(predictor, [codec.to_tokens(predictor, False, text)]) for text in documents)
-        assert abs(row[-1] - bits / 8) < 0.6  # rounded to whole bytes
+        bits = scored_bits(predictor, [codec.to_tokens(predictor, False, text) for text in documents])
+        assert row[-1] == round(bits / 8)  # together: a CPU may round one row otherwise than two
     assert [row[0] for row in sizes] == [len(texts[2]), len(texts[3]), len(texts[2]) + 1 + len(texts[3])]
     assert sizes[0][4] == len(codec.compress(predictor, texts[2].encode()).blob)
 
@@ -655,3 +652,4 @@ def test_top_p_leaves_the_likeliest():
     generator = torch.Generator().manual_seed(0)
     assert {sample.pick(logits, 1.0, 0.6, generator) for _ in range(200)} == {1, 2}
     assert {sample.pick(logits, 1.0, 0.0, generator) for _ in range(20)} == {1}
+    assert {sample.pick(logits, temperature, 1.0, generator) for temperature in (1e-3, 1e-45, 5e-324)} == {1}

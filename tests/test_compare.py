@@ -90,6 +90,14 @@ def test_a_run_is_named_by_any_of_its_files(tmp_path, monkeypatch, capsys):
     assert "error: logs/z.json: cannot be read" in capsys.readouterr().err
 
 
+def test_documents_that_did_not_adapt_for_lack_of_time_are_told(tmp_path):
+    """Otherwise a slow machine would pass for a worse run."""
+    a = load_run(fabricate(tmp_path, "a"))
+    b = load_run(fabricate(tmp_path, "b", degraded_documents=7, doc_independent=0))
+    line_a, line_b, *_ = compare.describe(a, b, [])
+    assert "time" not in line_a and line_b.endswith("; time was short: 7 documents without adaptation")
+
+
 def test_documents_that_the_table_leaves_out_are_counted(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = fabricate(tmp_path / "logs", "a")

@@ -174,6 +174,21 @@ def test_any_text_becomes_a_number_in_range_or_a_config_error(name, text):
         assert type(value) is kind and (low is None or value >= low) and (high is None or value <= high)
 
 
+@pytest.mark.parametrize("text", ["0", "-0", "-0.0", "0e5"])
+def test_equal_values_are_written_alike(text):
+    """Sweeps and records tell runs apart by what is written."""
+    _, run = read_env({"EVAL_SECONDS": text})
+    assert train_gpt.settings(run)["EVAL_SECONDS"] == "0.0"
+
+
+@pytest.mark.parametrize("path", ["a\tb", "a\nb", "a\u00a0b", "a\udcffb"])
+def test_a_text_that_is_no_line_is_refused(path):
+    """No tool would read the result of such a run."""
+    for name in ("DATA_PATH", "TOKENIZER_PATH", "ARTIFACT", "RESUME"):
+        assert refusal({name: path}).startswith(f"{name}={path!r}: ")
+    read_env({"DATA_PATH": "ein Ordner/für $Texte"})
+
+
 @pytest.mark.parametrize(
     "env, mentioned",
     [
@@ -219,6 +234,14 @@ def test_a_misspelt_name_is_refused_with_a_nearest_name(name):
         named = message.partition("did you mean ")[2].partition("?")[0]
         assert named in KNOBS and one_edit_away(wrong, named), message
         assert "--help" in message
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_name_in_other_letters_is_refused_unless_the_knob_itself_is_set(name):
+    """Unless refused, `ttt_lr=1e-3 ./run.sh` would score with the default rate."""
+    for wrong in (name.lower(), name.title()):
+        assert refusal({wrong: "1"}).startswith(f"{wrong} is not a knob; did you mean {name}?")
+    read_env({"seed": "7", "SEED": "7"})
 
 
 def test_a_long_name_may_have_two_letters_exchanged():
@@ -418,6 +441,13 @@ def test_help_works_whatever_the_environment_says(run_script):
     assert done.returncode == 0 and "TTT_LORA_RANK" in done.stdout and done.stderr == ""
 
 
+def test_nothing_runs_without_assertions(run_script, tiny_env):
+    """One of them is that every target is scored exactly once."""
+    done = run_script(env=tiny_env(PYTHONOPTIMIZE="2"))
+    assert done.returncode == 2 and done.stderr.startswith("error: Python runs under -O") and done.stdout == ""
+    assert run_script("--help", env={"PYTHONOPTIMIZE": "2"}).returncode == 0
+
+
 def test_an_unknown_argument_is_refused(capsys):
     assert train_gpt.main(["--lr=3"]) == 2
     out, err = capsys.readouterr()
@@ -432,7 +462,7 @@ def test_an_unknown_argument_is_refused(capsys):
     ["../x", "/tmp/x", "a//b", "a/../b", ".hidden", "a/.b", "x" * 201, "é" * 101, "a\nb", "\x1b[2J", "a/" * 9 + "b"],
 )
 def test_a_run_id_that_names_no_file_in_logs_is_refused(run_id):
-    with pytest.raises(train_gpt.ConfigError, match="RUN_ID=.*names files in logs/"):
+    with pytest.raises(train_gpt.ConfigError, match="RUN_ID=.*names (the )?files in logs/"):
         train_gpt.read_env({"RUN_ID": run_id})
 
 

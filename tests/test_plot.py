@@ -72,6 +72,34 @@ def test_the_pictures_show_the_numbers_of_the_runs(tmp_path, shown):
         assert axes.get_xlabel().endswith(")"), "units"
 
 
+def test_a_validation_is_shown_at_its_own_time_between_and_beyond_the_logged_steps(tmp_path, shown):
+    trained = {"steps": 8, "train_tokens": 800, "train_seconds": 17.0}
+    trained["phases"] = {"train": 15.0, "checkpoint": 1.0, "pack": 1.0}
+    for name, history, seconds in [("sparse", [[4, 6.0, 4.0]], 3.0), ("none", [], 4.0)]:
+        run = load_run(fabricate(tmp_path, name, history=history, **trained))
+        plot.draw_all([run], tmp_path)
+        by_time, by_tokens = shown["loss"]
+        assert by_time.lines[1].get_xdata().tolist() == [seconds, 16.0]  # of steps 2 and 8
+        assert by_tokens.lines[1].get_xdata().tolist() == [2e-4, 8e-4]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path, shown):
+    """Runs of two sweeps may differ in the folder alone, and a copy has the name of its original."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    one, same, other = (load_run(fabricate(tmp_path, name)) for name in ("a/run", "b/run", "a/other"))
+    assert plot.labels([one, other]) == ["run", "other"]
+    assert plot.labels([one, same]) == ["a/run", "b/run"]
+
+    copies = [load_run(fabricate(tmp_path / folder)) for folder in ("a", "b")]
+    plot.draw_all(copies, tmp_path)
+    for path in [str(copy.path) for copy in copies]:
+        for name in ("phases", "bytes"):
+            assert any(label.get_text().startswith(path) for label in shown[name][0].get_yticklabels())
+        for name in ("loss", "lengths"):
+            assert any(line.get_label().startswith(path) for line in shown[name][0].lines)
+
+
 @pytest.mark.parametrize(
     "changed, marked", [({}, []), ({"texts": 1}, ["loss", "lengths"]), ({"tokenizer": 2}, ["loss"])]
 )

@@ -367,6 +367,9 @@ def test_what_is_allowed_is_said(runs, facts):
     streamed = doctored(runs, doc_independent=0)
     assert claims.objections(streamed, dependent) == []
     assert "may depend on other documents" in claims.readme(streamed, dependent)
+    assert "for lack of time" not in claims.readme(streamed, dependent)
+    late = doctored(runs, doc_independent=0, degraded_documents=1_007)
+    assert "did not adapt for lack of time: 1,007 of seed " in claims.readme(late, dependent)
     contest = dataclasses.replace(facts, track=CONTEST)
     own = dataclasses.replace(contest, allowed=(claims.OWN_TOKENIZER,))
     assert claims.objections(of_the_contest(runs, tokens=40_000_000), own) == []

@@ -177,6 +177,12 @@ def test_a_tool_gets_its_arguments(ready, name):
     assert ("ITERATIONS" in call["env"]) == (name in knobs) == bool(ready.started("prepare.py"))
 
 
+def test_python_finds_the_tools_whatever_the_environment_says(ready):
+    ready.run("plot", PYTHONSAFEPATH="1")
+    (call,) = ready.started("plot")
+    assert "PYTHONSAFEPATH" not in call["env"]
+
+
 def test_a_sweep_of_an_artifact_gets_no_knobs_of_the_small_run(ready):
     ready.run("sweep", "TTT_LR=1e-4,2e-4", "--eval", "logs/other.ptz")
     (call,) = ready.started("sweep")

@@ -113,6 +113,7 @@ def test_lenths_pseudo_standard_error_leaves_out_what_is_no_noise():
 # ---- sweeps -----------------------------------------------------------------
 
 FACTORS = ("KNOB_A=0,1", "KNOB_B=0,1+KNOB_C=5,7", "KNOB_D=0,1", "KNOB_E=0,1")
+SIX = [f"{name}=0.1,0.2" for name in ("BETA1", "BETA2", "MIN_LR", "EMBED_WD", "SCALAR_WD", "WARMDOWN_FRAC")]
 LINES = """
     os.environ["TTT_LR"] = "-".join(os.environ[name] for name in ("KNOB_A", "KNOB_B", "KNOB_D", "KNOB_E"))
 """
@@ -161,6 +162,8 @@ def test_a_screen_runs_its_design_and_tells_effects_once_all_is_done(screened, c
         (["--screen", "9", *FACTORS], "--screen 9: expected one of"),
         (["--screen", "TTT_EPOCHS=1,2", *FACTORS], "TTT_EPOCHS changes nothing before quantisation"),
         ([*FACTORS, "--screen"], "KNOB_A"),
+        (["--screen", *SIX, "MATRIX_LR=0.02,2e-2"], "both values of MATRIX_LR are 0.02 to a run"),
+        (["--screen", *SIX, "EMBED_LR=0.01,0.02+MUON_WD=0,-0.0"], "both values of MUON_WD are 0.0 to a run"),
     ],
 )
 def test_a_screen_that_makes_no_sense_is_refused(screened, capsys, words, message):

@@ -665,7 +665,7 @@ def choosing(settings, monkeypatch, tmp_path):
         setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
         scored = []
 
-        def score(model, setup, looping=True, docs=None) -> g.ScoreTable:
+        def score(model, setup, looping=True, docs=None, progress=None) -> g.ScoreTable:
             scored.append((trainer.average.params[0].mean().item() - own) / (averaged - own))
             table = g.ScoreTable(docs)
             table.nats[:] = cost(scored[-1]) * (len(docs.tokens) - 1) / len(docs)

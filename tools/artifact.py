@@ -68,7 +68,6 @@ def checked_knobs(stored: Mapping[str, str], what: str) -> dict[str, str]:
         for name, value in knobs.items():
             field, kind = train_gpt.KNOBS[name]
             train_gpt.parse_knob(name, value, kind, field.metadata)
-            train_gpt.require(value.isprintable(), f"{name}={value!r}: expected one line of text")
     except train_gpt.ConfigError as error:
         raise train_gpt.DataError(f"{what}: {error}") from None
     return knobs

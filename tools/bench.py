@@ -20,7 +20,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import train_gpt as g
+from data.prepare import whole_number
 from tools import codec
 from tools.artifact import end_in_a_line
 
@@ -90,6 +91,7 @@ def timer(step: Callable[[], object], dist: g.Dist) -> Callable[[int], float]:
 def steps(trainer: g.Trainer, looping: bool, count: int) -> None:
     """Warm up, time `count` steps, then profile."""
     run = trainer.run
+    forget_peak_memory(trainer.dist)
     batch = g.random_batch(run, trainer.model.config.vocab_size, trainer.dist)
     seconds_per_step = timer(lambda: trainer.train_step(batch, 0.5, looping), trainer.dist)
 
@@ -100,7 +102,8 @@ def steps(trainer: g.Trainer, looping: bool, count: int) -> None:
     compiled_late = graphs_compiled() - compiled_before
     print(
         f"loop:{int(looping)} first_step_s:{first:.1f} step_ms:{1e3 * seconds:.1f} "
-        f"tokens_per_s:{run.train_batch_tokens / seconds:.0f} {peak_memory()} compiled_after_warm_up:{compiled_late}",
+        f"tokens_per_s:{run.train_batch_tokens / seconds:.0f} {peak_memory(trainer.dist)} "
+        f"compiled_after_warm_up:{compiled_late}",
         flush=True,
     )
     print_profile(seconds_per_step, trainer.dist)
@@ -123,6 +126,7 @@ def adaptation(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist) -> N
 def adapt(model: g.GPT, run: g.RunConfig, documents: int, dist: g.Dist) -> None:
     """Time chunks at the start of documents and with a full context, then profile."""
     chunk_tokens = run.ttt_chunk_tokens
+    forget_peak_memory(dist)
     learners = g.BatchedTTT(model, run, documents, dist.device)
     tokens = torch.randint(2, model.config.vocab_size, (documents, chunk_tokens), device=dist.device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -139,7 +143,7 @@ def adapt(model: g.GPT, run: g.RunConfig, documents: int, dist: g.Dist) -> None:
     late = seconds_per_step(4)
     print(
         f"adaptation documents:{documents} chunk:{chunk_tokens} step_ms:{1e3 * early:.1f} at the start, "
-        f"{1e3 * late:.1f} with a full context; {peak_memory()}",
+        f"{1e3 * late:.1f} with a full context; {peak_memory(dist)}",
         flush=True,
     )
     print_profile(seconds_per_step, dist)
@@ -306,6 +310,7 @@ def compressor(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist, toke
     codec.make_deterministic(torch.get_num_threads())
     model = make_model(model_config, run, dist).requires_grad_(False)
     for count in (run.ttt_batch_docs, 1):
+        forget_peak_memory(dist)
         text = torch.randint(2, model_config.vocab_size, (count, tokens - 1)).tolist()
         predictor = codec.with_rows_for(codec.Predictor(model, run, None, "", dist.device), count)
         there_and_back(predictor, [document[: 4 * run.ttt_chunk_tokens] + [g.BOS] for document in text])
@@ -313,7 +318,7 @@ def compressor(model_config: g.ModelConfig, run: g.RunConfig, dist: g.Dist, toke
         print(
             f"codec documents:{count} rows:{predictor.run.ttt_batch_docs} tokens:{count * tokens} "
             f"encoded_per_s:{count * tokens / encoded:.1f} decoded_per_s:{count * tokens / decoded:.1f} "
-            f"bits_per_token:{8 * size / (count * tokens):.3f} {peak_memory()}",
+            f"bits_per_token:{8 * size / (count * tokens):.3f} {peak_memory(dist)}",
             flush=True,
         )
 
@@ -322,9 +327,9 @@ def there_and_back(predictor: codec.Predictor, documents: list[list[int]]) -> tu
     """Encode and decode documents -> bytes, seconds to encode, seconds to decode."""
     tokens = sum(map(len, documents))
     start = time.perf_counter()
-    data = codec.encode(predictor, documents, codec.Progress("encoding", tokens))
+    data = codec.encode(predictor, documents, Progress("encoding", tokens))
     encoded = time.perf_counter()
-    found = codec.decode(predictor, len(documents), tokens, data, codec.Progress("decoding", tokens))
+    found = codec.decode(predictor, len(documents), tokens, data, Progress("decoding", tokens))
     decoded = time.perf_counter()
     g.require(found == documents, "documents came back as others", g.DataError)
     return len(data), encoded - start, decoded - encoded
@@ -333,8 +338,18 @@ def there_and_back(predictor: codec.Predictor, documents: list[list[int]]) -> tu
 # ---- Memory and profiles ----
 
 
-def peak_memory() -> str:
-    """Peak memory allocated by tensors, and peak memory reserved for them: CUDA graphs count only in the second."""
+def forget_peak_memory(dist: g.Dist) -> None:
+    """Begin a measurement whose `peak_memory` holds nothing of those before."""
+    if dist.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_memory(dist: g.Dist) -> str:
+    """On a GPU: peak memory allocated by tensors since `forget_peak_memory`, and peak memory reserved for them: CUDA
+    graphs count only in the second."""
+    if dist.device.type != "cuda":
+        return "peak_GiB:- reserved_GiB:-"
     allocated = torch.cuda.max_memory_allocated() / 2**30
     reserved = torch.cuda.max_memory_reserved() / 2**30
     return f"peak_GiB:{allocated:.1f} reserved_GiB:{reserved:.1f}"
@@ -363,14 +378,27 @@ def print_profile(seconds_per_step: Callable[[int], float], dist: g.Dist) -> Non
         print(f"    {ms:9.2f} ms in {calls[name]:5.0f} calls  {name[:140]}")
 
 
-def main() -> int:
+def why_not(only: str | None, run: g.RunConfig, on_gpu: bool) -> str:
+    """Why this cannot be timed; empty if it can."""
+    if not on_gpu and run.device != "cpu" and only != "coder":
+        return "no GPU, and a CPU takes hours for these shapes: if you mean it, set DEVICE=cpu and smaller ones"
+    if not on_gpu and only == "kernels":
+        return "kernels: timed on a GPU only"
+    if not run.batched_ttt and only in (None, "adaptation", "codec"):
+        return "adaptation, codec: documents side by side need TTT_PARAMS=lora and TTT_SCOPE=document"
+    return ""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=["steps", "adaptation", "kernels", "coder", "codec"], help="see above")
-    parser.add_argument("--count", type=int, default=4, help="training steps to time [4]")
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of a document that is compressed [1024]")
-    options = parser.parse_args()
+    parser.add_argument("--count", type=whole_number, default=4, help="training steps to time [4]")
+    parser.add_argument(
+        "--tokens", type=whole_number, default=1024, help="tokens of a document that is compressed [1024]"
+    )
+    options = parser.parse_args(arguments)
     model_config, run = g.read_env()
     dist = g.Dist.from_env(run.device)
     dist.join()
@@ -380,10 +408,8 @@ def main() -> int:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  only rank 0 prints
 
     on_gpu = dist.device.type == "cuda"
-    if not on_gpu and run.device != "cpu" and options.only != "coder":
-        parser.error("no GPU, and a CPU takes hours for these shapes: if you mean it, set DEVICE=cpu and smaller ones")
-    if not on_gpu and options.only == "kernels":
-        parser.error("kernels: timed on a GPU only")
+    if reason := why_not(options.only, run, on_gpu):
+        parser.error(reason)
     print(f"{g.device_name(dist.device)} {g.versions()}", flush=True)
 
     if options.only in (None, "coder"):

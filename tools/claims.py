@@ -528,8 +528,12 @@ def results_section(runs: Sequence[Run]) -> str:
         rows.append(["deviation", "", "", *(f"{s.std:.5f}" for s in samples), "", "", "", ""])
     named = [f"{name}, {unit}" if unit else name for name, unit in zip(header, units, strict=True)]
     how = "The first two scores are without adaptation, the final one is what is claimed."
-    if not any(run.result["adaptation_steps"] for run in runs):
+    results = [run.result for run in runs]
+    if not any(r["adaptation_steps"] for r in results):
         how = "Nothing adapts at test time: the final score is that of the quantised model."
+    late = [f"{r['degraded_documents']:,} of seed {r['seed']}" for r in results if r["degraded_documents"]]
+    if late:
+        how += f" Documents that did not adapt for lack of time: {', '.join(late)}."
     return f"{table(named, rows)}\n\n{how}"
 
 

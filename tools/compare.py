@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tools.artifact import end_in_a_line
-from tools.plot import COLOURS, by_length, label_lengths, picture, short
+from tools.plot import COLOURS, by_length, label_lengths, labels, picture
 from tools.results import (
     FEWEST,
     Interval,
@@ -95,8 +95,8 @@ def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
     better, worse = better_worse(a, b, np.ones(len(a.nats), bool))
     same = len(a.nats) - better - worse
     lines = [
-        f"A {a.name}: {a.bpb:.5f} bpb, {a.static_bpb:.5f} without adaptation",
-        f"B {b.name}: {b.bpb:.5f} bpb, {b.static_bpb:.5f} without adaptation",
+        f"A {summary(a)}",
+        f"B {summary(b)}",
         f"B - A: {overall} bpb, without adaptation {static}",
         verdict(overall),
         f"of {len(a.nats)} documents B predicts {better} better, {worse} worse, {same} the same",
@@ -110,6 +110,13 @@ def describe(a: Run, b: Run, groups: list[Group]) -> list[str]:
             f"| {g.label} | {g.documents} | {g.bpb[0]:.5f} | {g.bpb[1]:.5f} | {gap} | {g.better} | {g.worse} |"
         )
     return lines + left_out(len(a.nats), groups)
+
+
+def summary(run: Run) -> str:
+    """A run's name and scores, and how many documents did not adapt for lack of time."""
+    text = f"{run.name}: {run.bpb:.5f} bpb, {run.static_bpb:.5f} without adaptation"
+    degraded = run.result["degraded_documents"]
+    return f"{text}; time was short: {degraded} documents without adaptation" if degraded else text
 
 
 def left_out(documents: int, groups: list[Group]) -> list[str]:
@@ -136,8 +143,8 @@ def verdict(gap: Interval) -> str:
 def draw(a: Run, b: Run, groups: list[Group], path: Path) -> None:
     """Plot both runs' bits per byte against document length, and the gain of B."""
     with picture(path, 420, columns=2) as (both, gain):
-        for name, run, colour in (("A", a, COLOURS[0]), ("B", b, COLOURS[1])):
-            both.plot(*by_length(run, run.nats), "o-", color=colour, label=f"{name} {short(run)}: {run.bpb:.4f}")
+        for name, run, label, colour in zip("AB", (a, b), labels((a, b)), COLOURS, strict=False):
+            both.plot(*by_length(run, run.nats), "o-", color=colour, label=f"{name} {label}: {run.bpb:.4f}")
         gain.axhline(0, color="#555555", linewidth=1)
         known = [(g.tokens, g.gap) for g in groups if g.gap]
         reach = [[gap.high - gap.value for _, gap in known], [gap.value - gap.low for _, gap in known]]

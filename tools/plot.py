@@ -92,9 +92,14 @@ def draw_all(runs: Sequence[Run], folder: Path) -> list[Path]:
     return paths
 
 
-def short(run: Run) -> str:
-    """The run's name without its folder, such as a sweep's."""
-    return run.name.rpartition("/")[2]
+def labels(runs: Sequence[Run]) -> list[str]:
+    """What to call each run: its name without its folder, such as a sweep's; the whole name where several runs would
+    be called the same; and the path of its .json where even names are the same, as those of a copy."""
+    short = [run.name.rpartition("/")[2] for run in runs]
+    for found in (short, [run.name for run in runs]):
+        if len(set(found)) == len(runs):
+            return found
+    return [str(run.path) for run in runs]
 
 
 def warn_of_other_text(axes: Axes, runs: Sequence[Run], in_bytes: bool) -> None:
@@ -113,17 +118,17 @@ def draw_loss(runs: Sequence[Run], path: Path) -> None:
     """Nats per token against the training clock and against tokens: lines for training, dots for validation."""
     with picture(path, 400 + 24 * len(runs), columns=2) as (by_time, by_tokens):
         shown = 0.0
-        for run, colour in zip(runs, COLOURS, strict=False):
+        for run, label, colour in zip(runs, labels(runs), COLOURS, strict=False):
             steps, seconds, losses = np.array(run.result["history"], float).reshape(-1, 3).T
             tested_steps, nats = validation_losses(run)
-            tested_seconds = np.interp(tested_steps, steps, seconds) if len(steps) else tested_steps * math.nan
+            tested_seconds = np.interp(tested_steps, *clock_by_step(run))
             step_tokens = run.result["train_tokens"] / max(run.result["steps"], 1) / 1e6
             for axes, x, at in (
                 (by_time, seconds, tested_seconds),
                 (by_tokens, steps * step_tokens, tested_steps * step_tokens),
             ):
-                axes.plot(x, losses, color=colour, alpha=0.6, label=f"{short(run)}: training")
-                axes.plot(at, nats, "o", color=colour, markersize=6, label=f"{short(run)}: validation, not adapted")
+                axes.plot(x, losses, color=colour, alpha=0.6, label=f"{label}: training")
+                axes.plot(at, nats, "o", color=colour, markersize=6, label=f"{label}: validation, not adapted")
             shown = max(shown, *losses[len(losses) // 20 :], *nats)
         by_time.set(xlabel="training clock (s)", ylabel="loss (nats a token)")
         by_time.set_ylim(top=1.02 * shown)  # the high losses of the first steps would flatten the rest
@@ -140,25 +145,37 @@ def validation_losses(run: Run) -> tuple[np.ndarray, np.ndarray]:
     return steps, bpb * math.log(2) * run.result["bytes"] / run.result["tokens"]
 
 
+def clock_by_step(run: Run) -> tuple[list[float], list[float]]:
+    """Steps, and the seconds on the training clock after each: of the first step's start, every logged step and the
+    last step, which need not be logged."""
+    history = [(0, 0.0)] + [(step, seconds) for step, seconds, _ in run.result["history"]]
+    steps = run.result["steps"]
+    if steps > history[-1][0]:
+        packing = [name for name in TRAINING_CLOCK if name not in ("train", "checkpoint")]
+        trained = run.result["train_seconds"] - sum(run.result["phases"].get(name, 0.0) for name in packing)
+        history.append((steps, max(trained, history[-1][1])))
+    return tuple(map(list, zip(*history, strict=True)))
+
+
 def draw_phases(runs: Sequence[Run], path: Path) -> None:
     """Three bars per run: the training clock, the evaluation clock, and time on neither."""
     bars = []
-    for run in runs:
+    for run, label in zip(runs, labels(runs), strict=True):
         phases = run.result["phases"]
         other = [name for name in phases if name not in TRAINING_CLOCK + EVALUATION_CLOCK]
         for clock, names in (("training", TRAINING_CLOCK), ("evaluation", EVALUATION_CLOCK), ("neither", other)):
             parts = {name: phases[name] for name in names if name in phases}
             if parts:
-                bars.append((f"{short(run)}, {clock}\n{sum(parts.values()):,.1f} s", parts))
+                bars.append((f"{label}, {clock}\n{sum(parts.values()):,.1f} s", parts))
     draw_bars(bars, path, "seconds, by the clock that counts them", 1.0)
 
 
 def draw_bytes(runs: Sequence[Run], path: Path) -> None:
     """Sizes of the artifact's parts and of the source, within the bytes allowed."""
     bars = []
-    for run in runs:
+    for run, label in zip(runs, labels(runs), strict=True):
         allowed = run.result["knobs"].get("ARTIFACT_BYTES")
-        label = f"{short(run)}\n{run.result['total_bytes']:,}"
+        label += f"\n{run.result['total_bytes']:,}"
         if allowed and allowed.isdecimal():
             label += f" of {int(allowed):,}"
         bars.append((label, run.result["artifact_parts"] | {"code": run.result["code_bytes"]}))
@@ -186,9 +203,9 @@ def draw_bars(bars: list[tuple[str, dict[str, float]]], path: Path, unit: str, f
 def draw_lengths(runs: Sequence[Run], path: Path) -> None:
     """Bits per byte by document length: a solid line with adaptation, a dashed one without."""
     with picture(path, 460) as (axes,):
-        for run, colour in zip(runs, COLOURS, strict=False):
+        for run, label, colour in zip(runs, labels(runs), COLOURS, strict=False):
             at, bpb = by_length(run, run.nats)
-            axes.plot(at, bpb, "o-", color=colour, label=f"{short(run)}: {run.bpb:.4f}")
+            axes.plot(at, bpb, "o-", color=colour, label=f"{label}: {run.bpb:.4f}")
             if run.result["adaptation_steps"]:
                 axes.plot(
                     at,
@@ -196,7 +213,7 @@ def draw_lengths(runs: Sequence[Run], path: Path) -> None:
                     "s--",
                     color=colour,
                     markerfacecolor="white",
-                    label=f"{short(run)}, not adapted: {run.static_bpb:.4f}",
+                    label=f"{label}, not adapted: {run.static_bpb:.4f}",
                 )
         label_lengths(axes, runs)
         warn_of_other_text(axes, runs, in_bytes=True)

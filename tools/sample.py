@@ -34,7 +34,8 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     arXiv:1904.09751); at temperature 0, the likeliest token."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
+    gaps = (logits - logits.max()).double()  # at most 0, and in double precision no temperature rounds to 0
+    probabilities, order = (gaps / temperature).softmax(-1).sort(descending=True, stable=True)
     probabilities[probabilities.cumsum(-1) - probabilities > top_p] = 0
     return int(order[torch.multinomial(probabilities, 1, generator=generator)])
 

@@ -215,6 +215,14 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def require_effects(design: Design, jobs: Sequence[Job]) -> None:
+    """Refuse a factor whose two values are one, such as 0.02 and 2e-2: its effect would be that of noise."""
+    for factor in design.factors:
+        for name in factor.base:
+            values = {job.settings.get(name) for job in jobs}
+            require(len(values) > 1, f"{factor.word}: both values of {name} are {values.pop()} to a run", ConfigError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """-> exit status: 1 if a combination failed."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -223,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     launcher = launcher_words(options.launcher)
     sources = find_sources(options.source)
     jobs = make_jobs(combinations, options.eval, options.gpus, sources, options.train_only, find_texts(options.data))
+    if design is not None:
+        require_effects(design, jobs)
     slots = places(options, jobs[0].settings["DEVICE"])
     folder = SWEEPS / sweep_name(options, combinations)
 
