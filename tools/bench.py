@@ -31,6 +31,7 @@ import train_gpt as g
 from data.prepare import whole_number
 from tools import codec
 from tools.artifact import end_in_a_line
+from tools.progress import Progress
 
 CATEGORIES = {  # patterns of kernel names in a profile; the first match counts
     "attention": r"flash|fmha|attention|varlen|^qk_norm_rope_",
