@@ -46,6 +46,7 @@ import hashlib
 import io
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -1508,6 +1509,19 @@ def read_shard(path: Path | str) -> np.ndarray:
     return np.memmap(path, dtype="<u2", mode="r", offset=header_bytes, shape=(count,))
 
 
+def require_uncut(path: Path, shard: np.ndarray) -> None:
+    """Refuse a mapped shard whose file has become shorter since: what is missing would read as zeros, or kill the
+    process. A file that was replaced, as preparation does it, stays whole for those who have it mapped."""
+    if isinstance(shard.base, mmap.mmap):
+        size = shard.base.size()  # of the file, now
+        expected = 4 * SHARD_HEADER_INTS + shard.nbytes
+        require(
+            size >= expected,
+            f"{path}: was cut from {expected} to {size} bytes while it was in use; prepare the data again",
+            DataError,
+        )
+
+
 def check_vocabulary(path: Path, tokens: np.ndarray, vocab_size: int, start: int = 0) -> None:
     """Raise DataError if a token lies outside the vocabulary: the embedding would be read out of bounds.
 
@@ -2070,25 +2084,25 @@ class TrainingStream:
         position = start % self.total
         while count > 0:
             i = int(np.searchsorted(self.shard_ends, position, side="right"))
-            available = min(count, self.total - position)
             begin = int(position - self.shard_starts[i])
-            part = self.shards[i][begin : begin + available]
-            check_vocabulary(self.paths[i], part, self.vocab_size, begin)
+            part = self._part(i, begin, begin + min(count, self.total - position))
             parts.append(part)
             count -= len(part)
             position = (position + len(part)) % self.total
         return np.concatenate(parts)
 
+    def _part(self, i: int, begin: int, end: int) -> np.ndarray:
+        """Checked tokens of shard i, as many of begin..end as it has."""
+        require_uncut(self.paths[i], self.shards[i])
+        part = self.shards[i][begin:end]
+        check_vocabulary(self.paths[i], part, self.vocab_size, begin)
+        return part
+
     def held_out(self) -> Documents:
         """The whole documents among the held-out tokens."""
-        parts = []
-        for path, shard, shard_start in zip(self.paths, self.shards, self.shard_starts.tolist(), strict=True):
-            start = max(0, self.total - shard_start)
-            part = shard[start:]
-            check_vocabulary(path, part, self.vocab_size, start)
-            parts.append(part)
-        text = np.concatenate(parts)
-        return whole_documents(text)
+        begins = [max(0, self.total - start) for start in self.shard_starts.tolist()]
+        parts = [self._part(i, begin, len(self.shards[i])) for i, begin in enumerate(begins)]
+        return whole_documents(np.concatenate(parts))
 
     def last_documents(self, tokens: int) -> Documents:
         """The whole documents among the last `tokens` tokens of an epoch, just before the held-out tokens."""

@@ -527,6 +527,27 @@ def test_a_training_token_that_no_sample_meets_is_refused_when_it_is_used(tiny_d
     assert f"{path}: token 64 at position 1000" in message and "VOCAB_SIZE=64" in message
 
 
+@pytest.mark.parametrize("use", [lambda stream: stream.batch(5), lambda stream: stream.held_out()])
+def test_a_shard_that_is_cut_while_it_is_in_use_is_refused(tiny_data, tiny_run, use):
+    """What is missing of its last page read as zeros, and without the page the process was killed."""
+    path = tiny_data / "fineweb_train_000001.bin"
+    stream = TrainingStream(tiny_run(holdout_tokens=300), VOCAB, Dist())
+    stream.batch(0)
+    size = path.stat().st_size
+    os.truncate(path, size - 100)
+    message = refusal(lambda: [use(stream), stream.batch(6)])
+    assert f"{path}: was cut from {size} to {size - 100} bytes while it was in use" in message
+
+
+def test_a_shard_that_is_replaced_while_it_is_in_use_stays_what_it_was(tiny_data, tiny_run, write_shard):
+    path = tiny_data / "fineweb_train_000001.bin"
+    stream = TrainingStream(tiny_run(), VOCAB, Dist())
+    expected = stream.read(0, 1400)
+    write_shard(tiny_data / "other.bin", [5] * 10)
+    os.replace(tiny_data / "other.bin", path)
+    assert np.array_equal(stream.read(0, 1400), expected)
+
+
 def test_a_held_out_token_outside_the_vocabulary_is_named_with_its_own_shard(tiny_data, tiny_run, write_shard):
     path = tiny_data / "fineweb_train_000001.bin"
     tokens = np.full(100_000, 5)
