@@ -29,7 +29,7 @@ import train_gpt
 from data import prepare
 from tools import ask_source, live, scheduler, sources, sweep
 from tools.artifact import end_in_a_line
-from tools.events import read_events
+from tools.events import Event, read_events
 from tools.grid import parse_grid
 from tools.holdout import caseops_sidecar, make_holdout
 from tools.jobs import RUN_SH, Job, make_jobs, training_knobs
@@ -663,6 +663,18 @@ def test_progress_is_read_from_the_events_as_they_come(tmp_path, event, values, 
             live.note_progress(job, one)
     assert [one.name for one in found] == [event] and growing.new() == []
     assert (job.at, job.bpb, job.eta) == (at, bpb, eta)
+
+
+@pytest.mark.parametrize("event, values", [("validate", dict(step=50, val_bpb=1.5)), ("score", SCORE)])
+def test_the_time_left_of_a_pass_goes_with_it(event, values):
+    """Otherwise the job would seem to end with its validation."""
+    job = Job({}, {}, OURS)
+    scoring = dict(what="validation", targets_done=90, targets=100, eta_s=2.0)
+    for name, fields in (("step", STEP), ("scoring", scoring)):
+        live.note_progress(job, Event(name, fields))
+    assert (job.at, job.eta) == ("validation: 90%", 2.0)
+    live.note_progress(job, Event(event, values))
+    assert job.eta is None
 
 
 def test_a_job_that_scores_an_artifact_says_so_once_its_data_is_open():

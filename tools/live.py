@@ -54,6 +54,7 @@ def note_progress(job: Job, event: Event) -> None:
         case "step" | "validate":
             job.at = f"step {values['step']}"
             job.bpb = values.get("val_bpb", job.bpb)
+            job.eta = None  # that of the validation ends with it; a step brings its own
         case "scoring":
             job.at = f"{values['what']}: {values['targets_done'] / max(1, values['targets']):.0%}"
         case "before_quantisation":
