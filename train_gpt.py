@@ -1366,10 +1366,10 @@ SECONDS_BETWEEN_REPORTS = 10.0
 
 
 class ScoringProgress:
-    """Reports from time to time how far a pass over documents is. Short passes are over before the first report."""
+    """Reports every ten seconds how far a pass over documents has got. Short passes end before the first report."""
 
     def __init__(self, log: Log, what: str):
-        """`what` is scored, as it is to be called in the log."""
+        """`what` is the log's name for that which is scored."""
         self.log = log
         self.what = what
         self.started = self.reported = time.perf_counter()
@@ -1510,8 +1510,8 @@ def read_shard(path: Path | str) -> np.ndarray:
 
 
 def require_uncut(path: Path, shard: np.ndarray) -> None:
-    """Refuse a mapped shard whose file has become shorter since: what is missing would read as zeros, or kill the
-    process. A file that was replaced, as preparation does it, stays whole for those who have it mapped."""
+    """Refuse a mapped shard whose file has been cut since: what is missing would read as zeros, or kill the process. A
+    file that was replaced, which is how preparation writes, stays whole for whoever has it mapped."""
     if isinstance(shard.base, mmap.mmap):
         size = shard.base.size()  # of the file, now
         expected = 4 * SHARD_HEADER_INTS + shard.nbytes
@@ -5783,9 +5783,9 @@ READOUTS = {"last": 0.0, "half": 0.5, "average": 1.0}
 def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log) -> float:
     """The blend of last and average weights that scores best on the held-out text -> the share of the average, 0..1.
 
-    From the last weights to their average the score is close to a parabola. So three blends tell where it is lowest;
-    the blend there is scored as well, and the best of the four is taken. Without held-out text the share is 1/2, never
-    the worst where the score is convex (EXPERIMENTS.md, sections 24 and 31)."""
+    Between the last weights and their average the score is close to a parabola, so three blends predict where it is
+    lowest. The blend there is scored, too, and the best of the four is taken. Without held-out text the share is 1/2,
+    which is never the worst where the score is convex (EXPERIMENTS.md, sections 24 and 31)."""
     if not len(held_out):
         return READOUTS["half"]
 
@@ -5817,8 +5817,8 @@ def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log
 
 
 def lowest_share(last: float, half: float, average: float) -> float:
-    """Where the parabola through scores at the shares 0, 1/2 and 1 is lowest within 0..1; if it has no lowest point
-    there, the share of the lowest of the three."""
+    """The share within 0..1 at which the parabola through the scores at 0, 1/2 and 1 is lowest. If it is not convex,
+    the share of the lowest of the three."""
     curvature = last - 2 * half + average  # 1/4 of the second derivative
     if curvature > 0:
         return min(1.0, max(0.0, 0.5 + (last - average) / (4 * curvature)))

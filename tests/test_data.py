@@ -548,6 +548,17 @@ def test_a_shard_that_is_replaced_while_it_is_in_use_stays_what_it_was(tiny_data
     assert np.array_equal(stream.read(0, 1400), expected)
 
 
+def test_a_shard_that_grows_while_it_is_in_use_stays_what_it_was(tiny_data, tiny_run, tmp_path):
+    path = tiny_data / "fineweb_train_000001.bin"
+    path.rename(tmp_path / "elsewhere.bin")
+    path.symlink_to(tmp_path / "elsewhere.bin")
+    stream = TrainingStream(tiny_run(), VOCAB, Dist())
+    expected = stream.read(0, 1400)
+    with open(path, "ab") as file:
+        file.write(bytes(1000))
+    assert np.array_equal(stream.read(0, 1400), expected)
+
+
 def test_a_held_out_token_outside_the_vocabulary_is_named_with_its_own_shard(tiny_data, tiny_run, write_shard):
     path = tiny_data / "fineweb_train_000001.bin"
     tokens = np.full(100_000, 5)

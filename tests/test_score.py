@@ -248,3 +248,14 @@ def test_the_closing_bos_costs_nats_and_brings_no_bytes(model):
     text = torch.from_numpy(two.span(0).astype(np.int64))
     assert closed[20] == pytest.approx(model(text[None, :-1], torch.tensor([[g.BOS]])).item(), abs=1e-5)
     assert closed[20] > 0
+
+
+def test_one_of_several_ranks_tells_how_far_all_of_them_are(model, monkeypatch, tmp_path):
+    docs = documents(*[30] * 14)  # seven rows: four for this rank, three for the other
+    clock = iter(range(0, 1000, 20))
+    monkeypatch.setattr(g.time, "perf_counter", lambda: float(next(clock)))
+    progress = g.ScoringProgress(g.Log(tmp_path / "run.txt"), "validation")
+    g.score_static(model, docs, range(14), run_config(), g.Dist(0, 2), g.ScoreTable(docs), progress=progress)
+    events = [event.values for event in read_events((tmp_path / "run.events.jsonl").read_bytes(), "run")]
+    assert [event["targets_done"] for event in events] == [docs.lengths[:n].sum() for n in (4, 8, 12, 14)]
+    assert events[-1]["eta_s"] == 0.0
