@@ -28,7 +28,7 @@ usage() {
   ./run.sh test         ruff and the default tests; `test slow`: the slow ones; `test all`: both; or pytest's arguments
   ./run.sh help         this text, then every knob with the full run's default (the small run's: small_job in run.sh)
 
-Names of files and folders, also in knobs, count from this folder, wherever you are.
+Names of files and folders, also those in knobs, are relative to this folder, wherever you call it from.
 A knob is an environment variable: TTT_LR=3e-4 ./run.sh. Four more are read here:
   DATA_PATH        folder of prepared data; where there are GPUs, it makes the run the full one
   PYTHON           interpreter, at least 3.11 (default: python3). If it imports torch >= 2.11, that torch is used;
