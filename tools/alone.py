@@ -1,4 +1,4 @@
-"""Of an audit, the property that an evaluation opens nothing but the artifact, the tokenizer and validation."""
+"""One property of an audit: an evaluation opens nothing but the artifact, the tokenizer and the validation data."""
 
 from __future__ import annotations
 

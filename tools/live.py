@@ -1,4 +1,4 @@
-"""The progress of a sweep: what its runs report while they go on, and the table that shows it."""
+"""The progress of a sweep: what its runs report as they go, and the table that shows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Of an audit, the property that bytes are counted right: those of the files, and those of every document."""
+"""One property of an audit: bytes are counted right, those of the files and those of every document."""
 
 from __future__ import annotations
 
