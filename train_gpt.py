@@ -13,7 +13,7 @@ written, .ckpt holds the trained weights.
 
 The sections of this file, in order; `run_experiment` at the very end walks through them:
 
-    Config                      every knob with its default, its range and a line of doc
+    Config                      every knob with its default, its range and a line of doc; reading and describing them
     Model                       the network, with a plain reference for every kernel
     Distributed and log         ranks, log, stopwatch, files
     Data                        shards, tokenizer, documents, training batches
@@ -24,7 +24,7 @@ The sections of this file, in order; `run_experiment` at the very end walks thro
     Quantiser                   calibration, GPTQ along a trellis, and fitting the byte limit
     Scoring                     bits per byte without adaptation
     Test-time training          bits per byte with adaptation
-    Set-up and report           read and check the settings; train and pack; evaluate; report
+    Set-up and report           open and check what a run reads; train and pack; evaluate; report
     Appendix: Triton kernels    fast versions of the model's plain references
     Appendix: CUDA graphs       capture and replay
     Main                        the run in one page, signals, exit status
@@ -123,6 +123,8 @@ def brief(value: Any) -> str:
 
 # ======================================================================================================================
 # Config: every knob once, with its default, its unit, its range and a line of doc.
+
+# ---- The knobs ----
 
 
 def knob(
@@ -443,6 +445,8 @@ class RunConfig:
         return self.ttt_params == "lora" and self.ttt_scope == "document"
 
 
+# ---- Reading and describing knobs ----
+
 CONFIGS = (ModelConfig, RunConfig)
 # {NAME: (its field, its type)}
 KNOBS = {
@@ -451,6 +455,122 @@ KNOBS = {
     for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
 }
 MAX_KNOB = 1e9  # largest absolute value of a number that is not a count
+
+
+def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
+    """One environment string -> one checked value."""
+    problem = f"{name}={text!r}: {meta['doc']}; expected "
+    choices = get_args(kind)
+    if choices:
+        require(text in choices, problem + " | ".join(choices))
+        return text
+
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(problem + {int: "a whole number", float: "a number"}[kind]) from None
+    # Tools refuse a result with such a knob, as it could pass for other lines of a log.
+    require(kind is not str or text.isprintable(), problem + "one line of printable text")
+    require(kind is not float or math.isfinite(value), problem + "a finite number")
+    require(kind is not float or abs(value) <= MAX_KNOB, problem + f"at most {MAX_KNOB:g}: fp32 must hold its products")
+    require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
+    require(meta["high"] is None or value <= meta["high"], problem + f"at most {meta['high']}")
+    return value + 0.0 if kind is float else value  # -0.0 becomes 0.0: equal values are written alike
+
+
+# A name that begins like one of our knobs but is not one is a mistake, unless other programs use such names too.
+COMMON_WORDS = "ARTIFACT CHECKPOINT DATA ENABLE MAX MIN MODEL NUM PARALLEL RUN TOKENIZER".split()
+# Knobs of other entries that ours does not have.
+OTHER_ENTRIES = ("HEAD_LR", "LQER_", "PHASED_TTT", "QUANT_", "TIED_", "TIE_")
+FIRST_WORDS = {name.split("_")[0] for name in KNOBS if "_" in name}
+OUR_FAMILIES = (*sorted(f"{word}_" for word in FIRST_WORDS.difference(COMMON_WORDS)), *OTHER_ENTRIES)
+BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # set by build tools, though they look like misspelt knobs
+
+# Knobs of earlier versions, which change nothing when an artifact is scored, and what decides instead.
+BITS_AND_RANGES = "MATRIX_BITS EMBED_BITS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS QUANT_CLIP_FLOOR".split()
+RETIRED = dict.fromkeys(BITS_AND_RANGES, "the steps of integers follow from ARTIFACT_BYTES alone")
+
+
+def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
+    """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names, and a
+    knob's name in other letters beside the knob itself, as in a script's `SEED=$seed`."""
+    names = set(names)
+    knobs = set(knobs)
+    for name in sorted(names - knobs - BUILD_TOOLS):
+        if name in RETIRED:
+            raise ConfigError(f"{name} is retired: {RETIRED[name]}; unset it")
+        capitals = name.upper()
+        if capitals in knobs and capitals not in names:
+            raise ConfigError(f"{name} is not a knob; did you mean {capitals}? Knobs are in capitals")
+        similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
+        near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
+        if near:
+            raise ConfigError(f"{name} is not a knob; did you mean {near[0]}? (python train_gpt.py --help lists all)")
+
+
+NO_EFFECT = "has no effect here: it needs"
+
+
+def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
+    """Build both configs from the environment; only this function and Dist.from_env read it. Raises ConfigError."""
+    require(__debug__, "Python runs under -O, without the check that every target is scored once: run it without -O")
+    refuse_unknown(env, KNOBS)
+    values = {}
+    for name, (f, kind) in KNOBS.items():
+        if name in env:
+            values[f.name] = parse_knob(name, env[name], kind, f.metadata)
+    model = ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig) if f.name in values})
+    run = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
+
+    for name, (f, _) in KNOBS.items():
+        require(name not in env or has_effect(f, run), f"{name} {NO_EFFECT} {conditions(f)}")
+    return model, run
+
+
+def has_effect(f: dataclasses.Field, config: Any) -> bool:
+    """Whether a knob has an effect in this config, or may have one once settings at "auto" are decided."""
+    return all(getattr(config, name) in (*values, "auto") for name, values in f.metadata["only"].items())
+
+
+def conditions(f: dataclasses.Field) -> str:
+    """The conditions under which a knob has an effect."""
+    return " and ".join(f"{name.upper()}={' or '.join(values)}" for name, values in f.metadata["only"].items())
+
+
+def settings(*configs: Any) -> dict[str, str]:
+    """The knobs of these configs as environment variables, without those that have no effect or whose defaults an
+    artifact has yet to decide."""
+    return {
+        f.name.upper(): str(getattr(c, f.name))
+        for c in configs
+        for f in fields(c)
+        if has_effect(f, c) and getattr(c, f.name) is not None
+    }
+
+
+def describe_knobs() -> str:
+    """The text of --help: every knob with its default, unit and meaning, in groups."""
+    usage = (__doc__ or "").split("\nA run leaves")[0].strip()  # -OO drops docstrings
+    lines = [usage, ""]
+    for name, (f, kind) in KNOBS.items():
+        meta = f.metadata
+        if meta["group"]:
+            lines.append(f"\n{meta['group']}")
+
+        default = str(meta["default"]) or "-"
+        if meta["full"] is not None:
+            default += f" (full: {meta['full']})"
+        if meta["rms"] is not None:
+            default += f" (rms: {meta['rms']})"
+        notes = ""
+        if get_args(kind):
+            notes += f" ({' | '.join(get_args(kind))})"
+        if meta["unit"]:
+            notes += f" [{meta['unit']}]"
+        if meta["only"]:
+            notes += f" (with {conditions(f)})"
+        lines.append(f"  {name:26} {default:24} {meta['doc']}{notes}")
+    return "\n".join(lines)
 
 
 # ======================================================================================================================
@@ -5300,87 +5420,7 @@ class Evaluation:
 
 
 # ======================================================================================================================
-# Set-up and report: read the settings, check them, train and pack, read back from the disk, score, report.
-
-
-# A name that begins like one of our knobs but is not one is a mistake, unless other programs use such names too.
-COMMON_WORDS = "ARTIFACT CHECKPOINT DATA ENABLE MAX MIN MODEL NUM PARALLEL RUN TOKENIZER".split()
-# Knobs of other entries that ours does not have.
-OTHER_ENTRIES = ("HEAD_LR", "LQER_", "PHASED_TTT", "QUANT_", "TIED_", "TIE_")
-FIRST_WORDS = {name.split("_")[0] for name in KNOBS if "_" in name}
-OUR_FAMILIES = (*sorted(f"{word}_" for word in FIRST_WORDS.difference(COMMON_WORDS)), *OTHER_ENTRIES)
-BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # set by build tools, though they look like misspelt knobs
-
-# Knobs of earlier versions, which change nothing when an artifact is scored, and what decides instead.
-BITS_AND_RANGES = "MATRIX_BITS EMBED_BITS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS QUANT_CLIP_FLOOR".split()
-RETIRED = dict.fromkeys(BITS_AND_RANGES, "the steps of integers follow from ARTIFACT_BYTES alone")
-
-
-def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
-    """One environment string -> one checked value."""
-    problem = f"{name}={text!r}: {meta['doc']}; expected "
-    choices = get_args(kind)
-    if choices:
-        require(text in choices, problem + " | ".join(choices))
-        return text
-
-    try:
-        value = kind(text)
-    except ValueError:
-        raise ConfigError(problem + {int: "a whole number", float: "a number"}[kind]) from None
-    # Tools refuse a result with such a knob, as it could pass for other lines of a log.
-    require(kind is not str or text.isprintable(), problem + "one line of printable text")
-    require(kind is not float or math.isfinite(value), problem + "a finite number")
-    require(kind is not float or abs(value) <= MAX_KNOB, problem + f"at most {MAX_KNOB:g}: fp32 must hold its products")
-    require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
-    require(meta["high"] is None or value <= meta["high"], problem + f"at most {meta['high']}")
-    return value + 0.0 if kind is float else value  # -0.0 becomes 0.0: equal values are written alike
-
-
-def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
-    """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names, and a
-    knob's name in other letters beside the knob itself, as in a script's `SEED=$seed`."""
-    names = set(names)
-    knobs = set(knobs)
-    for name in sorted(names - knobs - BUILD_TOOLS):
-        if name in RETIRED:
-            raise ConfigError(f"{name} is retired: {RETIRED[name]}; unset it")
-        capitals = name.upper()
-        if capitals in knobs and capitals not in names:
-            raise ConfigError(f"{name} is not a knob; did you mean {capitals}? Knobs are in capitals")
-        similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
-        near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
-        if near:
-            raise ConfigError(f"{name} is not a knob; did you mean {near[0]}? (python train_gpt.py --help lists all)")
-
-
-def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
-    """Build both configs from the environment; only this function and Dist.from_env read it."""
-    require(__debug__, "Python runs under -O, without the check that every target is scored once: run it without -O")
-    refuse_unknown(env, KNOBS)
-    values = {}
-    for name, (f, kind) in KNOBS.items():
-        if name in env:
-            values[f.name] = parse_knob(name, env[name], kind, f.metadata)
-    model = ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig) if f.name in values})
-    run = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
-
-    for name, (f, _) in KNOBS.items():
-        require(name not in env or has_effect(f, run), f"{name} {NO_EFFECT} {conditions(f)}")
-    return model, run
-
-
-NO_EFFECT = "has no effect here: it needs"
-
-
-def has_effect(f: dataclasses.Field, config: Any) -> bool:
-    """Whether a knob has an effect in this config, or may have one once settings at "auto" are decided."""
-    return all(getattr(config, name) in (*values, "auto") for name, values in f.metadata["only"].items())
-
-
-def conditions(f: dataclasses.Field) -> str:
-    """The conditions under which a knob has an effect."""
-    return " and ".join(f"{name.upper()}={' or '.join(values)}" for name, values in f.metadata["only"].items())
+# Set-up and report: open and check what a run reads, train and pack, read back from the disk, score, report.
 
 
 def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> RunConfig:
@@ -5395,42 +5435,6 @@ def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> Ru
         unchanged = getattr(run, f.name) == f.metadata["default"]
         require(unchanged or has_effect(f, decided), f"{f.name.upper()} {NO_EFFECT} {conditions(f)}")
     return decided
-
-
-def settings(*configs: Any) -> dict[str, str]:
-    """The knobs of these configs as environment variables, without those that have no effect or whose defaults an
-    artifact has yet to decide."""
-    return {
-        f.name.upper(): str(getattr(c, f.name))
-        for c in configs
-        for f in fields(c)
-        if has_effect(f, c) and getattr(c, f.name) is not None
-    }
-
-
-def describe_knobs() -> str:
-    """The text of --help: every knob with its default, unit and meaning, in groups."""
-    usage = (__doc__ or "").split("\nA run leaves")[0].strip()  # -OO drops docstrings
-    lines = [usage, ""]
-    for name, (f, kind) in KNOBS.items():
-        meta = f.metadata
-        if meta["group"]:
-            lines.append(f"\n{meta['group']}")
-
-        default = str(meta["default"]) or "-"
-        if meta["full"] is not None:
-            default += f" (full: {meta['full']})"
-        if meta["rms"] is not None:
-            default += f" (rms: {meta['rms']})"
-        notes = ""
-        if get_args(kind):
-            notes += f" ({' | '.join(get_args(kind))})"
-        if meta["unit"]:
-            notes += f" [{meta['unit']}]"
-        if meta["only"]:
-            notes += f" (with {conditions(f)})"
-        lines.append(f"  {name:26} {default:24} {meta['doc']}{notes}")
-    return "\n".join(lines)
 
 
 LOGS = Path("logs")
