@@ -4090,20 +4090,20 @@ class ScoreTable:
         self.docs = docs
         # (documents,) each
         self.nats = np.zeros(len(docs))
-        self.counted = np.zeros(len(docs))  # scored targets
+        self.targets = np.zeros(len(docs))  # scored so far
         self.updates = np.zeros(len(docs))
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         """Add the scores (n,) of targets that belong to these documents (n,)."""
         self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
-        self.counted += np.bincount(documents, minlength=len(self.docs))
+        self.targets += np.bincount(documents, minlength=len(self.docs))
 
     def all_reduced(self, dist: Dist) -> ScoreTable:
         """Sum over ranks, in place -> this table, after a check that every target was scored exactly once."""
-        for values in (self.nats, self.counted, self.updates):
+        for values in (self.nats, self.targets, self.updates):
             values[:] = dist.all_reduce(torch.from_numpy(values)).numpy()
-        wrong = np.flatnonzero(self.counted != self.docs.lengths)
-        assert len(wrong) == 0, f"documents {wrong[:5]}: {self.counted[wrong[:5]]} targets scored, not once each"
+        wrong = np.flatnonzero(self.targets != self.docs.lengths)
+        assert len(wrong) == 0, f"documents {wrong[:5]}: {self.targets[wrong[:5]]} targets scored, not once each"
         return self
 
     @property
@@ -4112,7 +4112,7 @@ class ScoreTable:
 
     @property
     def nats_per_token(self) -> float:
-        return float(self.nats.sum() / self.counted.sum())
+        return float(self.nats.sum() / self.targets.sum())
 
     def require_finite(self, advice: str) -> None:
         """Raises UserError, with this advice, if a document's score is not a finite number."""
@@ -5405,7 +5405,7 @@ class Evaluation:
             score_batched(self.docs, group, self.run, self.dist, self.table, self.learners)
 
     def _report(self, documents: int, seconds: float, eta: float) -> None:
-        begun = self.table.counted > 0
+        begun = self.table.targets > 0
         bpb = self.table.nats.sum() / math.log(2) / self.docs.target_bytes()[begun].sum()
         self.log.event(
             "adapted",
@@ -6019,7 +6019,7 @@ def evaluate(
         "val_loss": table.nats_per_token,
         "static_bpb": static.bits_per_byte,
         "documents": len(docs),
-        "tokens": int(table.counted.sum()),
+        "tokens": int(table.targets.sum()),
         "bytes": int(docs.target_bytes().sum()),
         "excess_bytes": docs.excess_bytes(setup.tokenizer.pieces),
         "validation": docs.sha256(),

@@ -814,8 +814,8 @@ def test_the_shares_of_two_ranks_are_the_whole(name):
         with pytest.raises(AssertionError, match="not once each"):
             made.score()
         shares.append(made.table)
-    assert all(0 < share.counted.sum() < len(MIXED.tokens) - 1 for share in shares)
-    assert (sum(share.counted for share in shares) == MIXED.lengths).all()
+    assert all(0 < share.targets.sum() < len(MIXED.tokens) - 1 for share in shares)
+    assert (sum(share.targets for share in shares) == MIXED.lengths).all()
     assert (sum(share.updates for share in shares) == of_mixed(name).updates).all()
     np.testing.assert_allclose(sum(bits(share) for share in shares), bits(of_mixed(name)), rtol=0, atol=1e-6)
 

@@ -242,7 +242,7 @@ class WatchedTable(g.ScoreTable):
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         super().add(documents, nats)
-        self.progress(int(self.counted.sum()))
+        self.progress(int(self.targets.sum()))
 
 
 class Scored(NamedTuple):
