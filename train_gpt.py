@@ -3678,9 +3678,9 @@ def strips_by_height(shapes: Shapes) -> dict[int, list[Strip]]:
     return dict(sorted(strips.items()))
 
 
-class Walk:
-    """Walks row by row down strips of one height that lie side by side: gives the coding context of every integer in a
-    row, and turns integers into symbols and back. Encoder and decoder share it. C: columns of all strips together.
+class ContextModel:
+    """What encoder and decoder both know of the next integers, row by row down strips of one height that lie side by
+    side: which table codes each of them, its context, and which integer a symbol stands for. C: columns of all strips.
 
     A state of the trellis allows integers of one parity only, so symbol s stands for the integer 2 s + parity."""
 
@@ -3732,11 +3732,11 @@ def integer_symbols(matrices: Matrices, trellis: Trellis) -> Iterator[tuple[np.n
     """The integers of all matrices in coding order, row by row: symbols (C,) and their contexts (C,)."""
     shapes = {name: k.shape for name, k in matrices.integers.items()}
     for height, strips in strips_by_height(shapes).items():
-        walk = Walk(strips, height, matrices.grids, trellis)
+        model = ContextModel(strips, height, matrices.grids, trellis)
         side_by_side = [matrices.integers[strip.name][strip.start : strip.start + height] for strip in strips]
         for row, integers in enumerate(np.concatenate(side_by_side, 1)):
-            contexts = walk.contexts(row)
-            yield walk.to_symbols(integers).astype(np.int16), contexts
+            contexts = model.contexts(row)
+            yield model.to_symbols(integers).astype(np.int16), contexts
 
 
 def decode_integers(stream: bytes, tables: bytes, grids: Mapping[str, Grid], trellis: Trellis) -> dict[str, np.ndarray]:
@@ -3749,10 +3749,10 @@ def decode_integers(stream: bytes, tables: bytes, grids: Mapping[str, Grid], tre
     require(len(decoder.states) == lanes, f"{len(decoder.states)} lanes, expected {lanes}", DataError)
     integers = {name: np.empty(shape, np.int16) for name, shape in shapes.items()}
     for height, strips in by_height.items():
-        walk = Walk(strips, height, grids, trellis)
-        rows = np.empty((height, len(walk.column_classes)), np.int16)
+        model = ContextModel(strips, height, grids, trellis)
+        rows = np.empty((height, len(model.column_classes)), np.int16)
         for row in range(height):
-            rows[row] = walk.to_integers(decoder.take(walk.contexts(row)))
+            rows[row] = model.to_integers(decoder.take(model.contexts(row)))
         ends = np.cumsum([shapes[strip.name][1] for strip in strips])[:-1]
         for strip, part in zip(strips, np.split(rows, ends, 1), strict=True):
             integers[strip.name][strip.start : strip.start + height] = part
