@@ -5297,9 +5297,9 @@ class Evaluation:
         self.table = ScoreTable(docs)
         self.degraded = 0  # documents that did not adapt for lack of time
         self.learners = Learners(model, dist.device)
-        self.static_costs = static_costs(docs.lengths, run)
+        self.static_tokens = static_costs(docs.lengths, run)  # (documents,), to score each without adaptation
         # Both are measured in the warm-up, and the second again during the evaluation.
-        self.static_tokens_per_s = math.inf
+        self.static_seconds_per_token = 0.0
         self.ttt_seconds_per_token = 0.0  # of a group that adapts
         model.requires_grad_(run.ttt_params == "full")
 
@@ -5319,7 +5319,7 @@ class Evaluation:
             started = time.perf_counter()
             score_static(self.model, docs, range(count), run, Dist(device=self.dist.device), ScoreTable(docs))
             spent = time.perf_counter() - started
-            self.static_tokens_per_s = static_costs(docs.lengths, run).sum() / spent
+            self.static_seconds_per_token = spent / static_costs(docs.lengths, run).sum()
 
     def _warm_up_ttt(self) -> None:
         run = self.run
@@ -5350,7 +5350,7 @@ class Evaluation:
             self._score_documents()
         else:  # a stream: the ranks share every chunk
             learner = SequentialTTT(self.model, self.run, self.dist)
-            tokens_per_target = self.static_costs.sum() / self.docs.lengths.sum()
+            tokens_per_target = self.static_tokens.sum() / self.docs.lengths.sum()
 
             def may_learn(targets_left: int) -> bool:
                 return self._has_time(targets_left * tokens_per_target)
@@ -5362,7 +5362,7 @@ class Evaluation:
         """Whether, after `next_seconds` of adaptation, there is time to score the rest without it; all ranks agree."""
         if not self.run.eval_seconds:
             return True
-        rest = 1.5 * static_tokens_left / self.static_tokens_per_s / self.dist.world  # with a margin of 50 %
+        rest = 1.5 * static_tokens_left * self.static_seconds_per_token / self.dist.world  # with a margin of 50 %
         end = self.seconds() + next_seconds + rest
         return self.dist.all_reduce_max(end) <= self.run.eval_seconds * 0.98  # 2 % for what a forecast misses
 
@@ -5383,7 +5383,7 @@ class Evaluation:
             rest = [i for later in rounds[n:] for group in later for i in group]
             if cost_so_far:
                 self.ttt_seconds_per_token = (self.seconds() - started) / cost_so_far
-            if not self._has_time(self.static_costs[rest].sum(), self.ttt_seconds_per_token * costs[n]):
+            if not self._has_time(self.static_tokens[rest].sum(), self.ttt_seconds_per_token * costs[n]):
                 self.degraded = len(rest)
                 line = "time is short: {degraded_documents} documents that have not begun are scored without adaptation"
                 self.log.event("time_short", line, degraded_documents=len(rest))
