@@ -3891,8 +3891,8 @@ class Quantiser:
         """The octave at which integers take `bits` on average, if weights are Gaussian and steps small: a weight whose
         standard deviation is 2^c steps takes c + log2(sqrt(2 pi e)) bits, or one less where a trellis excludes every
         other integer."""
-        octave = -10.0
-        for _ in range(4):  # repeated, as the steps of rare tokens do not follow the octave
+        octave = -10.0  # any start will do: from -20 or 5, the first round comes within an octave, the others settle it
+        for _ in range(4):  # several, as the steps of rare tokens, and those at their finest, do not follow the octave
             excess = -bits + 0.5 * math.log2(2 * math.pi * math.e) - (self.trellis.states > 0)
             for name, grid in self.grids(octave).items():
                 share = math.prod(self.shapes[name]) / self.weight_count
@@ -3962,10 +3962,8 @@ def make_artifact(
     log: Log,
     rehearsal: bool = False,
 ) -> bytes:
-    """Quantise and pack into ARTIFACT_BYTES, code included -> the artifact (b"" on all ranks but the first).
-
-    Each size corrects the factor on all steps for the next rounding, until a size is accepted. Raises UserError if none
-    fits. A rehearsal rounds once and accepts any size."""
+    """Quantise and pack into ARTIFACT_BYTES, code included -> the artifact (b"" on all ranks but the first). Raises
+    UserError if none fits. A rehearsal rounds once and accepts any size."""
     budget = Budget.of(model, run)
     meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **provenance}
     with watch.phase("quantise"):
@@ -3978,13 +3976,24 @@ def make_artifact(
         line = "damping: a Hessian is not positive definite with GPTQ_DAMPING, which was raised to {damping:g} for it"
         log.event("damping", line, damping=quantiser.largest_damping)
 
-    tried: list[tuple[float, int]] = []  # (octave, bytes)
-    for attempt in range(1, MAX_ROUNDINGS + 1):
+    def pack_at(octave: float) -> tuple[bytes, int]:
         with watch.phase("quantise"):
             matrices = quantiser.round(octave)
         with watch.phase("pack"):
             blob = pack(meta, others | encode_matrices(matrices, quantiser.trellis), level=22) if dist.main else b""
-            size = int(dist.broadcast(len(blob))[0])
+            return blob, int(dist.broadcast(len(blob))[0])
+
+    return fit_to_limit(pack_at, octave, budget, log, rehearsal)
+
+
+def fit_to_limit(
+    pack_at: Callable[[float], tuple[bytes, int]], octave: float, budget: Budget, log: Log, rehearsal: bool
+) -> bytes:
+    """Pack until a size is accepted -> that artifact. `pack_at` takes a factor 2^octave on all steps and returns an
+    artifact and its size; each size corrects the octave of the next. Raises UserError if none fits."""
+    tried: list[tuple[float, int]] = []  # (octave, bytes)
+    for attempt in range(1, MAX_ROUNDINGS + 1):
+        blob, size = pack_at(octave)
         line = "pack {attempt}: {artifact_bytes} bytes, {bits:.4f} bits a weight, steps finer by {fineness:.4f} octaves"
         bits = 8 * (size - budget.fixed) / budget.weights
         log.event("rounding", line, attempt=attempt, fineness=-octave, artifact_bytes=size, bits=bits)
@@ -3995,7 +4004,7 @@ def make_artifact(
         octave += (size - aim) / bytes_per_octave(tried, budget.weights / 8)
     raise UserError(
         f"the artifact of {size} bytes and {len(code())} bytes of code are {size - budget.limit} bytes over "
-        f"ARTIFACT_BYTES={run.artifact_bytes}: raise it or use a smaller model"
+        f"ARTIFACT_BYTES={budget.limit + len(code())}: raise it or use a smaller model"
     )
 
 
