@@ -141,8 +141,9 @@ def knob(
     absent: Any = None,
 ) -> Any:
     """A field of a config. `full` and `rms` are its defaults under TTT_PARAMS=full and TTT_OPTIMIZER=rms, where they
-    differ. `only` maps other knobs to the values with which this one has an effect; with any other value, setting it
-    is refused. `group` starts a new group in --help. `absent` is the value of a ModelConfig field in artifacts
+    differ. `low` and `high` are the least and the largest value; numbers without a `high` may reach MAX_KNOB. `only`
+    maps other knobs to the values with which this one has an effect; with any other value, setting it is refused.
+    `group` starts a new group in --help. `absent` is the value of a ModelConfig field in artifacts
     written before the field existed."""
     meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, only=only or {}, absent=absent)
     meta |= dict(full=full, rms=rms)
@@ -226,6 +227,7 @@ NEEDS_SGD_OR_ADAMW = {"ttt_optimizer": ("sgd", "adamw")}
 
 
 MAX_RUN_ID_BYTES = 200  # most file systems allow 255, and a run adds suffixes
+MAX_MICRO_BATCH = 1 << 22  # tokens: far more than the memory of a GPU holds; rows and contexts fit into them
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ class RunConfig:
     iterations: int = knob(0, "training steps, 0 = as many as the time allows", group="Budget", unit="steps", low=0)
     max_wallclock_seconds: float = knob(600.0, "from the first batch to the packed file, 0 = no limit", unit="s", low=0)
     eval_seconds: float = knob(600.0, "from opening the artifact to the final score, 0 = no limit", unit="s", low=0)
-    warmup_steps: int = knob(2, "steps on random tokens off the clock, in each loop mode", unit="steps", low=1)
+    warmup_steps: int = knob(2, "steps on random tokens off the clock, in each loop mode", unit="steps", low=1, high=99)
 
     train_batch_tokens: int = knob(
         0,
@@ -256,7 +258,9 @@ class RunConfig:
         low=0,
     )
     train_row_tokens: int = knob(32_768, "size of the rows that a batch consists of", unit="tokens", low=8)
-    micro_batch_tokens: int = knob(98_304, "most tokens in one forward pass on one device", unit="tokens", low=8)
+    micro_batch_tokens: int = knob(
+        98_304, "most tokens in one forward pass on one device", unit="tokens", low=8, high=MAX_MICRO_BATCH
+    )
     train_seq_len: int = knob(
         3072, "longest context in training; a third of it at first, later two thirds", unit="tokens", low=2
     )
@@ -283,7 +287,7 @@ class RunConfig:
     ema_horizon_frac: float = knob(0.06, "part of the budget over which weights are averaged, 0 = none", low=0, high=1)
     enable_looping_at: float = knob(0.35, "fraction of the budget after which the loop runs", low=0, high=0.9)
 
-    gptq_calibration_batches: int = knob(1, "training batches to calibrate on", group="Quantisation", low=1)
+    gptq_calibration_batches: int = knob(1, "training batches to calibrate on", group="Quantisation", low=1, high=1024)
     gptq_damping: float = knob(0.02, "added to the Hessian's diagonal, as a fraction of its mean", low=1e-6)
     trellis_states: Literal["auto", "0", "8", "32"] = knob(
         "auto",
@@ -313,7 +317,7 @@ class RunConfig:
         "auto", "optimizer; auto = rms if the artifact holds the RMS of gradients, else adamw", full="sgd"
     )
     ttt_lr: float = knob(1e-4, "learning rate", low=0, full=0.005, rms=8e-5)
-    ttt_epochs: int = knob(1, "steps on each chunk", unit="steps", low=1, full=3)
+    ttt_epochs: int = knob(1, "steps on each chunk", unit="steps", low=1, high=1000, full=3)
     ttt_chunk_tokens: int = knob(16, "tokens scored before each update", unit="tokens", low=8, full=32_768)
     ttt_late_chunk_tokens: int = knob(
         0,
@@ -338,8 +342,10 @@ class RunConfig:
     ttt_min_doc_tokens: int = knob(
         0, "tokens of a document to score before learning starts", low=0, only=NEEDS_DOCUMENT
     )
-    ttt_batch_docs: int = knob(128, "documents that adapt side by side", low=1, only=NEEDS_LORA | NEEDS_DOCUMENT)
-    ttt_lora_rank: int = knob(80, "rank of LoRA", low=1, only=NEEDS_LORA)
+    ttt_batch_docs: int = knob(
+        128, "documents that adapt side by side", low=1, high=65_536, only=NEEDS_LORA | NEEDS_DOCUMENT
+    )
+    ttt_lora_rank: int = knob(80, "rank of LoRA", low=1, high=16_384, only=NEEDS_LORA)
     ttt_lora_alpha: float = knob(144.0, "LoRA is scaled by alpha / rank", low=0, only=NEEDS_LORA)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "where LoRA is added: any of q,k,v,o,mlp,head", only=NEEDS_LORA)
     ttt_freeze_blocks: int = knob(2, "first blocks that do not adapt", low=0, only=NEEDS_FULL)
@@ -454,7 +460,7 @@ KNOBS = {
     for config in CONFIGS
     for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
 }
-MAX_KNOB = 1e9  # largest absolute value of a number that is not a count
+MAX_KNOB = 10**9  # where a knob has no limit of its own: fp32 holds products of such numbers, int32 such counts
 
 
 def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
@@ -472,9 +478,9 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     # Tools refuse a result with such a knob, as it could pass for other lines of a log.
     require(kind is not str or text.isprintable(), problem + "one line of printable text")
     require(kind is not float or math.isfinite(value), problem + "a finite number")
-    require(kind is not float or abs(value) <= MAX_KNOB, problem + f"at most {MAX_KNOB:g}: fp32 must hold its products")
     require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
-    require(meta["high"] is None or value <= meta["high"], problem + f"at most {meta['high']}")
+    high = MAX_KNOB if meta["high"] is None else meta["high"]
+    require(kind is str or value <= high, problem + f"at most {high}")
     return value + 0.0 if kind is float else value  # -0.0 becomes 0.0: equal values are written alike
 
 
@@ -2964,22 +2970,21 @@ class Trainer:
 
 
 FINISHED = "checkpoint of a finished training"
-MAX_STEP = 10**9  # of a checkpoint, where ITERATIONS sets no limit
 
 
 def checked_progress(meta: Mapping[str, Any], run: RunConfig, path: str) -> tuple[int, float]:
     """Steps and seconds of training that a checkpoint claims, checked. Raises DataError."""
     step = meta.get("step")
     seconds = meta.get("seconds")
-    limit = f"ITERATIONS={run.iterations}" if run.iterations else f"{MAX_STEP}"
+    limit = f"ITERATIONS={run.iterations}" if run.iterations else f"{MAX_KNOB}"
     require(
-        type(step) is int and 0 <= step <= (run.iterations or MAX_STEP),
+        type(step) is int and 0 <= step <= (run.iterations or MAX_KNOB),
         f"RESUME={path}: its step is {brief(step)}, expected a whole number from 0 to {limit}",
         DataError,
     )
     require(
         type(seconds) in {int, float} and 0 <= seconds <= MAX_KNOB,
-        f"RESUME={path}: its seconds are {brief(seconds)}, expected a number from 0 to {MAX_KNOB:g}",
+        f"RESUME={path}: its seconds are {brief(seconds)}, expected a number from 0 to {MAX_KNOB}",
         DataError,
     )
     return step, float(seconds)
