@@ -263,7 +263,10 @@ class Comparison:
         self.model = g.load_artifact(Path(self.artifact), setup)
         self.weights = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         self.static_scores: dict[tuple[int, int], Scored] = {}  # by EVAL_SEQ_LEN and EVAL_STRIDE
-        self.plain = self.plain_run({"EVAL_SEQ_LEN": str(context)})
+        try:
+            self.plain = self.plain_run({"EVAL_SEQ_LEN": str(context)})
+        except g.ConfigError as error:
+            raise g.ConfigError(f"--context {context}: {error}") from None
 
     @functools.cached_property
     def yardstick(self) -> Scored:
