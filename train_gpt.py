@@ -124,6 +124,7 @@ def brief(value: Any) -> str:
 # ======================================================================================================================
 # Config: every knob once, with its default, its unit, its range and a line of doc.
 
+
 # ---- The knobs ----
 
 
@@ -2763,6 +2764,9 @@ def read_tensor(blob: bytes, dtype: torch.dtype, shape: torch.Size, compressed: 
 # Training: the budget is time or steps, and every schedule is a pure function of the fraction of the budget spent.
 
 
+# ---- Schedules ----
+
+
 def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
     """Fraction of the training budget spent after `step` steps and `seconds`; `reserve` seconds of the budget are
     kept for quantisation. At 1 or more, training ends."""
@@ -2801,6 +2805,9 @@ def momentum_at(progress: float, run: RunConfig) -> float:
     if run.muon_momentum_warmup_frac:
         fraction = min(1.0, progress / run.muon_momentum_warmup_frac)
     return run.muon_momentum_start + fraction * (run.muon_momentum - run.muon_momentum_start)
+
+
+# ---- The trainer, and its checkpoints ----
 
 
 class WeightAverage:
@@ -3019,6 +3026,9 @@ def difference(theirs: Any, ours: Any) -> str:
         name = next(n for n in names if n not in theirs or n not in ours or theirs[n] != ours[n])
         return f"another: {printable(name, 60)} is {brief(theirs.get(name))}, not {brief(ours.get(name))}"
     return f"{brief(theirs)}, not {brief(ours)}"
+
+
+# ---- Warm-up and the training loop ----
 
 
 def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[MicroBatch]:
@@ -5437,19 +5447,7 @@ class Evaluation:
 # Set-up and report: open and check what a run reads, train and pack, read back from the disk, score, report.
 
 
-def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> RunConfig:
-    """The run with TTT_OPTIMIZER=auto decided by the header of the artifact `what`. Raises UserError if the run needs
-    what the artifact does not hold."""
-    has_rms = has_gradient_rms(table_layout(header, what))
-    require(has_rms or run.ttt_optimizer != "rms", f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
-    if run.ttt_optimizer != "auto":
-        return run
-    decided = dataclasses.replace(run, ttt_optimizer="rms" if has_rms else "adamw")
-    for f in fields(run):
-        unchanged = getattr(run, f.name) == f.metadata["default"]
-        require(unchanged or has_effect(f, decided), f"{f.name.upper()} {NO_EFFECT} {conditions(f)}")
-    return decided
-
+# ---- Opening and checking what a run reads ----
 
 LOGS = Path("logs")
 
@@ -5476,6 +5474,48 @@ def make_setup(model: ModelConfig, run: RunConfig, dist: Dist) -> Setup:
     validation = load_validation(run.data_path, model.vocab_size, tokenizer)
     stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
     return Setup(model, run, dist, tokenizer, validation, stream)
+
+
+def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
+    """The configuration of the network in an artifact, checked like the environment's. Raises DataError.
+
+    An artifact may be older than a field of ModelConfig: the field then says what its absence means (see `knob`)."""
+    require(
+        meta.get("kind") == "artifact", f"{what}: of kind {brief(meta.get('kind'))}, expected an artifact", DataError
+    )
+    values = meta.get("model")
+    kinds = get_type_hints(ModelConfig)
+    try:
+        require(isinstance(values, dict), f"it is {brief(values)}, expected a table")
+        unknown = ", ".join(sorted(values.keys() - kinds.keys()))
+        require(
+            not unknown,
+            f"{printable(unknown, 60)}: unknown here, written by a newer version; use that version to read it",
+        )
+
+        checked = {}
+        for f in fields(ModelConfig):
+            value = values.get(f.name, f.metadata["absent"])
+            require(value is not None, f"{f.name} is missing")
+            require(type(value) in {int, kinds[f.name]}, f"{f.name} is {brief(value)}")
+            checked[f.name] = parse_knob(f.name.upper(), str(value), kinds[f.name], f.metadata)
+        return ModelConfig(**checked)
+    except ConfigError as error:
+        raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
+
+
+def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> RunConfig:
+    """The run with TTT_OPTIMIZER=auto decided by the header of the artifact `what`. Raises UserError if the run needs
+    what the artifact does not hold."""
+    has_rms = has_gradient_rms(table_layout(header, what))
+    require(has_rms or run.ttt_optimizer != "rms", f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
+    if run.ttt_optimizer != "auto":
+        return run
+    decided = dataclasses.replace(run, ttt_optimizer="rms" if has_rms else "adamw")
+    for f in fields(run):
+        unchanged = getattr(run, f.name) == f.metadata["default"]
+        require(unchanged or has_effect(f, decided), f"{f.name.upper()} {NO_EFFECT} {conditions(f)}")
+    return decided
 
 
 OF_A_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "ARTIFACT", "RESUME")  # knobs that name files or folders
@@ -5549,6 +5589,20 @@ def check_gpu(config: ModelConfig, device: torch.device) -> None:
         not triton or config.head_dim in (16, 32, 64, 128),
         f"on a GPU, MODEL_DIM / NUM_HEADS = {config.head_dim} must be 16, 32, 64 or 128",
     )
+
+
+def prepare_torch(run: RunConfig, device: torch.device) -> None:
+    """Set torch's seed, precision and determinism. A budget in steps must repeat exactly, so it gets deterministic
+    kernels; a budget in time gets the fastest."""
+    torch.manual_seed(run.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # products of fp32 matrices in TF32
+    if run.iterations and not run.max_wallclock_seconds:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
+
+# ---- The first lines of the log ----
 
 
 def describe_run(setup: Setup, run_id: str, log: Log) -> None:
@@ -5638,60 +5692,7 @@ def versions() -> str:
     )
 
 
-def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
-    """The configuration of the network in an artifact, checked like the environment's. Raises DataError.
-
-    An artifact may be older than a field of ModelConfig: the field then says what its absence means (see `knob`)."""
-    require(
-        meta.get("kind") == "artifact", f"{what}: of kind {brief(meta.get('kind'))}, expected an artifact", DataError
-    )
-    values = meta.get("model")
-    kinds = get_type_hints(ModelConfig)
-    try:
-        require(isinstance(values, dict), f"it is {brief(values)}, expected a table")
-        unknown = ", ".join(sorted(values.keys() - kinds.keys()))
-        require(
-            not unknown,
-            f"{printable(unknown, 60)}: unknown here, written by a newer version; use that version to read it",
-        )
-
-        checked = {}
-        for f in fields(ModelConfig):
-            value = values.get(f.name, f.metadata["absent"])
-            require(value is not None, f"{f.name} is missing")
-            require(type(value) in {int, kinds[f.name]}, f"{f.name} is {brief(value)}")
-            checked[f.name] = parse_knob(f.name.upper(), str(value), kinds[f.name], f.metadata)
-        return ModelConfig(**checked)
-    except ConfigError as error:
-        raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
-
-
-def load_artifact(path: Path, setup: Setup) -> GPT:
-    """The model that a file holds, built from that file alone. Raises UserError."""
-    return unpack_artifact(read_on_main(path, setup.dist), path, setup)
-
-
-def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
-    """The model in the content of a file. Raises DataError, and UserError where it lacks what TTT_OPTIMIZER needs.
-
-    The table of tensors is compared with the configuration before anything is unpacked: a small file can claim tensors
-    of gigabytes, and a short header a network of any size."""
-    what = str(path)
-    header, at = read_header(data, what)
-    config = stored_config(header["meta"], what)
-    tokenizer = str(header["meta"].get("tokenizer"))
-    require(
-        tokenizer == setup.tokenizer.sha256,
-        f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
-        f"{setup.tokenizer.path} ({setup.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
-        DataError,
-    )
-    check_layout(config, table_layout(header, what), what)
-    stored = read_tensors(data, header, at, what)
-    model = restore(GPT(config).to(setup.dist.device), stored, what)
-    if setup.run.ttt_enabled and setup.run.ttt_optimizer == "rms":
-        check_gradient_rms(model.gradient_rms, setup.run, what)
-    return model
+# ---- Training and packing ----
 
 
 def score_all_static(
@@ -5999,6 +6000,37 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
         dist.barrier()
 
 
+# ---- Evaluation ----
+
+
+def load_artifact(path: Path, setup: Setup) -> GPT:
+    """The model that a file holds, built from that file alone. Raises UserError."""
+    return unpack_artifact(read_on_main(path, setup.dist), path, setup)
+
+
+def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
+    """The model in the content of a file. Raises DataError, and UserError where it lacks what TTT_OPTIMIZER needs.
+
+    The table of tensors is compared with the configuration before anything is unpacked: a small file can claim tensors
+    of gigabytes, and a short header a network of any size."""
+    what = str(path)
+    header, at = read_header(data, what)
+    config = stored_config(header["meta"], what)
+    tokenizer = str(header["meta"].get("tokenizer"))
+    require(
+        tokenizer == setup.tokenizer.sha256,
+        f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
+        f"{setup.tokenizer.path} ({setup.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
+        DataError,
+    )
+    check_layout(config, table_layout(header, what), what)
+    stored = read_tensors(data, header, at, what)
+    model = restore(GPT(config).to(setup.dist.device), stored, what)
+    if setup.run.ttt_enabled and setup.run.ttt_optimizer == "rms":
+        check_gradient_rms(model.gradient_rms, setup.run, what)
+    return model
+
+
 def evaluate(
     setup: Setup, log: Log, watch: Stopwatch, path: Path, prequant_nats: np.ndarray | None = None
 ) -> tuple[dict[str, Any], bytes]:
@@ -6093,6 +6125,9 @@ def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: Sc
     log.event("score", line, artifact=str(path), static_bpb=static.bits_per_byte, val_bpb=val_bpb)
 
 
+# ---- The result ----
+
+
 def describe_artifact(path: Path, sha256: str) -> dict[str, Any]:
     """What the result says about the artifact's file. Raises DataError if its SHA-256 is not that of the artifact that
     was scored: another run may have replaced it meanwhile."""
@@ -6107,6 +6142,33 @@ def describe_artifact(path: Path, sha256: str) -> dict[str, Any]:
         "code_bytes": len(code()),
         "total_bytes": len(data) + len(code()),
     }
+
+
+def part_bytes(path: Path) -> dict[str, int]:
+    """Bytes of an artifact by kind of tensor, as they lie in the file; `header` is the rest."""
+    data = read_file(path)
+    header, _ = read_header(data, str(path))
+    parts: dict[str, int] = {}
+    for name, _, _, size in header["tensors"]:
+        kind = kind_of(name)
+        parts[kind] = parts.get(kind, 0) + size
+    return parts | {"header": len(data) - sum(parts.values())}
+
+
+def report_overruns(run: RunConfig, result: Mapping[str, Any], log: Log) -> None:
+    """Log by how much a limit of bytes or time was exceeded."""
+    extra = result["total_bytes"] - run.artifact_bytes
+    if extra > 0:  # of an artifact that was packed beside other code, or under another limit
+        log.warn(f"artifact and code are {extra} bytes over ARTIFACT_BYTES={run.artifact_bytes}")
+    clocks = (
+        ("training", "train_seconds", run.max_wallclock_seconds),
+        ("evaluation", "eval_seconds", run.eval_seconds),
+    )
+    for clock, key, limit in clocks:
+        over = result.get(key, 0.0) - limit
+        if limit and over > 0:
+            line = "over the limit: {clock} took {over_seconds:.3f} s more than its {limit_seconds:g} s"
+            log.event("over_limit", line, clock=clock, over_seconds=over, limit_seconds=limit)
 
 
 SHOWN_IN_RESULT_LINE = (
@@ -6146,28 +6208,6 @@ def report(result: Mapping[str, Any], documents: bytes, watch: Stopwatch, log: L
         except UserError as error:
             problems.append(str(error))
     require(not problems, f"{'; '.join(problems)}; the result is the last line above", UserError)
-
-
-def prepare_torch(run: RunConfig, device: torch.device) -> None:
-    """Set torch's seed, precision and determinism. A budget in steps must repeat exactly, so it gets deterministic
-    kernels; a budget in time gets the fastest."""
-    torch.manual_seed(run.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # products of fp32 matrices in TF32
-    if run.iterations and not run.max_wallclock_seconds:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
-def part_bytes(path: Path) -> dict[str, int]:
-    """Bytes of an artifact by kind of tensor, as they lie in the file; `header` is the rest."""
-    data = read_file(path)
-    header, _ = read_header(data, str(path))
-    parts: dict[str, int] = {}
-    for name, _, _, size in header["tensors"]:
-        kind = kind_of(name)
-        parts[kind] = parts.get(kind, 0) + size
-    return parts | {"header": len(data) - sum(parts.values())}
 
 
 # ======================================================================================================================
@@ -7332,22 +7372,6 @@ def let_go_of_screen() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def report_overruns(run: RunConfig, result: Mapping[str, Any], log: Log) -> None:
-    """Log by how much a limit of bytes or time was exceeded."""
-    extra = result["total_bytes"] - run.artifact_bytes
-    if extra > 0:  # of an artifact that was packed beside other code, or under another limit
-        log.warn(f"artifact and code are {extra} bytes over ARTIFACT_BYTES={run.artifact_bytes}")
-    clocks = (
-        ("training", "train_seconds", run.max_wallclock_seconds),
-        ("evaluation", "eval_seconds", run.eval_seconds),
-    )
-    for clock, key, limit in clocks:
-        over = result.get(key, 0.0) - limit
-        if limit and over > 0:
-            line = "over the limit: {clock} took {over_seconds:.3f} s more than its {limit_seconds:g} s"
-            log.event("over_limit", line, clock=clock, over_seconds=over, limit_seconds=limit)
 
 
 def choose_run_id(run: RunConfig, dist: Dist) -> str:
