@@ -141,13 +141,16 @@ def knob(
     only: Mapping[str, tuple[str, ...]] | None = None,
     absent: Any = None,
 ) -> Any:
-    """A field of a config. `full` and `rms` are its defaults under TTT_PARAMS=full and TTT_OPTIMIZER=rms, where they
-    differ. `low` and `high` are the least and the largest value; numbers without a `high` may reach MAX_KNOB. `only`
-    maps other knobs to the values with which this one has an effect; with any other value, setting it is refused.
-    `group` starts a new group in --help. `absent` is the value of a ModelConfig field in artifacts
-    written before the field existed."""
-    meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, only=only or {}, absent=absent)
-    meta |= dict(full=full, rms=rms)
+    """A field of a config, and what it says about itself:
+
+    group      starts a new group in --help
+    low, high  the least and the largest value; numbers without `high` may reach MAX_KNOB
+    full, rms  the defaults under TTT_PARAMS=full and TTT_OPTIMIZER=rms, where they differ
+    only       other knobs, and the values of each with which this one has an effect: else, setting it is refused
+    absent     for ModelConfig: the value in artifacts written before the field existed
+    """
+    meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high)
+    meta |= dict(full=full, rms=rms, only=only or {}, absent=absent)
     if full is not None or rms is not None:
         default = None  # until `RunConfig._fill_in_defaults` knows which it is
     return field(default=default, metadata=meta)
@@ -376,13 +379,20 @@ class RunConfig:
         if self.ttt_optimizer in (None, "auto"):
             object.__setattr__(self, "ttt_optimizer", self._automatic_optimizer())
         for f in fields(self):
-            default = f.metadata["default"]
-            if self.ttt_params == "full" and f.metadata["full"] is not None:
-                default = f.metadata["full"]
-            elif f.metadata["rms"] is not None and self.ttt_optimizer in ("auto", "rms"):
-                default = f.metadata["rms"] if self.ttt_optimizer == "rms" else None
             if getattr(self, f.name) is None:
-                object.__setattr__(self, f.name, default)
+                object.__setattr__(self, f.name, self._default_of(f))
+
+    def _default_of(self, f: dataclasses.Field) -> Any:
+        """A knob's default under this TTT_PARAMS and TTT_OPTIMIZER; None if that depends on an artifact not yet
+        opened."""
+        meta = f.metadata
+        if self.ttt_params == "full" and meta["full"] is not None:
+            return meta["full"]
+        if self.ttt_optimizer == "rms" and meta["rms"] is not None:
+            return meta["rms"]
+        if self.ttt_optimizer == "auto" and meta["rms"] is not None:
+            return None
+        return meta["default"]
 
     def _automatic_optimizer(self) -> str:
         """What TTT_OPTIMIZER=auto means; still "auto" if that depends on an artifact not yet opened."""
@@ -2227,6 +2237,7 @@ class TrainingStream:
 
     def held_out(self) -> Documents:
         """The whole documents among the held-out tokens."""
+        # In each shard; beyond its end where nothing of it is held out.
         begins = [max(0, self.total - start) for start in self.shard_starts.tolist()]
         parts = [self._part(i, begin, len(self.shards[i])) for i, begin in enumerate(begins)]
         return whole_documents(np.concatenate(parts))
@@ -2825,12 +2836,12 @@ class WeightAverage:
         torch._foreach_lerp_(self.values, self.params, 1.0 - keep)
 
     @contextlib.contextmanager
-    def applied(self, weight: float = 1.0) -> Iterator[None]:
-        """Inside, the model holds `weight` times the average plus 1 - `weight` times its own weights (1 and 0:
-        exactly one or the other); afterwards, its own weights again."""
+    def applied(self, share: float = 1.0) -> Iterator[None]:
+        """Inside, the model holds `share` times the average plus 1 - `share` times its own weights (1 and 0: exactly
+        one or the other); afterwards, its own weights again."""
         weights = [p.clone() for p in self.params]
         try:
-            torch._foreach_lerp_(self.params, self.values, weight)
+            torch._foreach_lerp_(self.params, self.values, share)
             yield
         finally:
             torch._foreach_copy_(self.params, weights)
@@ -2862,6 +2873,7 @@ class Trainer:
         self.finished = False  # whether the checkpoint that this run continues is of a finished training
 
     def looping(self, progress: float) -> bool:
+        """Whether a step at this fraction of the budget goes through the loop of blocks."""
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
 
     def spend(self, progress: float) -> None:
@@ -2983,7 +2995,7 @@ def checked_progress(meta: Mapping[str, Any], run: RunConfig, path: str) -> tupl
     """Steps and seconds of training that a checkpoint claims, checked. Raises DataError."""
     step = meta.get("step")
     seconds = meta.get("seconds")
-    limit = f"ITERATIONS={run.iterations}" if run.iterations else f"{MAX_KNOB}"
+    limit = f"ITERATIONS={run.iterations}" if run.iterations else MAX_KNOB
     require(
         type(step) is int and 0 <= step <= (run.iterations or MAX_KNOB),
         f"RESUME={path}: its step is {brief(step)}, expected a whole number from 0 to {limit}",
@@ -3067,7 +3079,7 @@ class DivergenceCheck:
 
     def __call__(self, loss: float, step: int) -> None:
         """Check the loss of a step. Raises UserError."""
-        self.steps_above = self.steps_above + 1 if not loss < self.limit else 0
+        self.steps_above = self.steps_above + 1 if loss >= self.limit else 0
         require(
             math.isfinite(loss) and self.steps_above < PATIENCE,
             self.message(f"the loss of step {step}", loss),
@@ -3098,7 +3110,7 @@ def train(
     `validate` returns bits per byte, `checkpoint` is the file that CHECKPOINT_SECONDS writes."""
     run = trainer.run
     report = StepReport(log, trainer, stream)
-    loss = torch.zeros(())
+    loss = torch.zeros(())  # of the last step; before the first, one that passes every check
     check_loss = DivergenceCheck(stream.vocab_size)
     # What earlier runs spent: otherwise the average would charge it to the last step.
     trainer.progress = progress_at(run, trainer.step, trainer.seconds_before, reserve)
@@ -5785,7 +5797,7 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
 
     seconds = watch.total("checkpoint", "gradients")
     seconds += watch.total("calibrate") * run.gptq_calibration_batches
-    seconds += (len(READOUTS) + 1) * watch.total("choose")
+    seconds += (len(READOUTS) + 1) * watch.total("choose")  # and once more, for the blend where the score is lowest
     seconds += 2 * watch.total("quantise", "pack")  # two tries to fit the bytes
     return dist.all_reduce_max(1.15 * seconds + 0.5)  # with a margin: an artifact that is late is no entry
 
