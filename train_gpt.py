@@ -13,7 +13,7 @@ written, .ckpt holds the trained weights.
 
 The sections of this file, in order; `run_experiment` at the very end walks through them:
 
-    Config                      every knob with its default, its range and a line of doc
+    Config                      every knob with its default, its range and a line of doc; reading and describing them
     Model                       the network, with a plain reference for every kernel
     Distributed and log         ranks, log, stopwatch, files
     Data                        shards, tokenizer, documents, training batches
@@ -24,7 +24,7 @@ The sections of this file, in order; `run_experiment` at the very end walks thro
     Quantiser                   calibration, GPTQ along a trellis, and fitting the byte limit
     Scoring                     bits per byte without adaptation
     Test-time training          bits per byte with adaptation
-    Set-up and report           read and check the settings; train and pack; evaluate; report
+    Set-up and report           open and check what a run reads; train and pack; evaluate; report
     Appendix: Triton kernels    fast versions of the model's plain references
     Appendix: CUDA graphs       capture and replay
     Main                        the run in one page, signals, exit status
@@ -125,6 +125,9 @@ def brief(value: Any) -> str:
 # Config: every knob once, with its default, its unit, its range and a line of doc.
 
 
+# ---- The knobs ----
+
+
 def knob(
     default: Any,
     doc: str,
@@ -138,12 +141,16 @@ def knob(
     only: Mapping[str, tuple[str, ...]] | None = None,
     absent: Any = None,
 ) -> Any:
-    """A field of a config. `full` and `rms` are its defaults under TTT_PARAMS=full and TTT_OPTIMIZER=rms, where they
-    differ. `only` maps other knobs to the values with which this one has an effect; with any other value, setting it
-    is refused. `group` starts a new group in --help. `absent` is the value of a ModelConfig field in artifacts
-    written before the field existed."""
-    meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high, only=only or {}, absent=absent)
-    meta |= dict(full=full, rms=rms)
+    """A field of a config, and what it says about itself:
+
+    group      starts a new group in --help
+    low, high  the least and the largest value; numbers without `high` may reach MAX_KNOB
+    full, rms  the defaults under TTT_PARAMS=full and TTT_OPTIMIZER=rms, where they differ
+    only       other knobs, and the values of each with which this one has an effect: else, setting it is refused
+    absent     for ModelConfig: the value in artifacts written before the field existed
+    """
+    meta = dict(default=default, doc=doc, group=group, unit=unit, low=low, high=high)
+    meta |= dict(full=full, rms=rms, only=only or {}, absent=absent)
     if full is not None or rms is not None:
         default = None  # until `RunConfig._fill_in_defaults` knows which it is
     return field(default=default, metadata=meta)
@@ -224,6 +231,7 @@ NEEDS_SGD_OR_ADAMW = {"ttt_optimizer": ("sgd", "adamw")}
 
 
 MAX_RUN_ID_BYTES = 200  # most file systems allow 255, and a run adds suffixes
+MAX_MICRO_BATCH = 1 << 22  # tokens: far more than the memory of a GPU holds; rows and contexts fit into them
 
 
 @dataclass(frozen=True)
@@ -244,7 +252,7 @@ class RunConfig:
     iterations: int = knob(0, "training steps, 0 = as many as the time allows", group="Budget", unit="steps", low=0)
     max_wallclock_seconds: float = knob(600.0, "from the first batch to the packed file, 0 = no limit", unit="s", low=0)
     eval_seconds: float = knob(600.0, "from opening the artifact to the final score, 0 = no limit", unit="s", low=0)
-    warmup_steps: int = knob(2, "steps on random tokens off the clock, in each loop mode", unit="steps", low=1)
+    warmup_steps: int = knob(2, "steps on random tokens off the clock, in each loop mode", unit="steps", low=1, high=99)
 
     train_batch_tokens: int = knob(
         0,
@@ -254,7 +262,9 @@ class RunConfig:
         low=0,
     )
     train_row_tokens: int = knob(32_768, "size of the rows that a batch consists of", unit="tokens", low=8)
-    micro_batch_tokens: int = knob(98_304, "most tokens in one forward pass on one device", unit="tokens", low=8)
+    micro_batch_tokens: int = knob(
+        98_304, "most tokens in one forward pass on one device", unit="tokens", low=8, high=MAX_MICRO_BATCH
+    )
     train_seq_len: int = knob(
         3072, "longest context in training; a third of it at first, later two thirds", unit="tokens", low=2
     )
@@ -281,7 +291,7 @@ class RunConfig:
     ema_horizon_frac: float = knob(0.06, "part of the budget over which weights are averaged, 0 = none", low=0, high=1)
     enable_looping_at: float = knob(0.35, "fraction of the budget after which the loop runs", low=0, high=0.9)
 
-    gptq_calibration_batches: int = knob(1, "training batches to calibrate on", group="Quantisation", low=1)
+    gptq_calibration_batches: int = knob(1, "training batches to calibrate on", group="Quantisation", low=1, high=1024)
     gptq_damping: float = knob(0.02, "added to the Hessian's diagonal, as a fraction of its mean", low=1e-6)
     trellis_states: Literal["auto", "0", "8", "32"] = knob(
         "auto",
@@ -311,7 +321,7 @@ class RunConfig:
         "auto", "optimizer; auto = rms if the artifact holds the RMS of gradients, else adamw", full="sgd"
     )
     ttt_lr: float = knob(1e-4, "learning rate", low=0, full=0.005, rms=8e-5)
-    ttt_epochs: int = knob(1, "steps on each chunk", unit="steps", low=1, full=3)
+    ttt_epochs: int = knob(1, "steps on each chunk", unit="steps", low=1, high=1000, full=3)
     ttt_chunk_tokens: int = knob(16, "tokens scored before each update", unit="tokens", low=8, full=32_768)
     ttt_late_chunk_tokens: int = knob(
         0,
@@ -336,8 +346,10 @@ class RunConfig:
     ttt_min_doc_tokens: int = knob(
         0, "tokens of a document to score before learning starts", low=0, only=NEEDS_DOCUMENT
     )
-    ttt_batch_docs: int = knob(128, "documents that adapt side by side", low=1, only=NEEDS_LORA | NEEDS_DOCUMENT)
-    ttt_lora_rank: int = knob(80, "rank of LoRA", low=1, only=NEEDS_LORA)
+    ttt_batch_docs: int = knob(
+        128, "documents that adapt side by side", low=1, high=65_536, only=NEEDS_LORA | NEEDS_DOCUMENT
+    )
+    ttt_lora_rank: int = knob(80, "rank of LoRA", low=1, high=16_384, only=NEEDS_LORA)
     ttt_lora_alpha: float = knob(144.0, "LoRA is scaled by alpha / rank", low=0, only=NEEDS_LORA)
     ttt_lora_targets: str = knob("q,k,v,o,mlp,head", "where LoRA is added: any of q,k,v,o,mlp,head", only=NEEDS_LORA)
     ttt_freeze_blocks: int = knob(2, "first blocks that do not adapt", low=0, only=NEEDS_FULL)
@@ -367,13 +379,20 @@ class RunConfig:
         if self.ttt_optimizer in (None, "auto"):
             object.__setattr__(self, "ttt_optimizer", self._automatic_optimizer())
         for f in fields(self):
-            default = f.metadata["default"]
-            if self.ttt_params == "full" and f.metadata["full"] is not None:
-                default = f.metadata["full"]
-            elif f.metadata["rms"] is not None and self.ttt_optimizer in ("auto", "rms"):
-                default = f.metadata["rms"] if self.ttt_optimizer == "rms" else None
             if getattr(self, f.name) is None:
-                object.__setattr__(self, f.name, default)
+                object.__setattr__(self, f.name, self._default_of(f))
+
+    def _default_of(self, f: dataclasses.Field) -> Any:
+        """A knob's default under this TTT_PARAMS and TTT_OPTIMIZER; None if that depends on an artifact not yet
+        opened."""
+        meta = f.metadata
+        if self.ttt_params == "full" and meta["full"] is not None:
+            return meta["full"]
+        if self.ttt_optimizer == "rms" and meta["rms"] is not None:
+            return meta["rms"]
+        if self.ttt_optimizer == "auto" and meta["rms"] is not None:
+            return None
+        return meta["default"]
 
     def _automatic_optimizer(self) -> str:
         """What TTT_OPTIMIZER=auto means; still "auto" if that depends on an artifact not yet opened."""
@@ -443,6 +462,8 @@ class RunConfig:
         return self.ttt_params == "lora" and self.ttt_scope == "document"
 
 
+# ---- Reading and describing knobs ----
+
 CONFIGS = (ModelConfig, RunConfig)
 # {NAME: (its field, its type)}
 KNOBS = {
@@ -450,7 +471,123 @@ KNOBS = {
     for config in CONFIGS
     for f, kind in zip(fields(config), get_type_hints(config).values(), strict=True)
 }
-MAX_KNOB = 1e9  # largest absolute value of a number that is not a count
+MAX_KNOB = 10**9  # where a knob has no limit of its own: fp32 holds products of such numbers, int32 such counts
+
+
+def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
+    """One environment string -> one checked value."""
+    problem = f"{name}={text!r}: {meta['doc']}; expected "
+    choices = get_args(kind)
+    if choices:
+        require(text in choices, problem + " | ".join(choices))
+        return text
+
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(problem + {int: "a whole number", float: "a number"}[kind]) from None
+    # Tools refuse a result with such a knob, as it could pass for other lines of a log.
+    require(kind is not str or text.isprintable(), problem + "one line of printable text")
+    require(kind is not float or math.isfinite(value), problem + "a finite number")
+    require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
+    high = MAX_KNOB if meta["high"] is None else meta["high"]
+    require(kind is str or value <= high, problem + f"at most {high}")
+    return value + 0.0 if kind is float else value  # -0.0 becomes 0.0: equal values are written alike
+
+
+# A name that begins like one of our knobs but is not one is a mistake, unless other programs use such names too.
+COMMON_WORDS = "ARTIFACT CHECKPOINT DATA ENABLE MAX MIN MODEL NUM PARALLEL RUN TOKENIZER".split()
+# Knobs of other entries that ours does not have.
+OTHER_ENTRIES = ("HEAD_LR", "LQER_", "PHASED_TTT", "QUANT_", "TIED_", "TIE_")
+FIRST_WORDS = {name.split("_")[0] for name in KNOBS if "_" in name}
+OUR_FAMILIES = (*sorted(f"{word}_" for word in FIRST_WORDS.difference(COMMON_WORDS)), *OTHER_ENTRIES)
+BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # set by build tools, though they look like misspelt knobs
+
+# Knobs of earlier versions, which change nothing when an artifact is scored, and what decides instead.
+BITS_AND_RANGES = "MATRIX_BITS EMBED_BITS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS QUANT_CLIP_FLOOR".split()
+RETIRED = dict.fromkeys(BITS_AND_RANGES, "the steps of integers follow from ARTIFACT_BYTES alone")
+
+
+def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
+    """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names, and a
+    knob's name in other letters beside the knob itself, as in a script's `SEED=$seed`."""
+    names = set(names)
+    knobs = set(knobs)
+    for name in sorted(names - knobs - BUILD_TOOLS):
+        if name in RETIRED:
+            raise ConfigError(f"{name} is retired: {RETIRED[name]}; unset it")
+        capitals = name.upper()
+        if capitals in knobs and capitals not in names:
+            raise ConfigError(f"{name} is not a knob; did you mean {capitals}? Knobs are in capitals")
+        similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
+        near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
+        if near:
+            raise ConfigError(f"{name} is not a knob; did you mean {near[0]}? (python train_gpt.py --help lists all)")
+
+
+NO_EFFECT = "has no effect here: it needs"
+
+
+def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
+    """Build both configs from the environment; only this function and Dist.from_env read it. Raises ConfigError."""
+    require(__debug__, "Python runs under -O, without the check that every target is scored once: run it without -O")
+    refuse_unknown(env, KNOBS)
+    values = {}
+    for name, (f, kind) in KNOBS.items():
+        if name in env:
+            values[f.name] = parse_knob(name, env[name], kind, f.metadata)
+    model = ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig) if f.name in values})
+    run = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
+
+    for name, (f, _) in KNOBS.items():
+        require(name not in env or has_effect(f, run), f"{name} {NO_EFFECT} {conditions(f)}")
+    return model, run
+
+
+def has_effect(f: dataclasses.Field, config: Any) -> bool:
+    """Whether a knob has an effect in this config, or may have one once settings at "auto" are decided."""
+    return all(getattr(config, name) in (*values, "auto") for name, values in f.metadata["only"].items())
+
+
+def conditions(f: dataclasses.Field) -> str:
+    """The conditions under which a knob has an effect."""
+    return " and ".join(f"{name.upper()}={' or '.join(values)}" for name, values in f.metadata["only"].items())
+
+
+def settings(*configs: Any) -> dict[str, str]:
+    """The knobs of these configs as environment variables, without those that have no effect or whose defaults an
+    artifact has yet to decide."""
+    return {
+        f.name.upper(): str(getattr(c, f.name))
+        for c in configs
+        for f in fields(c)
+        if has_effect(f, c) and getattr(c, f.name) is not None
+    }
+
+
+def describe_knobs() -> str:
+    """The text of --help: every knob with its default, unit and meaning, in groups."""
+    usage = (__doc__ or "").split("\nA run leaves")[0].strip()  # -OO drops docstrings
+    lines = [usage, ""]
+    for name, (f, kind) in KNOBS.items():
+        meta = f.metadata
+        if meta["group"]:
+            lines.append(f"\n{meta['group']}")
+
+        default = str(meta["default"]) or "-"
+        if meta["full"] is not None:
+            default += f" (full: {meta['full']})"
+        if meta["rms"] is not None:
+            default += f" (rms: {meta['rms']})"
+        notes = ""
+        if get_args(kind):
+            notes += f" ({' | '.join(get_args(kind))})"
+        if meta["unit"]:
+            notes += f" [{meta['unit']}]"
+        if meta["only"]:
+            notes += f" (with {conditions(f)})"
+        lines.append(f"  {name:26} {default:24} {meta['doc']}{notes}")
+    return "\n".join(lines)
 
 
 # ======================================================================================================================
@@ -2100,6 +2237,7 @@ class TrainingStream:
 
     def held_out(self) -> Documents:
         """The whole documents among the held-out tokens."""
+        # In each shard; beyond its end where nothing of it is held out.
         begins = [max(0, self.total - start) for start in self.shard_starts.tolist()]
         parts = [self._part(i, begin, len(self.shards[i])) for i, begin in enumerate(begins)]
         return whole_documents(np.concatenate(parts))
@@ -2637,6 +2775,9 @@ def read_tensor(blob: bytes, dtype: torch.dtype, shape: torch.Size, compressed: 
 # Training: the budget is time or steps, and every schedule is a pure function of the fraction of the budget spent.
 
 
+# ---- Schedules ----
+
+
 def progress_at(run: RunConfig, step: int, seconds: float, reserve: float) -> float:
     """Fraction of the training budget spent after `step` steps and `seconds`; `reserve` seconds of the budget are
     kept for quantisation. At 1 or more, training ends."""
@@ -2677,6 +2818,9 @@ def momentum_at(progress: float, run: RunConfig) -> float:
     return run.muon_momentum_start + fraction * (run.muon_momentum - run.muon_momentum_start)
 
 
+# ---- The trainer, and its checkpoints ----
+
+
 class WeightAverage:
     """Exponential moving average of all parameters. Its horizon is a fraction of the budget, so that a short run
     forgets its beginning, too."""
@@ -2692,12 +2836,12 @@ class WeightAverage:
         torch._foreach_lerp_(self.values, self.params, 1.0 - keep)
 
     @contextlib.contextmanager
-    def applied(self, weight: float = 1.0) -> Iterator[None]:
-        """Inside, the model holds `weight` times the average plus 1 - `weight` times its own weights (1 and 0:
-        exactly one or the other); afterwards, its own weights again."""
+    def applied(self, share: float = 1.0) -> Iterator[None]:
+        """Inside, the model holds `share` times the average plus 1 - `share` times its own weights (1 and 0: exactly
+        one or the other); afterwards, its own weights again."""
         weights = [p.clone() for p in self.params]
         try:
-            torch._foreach_lerp_(self.params, self.values, weight)
+            torch._foreach_lerp_(self.params, self.values, share)
             yield
         finally:
             torch._foreach_copy_(self.params, weights)
@@ -2729,6 +2873,7 @@ class Trainer:
         self.finished = False  # whether the checkpoint that this run continues is of a finished training
 
     def looping(self, progress: float) -> bool:
+        """Whether a step at this fraction of the budget goes through the loop of blocks."""
         return self.model.config.num_loops > 0 and progress >= self.run.enable_looping_at
 
     def spend(self, progress: float) -> None:
@@ -2844,22 +2989,21 @@ class Trainer:
 
 
 FINISHED = "checkpoint of a finished training"
-MAX_STEP = 10**9  # of a checkpoint, where ITERATIONS sets no limit
 
 
 def checked_progress(meta: Mapping[str, Any], run: RunConfig, path: str) -> tuple[int, float]:
     """Steps and seconds of training that a checkpoint claims, checked. Raises DataError."""
     step = meta.get("step")
     seconds = meta.get("seconds")
-    limit = f"ITERATIONS={run.iterations}" if run.iterations else f"{MAX_STEP}"
+    limit = f"ITERATIONS={run.iterations}" if run.iterations else MAX_KNOB
     require(
-        type(step) is int and 0 <= step <= (run.iterations or MAX_STEP),
+        type(step) is int and 0 <= step <= (run.iterations or MAX_KNOB),
         f"RESUME={path}: its step is {brief(step)}, expected a whole number from 0 to {limit}",
         DataError,
     )
     require(
         type(seconds) in {int, float} and 0 <= seconds <= MAX_KNOB,
-        f"RESUME={path}: its seconds are {brief(seconds)}, expected a number from 0 to {MAX_KNOB:g}",
+        f"RESUME={path}: its seconds are {brief(seconds)}, expected a number from 0 to {MAX_KNOB}",
         DataError,
     )
     return step, float(seconds)
@@ -2894,6 +3038,9 @@ def difference(theirs: Any, ours: Any) -> str:
         name = next(n for n in names if n not in theirs or n not in ours or theirs[n] != ours[n])
         return f"another: {printable(name, 60)} is {brief(theirs.get(name))}, not {brief(ours.get(name))}"
     return f"{brief(theirs)}, not {brief(ours)}"
+
+
+# ---- Warm-up and the training loop ----
 
 
 def random_batch(run: RunConfig, vocab_size: int, dist: Dist) -> list[MicroBatch]:
@@ -2932,7 +3079,7 @@ class DivergenceCheck:
 
     def __call__(self, loss: float, step: int) -> None:
         """Check the loss of a step. Raises UserError."""
-        self.steps_above = self.steps_above + 1 if not loss < self.limit else 0
+        self.steps_above = self.steps_above + 1 if loss >= self.limit else 0
         require(
             math.isfinite(loss) and self.steps_above < PATIENCE,
             self.message(f"the loss of step {step}", loss),
@@ -2963,7 +3110,7 @@ def train(
     `validate` returns bits per byte, `checkpoint` is the file that CHECKPOINT_SECONDS writes."""
     run = trainer.run
     report = StepReport(log, trainer, stream)
-    loss = torch.zeros(())
+    loss = torch.zeros(())  # of the last step; before the first, one that passes every check
     check_loss = DivergenceCheck(stream.vocab_size)
     # What earlier runs spent: otherwise the average would charge it to the last step.
     trainer.progress = progress_at(run, trainer.step, trainer.seconds_before, reserve)
@@ -3558,9 +3705,9 @@ def strips_by_height(shapes: Shapes) -> dict[int, list[Strip]]:
     return dict(sorted(strips.items()))
 
 
-class Walk:
-    """Walks row by row down strips of one height that lie side by side: gives the coding context of every integer in a
-    row, and turns integers into symbols and back. Encoder and decoder share it. C: columns of all strips together.
+class ContextModel:
+    """What encoder and decoder both know of the next integers, row by row down strips of one height that lie side by
+    side: which table codes each of them, its context, and which integer a symbol stands for. C: columns of all strips.
 
     A state of the trellis allows integers of one parity only, so symbol s stands for the integer 2 s + parity."""
 
@@ -3612,11 +3759,11 @@ def integer_symbols(matrices: Matrices, trellis: Trellis) -> Iterator[tuple[np.n
     """The integers of all matrices in coding order, row by row: symbols (C,) and their contexts (C,)."""
     shapes = {name: k.shape for name, k in matrices.integers.items()}
     for height, strips in strips_by_height(shapes).items():
-        walk = Walk(strips, height, matrices.grids, trellis)
+        model = ContextModel(strips, height, matrices.grids, trellis)
         side_by_side = [matrices.integers[strip.name][strip.start : strip.start + height] for strip in strips]
         for row, integers in enumerate(np.concatenate(side_by_side, 1)):
-            contexts = walk.contexts(row)
-            yield walk.to_symbols(integers).astype(np.int16), contexts
+            contexts = model.contexts(row)
+            yield model.to_symbols(integers).astype(np.int16), contexts
 
 
 def decode_integers(stream: bytes, tables: bytes, grids: Mapping[str, Grid], trellis: Trellis) -> dict[str, np.ndarray]:
@@ -3629,10 +3776,10 @@ def decode_integers(stream: bytes, tables: bytes, grids: Mapping[str, Grid], tre
     require(len(decoder.states) == lanes, f"{len(decoder.states)} lanes, expected {lanes}", DataError)
     integers = {name: np.empty(shape, np.int16) for name, shape in shapes.items()}
     for height, strips in by_height.items():
-        walk = Walk(strips, height, grids, trellis)
-        rows = np.empty((height, len(walk.column_classes)), np.int16)
+        model = ContextModel(strips, height, grids, trellis)
+        rows = np.empty((height, len(model.column_classes)), np.int16)
         for row in range(height):
-            rows[row] = walk.to_integers(decoder.take(walk.contexts(row)))
+            rows[row] = model.to_integers(decoder.take(model.contexts(row)))
         ends = np.cumsum([shapes[strip.name][1] for strip in strips])[:-1]
         for strip, part in zip(strips, np.split(rows, ends, 1), strict=True):
             integers[strip.name][strip.start : strip.start + height] = part
@@ -3771,8 +3918,8 @@ class Quantiser:
         """The octave at which integers take `bits` on average, if weights are Gaussian and steps small: a weight whose
         standard deviation is 2^c steps takes c + log2(sqrt(2 pi e)) bits, or one less where a trellis excludes every
         other integer."""
-        octave = -10.0
-        for _ in range(4):  # repeated, as the steps of rare tokens do not follow the octave
+        octave = -10.0  # any start will do: from -20 or 5, the first round comes within an octave, the others settle it
+        for _ in range(4):  # several, as the steps of rare tokens, and those at their finest, do not follow the octave
             excess = -bits + 0.5 * math.log2(2 * math.pi * math.e) - (self.trellis.states > 0)
             for name, grid in self.grids(octave).items():
                 share = math.prod(self.shapes[name]) / self.weight_count
@@ -3842,10 +3989,8 @@ def make_artifact(
     log: Log,
     rehearsal: bool = False,
 ) -> bytes:
-    """Quantise and pack into ARTIFACT_BYTES, code included -> the artifact (b"" on all ranks but the first).
-
-    Each size corrects the factor on all steps for the next rounding, until a size is accepted. Raises UserError if none
-    fits. A rehearsal rounds once and accepts any size."""
+    """Quantise and pack into ARTIFACT_BYTES, code included -> the artifact (b"" on all ranks but the first). Raises
+    UserError if none fits. A rehearsal rounds once and accepts any size."""
     budget = Budget.of(model, run)
     meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **provenance}
     with watch.phase("quantise"):
@@ -3858,13 +4003,24 @@ def make_artifact(
         line = "damping: a Hessian is not positive definite with GPTQ_DAMPING, which was raised to {damping:g} for it"
         log.event("damping", line, damping=quantiser.largest_damping)
 
-    tried: list[tuple[float, int]] = []  # (octave, bytes)
-    for attempt in range(1, MAX_ROUNDINGS + 1):
+    def pack_at(octave: float) -> tuple[bytes, int]:
         with watch.phase("quantise"):
             matrices = quantiser.round(octave)
         with watch.phase("pack"):
             blob = pack(meta, others | encode_matrices(matrices, quantiser.trellis), level=22) if dist.main else b""
-            size = int(dist.broadcast(len(blob))[0])
+            return blob, int(dist.broadcast(len(blob))[0])
+
+    return fit_to_limit(pack_at, octave, budget, log, rehearsal)
+
+
+def fit_to_limit(
+    pack_at: Callable[[float], tuple[bytes, int]], octave: float, budget: Budget, log: Log, rehearsal: bool
+) -> bytes:
+    """Pack until a size is accepted -> that artifact. `pack_at` takes a factor 2^octave on all steps and returns an
+    artifact and its size; each size corrects the octave of the next. Raises UserError if none fits."""
+    tried: list[tuple[float, int]] = []  # (octave, bytes)
+    for attempt in range(1, MAX_ROUNDINGS + 1):
+        blob, size = pack_at(octave)
         line = "pack {attempt}: {artifact_bytes} bytes, {bits:.4f} bits a weight, steps finer by {fineness:.4f} octaves"
         bits = 8 * (size - budget.fixed) / budget.weights
         log.event("rounding", line, attempt=attempt, fineness=-octave, artifact_bytes=size, bits=bits)
@@ -3875,7 +4031,7 @@ def make_artifact(
         octave += (size - aim) / bytes_per_octave(tried, budget.weights / 8)
     raise UserError(
         f"the artifact of {size} bytes and {len(code())} bytes of code are {size - budget.limit} bytes over "
-        f"ARTIFACT_BYTES={run.artifact_bytes}: raise it or use a smaller model"
+        f"ARTIFACT_BYTES={budget.limit + len(code())}: raise it or use a smaller model"
     )
 
 
@@ -3970,20 +4126,20 @@ class ScoreTable:
         self.docs = docs
         # (documents,) each
         self.nats = np.zeros(len(docs))
-        self.counted = np.zeros(len(docs))  # scored targets
+        self.targets = np.zeros(len(docs))  # scored so far
         self.updates = np.zeros(len(docs))
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         """Add the scores (n,) of targets that belong to these documents (n,)."""
         self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
-        self.counted += np.bincount(documents, minlength=len(self.docs))
+        self.targets += np.bincount(documents, minlength=len(self.docs))
 
     def all_reduced(self, dist: Dist) -> ScoreTable:
         """Sum over ranks, in place -> this table, after a check that every target was scored exactly once."""
-        for values in (self.nats, self.counted, self.updates):
+        for values in (self.nats, self.targets, self.updates):
             values[:] = dist.all_reduce(torch.from_numpy(values)).numpy()
-        wrong = np.flatnonzero(self.counted != self.docs.lengths)
-        assert len(wrong) == 0, f"documents {wrong[:5]}: {self.counted[wrong[:5]]} targets scored, not once each"
+        wrong = np.flatnonzero(self.targets != self.docs.lengths)
+        assert len(wrong) == 0, f"documents {wrong[:5]}: {self.targets[wrong[:5]]} targets scored, not once each"
         return self
 
     @property
@@ -3992,7 +4148,7 @@ class ScoreTable:
 
     @property
     def nats_per_token(self) -> float:
-        return float(self.nats.sum() / self.counted.sum())
+        return float(self.nats.sum() / self.targets.sum())
 
     def require_finite(self, advice: str) -> None:
         """Raises UserError, with this advice, if a document's score is not a finite number."""
@@ -5177,9 +5333,9 @@ class Evaluation:
         self.table = ScoreTable(docs)
         self.degraded = 0  # documents that did not adapt for lack of time
         self.learners = Learners(model, dist.device)
-        self.static_costs = static_costs(docs.lengths, run)
+        self.static_tokens = static_costs(docs.lengths, run)  # (documents,), to score each without adaptation
         # Both are measured in the warm-up, and the second again during the evaluation.
-        self.static_tokens_per_s = math.inf
+        self.static_seconds_per_token = 0.0
         self.ttt_seconds_per_token = 0.0  # of a group that adapts
         model.requires_grad_(run.ttt_params == "full")
 
@@ -5199,7 +5355,7 @@ class Evaluation:
             started = time.perf_counter()
             score_static(self.model, docs, range(count), run, Dist(device=self.dist.device), ScoreTable(docs))
             spent = time.perf_counter() - started
-            self.static_tokens_per_s = static_costs(docs.lengths, run).sum() / spent
+            self.static_seconds_per_token = spent / static_costs(docs.lengths, run).sum()
 
     def _warm_up_ttt(self) -> None:
         run = self.run
@@ -5230,7 +5386,7 @@ class Evaluation:
             self._score_documents()
         else:  # a stream: the ranks share every chunk
             learner = SequentialTTT(self.model, self.run, self.dist)
-            tokens_per_target = self.static_costs.sum() / self.docs.lengths.sum()
+            tokens_per_target = self.static_tokens.sum() / self.docs.lengths.sum()
 
             def may_learn(targets_left: int) -> bool:
                 return self._has_time(targets_left * tokens_per_target)
@@ -5242,7 +5398,7 @@ class Evaluation:
         """Whether, after `next_seconds` of adaptation, there is time to score the rest without it; all ranks agree."""
         if not self.run.eval_seconds:
             return True
-        rest = 1.5 * static_tokens_left / self.static_tokens_per_s / self.dist.world  # with a margin of 50 %
+        rest = 1.5 * static_tokens_left * self.static_seconds_per_token / self.dist.world  # with a margin of 50 %
         end = self.seconds() + next_seconds + rest
         return self.dist.all_reduce_max(end) <= self.run.eval_seconds * 0.98  # 2 % for what a forecast misses
 
@@ -5263,7 +5419,7 @@ class Evaluation:
             rest = [i for later in rounds[n:] for group in later for i in group]
             if cost_so_far:
                 self.ttt_seconds_per_token = (self.seconds() - started) / cost_so_far
-            if not self._has_time(self.static_costs[rest].sum(), self.ttt_seconds_per_token * costs[n]):
+            if not self._has_time(self.static_tokens[rest].sum(), self.ttt_seconds_per_token * costs[n]):
                 self.degraded = len(rest)
                 line = "time is short: {degraded_documents} documents that have not begun are scored without adaptation"
                 self.log.event("time_short", line, degraded_documents=len(rest))
@@ -5285,7 +5441,7 @@ class Evaluation:
             score_batched(self.docs, group, self.run, self.dist, self.table, self.learners)
 
     def _report(self, documents: int, seconds: float, eta: float) -> None:
-        begun = self.table.counted > 0
+        begun = self.table.targets > 0
         bpb = self.table.nats.sum() / math.log(2) / self.docs.target_bytes()[begun].sum()
         self.log.event(
             "adapted",
@@ -5300,138 +5456,10 @@ class Evaluation:
 
 
 # ======================================================================================================================
-# Set-up and report: read the settings, check them, train and pack, read back from the disk, score, report.
+# Set-up and report: open and check what a run reads, train and pack, read back from the disk, score, report.
 
 
-# A name that begins like one of our knobs but is not one is a mistake, unless other programs use such names too.
-COMMON_WORDS = "ARTIFACT CHECKPOINT DATA ENABLE MAX MIN MODEL NUM PARALLEL RUN TOKENIZER".split()
-# Knobs of other entries that ours does not have.
-OTHER_ENTRIES = ("HEAD_LR", "LQER_", "PHASED_TTT", "QUANT_", "TIED_", "TIE_")
-FIRST_WORDS = {name.split("_")[0] for name in KNOBS if "_" in name}
-OUR_FAMILIES = (*sorted(f"{word}_" for word in FIRST_WORDS.difference(COMMON_WORDS)), *OTHER_ENTRIES)
-BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # set by build tools, though they look like misspelt knobs
-
-# Knobs of earlier versions, which change nothing when an artifact is scored, and what decides instead.
-BITS_AND_RANGES = "MATRIX_BITS EMBED_BITS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS QUANT_CLIP_FLOOR".split()
-RETIRED = dict.fromkeys(BITS_AND_RANGES, "the steps of integers follow from ARTIFACT_BYTES alone")
-
-
-def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
-    """One environment string -> one checked value."""
-    problem = f"{name}={text!r}: {meta['doc']}; expected "
-    choices = get_args(kind)
-    if choices:
-        require(text in choices, problem + " | ".join(choices))
-        return text
-
-    try:
-        value = kind(text)
-    except ValueError:
-        raise ConfigError(problem + {int: "a whole number", float: "a number"}[kind]) from None
-    # Tools refuse a result with such a knob, as it could pass for other lines of a log.
-    require(kind is not str or text.isprintable(), problem + "one line of printable text")
-    require(kind is not float or math.isfinite(value), problem + "a finite number")
-    require(kind is not float or abs(value) <= MAX_KNOB, problem + f"at most {MAX_KNOB:g}: fp32 must hold its products")
-    require(meta["low"] is None or value >= meta["low"], problem + f"at least {meta['low']}")
-    require(meta["high"] is None or value <= meta["high"], problem + f"at most {meta['high']}")
-    return value + 0.0 if kind is float else value  # -0.0 becomes 0.0: equal values are written alike
-
-
-def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
-    """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names, and a
-    knob's name in other letters beside the knob itself, as in a script's `SEED=$seed`."""
-    names = set(names)
-    knobs = set(knobs)
-    for name in sorted(names - knobs - BUILD_TOOLS):
-        if name in RETIRED:
-            raise ConfigError(f"{name} is retired: {RETIRED[name]}; unset it")
-        capitals = name.upper()
-        if capitals in knobs and capitals not in names:
-            raise ConfigError(f"{name} is not a knob; did you mean {capitals}? Knobs are in capitals")
-        similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
-        near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
-        if near:
-            raise ConfigError(f"{name} is not a knob; did you mean {near[0]}? (python train_gpt.py --help lists all)")
-
-
-def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
-    """Build both configs from the environment; only this function and Dist.from_env read it."""
-    require(__debug__, "Python runs under -O, without the check that every target is scored once: run it without -O")
-    refuse_unknown(env, KNOBS)
-    values = {}
-    for name, (f, kind) in KNOBS.items():
-        if name in env:
-            values[f.name] = parse_knob(name, env[name], kind, f.metadata)
-    model = ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig) if f.name in values})
-    run = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
-
-    for name, (f, _) in KNOBS.items():
-        require(name not in env or has_effect(f, run), f"{name} {NO_EFFECT} {conditions(f)}")
-    return model, run
-
-
-NO_EFFECT = "has no effect here: it needs"
-
-
-def has_effect(f: dataclasses.Field, config: Any) -> bool:
-    """Whether a knob has an effect in this config, or may have one once settings at "auto" are decided."""
-    return all(getattr(config, name) in (*values, "auto") for name, values in f.metadata["only"].items())
-
-
-def conditions(f: dataclasses.Field) -> str:
-    """The conditions under which a knob has an effect."""
-    return " and ".join(f"{name.upper()}={' or '.join(values)}" for name, values in f.metadata["only"].items())
-
-
-def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> RunConfig:
-    """The run with TTT_OPTIMIZER=auto decided by the header of the artifact `what`. Raises UserError if the run needs
-    what the artifact does not hold."""
-    has_rms = has_gradient_rms(table_layout(header, what))
-    require(has_rms or run.ttt_optimizer != "rms", f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
-    if run.ttt_optimizer != "auto":
-        return run
-    decided = dataclasses.replace(run, ttt_optimizer="rms" if has_rms else "adamw")
-    for f in fields(run):
-        unchanged = getattr(run, f.name) == f.metadata["default"]
-        require(unchanged or has_effect(f, decided), f"{f.name.upper()} {NO_EFFECT} {conditions(f)}")
-    return decided
-
-
-def settings(*configs: Any) -> dict[str, str]:
-    """The knobs of these configs as environment variables, without those that have no effect or whose defaults an
-    artifact has yet to decide."""
-    return {
-        f.name.upper(): str(getattr(c, f.name))
-        for c in configs
-        for f in fields(c)
-        if has_effect(f, c) and getattr(c, f.name) is not None
-    }
-
-
-def describe_knobs() -> str:
-    """The text of --help: every knob with its default, unit and meaning, in groups."""
-    usage = (__doc__ or "").split("\nA run leaves")[0].strip()  # -OO drops docstrings
-    lines = [usage, ""]
-    for name, (f, kind) in KNOBS.items():
-        meta = f.metadata
-        if meta["group"]:
-            lines.append(f"\n{meta['group']}")
-
-        default = str(meta["default"]) or "-"
-        if meta["full"] is not None:
-            default += f" (full: {meta['full']})"
-        if meta["rms"] is not None:
-            default += f" (rms: {meta['rms']})"
-        notes = ""
-        if get_args(kind):
-            notes += f" ({' | '.join(get_args(kind))})"
-        if meta["unit"]:
-            notes += f" [{meta['unit']}]"
-        if meta["only"]:
-            notes += f" (with {conditions(f)})"
-        lines.append(f"  {name:26} {default:24} {meta['doc']}{notes}")
-    return "\n".join(lines)
-
+# ---- Opening and checking what a run reads ----
 
 LOGS = Path("logs")
 
@@ -5458,6 +5486,48 @@ def make_setup(model: ModelConfig, run: RunConfig, dist: Dist) -> Setup:
     validation = load_validation(run.data_path, model.vocab_size, tokenizer)
     stream = None if run.artifact else TrainingStream(run, model.vocab_size, dist)
     return Setup(model, run, dist, tokenizer, validation, stream)
+
+
+def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
+    """The configuration of the network in an artifact, checked like the environment's. Raises DataError.
+
+    An artifact may be older than a field of ModelConfig: the field then says what its absence means (see `knob`)."""
+    require(
+        meta.get("kind") == "artifact", f"{what}: of kind {brief(meta.get('kind'))}, expected an artifact", DataError
+    )
+    values = meta.get("model")
+    kinds = get_type_hints(ModelConfig)
+    try:
+        require(isinstance(values, dict), f"it is {brief(values)}, expected a table")
+        unknown = ", ".join(sorted(values.keys() - kinds.keys()))
+        require(
+            not unknown,
+            f"{printable(unknown, 60)}: unknown here, written by a newer version; use that version to read it",
+        )
+
+        checked = {}
+        for f in fields(ModelConfig):
+            value = values.get(f.name, f.metadata["absent"])
+            require(value is not None, f"{f.name} is missing")
+            require(type(value) in {int, kinds[f.name]}, f"{f.name} is {brief(value)}")
+            checked[f.name] = parse_knob(f.name.upper(), str(value), kinds[f.name], f.metadata)
+        return ModelConfig(**checked)
+    except ConfigError as error:
+        raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
+
+
+def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> RunConfig:
+    """The run with TTT_OPTIMIZER=auto decided by the header of the artifact `what`. Raises UserError if the run needs
+    what the artifact does not hold."""
+    has_rms = has_gradient_rms(table_layout(header, what))
+    require(has_rms or run.ttt_optimizer != "rms", f"{what}: TTT_OPTIMIZER=rms: {NO_GRADIENT_RMS}", UserError)
+    if run.ttt_optimizer != "auto":
+        return run
+    decided = dataclasses.replace(run, ttt_optimizer="rms" if has_rms else "adamw")
+    for f in fields(run):
+        unchanged = getattr(run, f.name) == f.metadata["default"]
+        require(unchanged or has_effect(f, decided), f"{f.name.upper()} {NO_EFFECT} {conditions(f)}")
+    return decided
 
 
 OF_A_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "ARTIFACT", "RESUME")  # knobs that name files or folders
@@ -5531,6 +5601,20 @@ def check_gpu(config: ModelConfig, device: torch.device) -> None:
         not triton or config.head_dim in (16, 32, 64, 128),
         f"on a GPU, MODEL_DIM / NUM_HEADS = {config.head_dim} must be 16, 32, 64 or 128",
     )
+
+
+def prepare_torch(run: RunConfig, device: torch.device) -> None:
+    """Set torch's seed, precision and determinism. A budget in steps must repeat exactly, so it gets deterministic
+    kernels; a budget in time gets the fastest."""
+    torch.manual_seed(run.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # products of fp32 matrices in TF32
+    if run.iterations and not run.max_wallclock_seconds:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+
+
+# ---- The first lines of the log ----
 
 
 def describe_run(setup: Setup, run_id: str, log: Log) -> None:
@@ -5620,60 +5704,7 @@ def versions() -> str:
     )
 
 
-def stored_config(meta: Mapping[str, Any], what: str) -> ModelConfig:
-    """The configuration of the network in an artifact, checked like the environment's. Raises DataError.
-
-    An artifact may be older than a field of ModelConfig: the field then says what its absence means (see `knob`)."""
-    require(
-        meta.get("kind") == "artifact", f"{what}: of kind {brief(meta.get('kind'))}, expected an artifact", DataError
-    )
-    values = meta.get("model")
-    kinds = get_type_hints(ModelConfig)
-    try:
-        require(isinstance(values, dict), f"it is {brief(values)}, expected a table")
-        unknown = ", ".join(sorted(values.keys() - kinds.keys()))
-        require(
-            not unknown,
-            f"{printable(unknown, 60)}: unknown here, written by a newer version; use that version to read it",
-        )
-
-        checked = {}
-        for f in fields(ModelConfig):
-            value = values.get(f.name, f.metadata["absent"])
-            require(value is not None, f"{f.name} is missing")
-            require(type(value) in {int, kinds[f.name]}, f"{f.name} is {brief(value)}")
-            checked[f.name] = parse_knob(f.name.upper(), str(value), kinds[f.name], f.metadata)
-        return ModelConfig(**checked)
-    except ConfigError as error:
-        raise DataError(f"{what}: its configuration is not one of ours: {error}") from error
-
-
-def load_artifact(path: Path, setup: Setup) -> GPT:
-    """The model that a file holds, built from that file alone. Raises UserError."""
-    return unpack_artifact(read_on_main(path, setup.dist), path, setup)
-
-
-def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
-    """The model in the content of a file. Raises DataError, and UserError where it lacks what TTT_OPTIMIZER needs.
-
-    The table of tensors is compared with the configuration before anything is unpacked: a small file can claim tensors
-    of gigabytes, and a short header a network of any size."""
-    what = str(path)
-    header, at = read_header(data, what)
-    config = stored_config(header["meta"], what)
-    tokenizer = str(header["meta"].get("tokenizer"))
-    require(
-        tokenizer == setup.tokenizer.sha256,
-        f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
-        f"{setup.tokenizer.path} ({setup.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
-        DataError,
-    )
-    check_layout(config, table_layout(header, what), what)
-    stored = read_tensors(data, header, at, what)
-    model = restore(GPT(config).to(setup.dist.device), stored, what)
-    if setup.run.ttt_enabled and setup.run.ttt_optimizer == "rms":
-        check_gradient_rms(model.gradient_rms, setup.run, what)
-    return model
+# ---- Training and packing ----
 
 
 def score_all_static(
@@ -5766,7 +5797,7 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
 
     seconds = watch.total("checkpoint", "gradients")
     seconds += watch.total("calibrate") * run.gptq_calibration_batches
-    seconds += (len(READOUTS) + 1) * watch.total("choose")
+    seconds += (len(READOUTS) + 1) * watch.total("choose")  # and once more, for the blend where the score is lowest
     seconds += 2 * watch.total("quantise", "pack")  # two tries to fit the bytes
     return dist.all_reduce_max(1.15 * seconds + 0.5)  # with a margin: an artifact that is late is no entry
 
@@ -5981,6 +6012,37 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
         dist.barrier()
 
 
+# ---- Evaluation ----
+
+
+def load_artifact(path: Path, setup: Setup) -> GPT:
+    """The model that a file holds, built from that file alone. Raises UserError."""
+    return unpack_artifact(read_on_main(path, setup.dist), path, setup)
+
+
+def unpack_artifact(data: bytes, path: Path, setup: Setup) -> GPT:
+    """The model in the content of a file. Raises DataError, and UserError where it lacks what TTT_OPTIMIZER needs.
+
+    The table of tensors is compared with the configuration before anything is unpacked: a small file can claim tensors
+    of gigabytes, and a short header a network of any size."""
+    what = str(path)
+    header, at = read_header(data, what)
+    config = stored_config(header["meta"], what)
+    tokenizer = str(header["meta"].get("tokenizer"))
+    require(
+        tokenizer == setup.tokenizer.sha256,
+        f"{path}: made for another tokenizer (sha256 {tokenizer[:12]}…) than "
+        f"{setup.tokenizer.path} ({setup.tokenizer.sha256[:12]}…); set DATA_PATH or TOKENIZER_PATH",
+        DataError,
+    )
+    check_layout(config, table_layout(header, what), what)
+    stored = read_tensors(data, header, at, what)
+    model = restore(GPT(config).to(setup.dist.device), stored, what)
+    if setup.run.ttt_enabled and setup.run.ttt_optimizer == "rms":
+        check_gradient_rms(model.gradient_rms, setup.run, what)
+    return model
+
+
 def evaluate(
     setup: Setup, log: Log, watch: Stopwatch, path: Path, prequant_nats: np.ndarray | None = None
 ) -> tuple[dict[str, Any], bytes]:
@@ -6015,7 +6077,7 @@ def evaluate(
         "val_loss": table.nats_per_token,
         "static_bpb": static.bits_per_byte,
         "documents": len(docs),
-        "tokens": int(table.counted.sum()),
+        "tokens": int(table.targets.sum()),
         "bytes": int(docs.target_bytes().sum()),
         "excess_bytes": docs.excess_bytes(setup.tokenizer.pieces),
         "validation": docs.sha256(),
@@ -6075,6 +6137,9 @@ def log_scores(setup: Setup, log: Log, path: Path, table: ScoreTable, static: Sc
     log.event("score", line, artifact=str(path), static_bpb=static.bits_per_byte, val_bpb=val_bpb)
 
 
+# ---- The result ----
+
+
 def describe_artifact(path: Path, sha256: str) -> dict[str, Any]:
     """What the result says about the artifact's file. Raises DataError if its SHA-256 is not that of the artifact that
     was scored: another run may have replaced it meanwhile."""
@@ -6089,6 +6154,33 @@ def describe_artifact(path: Path, sha256: str) -> dict[str, Any]:
         "code_bytes": len(code()),
         "total_bytes": len(data) + len(code()),
     }
+
+
+def part_bytes(path: Path) -> dict[str, int]:
+    """Bytes of an artifact by kind of tensor, as they lie in the file; `header` is the rest."""
+    data = read_file(path)
+    header, _ = read_header(data, str(path))
+    parts: dict[str, int] = {}
+    for name, _, _, size in header["tensors"]:
+        kind = kind_of(name)
+        parts[kind] = parts.get(kind, 0) + size
+    return parts | {"header": len(data) - sum(parts.values())}
+
+
+def report_overruns(run: RunConfig, result: Mapping[str, Any], log: Log) -> None:
+    """Log by how much a limit of bytes or time was exceeded."""
+    extra = result["total_bytes"] - run.artifact_bytes
+    if extra > 0:  # of an artifact that was packed beside other code, or under another limit
+        log.warn(f"artifact and code are {extra} bytes over ARTIFACT_BYTES={run.artifact_bytes}")
+    clocks = (
+        ("training", "train_seconds", run.max_wallclock_seconds),
+        ("evaluation", "eval_seconds", run.eval_seconds),
+    )
+    for clock, key, limit in clocks:
+        over = result.get(key, 0.0) - limit
+        if limit and over > 0:
+            line = "over the limit: {clock} took {over_seconds:.3f} s more than its {limit_seconds:g} s"
+            log.event("over_limit", line, clock=clock, over_seconds=over, limit_seconds=limit)
 
 
 SHOWN_IN_RESULT_LINE = (
@@ -6128,28 +6220,6 @@ def report(result: Mapping[str, Any], documents: bytes, watch: Stopwatch, log: L
         except UserError as error:
             problems.append(str(error))
     require(not problems, f"{'; '.join(problems)}; the result is the last line above", UserError)
-
-
-def prepare_torch(run: RunConfig, device: torch.device) -> None:
-    """Set torch's seed, precision and determinism. A budget in steps must repeat exactly, so it gets deterministic
-    kernels; a budget in time gets the fastest."""
-    torch.manual_seed(run.seed)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # products of fp32 matrices in TF32
-    if run.iterations and not run.max_wallclock_seconds:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
-
-
-def part_bytes(path: Path) -> dict[str, int]:
-    """Bytes of an artifact by kind of tensor, as they lie in the file; `header` is the rest."""
-    data = read_file(path)
-    header, _ = read_header(data, str(path))
-    parts: dict[str, int] = {}
-    for name, _, _, size in header["tensors"]:
-        kind = kind_of(name)
-        parts[kind] = parts.get(kind, 0) + size
-    return parts | {"header": len(data) - sum(parts.values())}
 
 
 # ======================================================================================================================
@@ -7314,22 +7384,6 @@ def let_go_of_screen() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def report_overruns(run: RunConfig, result: Mapping[str, Any], log: Log) -> None:
-    """Log by how much a limit of bytes or time was exceeded."""
-    extra = result["total_bytes"] - run.artifact_bytes
-    if extra > 0:  # of an artifact that was packed beside other code, or under another limit
-        log.warn(f"artifact and code are {extra} bytes over ARTIFACT_BYTES={run.artifact_bytes}")
-    clocks = (
-        ("training", "train_seconds", run.max_wallclock_seconds),
-        ("evaluation", "eval_seconds", run.eval_seconds),
-    )
-    for clock, key, limit in clocks:
-        over = result.get(key, 0.0) - limit
-        if limit and over > 0:
-            line = "over the limit: {clock} took {over_seconds:.3f} s more than its {limit_seconds:g} s"
-            log.event("over_limit", line, clock=clock, over_seconds=over, limit_seconds=limit)
 
 
 def choose_run_id(run: RunConfig, dist: Dist) -> str:

@@ -110,7 +110,7 @@ def scored_bits(predictor: codec.Predictor, documents: list[list[int]], **change
     else:
         with torch.no_grad():
             train_gpt.score_static(predictor.model, docs, range(len(docs)), run, dist, table)
-    assert table.counted.tolist() == [len(document) for document in documents]
+    assert table.targets.tolist() == [len(document) for document in documents]
     return table.nats.sum() / math.log(2)
 
 

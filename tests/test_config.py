@@ -1,6 +1,7 @@
 """Every knob is parsed, checked and printed back; what is misspelt, impossible or without effect is refused."""
 
 import dataclasses
+import re
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -477,6 +478,22 @@ def test_other_run_ids_are_not(run_id):
 def test_a_number_that_fp32_cannot_hold_is_refused(name):
     with pytest.raises(train_gpt.ConfigError, match=f"{name}='1e300'.*at most"):
         train_gpt.read_env({name: "1e300"})
+
+
+WHOLE_NUMBERS = [name for name, (_, kind) in KNOBS.items() if kind is int]
+
+
+@pytest.mark.parametrize("name", WHOLE_NUMBERS)
+def test_a_count_that_nothing_could_run_is_refused(name):
+    """Otherwise it would fail only when it is used, hours later perhaps."""
+    text = "1" + 22 * "0"
+    assert re.search(f"{name}='{text}'.*expected at most [0-9]+$", refusal(needed(name) | {name: text}))
+
+
+@pytest.mark.parametrize("name", ["TRAIN_ROW_TOKENS", "EVAL_SEQ_LEN", "TTT_CHUNK_TOKENS"])
+def test_more_tokens_than_a_forward_pass_could_hold_are_refused(name):
+    largest = str(train_gpt.MAX_MICRO_BATCH)
+    assert f"{name}=100000000" in refusal({name: str(10**8), "MICRO_BATCH_TOKENS": largest})
 
 
 def test_a_network_of_too_many_passes_is_refused():

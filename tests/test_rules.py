@@ -337,7 +337,8 @@ def test_validation_can_be_scored_without_training_text(artifact, tiny_data, cap
         (["model.ptz", "", "default"], "default is given twice"),
         (["model.ptz", "--lengths", "many"], "--lengths 'many': expected LOW-HIGH"),
         (["model.ptz", "--lengths", "5000-9000"], "--lengths 5000-9000: none of"),
-        (["model.ptz", "--context", "4"], "EVAL_SEQ_LEN='4'"),
+        (["model.ptz", "--context", "4"], "error: --context 4: EVAL_SEQ_LEN='4'"),
+        (["model.ptz", "--context", "9000000"], "error: --context 9000000: MICRO_BATCH_TOKENS="),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(artifact, capsys, arguments, expected):

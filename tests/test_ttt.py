@@ -770,7 +770,7 @@ def test_a_stream_that_runs_out_of_time_goes_on_scoring(static):
 def test_a_stream_keeps_time_for_the_rest_and_scores_it_at_once(static, monkeypatch, name):
     """Chunk by chunk the rest would be read a context a chunk: many times the work of scoring without adaptation."""
     made = evaluation(MIXED, eval_seconds=1.0, **SYSTEMS[name])
-    made.static_tokens_per_s = 100.0  # tokens a second: more than the time that there is
+    made.static_seconds_per_token = 0.01  # more than the time that there is
     passes = []
     hidden = g.GPT.hidden
     monkeypatch.setattr(g.GPT, "hidden", lambda *given, **named: passes.append(given) or hidden(*given, **named))
@@ -784,11 +784,11 @@ def test_a_stream_keeps_time_for_the_rest_and_scores_it_at_once(static, monkeypa
 def test_the_time_left_reserves_the_score_of_the_rest():
     """At 100 tokens a second, 12 seconds are too few for 61 + 9 + 40 + ... tokens, each at twice its price."""
     made = evaluation(MIXED, eval_seconds=1.0, **LORA)
-    made.static_tokens_per_s = 100.0
+    made.static_seconds_per_token = 0.01
     made.score()
     assert made.degraded == len(MIXED)
     made = evaluation(MIXED, eval_seconds=1000.0, **LORA)
-    made.static_tokens_per_s = 100.0
+    made.static_seconds_per_token = 0.01
     made.score()
     assert made.degraded == 0
 
@@ -814,8 +814,8 @@ def test_the_shares_of_two_ranks_are_the_whole(name):
         with pytest.raises(AssertionError, match="not once each"):
             made.score()
         shares.append(made.table)
-    assert all(0 < share.counted.sum() < len(MIXED.tokens) - 1 for share in shares)
-    assert (sum(share.counted for share in shares) == MIXED.lengths).all()
+    assert all(0 < share.targets.sum() < len(MIXED.tokens) - 1 for share in shares)
+    assert (sum(share.targets for share in shares) == MIXED.lengths).all()
     assert (sum(share.updates for share in shares) == of_mixed(name).updates).all()
     np.testing.assert_allclose(sum(bits(share) for share in shares), bits(of_mixed(name)), rtol=0, atol=1e-6)
 

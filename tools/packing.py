@@ -86,14 +86,14 @@ def equal_columns_of_blocks(plan: g.MatrixPlan, octave: float) -> g.Grid:
     return PLAIN_GRID(plan, octave) if plan.column_steps.std() > 2 else equal_columns(plan, octave)
 
 
-def one_table(walk: g.Walk, row: int) -> np.ndarray:
-    """`Walk.contexts` with tables chosen by the trellis alone."""
-    contexts = PLAIN_CONTEXTS(walk, row)
+def one_table(model: g.ContextModel, row: int) -> np.ndarray:
+    """`ContextModel.contexts` with tables chosen by the trellis alone."""
+    contexts = PLAIN_CONTEXTS(model, row)
     return np.where(contexts > 1, 2 + (contexts & 1), contexts)
 
 
 PLAIN_GRID = g.MatrixPlan.grid
-PLAIN_CONTEXTS = g.Walk.contexts
+PLAIN_CONTEXTS = g.ContextModel.contexts
 
 WAYS = {
     "default": Way("as it is"),
@@ -109,7 +109,7 @@ WAYS = {
     "unweighted": Way(
         "all inputs count alike in Hessians", patches={"GradientSums.add": add_unweighted}, calibrates_anew=True
     ),
-    "one-table": Way("no classes of integers in the coder", patches={"Walk.contexts": one_table}),
+    "one-table": Way("no classes of integers in the coder", patches={"ContextModel.contexts": one_table}),
     "rare-0": Way("no bound on the steps of rare tokens", patches={"RARE_TOKEN_CAUTION": 0.0}),
     "rare-1": Way("a looser bound", patches={"RARE_TOKEN_CAUTION": 1.0}),
     "rare-100": Way("a tighter bound", patches={"RARE_TOKEN_CAUTION": 100.0}),

@@ -242,7 +242,7 @@ class WatchedTable(g.ScoreTable):
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         super().add(documents, nats)
-        self.progress(int(self.counted.sum()))
+        self.progress(int(self.targets.sum()))
 
 
 class Scored(NamedTuple):
@@ -263,7 +263,10 @@ class Comparison:
         self.model = g.load_artifact(Path(self.artifact), setup)
         self.weights = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters()}
         self.static_scores: dict[tuple[int, int], Scored] = {}  # by EVAL_SEQ_LEN and EVAL_STRIDE
-        self.plain = self.plain_run({"EVAL_SEQ_LEN": str(context)})
+        try:
+            self.plain = self.plain_run({"EVAL_SEQ_LEN": str(context)})
+        except g.ConfigError as error:
+            raise g.ConfigError(f"--context {context}: {error}") from None
 
     @functools.cached_property
     def yardstick(self) -> Scored:

@@ -155,7 +155,7 @@ def scores(setup: Any, table: Any) -> dict[str, Any]:
     return {
         "prequant_bpb": table.bits_per_byte,
         "documents": len(docs),
-        "tokens": int(table.counted.sum()),
+        "tokens": int(docs.lengths.sum()),
         "bytes": int(docs.target_bytes().sum()),
         "excess_bytes": docs.excess_bytes(setup.tokenizer.pieces),
         "validation": docs.sha256(),
