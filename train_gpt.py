@@ -5386,9 +5386,13 @@ class Evaluation:
             self._score_documents()
         else:  # a stream: the ranks share every chunk
             learner = SequentialTTT(self.model, self.run, self.dist)
-            tokens_per_target = self.static_tokens.sum() / self.docs.lengths.sum()
+            targets = int(self.docs.lengths.sum())
+            tokens_per_target = self.static_tokens.sum() / targets
+            progress = ScoringProgress(self.log, "validation as a stream")
 
             def may_learn(targets_left: int) -> bool:
+                if targets_left < targets:
+                    progress(targets - targets_left, targets)
                 return self._has_time(targets_left * tokens_per_target)
 
             self.degraded = score_sequentially(learner, self.docs, everything, self.table, may_learn)
@@ -5423,7 +5427,8 @@ class Evaluation:
                 self.degraded = len(rest)
                 line = "time is short: {degraded_documents} documents that have not begun are scored without adaptation"
                 self.log.event("time_short", line, degraded_documents=len(rest))
-                score_static(self.model, self.docs, rest, self.run, dist, self.table)
+                progress = ScoringProgress(self.log, "the rest without adaptation")
+                score_static(self.model, self.docs, rest, self.run, dist, self.table, progress=progress)
                 return
 
             self._score_group(groups[dist.rank], learner)

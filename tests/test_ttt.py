@@ -5,6 +5,7 @@ import gc
 import hashlib
 import json
 import math
+import re
 import weakref
 from types import SimpleNamespace
 
@@ -728,6 +729,20 @@ def test_late_chunks_follow_from_the_early_ones(monkeypatch):
     )
     for found, wanted in zip(scores(), expected, strict=True):
         np.testing.assert_array_equal(found, wanted)
+
+
+# ---- progress ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lora, stream", "full, stream"])
+def test_a_stream_tells_how_far_it_is(monkeypatch, name):
+    monkeypatch.setattr(g, "SECONDS_BETWEEN_REPORTS", 0.0)
+    made = evaluation(MIXED, **SYSTEMS[name])
+    made.score()
+    lines = [re.fullmatch(r"scoring validation as a stream: (\d+)/(\d+) targets eta_s:\d+", line) for line in made.said]
+    done, targets = zip(*(map(int, line.groups()) for line in lines), strict=True)
+    assert set(targets) == {MIXED.lengths.sum()}
+    assert 0 < done[0] and list(done) == sorted(set(done)) and done[-1] < targets[0]
 
 
 # ---- the deadline -----------------------------------------------------------
