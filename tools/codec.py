@@ -73,7 +73,7 @@ def open_predictor(path: Path, knobs: Mapping[str, str] | None = None, device: s
     env = knobs_of_run(path, os.environ) | dict(os.environ)
     if knobs is not None:
         env = {name: env[name] for name in DATA_KNOBS if name in env} | dict(knobs)
-        env["MICRO_BATCH_TOKENS"] = str(MAX_KNOBS["EVAL_SEQ_LEN"])  # unused here, but no context may be longer
+        env["MICRO_BATCH_TOKENS"] = str(LARGEST_KNOBS["EVAL_SEQ_LEN"])  # unused here, but no context may be longer
     _, run = train_gpt.read_env(env | {"ARTIFACT": str(path), "DEVICE": device} | FIXED_KNOBS)
     dist = train_gpt.Dist.from_env(run.device, {})  # a single process, whatever torchrun may have set
     blob = train_gpt.read_file(path)
@@ -557,7 +557,7 @@ MAGIC = b"PGT\x01"
 DIGEST_BYTES = 8
 MAX_DOCUMENTS = 1 << 20
 MAX_HEADER_BYTES = 1 << 16
-MAX_KNOBS = {  # maxima in a compressed file: they multiply the work that a few bytes can cause
+LARGEST_KNOBS = {  # maxima in a compressed file: they multiply the work that a few bytes can cause
     "TTT_EPOCHS": 16,
     "TTT_LORA_RANK": 1024,
     "TTT_BATCH_DOCS": 4096,
@@ -706,10 +706,10 @@ def check_header(header: Any) -> None:
 
 
 def check_work(knobs: Mapping[str, str]) -> None:
-    """Refuse unknown knobs, and those that exceed MAX_KNOBS. Raises UserError."""
+    """Refuse unknown knobs, and those that exceed LARGEST_KNOBS. Raises UserError."""
     known = checked_knobs(knobs, "its header")
     require(known.keys() == knobs.keys(), f"unknown knobs: {', '.join(sorted(knobs.keys() - known.keys()))}")
-    for name, most in MAX_KNOBS.items():
+    for name, most in LARGEST_KNOBS.items():
         value = int(knobs.get(name, "0"))
         require(value <= most, f"{name}={value}: a compressed text may use at most {most}")
 
