@@ -145,6 +145,39 @@ def test_a_launcher_stands_before_every_command_and_jobs_says_how_many_run(stand
         assert scheduler.command_of(2, ["srun"]) == ["srun", sys.executable, *ranks]
 
 
+def test_the_seconds_left_of_a_sweep_are_estimated_before_its_first_job_has_ended(tmp_path, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    jobs = [Job({"SEED": str(seed)}, {}, OURS) for seed in range(5)]
+    plan = scheduler.Sweep(jobs, ["0", "1"], scheduler.Command([]), tmp_path)
+    plan.running = [scheduler.Running(job, None, None, now, None) for job in jobs[:2]]
+    for job in jobs[:2]:
+        job.state = "running"
+    assert plan.seconds_left() is None, "neither has said anything"
+    now = 110.0
+    jobs[0].phase_ends = now + 30.0
+    assert plan.seconds_left() == 30.0 + 40.0 + 40.0, "each takes 40 s, and three wait for two places"
+    now = 150.0  # both take longer than the first had said
+    assert plan.seconds_left() == 0.0 + 50.0 + 50.0
+    plan.took = [60.0]
+    assert plan.seconds_left() == 10.0 + 60.0 + 60.0
+
+
+@pytest.mark.parametrize(
+    "left, waiting, seconds", [([70.0], 0, 70.0), ([70.0, 10.0], 1, 70.0), ([70.0, 10.0], 3, 120.0), ([], 0, 0.0)]
+)
+def test_a_place_that_stays_free_shortens_nothing(left, waiting, seconds):
+    assert scheduler.seconds_of_schedule(left, waiting, each=50.0, slots=2) == seconds
+
+
+def test_a_job_that_fails_at_once_does_not_shorten_the_estimate(stand_in, monkeypatch):
+    stand_in.makes("0.1")
+    plans = []
+    monkeypatch.setattr(scheduler.Sweep, "stop", lambda plan: plans.append(plan))
+    assert sweep.main(["TTT_LR=0.5,0.1"]) == 1
+    assert len(plans[0].took) == 1
+
+
 def test_turns_alternate_from_seed_to_seed():
     jobs = [Job({"source": name, "SEED": seed}, {}, OURS) for name in "ab" for seed in "0123"]
     order = [job.knobs["source"] + job.knobs["SEED"] for job in scheduler.take_turns(jobs)]
