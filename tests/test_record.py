@@ -15,7 +15,7 @@ import pytest
 from test_end_to_end import Folder
 
 import train_gpt
-from tools import check, claims, record
+from tools import claims, entry, record
 from tools.artifact import end_in_a_line
 from tools.claims import CONTEST, NON_RECORD, Baseline, Facts
 from tools.processes import torchrun
@@ -293,8 +293,8 @@ def test_a_seed_runs_on_all_gpus_and_is_given_time_to_end(home, facts, monkeypat
             return 0
 
     monkeypatch.delenv("DEVICE")
-    monkeypatch.setattr(check.torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(check.subprocess, "Popen", Process)
+    monkeypatch.setattr(entry.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(entry.subprocess, "Popen", Process)
     with pytest.raises(KeyboardInterrupt):
         record.start(record.job_for(7, facts, os.environ))
     assert commands[0][1:-1] == torchrun(8)

@@ -15,6 +15,7 @@ from stand_in import OURS
 import train_gpt
 from tools import scheduler, sweep
 from tools.jobs import Job
+from tools.processes import python_command
 
 
 @pytest.mark.parametrize(
@@ -142,7 +143,7 @@ def test_a_launcher_stands_before_every_command_and_jobs_says_how_many_run(stand
     for action, more in ((signal.SIG_DFL, []), (signal.SIG_IGN, ["--signals-to-handle=SIGTERM,SIGINT,SIGQUIT"])):
         monkeypatch.setattr(signal, "getsignal", lambda number, action=action: action)
         ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *more]
-        assert scheduler.command_of(2, ["srun"]) == ["srun", sys.executable, *ranks]
+        assert python_command(2) == [sys.executable, *ranks]
 
 
 def test_the_seconds_left_of_a_sweep_are_estimated_before_its_first_job_has_ended(tmp_path, monkeypatch):

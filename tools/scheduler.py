@@ -6,7 +6,6 @@ import contextlib
 import heapq
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import train_gpt
 from tools.finished import KEPT, copy_run, load_finished
 from tools.jobs import Job
 from tools.live import GrowingEvents, Screen, note_progress
-from tools.processes import ends_with_its_parent, torchrun
+from tools.processes import ends_with_its_parent
 from train_gpt import UserError, require
 
 STOP_SECONDS = 10.0  # how long a run has to end after it is told to
@@ -213,14 +212,6 @@ def loses_steps(one: Running) -> bool:
     """Whether an import beside this run would cost it training steps: on a CPU, with a limit in seconds. If all runs
     but the last had an import beside them, the last would seem to learn faster."""
     return one.slot is None and float(one.job.settings.get("MAX_WALLCLOCK_SECONDS", "0")) > 0
-
-
-def command_of(gpus: int, launcher: Sequence[str]) -> list[str]:
-    """The command that starts a source; the path of the source comes next."""
-    command = [*launcher, sys.executable]
-    if gpus > 1:
-        command += torchrun(gpus)
-    return command
 
 
 def remove_leftovers(job: Job) -> None:
