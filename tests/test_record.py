@@ -571,13 +571,13 @@ def test_the_contests_bar_is_in_nats_of_the_baselines_tokens(runs):
     assert v.required == pytest.approx(0.005 / math.log(2) / 2.25)
     assert v.gain == pytest.approx(0.002) and v.gain_nats == pytest.approx(0.002 * math.log(2) * 2.25)
     assert v.p_better < 0.01 < v.p_required and not v.met
-    assert "is **not** met" in claims.in_words(with_scores(runs, 1.9979, 1.9981), baseline)
+    assert "is **not** met" in claims.verdict_in_words(with_scores(runs, 1.9979, 1.9981), baseline)
     assert claims.judge(with_scores(runs, 1.9949, 1.9951), baseline).met
-    words = claims.in_words(with_scores(runs, 1.9949, 1.9951), baseline)
+    words = claims.verdict_in_words(with_scores(runs, 1.9949, 1.9951), baseline)
     assert "is met" in words and "0.00500 bpb lower" in words and "the baseline's" in words
     unknown = dataclasses.replace(baseline, bytes_per_token=None)
     assert claims.judge(runs, unknown).bytes_per_token == runs[0].result["bytes"] / runs[0].result["tokens"]
-    assert "as the baseline's is not known" in claims.in_words(runs, unknown)
+    assert "as the baseline's is not known" in claims.verdict_in_words(runs, unknown)
 
 
 @pytest.mark.parametrize("few", [lambda r: (r[:1], 3, 0.1), lambda r: (r, 1, 0.0), lambda r: ([r[0], r[0]], 3, 0.0)])
