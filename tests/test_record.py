@@ -228,6 +228,19 @@ def test_finished_seeds_are_not_run_again(home, monkeypatch, capsys):
         record.main(ARGUMENTS)
 
 
+def test_how_many_seeds_are_done_and_how_long_the_rest_takes_is_told(runs):
+    a, b = (
+        dataclasses.replace(run, result=run.result | {"phases": {"train": s, "pack": 1.0}})
+        for run, s in zip(runs, (99.0, 199.0), strict=True)
+    )
+    jobs = [record.Job({}, train_gpt.RunConfig(seed=seed), None) for seed in (0, 42, 43)]
+    assert record.progress(jobs, [], 7) == "seed 0 (1 of 3)"
+    assert record.progress(jobs, [a], 7) == "seed 42 (2 of 3): 1 done, about 221 s left, audits included"
+    assert record.progress(jobs, [a, b], 7) == "seed 43 (3 of 3): 2 done, about 171 s left, audits included"
+    jobs[1] = jobs[1]._replace(finished=b)  # before this record was begun
+    assert record.progress(jobs, [], 7) == "seed 0 (1 of 3): 1 done, about 421 s left, audits included"
+
+
 def test_what_is_not_the_same_run_is_run_again(home, facts, monkeypatch, capsys):
     def found() -> object:
         return record.job_for(0, facts, os.environ).finished

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check_before(jobs, facts)
     runs: list[Run] = []
     for job in jobs:
-        print(f"seed {job.run.seed} ({len(runs) + 1} of {len(jobs)})", flush=True)
+        print(progress(jobs, runs, options.audit_seconds), flush=True)
         runs.append(job.finished or start(job))
         refuse(claims.objections(runs, facts))  # as soon as one seed rules it out, not after the last
     audits = {run.result["seed"]: audit(run, options.audit_seconds) for run in runs}
@@ -223,6 +223,19 @@ def reasons_to_repeat(found: Run, model: train_gpt.ModelConfig, run: RunConfig) 
     if found.source != train_gpt.code():
         reasons.append("train_gpt.py has changed")
     return [*reasons, *guarded(against_log(found))]
+
+
+def progress(jobs: Sequence[Job], runs: Sequence[Run], audit_seconds: int) -> str:
+    """Which seed comes after `runs`; once one is done, also how many are, and about how many seconds are left for all
+    seeds and their audits. A seed takes as long as those that are done."""
+    line = f"seed {jobs[len(runs)].run.seed} ({len(runs) + 1} of {len(jobs)})"
+    rest = [job.finished for job in jobs[len(runs) :]]
+    done = [*runs, *filter(None, rest)]
+    if not done:
+        return line
+    each = sum(sum(run.result["phases"].values()) for run in done) / len(done)
+    left = each * rest.count(None) + audit_seconds * len(jobs)
+    return f"{line}: {len(done)} done, about {left:.0f} s left, audits included"
 
 
 def check_before(jobs: Sequence[Job], facts: Facts) -> None:
