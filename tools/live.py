@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tools.events import Event, read_events
 from tools.jobs import Job
+from tools.progress import INTERVAL_S
 from tools.values import printable
 from train_gpt import DataError
 
@@ -101,7 +102,7 @@ class Screen:
         for job in self.jobs:
             state, at, when = self.printed.get(job.run_id, ("waiting", "", 0.0))
             now = time.monotonic()
-            if job.state != state or (job.at != at and now - when > 10):
+            if job.state != state or (job.at != at and now - when > INTERVAL_S):
                 self.printed[job.run_id] = job.state, job.at, now
                 print(self.line(job), flush=True)
         known = self.ended, self.summarised[1] or seconds_left is not None
