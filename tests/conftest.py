@@ -3,9 +3,9 @@ tests at a time as there are cores.
 
 Fixtures for every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tokenizer(**options)`,
 `write_shard(path, tokens)`, `tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that),
-`run_script` (starts it as a user does) and `run_here` (in this process, for speed). To import, where a fixture does not
-reach: TINY_MODEL, TINY_RUN, read_events, stored_tensors, rows_of_integers, start_two_ranks,
-START_RANKS_BY, leave_process_alone.
+`run_script` (starts it as a user does), `run_here` (in this process, for speed), `stand_in` and `race` (sweeps in no
+time). To import, where a fixture does not reach: TINY_MODEL, TINY_RUN, read_events, stored_tensors,
+rows_of_integers, start_two_ranks, START_RANKS_BY, leave_process_alone.
 """
 
 import os
@@ -293,3 +293,30 @@ def run_here(tmp_path, monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
         return SimpleNamespace(returncode=status, stdout=out, stderr=err)
 
     return run
+
+
+@pytest.fixture
+def stand_in(tmp_path, tiny_data, tiny_config, tiny_run, monkeypatch):
+    """A folder in which sweeps run a stand-in for the entry: a StandIn of stand_in.py."""
+    from stand_in import HELD, STAND_IN, StandIn  # here, since it imports matplotlib, which few tests need
+
+    for name, value in train_gpt.settings(tiny_config, tiny_run(holdout_tokens=HELD)).items():
+        if value and name not in ("TTT_LR", "TTT_OPTIMIZER"):
+            monkeypatch.setenv(name, value)
+    for name in ("SEED", "ARTIFACT", "RESUME", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "entry.py").write_text(STAND_IN)
+    monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "entry.py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "code", Path("entry.py").read_bytes)  # anew whenever it is asked for
+    return StandIn(tmp_path)
+
+
+@pytest.fixture
+def race(stand_in, monkeypatch):
+    """The same for sources that are raced, which have few knobs: see `source` in stand_in.py."""
+    from stand_in import COMMON
+
+    for name in train_gpt.KNOBS.keys() - set(COMMON):
+        monkeypatch.delenv(name, raising=False)
+    return stand_in

@@ -679,10 +679,10 @@ def test_a_baseline_at_hand_is_compared(copy, monkeypatch):
     monkeypatch.chdir(home)
     actual = check.baseline_of(source)
     facts = dataclasses.replace(check.read_record(copy).facts, baseline=actual)
-    assert check.against_baseline(facts) == []
+    assert check.against_baseline_record(facts) == []
 
     facts = dataclasses.replace(facts, baseline=dataclasses.replace(actual, val_bpb=9.0))
-    assert check.against_baseline(facts) == [
+    assert check.against_baseline_record(facts) == [
         f"submission.json: baseline.val_bpb is 9.0, {source} gives {actual.val_bpb}"
     ]
 

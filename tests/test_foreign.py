@@ -241,7 +241,7 @@ def test_an_entry_ends_with_the_process_that_started_it(tmp_path):
     """However that ends; before, a training went on, and wrote under the name that the next one takes."""
     (tmp_path / "entry.py").write_text("import os, time; open('pid', 'w').write(f'{os.getpid()} '); time.sleep(60)")
     start = (
-        f"from pathlib import Path; from tools.check import run_entry; run_entry(Path({str(tmp_path / 'entry.py')!r})"
+        f"from pathlib import Path; from tools.entry import run_entry; run_entry(Path({str(tmp_path / 'entry.py')!r})"
     )
     root = Path(check.__file__).parents[1]
     command = [sys.executable, "-c", start + f", {{'DEVICE': 'cpu'}}, Path({str(tmp_path)!r}))"]

@@ -15,7 +15,7 @@ import pytest
 from test_end_to_end import Folder
 
 import train_gpt
-from tools import check, claims, record
+from tools import claims, entry, record
 from tools.artifact import end_in_a_line
 from tools.claims import CONTEST, NON_RECORD, Baseline, Facts
 from tools.processes import torchrun
@@ -228,6 +228,19 @@ def test_finished_seeds_are_not_run_again(home, monkeypatch, capsys):
         record.main(ARGUMENTS)
 
 
+def test_how_many_seeds_are_done_and_how_long_the_rest_takes_is_told(runs):
+    a, b = (
+        dataclasses.replace(run, result=run.result | {"phases": {"train": s, "pack": 1.0}})
+        for run, s in zip(runs, (99.0, 199.0), strict=True)
+    )
+    jobs = [record.Job({}, train_gpt.RunConfig(seed=seed), None) for seed in (0, 42, 43)]
+    assert record.progress(jobs, [], 7) == "seed 0 (1 of 3)"
+    assert record.progress(jobs, [a], 7) == "seed 42 (2 of 3): 1 done, about 221 s left, audits included"
+    assert record.progress(jobs, [a, b], 7) == "seed 43 (3 of 3): 2 done, about 171 s left, audits included"
+    jobs[1] = jobs[1]._replace(finished=b)  # before this record was begun
+    assert record.progress(jobs, [], 7) == "seed 0 (1 of 3): 1 done, about 421 s left, audits included"
+
+
 def test_what_is_not_the_same_run_is_run_again(home, facts, monkeypatch, capsys):
     def found() -> object:
         return record.job_for(0, facts, os.environ).finished
@@ -293,8 +306,8 @@ def test_a_seed_runs_on_all_gpus_and_is_given_time_to_end(home, facts, monkeypat
             return 0
 
     monkeypatch.delenv("DEVICE")
-    monkeypatch.setattr(check.torch.cuda, "device_count", lambda: 8)
-    monkeypatch.setattr(check.subprocess, "Popen", Process)
+    monkeypatch.setattr(entry.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(entry.subprocess, "Popen", Process)
     with pytest.raises(KeyboardInterrupt):
         record.start(record.job_for(7, facts, os.environ))
     assert commands[0][1:-1] == torchrun(8)
@@ -571,13 +584,13 @@ def test_the_contests_bar_is_in_nats_of_the_baselines_tokens(runs):
     assert v.required == pytest.approx(0.005 / math.log(2) / 2.25)
     assert v.gain == pytest.approx(0.002) and v.gain_nats == pytest.approx(0.002 * math.log(2) * 2.25)
     assert v.p_better < 0.01 < v.p_required and not v.met
-    assert "is **not** met" in claims.in_words(with_scores(runs, 1.9979, 1.9981), baseline)
+    assert "is **not** met" in claims.verdict_in_words(with_scores(runs, 1.9979, 1.9981), baseline)
     assert claims.judge(with_scores(runs, 1.9949, 1.9951), baseline).met
-    words = claims.in_words(with_scores(runs, 1.9949, 1.9951), baseline)
+    words = claims.verdict_in_words(with_scores(runs, 1.9949, 1.9951), baseline)
     assert "is met" in words and "0.00500 bpb lower" in words and "the baseline's" in words
     unknown = dataclasses.replace(baseline, bytes_per_token=None)
     assert claims.judge(runs, unknown).bytes_per_token == runs[0].result["bytes"] / runs[0].result["tokens"]
-    assert "as the baseline's is not known" in claims.in_words(runs, unknown)
+    assert "as the baseline's is not known" in claims.verdict_in_words(runs, unknown)
 
 
 @pytest.mark.parametrize("few", [lambda r: (r[:1], 3, 0.1), lambda r: (r, 1, 0.0), lambda r: ([r[0], r[0]], 3, 0.0)])

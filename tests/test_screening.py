@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from stand_in import source
 from test_results import fabricate
-from test_sweep import race, source, stand_in  # noqa: F401, the first two are fixtures
 
 import train_gpt
 from tools import screening, sweep
@@ -120,8 +120,8 @@ LINES = """
 
 
 @pytest.fixture
-def screened(race):  # noqa: F811
-    """A source whose runs are made/A-B-D-E-1, as the stand-in of test_sweep finds them."""
+def screened(race):
+    """A source whose runs are made/A-B-D-E-1, as the stand-in finds them."""
     content = source(race, "a", ("KNOB_A", "KNOB_B", "KNOB_C", "KNOB_D", "KNOB_E")).decode()
     named = '    os.environ["TTT_LR"] = "a"\n'
     assert named in content

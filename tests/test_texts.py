@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from test_sweep import HELD, sweep_here, training_tokens
+from stand_in import HELD, sweep_here, training_tokens
 
 import train_gpt
 from tools import sweep

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import leave_process_alone
-from test_sweep import HELD, sweep_here, tokenizer_of
+from stand_in import HELD, sweep_here, tokenizer_of
 
 import train_gpt
 from tools import check, record, scheduler, sweep, train_only

@@ -14,6 +14,7 @@ import numpy as np
 import train_gpt
 from tools.artifact import Opened
 from tools.listening import Heard, LoneRank, hear
+from tools.progress import INTERVAL_S
 
 # How much scores that should be equal may differ. On a CPU, finished rows are dropped from the batch, which may change
 # the rounding of the rest. On a GPU all shapes are fixed, and scores are equal bit for bit.
@@ -173,7 +174,7 @@ class Audit:
         cost = sum(map(self.cost, np.diff(document_starts(text.tokens)))) / (dist or self.dist).world
         self.spent += cost * (self.closeness if closely else 1.0)
         elapsed = time.monotonic() - self.began
-        if elapsed - self.told > 10 and self.planned < math.inf:  # not while documents are being chosen
+        if elapsed - self.told > INTERVAL_S and self.planned < math.inf:  # not while documents are being chosen
             self.told = elapsed
             left = self.busy * max(0.0, self.planned / self.spent - 1)
             self.tell(f"prove: {elapsed:.0f} s, about {left:.0f} s left")

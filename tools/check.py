@@ -29,7 +29,6 @@ import json
 import os
 import re
 import stat
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,8 +41,8 @@ import torch
 from tools import claims
 from tools.artifact import checked_knobs, end_in_a_line
 from tools.claims import Baseline, Facts
+from tools.entry import run_foreign_entry
 from tools.events import Event, first_difference
-from tools.processes import ends_with_its_parent, torchrun
 from tools.prove import PROPERTIES
 from tools.results import MAX_LOG_BYTES, Run, beside, disagreements, read_documents, read_result
 from tools.values import digest, printable, refuse_constant
@@ -52,10 +51,9 @@ from train_gpt import LOGS, RETIRED, DataError, UserError, read_file, require
 RECORDS = Path("records")
 SAME_SCORE = 1e-4  # bpb, tolerance between two machines
 MOST_FILES = 1_000  # in a record
-MOST_BYTES = {".py": 1 << 24, ".log": MAX_LOG_BYTES, ".npz": 1 << 28, ".json": 1 << 24, ".png": 1 << 24}  # of a file
+MOST_BYTES_OF = {".py": 1 << 24, ".log": MAX_LOG_BYTES, ".npz": 1 << 28, ".json": 1 << 24, ".png": 1 << 24}  # a file
 MOST_BYTES_OF_TEXT = 1 << 20  # of any other file: README.md, requirements.txt, audits
 MOST_LINES_COMPARED = 5_000  # of a text; the time to compare grows with their square
-LONGEST_LINE = 1 << 16  # bytes of output taken for one line
 MOST_FINDINGS = 200  # shown per record
 HANDED_ON = re.compile(  # variables of the caller passed to a record's code: what a machine needs, no secrets
     "PATH|HOME|USER|LOGNAME|LANG|LANGUAGE|LC_[A-Z]+|TZ|TMPDIR|VIRTUAL_ENV|LD_LIBRARY_PATH|(OMP|MKL)_NUM_THREADS|"
@@ -172,7 +170,7 @@ def require_plain_files(folder: Path) -> None:
         require(
             stat.S_ISREG(status.st_mode), f"{name}: not a regular file; a record holds no links or devices", DataError
         )
-        most = MOST_BYTES.get(path.suffix, MOST_BYTES_OF_TEXT)
+        most = MOST_BYTES_OF.get(path.suffix, MOST_BYTES_OF_TEXT)
         artifact = path.suffix == ".ptz"  # not read; only its name is reported
         require(artifact or status.st_size <= most, f"{name}: {status.st_size} bytes, at most {most}", DataError)
 
@@ -243,7 +241,7 @@ def contradictions(record: Record) -> list[str]:
         *against_submission(record),
         *differing_lines("README.md", read_text(folder / "README.md"), claims.readme(runs, facts)),
         *differing_lines("requirements.txt", read_text(folder / "requirements.txt"), claims.requirements(runs[0])),
-        *against_baseline(facts),
+        *against_baseline_record(facts),
         *(f"{name} is missing" for name in needed_files(runs) if not (folder / name).is_file()),
         *against_audits(record),
         *(f"{path.name}: artifacts are not kept in a record" for path in sorted(folder.rglob("*.ptz"))),
@@ -502,7 +500,7 @@ def differing_lines(name: str, stated: str, expected: str) -> Iterator[str]:
             yield f"{name} should say {line[1:]!r}"
 
 
-def against_baseline(facts: Facts) -> list[str]:
+def against_baseline_record(facts: Facts) -> list[str]:
     """Compare the baseline with the record that it was taken from, if that is available."""
     if facts.baseline is None:
         return []
@@ -550,19 +548,24 @@ def evaluate_all(folder: Path, named: Mapping[int, Path]) -> list[str]:
     for run in runs:
         seed = run.result["seed"]
         artifact = named.get(seed) or LOGS / f"{run.name}.ptz"
-        if seed not in named and (not artifact.is_file() or how_it_differs(artifact, run)):
-            say(folder, f"seed {seed}: its artifact is not at hand ({artifact}); not evaluated again")
-        elif seed not in named and made_on_gpu(run) and not torch.cuda.is_available():
-            say(
-                folder,
-                f"seed {seed}: a GPU scored {artifact}, a CPU would take hours: not evaluated without "
-                f"--artifact {seed}={artifact}",
-            )
-        elif run.result["degraded_documents"]:
-            say(folder, f"seed {seed}: what a deadline left out cannot be repeated; not evaluated again")
+        if obstacle := why_not_evaluated(run, artifact, seed in named):
+            say(folder, f"seed {seed}: {obstacle}")
         else:
             wrong += [f"seed {seed}: {line}" for line in evaluate_again(folder, run, artifact)]
     return wrong
+
+
+def why_not_evaluated(run: Run, artifact: Path, named: bool) -> str:
+    """Why the artifact of a run is not evaluated again; empty if it is. One that the user has named need not be at
+    hand: evaluate_again() then says how it differs."""
+    if not named and (not artifact.is_file() or how_it_differs(artifact, run)):
+        return f"its artifact is not at hand ({artifact}); not evaluated again"
+    if not named and made_on_gpu(run) and not torch.cuda.is_available():
+        seed = run.result["seed"]
+        return f"a GPU scored {artifact}, a CPU would take hours: not evaluated without --artifact {seed}={artifact}"
+    if run.result["degraded_documents"]:
+        return "what a deadline left out cannot be repeated; not evaluated again"
+    return ""
 
 
 def made_on_gpu(run: Run) -> bool:
@@ -570,7 +573,7 @@ def made_on_gpu(run: Run) -> bool:
 
 
 def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
-    """Score an artifact with the record's train_gpt.py, in a separate folder."""
+    """Score an artifact with the record's train_gpt.py -> how its scores differ from those of the record."""
     if difference := how_it_differs(artifact, run):
         yield f"{artifact} is another one: {difference}"
         return
@@ -578,10 +581,7 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
     script = (folder / "train_gpt.py").resolve()
     say(folder, f"seed {seed}: evaluating {artifact} again with {script}, which is code of the record's author")
     env = evaluation_environment(run, artifact, os.environ)
-    with tempfile.TemporaryDirectory() as work:
-        status = run_foreign_entry(script, env, Path(work))
-        require(status == 0, f"the evaluation of {artifact} ended with status {status}: see above", UserError)
-        again = read_result(Path(work) / "logs" / f"{run.name}.json")
+    again = foreign_result(script, env, run.name)
     if again["validation"] != run.result["validation"]:
         yield (
             f"{env['DATA_PATH']} holds another validation set ({validation_of(again)}) than the record's "
@@ -592,6 +592,15 @@ def evaluate_again(folder: Path, run: Run, artifact: Path) -> Iterator[str]:
         say(folder, f"seed {seed}: {name} {again[name]:.6f}, in the record {run.result[name]:.6f}")
         if abs(again[name] - run.result[name]) > SAME_SCORE:
             yield f"{name} is {again[name]:.6f} when evaluated again, {run.result[name]:.6f} in the record"
+
+
+def foreign_result(script: Path, env: Mapping[str, str], name: str) -> dict[str, Any]:
+    """The result of an evaluation by a record's train_gpt.py, run as RUN_ID=name in a folder of its own. Raises
+    UserError if it fails."""
+    with tempfile.TemporaryDirectory() as work:
+        status = run_foreign_entry(script, env, Path(work))
+        require(status == 0, f"the evaluation of {env['ARTIFACT']} ended with status {status}: see above", UserError)
+        return read_result(Path(work) / "logs" / f"{name}.json")
 
 
 def how_it_differs(artifact: Path, run: Run) -> str:
@@ -629,50 +638,6 @@ def evaluation_environment(run: Run, artifact: Path, env: Mapping[str, str]) -> 
     knobs |= {"ARTIFACT": str(artifact.resolve()), "RESUME": "", "EVAL_SECONDS": "0"}
 
     return {name: value for name, value in env.items() if HANDED_ON.fullmatch(name)} | knobs
-
-
-def ranks(env: Mapping[str, str]) -> int:
-    """The number of processes of a run: one per GPU, or one on a CPU."""
-    return 1 if env.get("DEVICE") == "cpu" else max(1, torch.cuda.device_count())
-
-
-def run_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
-    """Run a train_gpt.py on all GPUs, as run.sh does, with its output on the screen -> its exit status. If interrupted,
-    wait for the run to end by itself."""
-    process = subprocess.Popen(command_of(script, env), cwd=folder, env=dict(env), preexec_fn=ends_with_its_parent())
-    try:
-        return process.wait()
-    except KeyboardInterrupt:
-        process.wait()
-        raise
-
-
-def command_of(script: Path, env: Mapping[str, str]) -> list[str]:
-    command = [sys.executable]
-    if ranks(env) > 1:
-        command += torchrun(ranks(env))
-    return [*command, str(script)]
-
-
-def run_foreign_entry(script: Path, env: Mapping[str, str], folder: Path) -> int:
-    """As `run_entry`, for a train_gpt.py that is not ours: its output is marked, and cannot control the terminal."""
-    process = subprocess.Popen(
-        command_of(script, env),
-        cwd=folder,
-        env=dict(env),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        preexec_fn=ends_with_its_parent(),
-    )
-    with process:
-        try:
-            while line := process.stdout.readline(LONGEST_LINE):
-                print(f"  | {printable(line.decode(errors='replace').rstrip())}", flush=True)
-        except KeyboardInterrupt:
-            process.wait()
-            raise
-    return process.returncode
 
 
 if __name__ == "__main__":

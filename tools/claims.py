@@ -265,7 +265,7 @@ def scores(runs: Sequence[Run], name: str = "val_bpb") -> Sample:
     return Sample.of([run.result[name] for run in runs])
 
 
-def in_words(runs: Sequence[Run], baseline: Baseline) -> str:
+def verdict_in_words(runs: Sequence[Run], baseline: Baseline) -> str:
     """The verdict as a paragraph."""
     v = judge(runs, baseline)
     origin = "as given" if baseline.source == "given" else f"`{baseline.source}`"
@@ -450,13 +450,14 @@ WHAT, SETTINGS = "## What changed", "## Settings that differ from the defaults"
 
 def readme(runs: Sequence[Run], facts: Facts) -> str:
     """README.md: what changed, the settings, and every figure by seed."""
+    against = verdict_in_words(runs, facts.baseline) if facts.baseline else "No baseline was given."
     sections = [
         headline(runs, facts),
         f"{WHAT}\n\n{facts.what.strip()}",
         f"{SETTINGS}\n\n{settings_section(runs[0])}",
         f"## Results\n\n{results_section(runs)}",
         f"## Seconds, every phase counted\n\n{phases_section(runs, facts)}",
-        f"## Against the baseline\n\n{in_words(runs, facts.baseline) if facts.baseline else 'No baseline was given.'}",
+        f"## Against the baseline\n\n{against}",
         f"## What was scored\n\n{validation_section(runs[0], facts)}",
         f"## Pictures\n\n{pictures(PLOTS)}",
         f"## Check it\n\n{CHECK_IT.format(folder=facts.folder)}",
@@ -505,53 +506,46 @@ def shell_word(value: str) -> str:
     return shlex.quote(value) if value else ""
 
 
+RESULT_COLUMNS = (  # header, field of a result (or step_ms), how it is shown
+    ("seed", "seed", "{}"),
+    ("steps", "steps", "{:,}"),
+    ("ms/step", "step_ms", "{:.1f}"),
+    ("before quantisation, bpb", "prequant_bpb", "{:.5f}"),
+    ("quantised, bpb", "static_bpb", "{:.5f}"),
+    ("final, bpb", "val_bpb", "**{:.5f}**"),
+    ("nats a token", "val_loss", "{:.5f}"),
+    ("artifact, bytes", "artifact_bytes", "{:,}"),
+    ("with code, bytes", "total_bytes", "{:,}"),
+    ("training, s", "train_seconds", "{:.1f}"),
+    ("evaluation, s", "eval_seconds", "{:.1f}"),
+)
+AVERAGED = ("prequant_bpb", "static_bpb", "val_bpb", "val_loss")  # fields with a mean and a deviation over seeds
+
+
 def results_section(runs: Sequence[Run]) -> str:
-    header = [
-        "seed",
-        "steps",
-        "ms/step",
-        "before quantisation",
-        "quantised",
-        "final",
-        "nats a token",
-        "artifact",
-        "with code",
-        "training",
-        "evaluation",
-    ]
-    units = ["", "", "", "bpb", "bpb", "bpb", "", "bytes", "bytes", "s", "s"]
-    rows = [results_row(run) for run in runs]
-    measures = ("prequant_bpb", "static_bpb", "val_bpb", "val_loss")
-    samples = [scores(runs, name) for name in measures]
-    rows.append(["mean", "", "", *(f"{s.mean:.5f}" for s in samples), "", "", "", ""])
+    """The table of RESULT_COLUMNS by seed, and what its scores are."""
+    rows = []
+    for run in runs:
+        values = run.result | {"step_ms": step_ms(run)}
+        rows.append([shown.format(values[field]) for _, field, shown in RESULT_COLUMNS])
+    samples = {name: scores(runs, name) for name in AVERAGED}
+    others = [field for _, field, _ in RESULT_COLUMNS[1:]]
+    rows.append(["mean", *(f"{samples[name].mean:.5f}" if name in samples else "" for name in others)])
     if len(runs) > 1:
-        rows.append(["deviation", "", "", *(f"{s.std:.5f}" for s in samples), "", "", "", ""])
-    named = [f"{name}, {unit}" if unit else name for name, unit in zip(header, units, strict=True)]
-    how = "The first two scores are without adaptation, the final one is what is claimed."
+        rows.append(["deviation", *(f"{samples[name].std:.5f}" if name in samples else "" for name in others)])
+    return f"{table([header for header, _, _ in RESULT_COLUMNS], rows)}\n\n{about_scores(runs)}"
+
+
+def about_scores(runs: Sequence[Run]) -> str:
+    """Which of the scores are with adaptation, and which documents did not adapt."""
     results = [run.result for run in runs]
+    text = "The first two scores are without adaptation, the final one is what is claimed."
     if not any(r["adaptation_steps"] for r in results):
-        how = "Nothing adapts at test time: the final score is that of the quantised model."
+        text = "Nothing adapts at test time: the final score is that of the quantised model."
     late = [f"{r['degraded_documents']:,} of seed {r['seed']}" for r in results if r["degraded_documents"]]
     if late:
-        how += f" Documents that did not adapt for lack of time: {', '.join(late)}."
-    return f"{table(named, rows)}\n\n{how}"
-
-
-def results_row(run: Run) -> list[str]:
-    r = run.result
-    return [
-        str(r["seed"]),
-        f"{r['steps']:,}",
-        f"{step_ms(run):.1f}",
-        f"{r['prequant_bpb']:.5f}",
-        f"{r['static_bpb']:.5f}",
-        f"**{r['val_bpb']:.5f}**",
-        f"{r['val_loss']:.5f}",
-        f"{r['artifact_bytes']:,}",
-        f"{r['total_bytes']:,}",
-        f"{r['train_seconds']:.1f}",
-        f"{r['eval_seconds']:.1f}",
-    ]
+        text += f" Documents that did not adapt for lack of time: {', '.join(late)}."
+    return text
 
 
 def phases_section(runs: Sequence[Run], facts: Facts) -> str:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +50,17 @@ class Job:
     state: str = "waiting"  # waiting | running | done | failed
     at: str = ""  # progress, in words
     bpb: float | None = None  # the latest that the run has reported
-    eta: float | None = None  # seconds left in the current phase
+    phase_ends: float | None = None  # when the current phase is expected to end, by time.monotonic()
     run: Run | None = None  # once it is done
 
     @property
     def label(self) -> str:
         return shell_words(self.knobs)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds left in the current phase, as far as the run has said."""
+        return None if self.phase_ends is None else max(0.0, self.phase_ends - time.monotonic())
 
     def file(self, suffix: str) -> Path:
         return LOGS / f"{self.run_id}{suffix}"

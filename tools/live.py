@@ -10,8 +10,11 @@ from pathlib import Path
 
 from tools.events import Event, read_events
 from tools.jobs import Job
+from tools.progress import INTERVAL_S
 from tools.values import printable
 from train_gpt import DataError
+
+ENDS_OF_PHASES = {"trained", "validate", "readout", "before_quantisation", "score"}  # of those that tell their ETA
 
 
 class GrowingEvents:
@@ -46,30 +49,35 @@ def note_progress(job: Job, event: Event) -> None:
     match event.name:
         case "validation":
             job.at = "scoring" if job.artifact else "set-up"
+        case "setting_up":
+            job.at = f"set-up: {values['stage']}"
         case "set_up":
             job.at = "training"
-        case "readout":
+        case "trained" | "readout":
             job.at = "scoring"
-            job.eta = None
         case "step" | "validate":
             job.at = f"step {values['step']}"
             job.bpb = values.get("val_bpb", job.bpb)
-            job.eta = None  # that of the validation ends with it; a step brings its own
         case "scoring":
-            job.at = f"{values['what']}: {values['targets_done'] / max(1, values['targets']):.0%}"
+            job.at = f"scoring {values['what']}: {values['targets_done'] / max(1, values['targets']):.0%}"
         case "before_quantisation":
             job.at = "packing"
-            job.eta = None
             job.bpb = values["prequant_bpb"]
         case "adapted":
             job.at = f"{values['documents_done']}/{values['documents']} documents"
             job.bpb = values["bpb"]
         case "score":
             job.at = "scored"
-            job.eta = None
             job.bpb = values["static_bpb"] if values["val_bpb"] is None else values["val_bpb"]
-    if event.known:
-        job.eta = values.get("eta_s", job.eta)
+    note_phase(job, event)
+
+
+def note_phase(job: Job, event: Event) -> None:
+    """Update when the current phase of a job is expected to end."""
+    if event.known and "eta_s" in event.values:
+        job.phase_ends = time.monotonic() + event.values["eta_s"]
+    elif event.name in ENDS_OF_PHASES:
+        job.phase_ends = None
 
 
 class Screen:
@@ -82,6 +90,7 @@ class Screen:
         self.lines_drawn = 0
         self.drawn_at = 0.0
         self.printed: dict[str, tuple[str, str, float]] = {}  # run_id -> state, progress, when
+        self.summarised = (0, False)  # at the last summary printed: jobs ended, and whether the time left was known
 
     def show(self, seconds_left: float | None, last: bool = False) -> None:
         if not self.terminal:
@@ -93,16 +102,21 @@ class Screen:
         for job in self.jobs:
             state, at, when = self.printed.get(job.run_id, ("waiting", "", 0.0))
             now = time.monotonic()
-            if job.state != state or (job.at != at and now - when > 10):
+            if job.state != state or (job.at != at and now - when > INTERVAL_S):
                 self.printed[job.run_id] = job.state, job.at, now
                 print(self.line(job), flush=True)
-                if job.state in {"done", "failed"}:
-                    print(self.summary(seconds_left), flush=True)
+        known = self.ended, self.summarised[1] or seconds_left is not None
+        if known != self.summarised:
+            self.summarised = known
+            print(self.summary(seconds_left), flush=True)
+
+    @property
+    def ended(self) -> int:
+        return sum(job.state in {"done", "failed"} for job in self.jobs)
 
     def summary(self, seconds_left: float | None) -> str:
-        ended = sum(job.state in {"done", "failed"} for job in self.jobs)
-        text = f"{ended} of {len(self.jobs)} combinations"
-        return f"{text}, {seconds_left:.0f} s left" if seconds_left else text
+        text = f"{self.ended} of {len(self.jobs)} combinations"
+        return f"{text}, about {seconds_left:.0f} s left" if seconds_left else text
 
     def line(self, job: Job) -> str:
         parts = [job.label, job.state]

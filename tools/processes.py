@@ -28,6 +28,11 @@ def ends_with_its_parent(by: signal.Signals = signal.SIGTERM) -> Callable[[], No
     return ask
 
 
+def python_command(ranks: int) -> list[str]:
+    """The command that runs a script as this many ranks; the path of the script comes next."""
+    return [sys.executable, *(torchrun(ranks) if ranks > 1 else [])]
+
+
 def torchrun(ranks: int) -> list[str]:
     """The arguments between Python and a script that run it as this many ranks. If SIGHUP is ignored, as under nohup,
     torchrun is told to ignore it too: it would end the run when the terminal closes."""

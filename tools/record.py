@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +35,10 @@ from tools.check import (
     contradictions,
     guarded,
     how_it_differs,
-    ranks,
     read_record,
-    run_entry,
 )
 from tools.claims import CONTEST, CONTEST_SECONDS, DEPENDENT, MOST_BYTES, NON_RECORD, OWN_TOKENIZER, Baseline, Facts
+from tools.entry import ranks, run_entry
 from tools.plot import MOST_RUNS, draw_all
 from tools.processes import ends_with_its_parent
 from tools.results import EVENTS_BELOW, Run, beside, load_run
@@ -53,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [job_for(seed, facts, os.environ) for seed in options.seeds]
     check_before(jobs, facts)
     runs: list[Run] = []
-    for i, job in enumerate(jobs):
-        print(f"seed {job.run.seed} ({i + 1} of {len(jobs)})", flush=True)
+    for job in jobs:
+        print(progress(jobs, runs, options.audit_seconds), flush=True)
         runs.append(job.finished or start(job))
         refuse(claims.objections(runs, facts))  # as soon as one seed rules it out, not after the last
     audits = {run.result["seed"]: audit(run, options.audit_seconds) for run in runs}
@@ -197,7 +196,7 @@ def job_for(seed: int, facts: Facts, env: Mapping[str, str]) -> Job:
 
 
 def find_finished(model: train_gpt.ModelConfig, run: RunConfig) -> Run | None:
-    """The finished run of that name, if it has this code and these knobs."""
+    """The finished run of that name, if it has this code and these knobs; otherwise says why it will be run again."""
     path = LOGS / f"{run.run_id}.json"
     if not path.exists():
         return None
@@ -206,16 +205,7 @@ def find_finished(model: train_gpt.ModelConfig, run: RunConfig) -> Run | None:
     except DataError as error:
         reasons = [str(error)]
     else:
-        had = found.result["knobs"]
-        knobs = train_gpt.settings(model, train_gpt.with_batch(run, found.result["world_size"]))
-        reasons = [
-            f"{name} was {had.get(name)}, is {knobs.get(name)}"
-            for name in knobs | had
-            if had.get(name) != knobs.get(name)
-        ]
-        if found.source != train_gpt.code():
-            reasons.append("train_gpt.py has changed")
-        reasons += guarded(against_log(found))
+        reasons = reasons_to_repeat(found, model, run)
     if not reasons:
         print(f"{path}: finished, not run again")
         return found
@@ -223,9 +213,44 @@ def find_finished(model: train_gpt.ModelConfig, run: RunConfig) -> Run | None:
     return None
 
 
+def reasons_to_repeat(found: Run, model: train_gpt.ModelConfig, run: RunConfig) -> list[str]:
+    """How a finished run differs from one with these knobs and this code, and what its log contradicts."""
+    had = found.result["knobs"]
+    knobs = train_gpt.settings(model, train_gpt.with_batch(run, found.result["world_size"]))
+    reasons = [
+        f"{name} was {had.get(name)}, is {knobs.get(name)}" for name in knobs | had if had.get(name) != knobs.get(name)
+    ]
+    if found.source != train_gpt.code():
+        reasons.append("train_gpt.py has changed")
+    return [*reasons, *guarded(against_log(found))]
+
+
+def progress(jobs: Sequence[Job], runs: Sequence[Run], audit_seconds: int) -> str:
+    """Which seed comes after `runs`; once one is done, also how many are, and about how many seconds are left for all
+    seeds and their audits. A seed takes as long as those that are done."""
+    line = f"seed {jobs[len(runs)].run.seed} ({len(runs) + 1} of {len(jobs)})"
+    rest = [job.finished for job in jobs[len(runs) :]]
+    done = [*runs, *filter(None, rest)]
+    if not done:
+        return line
+    each = sum(sum(run.result["phases"].values()) for run in done) / len(done)
+    left = each * rest.count(None) + audit_seconds * len(jobs)
+    return f"{line}: {len(done)} done, about {left:.0f} s left, audits included"
+
+
 def check_before(jobs: Sequence[Job], facts: Facts) -> None:
     """Refuse what could never become a record before any compute is spent."""
-    run = jobs[0].run
+    check_knobs(jobs[0].run, facts)
+    if (RECORDS / facts.folder).exists():
+        raise UserError(f"{RECORDS / facts.folder} exists: remove it, or take another name")
+    reasons = list(against_validation(jobs, facts))
+    if not all(job.finished for job in jobs):
+        reasons += claims.against_track(ranks(jobs[0].env), device_here(jobs[0].env), facts)
+    refuse(reasons)
+
+
+def check_knobs(run: RunConfig, facts: Facts) -> None:
+    """Refuse knobs with which no run is one of a record, or with which it could exceed a limit. Raises UserError."""
     require(not run.artifact and not run.resume, "a record trains from the start: unset ARTIFACT and RESUME", UserError)
     require(
         run.artifact_bytes <= MOST_BYTES,
@@ -242,21 +267,19 @@ def check_before(jobs: Sequence[Job], facts: Facts) -> None:
             f"lower it, or raise {option} (then the track is {NON_RECORD})",
             UserError,
         )
-    if (RECORDS / facts.folder).exists():
-        raise UserError(f"{RECORDS / facts.folder} exists: remove it, or take another name")
-    model, _ = read_env(jobs[0].env)
+
+
+def against_validation(jobs: Sequence[Job], facts: Facts) -> Iterator[str]:
+    """Reasons to refuse the validation set in DATA_PATH: for its track, beside the baseline, or beside a finished
+    run."""
+    model, run = read_env(jobs[0].env)
     docs = train_gpt.load_validation(run.data_path, model.vocab_size, train_gpt.load_tokenizer(run, model.vocab_size))
     size = int(docs.target_bytes().sum())
-    reasons = [
-        *claims.against_totals(len(docs), int(docs.lengths.sum()), size, facts),
-        *claims.against_baseline(len(docs), size, facts.baseline),
-    ]
+    yield from claims.against_totals(len(docs), int(docs.lengths.sum()), size, facts)
+    yield from claims.against_baseline(len(docs), size, facts.baseline)
     for job in jobs:
         if job.finished and job.finished.validation != docs.sha256():
-            reasons.append(f"{job.finished.path}: scored another validation set than {run.data_path} holds; remove it")
-    if not all(job.finished for job in jobs):
-        reasons += claims.against_track(ranks(jobs[0].env), device_here(jobs[0].env), facts)
-    refuse(reasons)
+            yield f"{job.finished.path}: scored another validation set than {run.data_path} holds; remove it"
 
 
 def device_here(env: Mapping[str, str]) -> str:

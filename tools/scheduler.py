@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import train_gpt
 from tools.finished import KEPT, copy_run, load_finished
 from tools.jobs import Job
 from tools.live import GrowingEvents, Screen, note_progress
-from tools.processes import ends_with_its_parent, torchrun
+from tools.processes import ends_with_its_parent
 from train_gpt import UserError, require
 
 STOP_SECONDS = 10.0  # how long a run has to end after it is told to
@@ -83,7 +83,7 @@ class Sweep:
         self.free = list(slots)
         self.slots = len(slots)
         self.running: list[Running] = []
-        self.took: list[float] = []  # seconds that each ended job took
+        self.took: list[float] = []  # seconds that each finished job took
 
     def run_all(self) -> None:
         """Return once every job is done or has failed. A KeyboardInterrupt first ends all runs."""
@@ -155,20 +155,28 @@ class Sweep:
             return
         self.running.remove(one)
         self.give_place(one)
-        self.took.append(time.monotonic() - one.started_at)
+        spent = time.monotonic() - one.started_at
         conclude(one.job, status, self.command.train_only)
-        if self.kept is not None and one.job.state == "done":
+        if one.job.state != "done":
+            return
+        self.took.append(spent)
+        if self.kept is not None:
             copy_run(one.job.file(""), self.kept / Path(one.job.run_id).name, self.command.train_only)
 
     def seconds_left(self) -> float | None:
-        """Estimated seconds until the sweep is done, from the jobs so far; None until one has ended."""
-        if not self.took:
-            return None
-        each = sum(self.took) / len(self.took)
+        """Estimated seconds until the sweep is done. A job takes as long as the finished ones did; until one has
+        finished, as long as the running ones will at the end of their phases, which is too short if others follow. None
+        until one of them has told when that is."""
         now = time.monotonic()
+        spent = [now - one.started_at for one in self.running]
+        etas = [one.job.eta for one in self.running]
+        known = self.took or [s + eta for s, eta in zip(spent, etas, strict=True) if eta is not None]
+        if not known:
+            return None
+        each = sum(known) / len(known)
+        left = [max(0.0, each - s, eta or 0.0) for s, eta in zip(spent, etas, strict=True)]
         waiting = sum(job.state in {"waiting", "ready"} for job in self.jobs)
-        running = sum(max(0.0, each - (now - one.started_at)) for one in self.running)
-        return (running + waiting * each) / self.slots
+        return seconds_of_schedule(left, waiting, each, self.slots)
 
     def stop(self) -> None:
         """End all running processes. After Ctrl-C they have received the signal too, and get one second; then they are
@@ -190,18 +198,20 @@ class Sweep:
                     partial.unlink()
 
 
+def seconds_of_schedule(left: Sequence[float], waiting: int, each: float, slots: int) -> float:
+    """Seconds until all jobs are done: those that run have `left` each, and those that wait take `each`, in the slot
+    that is free first."""
+    free_in = [*left, *[0.0] * (slots - len(left))]
+    heapq.heapify(free_in)
+    for _ in range(waiting):
+        heapq.heapreplace(free_in, free_in[0] + each)
+    return max(free_in)
+
+
 def loses_steps(one: Running) -> bool:
     """Whether an import beside this run would cost it training steps: on a CPU, with a limit in seconds. If all runs
     but the last had an import beside them, the last would seem to learn faster."""
     return one.slot is None and float(one.job.settings.get("MAX_WALLCLOCK_SECONDS", "0")) > 0
-
-
-def command_of(gpus: int, launcher: Sequence[str]) -> list[str]:
-    """The command that starts a source; the path of the source comes next."""
-    command = [*launcher, sys.executable]
-    if gpus > 1:
-        command += torchrun(gpus)
-    return command
 
 
 def remove_leftovers(job: Job) -> None:
@@ -222,7 +232,7 @@ def remove_leftovers(job: Job) -> None:
 
 def conclude(job: Job, status: int, train_only: bool = False) -> None:
     """Settle a job whose process has ended: done if its run can be read; else failed, with the reason in `at`."""
-    job.eta = None
+    job.phase_ends = None
     try:
         require(status == 0, reason_of(job.file(".err"), status), UserError)
         run = load_finished(job, train_only)

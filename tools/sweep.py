@@ -59,8 +59,9 @@ from tools.artifact import end_in_a_line
 from tools.finished import find_finished, keep_results
 from tools.grid import knob_names, parse_file, parse_grid, shell_words, without_seed
 from tools.jobs import Job, choose_documents, given, make_jobs, name_runs, require_training_knobs
+from tools.processes import python_command
 from tools.ranking import rank, write_results
-from tools.scheduler import Command, Sweep, command_of, device_slots
+from tools.scheduler import Command, Sweep, device_slots
 from tools.screening import Design, make_design, parse_factors
 from tools.sources import find_sources
 from tools.texts import find_texts
@@ -165,7 +166,7 @@ def places(options: argparse.Namespace, device: str) -> list[str | None]:
 def job_command(options: argparse.Namespace, launcher: Sequence[str]) -> Command:
     """How the jobs of a sweep are started. A waiting job is told to begin through its standard input; a launcher or
     torchrun may not pass that on, so with these no job starts ahead."""
-    words = command_of(options.gpus, launcher)
+    words = [*launcher, *python_command(options.gpus)]
     if not options.train_only:
         return Command(words)
     return Command([*words, train_only_job.__file__], train_only=True, ahead=options.gpus == 1 and not launcher)
