@@ -252,7 +252,9 @@ class RunConfig:
     iterations: int = knob(0, "training steps, 0 = as many as the time allows", group="Budget", unit="steps", low=0)
     max_wallclock_seconds: float = knob(600.0, "from the first batch to the packed file, 0 = no limit", unit="s", low=0)
     eval_seconds: float = knob(600.0, "from opening the artifact to the final score, 0 = no limit", unit="s", low=0)
-    warmup_steps: int = knob(2, "steps on random tokens off the clock, in each loop mode", unit="steps", low=1, high=99)
+    warmup_steps: int = knob(
+        2, "steps on random tokens off the clock, in each loop mode", unit="steps", low=1, high=1000
+    )
 
     train_batch_tokens: int = knob(
         0,
@@ -5231,12 +5233,14 @@ def score_sequentially(
     chosen: Sequence[int],
     table: ScoreTable,
     may_learn: Callable[[int], bool] = lambda targets_left: True,
+    progress: Callable[[int, int], None] = lambda done, targets: None,
 ) -> int:
     """Score these documents one after another and learn from every chunk once it is scored, as long as
     may_learn(targets left) is true. The rest is scored without further learning -> number of documents in the rest."""
     run = learner.run
     dist = learner.dist
-    targets_left = int(docs.lengths[chosen].sum())
+    all_targets = int(docs.lengths[chosen].sum())
+    targets_left = all_targets
     degraded = 0
 
     def rows_of(spans: Sequence[TargetSpan]) -> Iterator[EvalRow]:
@@ -5249,8 +5253,11 @@ def score_sequentially(
     for spans in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
         if not may_learn(targets_left):
             rest = spans_from(docs, chosen, spans[0])
+            done = all_targets - targets_left
             for row in rows_of(rest):
                 add_scores(row, learner.score_row(row)[1])
+                done += int(row.counted.sum()) * dist.world  # the other ranks are about as far
+                progress(min(done, all_targets), all_targets)
             degraded = len(rest)
             break
 
@@ -5260,6 +5267,7 @@ def score_sequentially(
             add_scores(row, nats)
 
         targets_left -= targets
+        progress(all_targets - targets_left, all_targets)
         # Under TTT_SCOPE=document there is one document, so that spans[0].end is how many of its targets are scored.
         if targets_left and spans[0].end >= run.ttt_min_doc_tokens:
             chunk = learner.learn(chunk, [row.counted for row in chunk.rows])
@@ -5386,16 +5394,13 @@ class Evaluation:
             self._score_documents()
         else:  # a stream: the ranks share every chunk
             learner = SequentialTTT(self.model, self.run, self.dist)
-            targets = int(self.docs.lengths.sum())
-            tokens_per_target = self.static_tokens.sum() / targets
-            progress = ScoringProgress(self.log, "validation as a stream")
+            tokens_per_target = self.static_tokens.sum() / self.docs.lengths.sum()
 
             def may_learn(targets_left: int) -> bool:
-                if targets_left < targets:
-                    progress(targets - targets_left, targets)
                 return self._has_time(targets_left * tokens_per_target)
 
-            self.degraded = score_sequentially(learner, self.docs, everything, self.table, may_learn)
+            progress = ScoringProgress(self.log, "validation as a stream")
+            self.degraded = score_sequentially(learner, self.docs, everything, self.table, may_learn, progress)
         return self.table.all_reduced(self.dist)
 
     def _has_time(self, static_tokens_left: float, next_seconds: float = 0.0) -> bool:

@@ -735,14 +735,15 @@ def test_late_chunks_follow_from_the_early_ones(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lora, stream", "full, stream"])
-def test_a_stream_tells_how_far_it_is(monkeypatch, name):
+@pytest.mark.parametrize("calls", [10_000, 9, 0], ids=["in time", "short of time", "without time"])
+def test_a_stream_tells_how_far_it_is(monkeypatch, name, calls):
     monkeypatch.setattr(g, "SECONDS_BETWEEN_REPORTS", 0.0)
-    made = evaluation(MIXED, **SYSTEMS[name])
+    made = evaluation(MIXED, seconds=clock(calls), eval_seconds=10.0, **SYSTEMS[name])
     made.score()
     lines = [re.fullmatch(r"scoring validation as a stream: (\d+)/(\d+) targets eta_s:\d+", line) for line in made.said]
     done, targets = zip(*(map(int, line.groups()) for line in lines), strict=True)
     assert set(targets) == {MIXED.lengths.sum()}
-    assert 0 < done[0] and list(done) == sorted(set(done)) and done[-1] < targets[0]
+    assert 0 < done[0] and list(done) == sorted(set(done)) and done[-1] == targets[0]
 
 
 # ---- the deadline -----------------------------------------------------------
