@@ -585,9 +585,9 @@ def test_a_sample_costs_little_of_a_large_shard(tmp_path):
     with open(path, "wb") as file:
         file.write(with_header((20240520, 1, 100_000_000), b""))
         file.truncate(1024 + 200_000_000)  # a hole: nothing is written
-    begin = time.perf_counter()
+    begin = time.process_time()
     train_gpt.check_shard(path, train_gpt.read_shard(path), VOCAB, {})
-    assert time.perf_counter() - begin < 0.5
+    assert time.process_time() - begin < 0.5
 
 
 def test_a_damaged_training_shard_is_refused_at_the_start(tiny_data, tiny_run):

@@ -157,11 +157,19 @@ EVENTS = {  # of a run on a CPU in which nothing special happens, in order: thei
 }
 
 
+# More of a run on a slow or busy machine, where a pass takes long enough to report its progress.
+REPORTS = {
+    "scoring": {"what", "targets_done", "targets", "eta_s"},
+    "adapted": {"documents_done", "documents", "bpb", "eval_s", "eta_s"},
+}
+
+
 def test_the_events_are_those_of_the_contract_in_their_order(first):
-    names = [event["event"] for event in first.events]
+    names = [event["event"] for event in first.events if event["event"] not in REPORTS]
     assert list(dict.fromkeys(names)) == [*EVENTS, "result"]
+    fields = EVENTS | REPORTS
     for event in first.events[:-1]:
-        assert event.keys() == {"event"} | EVENTS[event["event"]]
+        assert event.keys() == {"event"} | fields[event["event"]]
     assert first.events[-1] == {"event": "result"} | first.result
     assert first.events[0]["knobs"] == first.result["knobs"]
     assert first.events[0]["code_bytes"] == first.result["code_bytes"] == SCRIPT.stat().st_size
@@ -172,7 +180,7 @@ def test_the_figures_of_a_line_are_those_of_its_event(first):
     lines = first.stdout.splitlines()
     assert len(lines) == len(first.events) - 1  # the first event, of source and settings, has none on the screen
     for line, event in zip(lines, first.events[1:], strict=True):
-        if event["event"] in ("device", "score"):  # which name a device and a file
+        if event["event"] in ("device", "score", "scoring"):  # which name a device, a file, and what is scored
             continue
         values = [value for value in event.values() if isinstance(value, int | float)]
         for figure in re.findall(r"\d+(?:\.\d+)?", line.removesuffix("(0: none)")):
@@ -739,8 +747,8 @@ def test_ctrl_c_ends_everything_soon_and_leaves_no_half_written_file(tmp_path, c
         wait_for(process, "step:4 ")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         began = time.perf_counter()
-        process.communicate(timeout=30)
-        assert time.perf_counter() - began < 10
+        process.communicate(timeout=60)
+        assert time.perf_counter() - began < 25, "after 30 s, torchrun kills its ranks"
         assert process.returncode != 0
         with pytest.raises(ProcessLookupError):  # no rank is left behind
             os.killpg(process.pid, 0)
@@ -806,7 +814,7 @@ def test_when_a_rank_of_torchrun_is_killed_the_other_ends_soon_with_one_line(tmp
         os.kill(rank_of(process, 1), signal.SIGKILL)
         began = time.perf_counter()
         output, _ = process.communicate(timeout=60)
-        assert time.perf_counter() - began < 15 and process.returncode != 0
+        assert time.perf_counter() - began < 25 and process.returncode != 0
     # torchrun ends with a report, and a traceback of its own
     assert_one_line_of_a_lost_rank(output, output.partition("torch/distributed/run.py")[0])
 

@@ -132,8 +132,8 @@ def test_long_texts_and_many_findings_are_cut(copy, capsys):  # noqa: F811
 
 def test_texts_of_many_lines_are_not_compared_line_by_line(copy):  # noqa: F811
     (copy / "README.md").write_text((copy / "README.md").read_text() + "x\ny\n" * 200_000)
-    began = time.monotonic()
-    assert check.examine(copy) and time.monotonic() - began < 10
+    began = time.process_time()
+    assert check.examine(copy) and time.process_time() - began < 10
 
 
 # ---- the terminal -----------------------------------------------------------

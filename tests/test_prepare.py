@@ -950,7 +950,7 @@ def test_a_signal_ends_it_within_seconds(small, tmp_path, forker, moment, sent):
     (tmp_path / "signals are sent").touch()
     begin = time.monotonic()
     status, output = forker.result()
-    assert status in (130, -signal.SIGINT) and time.monotonic() - begin < 5  # -2: at Python's own end
+    assert status in (130, -signal.SIGINT) and time.monotonic() - begin < 15  # -2: at Python's own end
     assert "interrupted" in output and not list(folder.parent.iterdir())
 
 
@@ -979,7 +979,7 @@ sys.exit(prepare.main({["jsonl", *map(str, arguments), "--workers", "2"]!r}))
     os.kill(forker.pid, signal.SIGKILL)
     begin = time.monotonic()
     assert forker.result()[0] == -signal.SIGKILL  # the output is closed: no worker is left
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 15
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(lock)
 

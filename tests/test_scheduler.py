@@ -32,7 +32,7 @@ def test_a_run_fails_for_the_reason_that_was_told_first(tmp_path, output, reason
     assert scheduler.reason_of(tmp_path / "x.err", 7) == reason
 
 
-def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, capsys):
+def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, monkeypatch, capsys):
     stand_in.makes("0.1")
     stand_in.makes("0.25")
 
@@ -43,10 +43,11 @@ def test_after_ctrl_c_what_is_done_stays_and_the_rest_is_run_later(stand_in, cap
 
     (stand_in.folder / "logs/sweeps/cut/.data-1.partial").mkdir(parents=True)  # its making was killed
     threading.Thread(target=press_ctrl_c, daemon=True).start()
+    monkeypatch.setattr(scheduler, "STOP_SECONDS", 60.0)
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         sweep.main(["TTT_LR=0.1,0.25", "--name", "cut"])
-    assert time.monotonic() - began < 8, "the run was told to end, not waited for"
+    assert time.monotonic() - began < 50, "the run was told to end, not waited for"
     assert "1 of 2 combinations are done" in capsys.readouterr().out
     folder = stand_in.folder / "logs/sweeps/cut"
     files = {path: path.stat() for path in folder.glob("*.json")}
@@ -70,7 +71,7 @@ def test_a_run_ends_with_the_sweep_that_was_killed(stand_in, monkeypatch, capsys
     finally:
         killed.kill()
         killed.wait()
-    monkeypatch.setattr(scheduler, "STOP_SECONDS", 5.0)
+    monkeypatch.setattr(scheduler, "STOP_SECONDS", 60.0)
     job = Job(
         {}, {}, OURS, run_id=str(path.relative_to("logs" if not path.is_absolute() else Path("logs").resolve()))[:-4]
     )
