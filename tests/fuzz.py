@@ -9,7 +9,7 @@ The exit status is 1 if a case fails. tests/test_fuzz.py runs the first few of t
 kind and its number. It fails
 
 - if anything is raised but UserError and its kinds, which end a program in one line;
-- if it takes more than MAX_SECONDS, or more than MAX_BYTES of memory;
+- if it takes more than MAX_SECONDS of processor time (or six times as long, waiting), or MAX_BYTES of memory;
 - if a file is accepted that changes a score.
 
 What changes a score, kind by kind:
@@ -817,16 +817,23 @@ class TooSlow(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TooSlow after so many seconds of processor time, which other programs do not take up; and after six times
+    as many by the clock, in which a case may wait for ever."""
+
     def end(*_: Any) -> None:
         raise TooSlow(f"over {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    limits = ((signal.SIGPROF, signal.ITIMER_PROF, seconds), (signal.SIGALRM, signal.ITIMER_REAL, 6 * seconds))
+    before = [signal.signal(number, end) for number, _, _ in limits]
+    for _, timer, most in limits:
+        signal.setitimer(timer, most)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for _, timer, _ in limits:
+            signal.setitimer(timer, 0)
+        for (number, _, _), handler in zip(limits, before, strict=True):
+            signal.signal(number, handler)
 
 
 def memory() -> tuple[int, int]:
