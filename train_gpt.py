@@ -4031,6 +4031,8 @@ def fit_to_limit(
         tried.append((octave, size))
         aim = (1 - FIT_TOLERANCE * (attempt - 1)) * budget.goal  # lower each time, as rounding may be noisier
         octave += (size - aim) / bytes_per_octave(tried, budget.weights / 8)
+        if attempt == MAX_ROUNDINGS - 1:  # the last chance: rather one that left room than one that may not fit
+            octave = next((octave for octave, size in tried if size <= budget.limit), octave)
     raise UserError(
         f"the artifact of {size} bytes and {len(code())} bytes of code are {size - budget.limit} bytes over "
         f"ARTIFACT_BYTES={budget.limit + len(code())}: raise it or use a smaller model"

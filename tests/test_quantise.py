@@ -796,6 +796,37 @@ def test_a_small_artifact_fits_too(room):
     assert 0.97 * room < len(blob) <= room
 
 
+def fitted(*sizes: int) -> bytes:
+    """What is packed into 1,000 bytes where the octaves that are tried result in these sizes, one after another."""
+    ahead = iter(sizes)
+    size_at = {}
+
+    def pack_at(octave: float) -> tuple[bytes, int]:
+        size = size_at[octave] if octave in size_at else size_at.setdefault(octave, next(ahead))
+        return bytes(size), size
+
+    budget = g.Budget(limit=1000, fixed=0.0, weights=8000)
+    return g.fit_to_limit(pack_at, 0.0, budget, g.Log(), rehearsal=False)
+
+
+@pytest.mark.parametrize(
+    "sizes, taken",
+    [((999,), 999), ((900, 1001, 998), 998), ((900, 1001, 1001, 998), 998), ((1300, 900, 1001, 1001), 900)],
+)
+def test_an_artifact_that_fits_is_taken_though_later_ones_do_not(sizes, taken):
+    assert len(fitted(*sizes)) == taken
+
+
+def test_an_artifact_that_does_not_fit_is_refused_with_its_size_and_the_limit():
+    with pytest.raises(g.UserError) as refusal:
+        fitted(1300, 1200, 1100, 1050, 1007)
+    code_bytes = len(g.code())
+    assert str(refusal.value) == (
+        f"the artifact of 1007 bytes and {code_bytes} bytes of code are 7 bytes over "
+        f"ARTIFACT_BYTES={1000 + code_bytes}: raise it or use a smaller model"
+    )
+
+
 def test_the_first_guess_is_near(larger):
     weights = matrices(larger)
     for states in (0, 8):
