@@ -41,7 +41,7 @@ EOF
 
 commands() { usage | sed -n 's|^  ./run.sh \([a-z-][a-z-]*\) .*|\1|p' | xargs; }
 
-# The small run: two CPU cores, five minutes, 2 GB. Its budget is in steps, so that it repeats exactly.
+# The small run: two CPU cores, three minutes, 1.25 GB. Its budget is in steps, so that it repeats exactly.
 small_job() {
   [[ -n ${ARTIFACT:-} ]] || default RUN_ID=small # a score leaves the run's own files alone
   default DATA_PATH=$SMALL_DATA ITERATIONS=64 MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=10
@@ -65,11 +65,13 @@ small_job() {
 defaults=() # names of what the environment did not say
 
 default() { # NAME=value...: for what the environment does not say
-  local pair
+  local pair name
   for pair in "$@"; do
-    if [[ -z $(printenv "${pair%%=*}") ]]; then
+    name=${pair%%=*}
+    if [[ -z $(printenv "$name") ]]; then
+      ! printenv "${name,,}" >/dev/null || fail 2 "${name,,} is not a knob; did you mean $name? Knobs are in capitals"
       export "${pair?}"
-      defaults+=("${pair%%=*}")
+      defaults+=("$name")
     fi
   done
 }
@@ -118,6 +120,7 @@ installed() {
 require_python() {
   local remedy="install Python 3.11 or newer, or name one: PYTHON=/path/to/python3 ./run.sh"
   command -v "$base" >/dev/null || fail 2 "found no $base: $remedy"
+  "$base" -c '' || fail 2 "$base does not run: $remedy"
   "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     fail 2 "$(command -v "$base") is $("$base" --version 2>&1), which is too old: $remedy"
 }
@@ -270,6 +273,7 @@ main() {
     test) run_tests "$@" ;;
     small-job-defaults) small_job_defaults ;; # for tools, not for people
     help | -h | --help) usage && run_python train_gpt.py --help ;;
+    *=*) fail 2 "a setting goes in front: $command ./run.sh" ;;
     *) fail 2 "unknown command '$command'; the commands are: $(commands)" ;;
   esac
 }

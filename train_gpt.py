@@ -1785,6 +1785,7 @@ def load_tokenizer(run: RunConfig, vocab_size: int) -> Tokenizer:
     elif isinstance(named, str):
         path = Path(run.data_path) / named
     else:
+        require(os.path.isdir(run.data_path), f"DATA_PATH={run.data_path}: no such folder: prepare data", DataError)
         raise DataError(
             f"DATA_PATH={run.data_path}: no manifest.json names a tokenizer: prepare data, or set TOKENIZER_PATH"
         )
@@ -2873,6 +2874,7 @@ class Trainer:
         self.progress = 0.0
         self.seconds_before = 0.0  # training time of the runs that this one continues
         self.finished = False  # whether the checkpoint that this run continues is of a finished training
+        self.resumable: Path | None = None  # the last checkpoint that this run has read or written
 
     def looping(self, progress: float) -> bool:
         """Whether a step at this fraction of the budget goes through the loop of blocks."""
@@ -2988,6 +2990,7 @@ class Trainer:
             self.load_state(state, step)
         self.finished = finished
         self.seconds_before = seconds
+        self.resumable = Path(path)
 
 
 FINISHED = "checkpoint of a finished training"
@@ -3126,7 +3129,8 @@ def train(
         (seconds,) = trainer.dist.broadcast(seconds_now())  # the ranks must agree on when to stop
         trainer.spend(progress_at(run, trainer.step, seconds, reserve))
         if run.checkpoint_seconds and seconds - saved_at >= run.checkpoint_seconds:
-            save_or_warn(trainer, checkpoint, seconds, log)
+            if save_or_warn(trainer, checkpoint, seconds, log):
+                trainer.resumable = checkpoint
             saved_at = seconds
         if trainer.progress >= 1.0:
             break
@@ -5592,6 +5596,8 @@ def check_setup(setup: Setup) -> None:
         check_gpu(setup.model, setup.dist.device)
 
     if setup.stream is not None:
+        if run.resume and setup.dist.main:  # it sends the checkpoint to the other machines
+            read_header(read_file(run.resume), run.resume)
         if run.ttt_enabled and run.ttt_optimizer == "rms":
             check_chunks(rms_chunk_tokens(run), run, "what training would measure")
         with torch.device("meta"):
@@ -5688,7 +5694,8 @@ def describe_setup(setup: Setup, log: Log) -> None:
     )
     log.event(
         "limits",
-        "limits: {train_seconds:g} s of training, {eval_seconds:g} s of evaluation (0: none)",
+        "limits: {steps} steps, {train_seconds:g} s of training, {eval_seconds:g} s of evaluation (0: none)",
+        steps=run.iterations,
         train_seconds=run.max_wallclock_seconds,
         eval_seconds=run.eval_seconds,
     )
@@ -5892,7 +5899,7 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
     history = []
     weights_file = run.resume
     if not trainer.finished:
-        with watch.phase("train"):
+        with watch.phase("train"), how_to_resume(trainer, setup, run.run_id or path.stem):
             history = train(trainer, stream, log, watch, reserve, validate, checkpoint)
         with watch.phase("checkpoint"):
             seconds = trainer.seconds_before + watch.total(*TRAINING_CLOCK)
@@ -5913,6 +5920,18 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
         "train_seconds": trainer.seconds_before + watch.total(*TRAINING_CLOCK),
     }
     return result, prequant_nats
+
+
+@contextlib.contextmanager
+def how_to_resume(trainer: Trainer, setup: Setup, run_id: str) -> Iterator[None]:
+    """Guards training: whatever ends it, the message says how to go on from its last checkpoint, if there is one."""
+    try:
+        yield
+    except BaseException as error:
+        if trainer.resumable and setup.dist.main:
+            command = command_line(setup, RESUME=str(trainer.resumable), RUN_ID=run_id)
+            error.add_note(f"the last checkpoint is {trainer.resumable}; this goes on from it: {command}")
+        raise
 
 
 @contextlib.contextmanager

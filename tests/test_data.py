@@ -223,6 +223,12 @@ def test_a_folder_that_names_no_tokenizer_is_refused(tiny_data, tiny_run, manife
     assert str(tiny_data) in message and ("TOKENIZER_PATH" in message or "manifest.json: damaged" in message)
 
 
+def test_a_folder_that_is_not_there_is_said_to_be_missing(tmp_path, tiny_run):
+    """Not to name no tokenizer, which sent the user to TOKENIZER_PATH."""
+    message = refusal(train_gpt.load_tokenizer, tiny_run(data_path=str(tmp_path / "mispelt")), VOCAB)
+    assert "mispelt: no such folder" in message and "TOKENIZER_PATH" not in message
+
+
 @pytest.mark.parametrize("manifest", ["", "{", "\xff", "[" * 10**5])
 def test_a_damaged_manifest_is_refused_though_a_tokenizer_is_named(tiny_data, tiny_run, manifest):
     """It was taken for none, and no checksum that it lists was compared."""

@@ -143,7 +143,7 @@ EVENTS = {  # of a run on a CPU in which nothing special happens, in order: thei
     "validation": {"documents", "tokens", "bytes"},
     "training_data": {"shards", "tokens", "holdout_tokens", "batch_tokens", "grad_accum_steps", "micro_batch_rows"},
     "predicted_size": {"artifact_bytes", "code_bytes", "limit_bytes"},
-    "limits": {"train_seconds", "eval_seconds"},
+    "limits": {"steps", "train_seconds", "eval_seconds"},
     "setting_up": {"stage"},
     "set_up": {"seconds", "reserve_seconds"},
     "step": {"step", "loss", "progress", "loop", "tokens_per_s", "epoch", "train_s", "eta_s"},
@@ -511,8 +511,10 @@ def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path, here):
     assert done.returncode == 0, done.stderr
     assert "validation: 10 documents" in done.stdout and "training data: 2 shards" in done.stdout
     assert "predicted artifact" in done.stdout
-    assert "limits: 0 s of training, 0 s of evaluation (0: none)" in done.stdout
+    assert "limits: 12 steps, 0 s of training, 0 s of evaluation (0: none)" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
+    refused = here(folder, "--check-setup", RESUME="logs/none.ckpt")
+    assert refused.returncode == 2 and "logs/none.ckpt: cannot be read" in refused.stderr
     refused = here(folder, "--check-setup", TRAIN_ROW_TOKENS=100)
     assert refused.returncode == 2 and "TRAIN_ROW_TOKENS=100" in refused.stderr
 
@@ -641,6 +643,24 @@ def test_an_error_of_the_program_itself_says_how_to_go_on_too(in_process, monkey
     *_, error, note = err.splitlines()
     assert status == 1 and "Traceback" in err and error == "ZeroDivisionError: a bug"
     assert "RESUME=logs/lost.ckpt RUN_ID=lost " in note and Path("logs/lost.ckpt").exists()
+
+
+def test_what_ends_training_says_how_to_go_on_from_the_last_checkpoint(in_process, monkeypatch):
+    """A checkpoint of an earlier run of this name does not count."""
+
+    class CutOff(g.DivergenceCheck):
+        def __call__(self, loss: float, step: int) -> None:
+            if step == 4:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(g, "DivergenceCheck", CutOff)
+    status, err = in_process(RUN_ID="cut", CHECKPOINT_SECONDS=1e-6)
+    said, hint = err.splitlines()
+    assert (status, said) == (130, "interrupted")
+    assert hint.startswith(
+        "the last checkpoint is logs/cut.ckpt; this goes on from it: RESUME=logs/cut.ckpt RUN_ID=cut "
+    )
+    assert in_process(RUN_ID="cut") == (130, "interrupted\n")
 
 
 def test_a_disk_that_takes_no_checkpoint_does_not_end_a_run(first, in_process, monkeypatch):

@@ -155,6 +155,12 @@ def test_unknown_command_is_refused_with_the_known_ones(machine):
     assert done.stderr.strip() == "run.sh: unknown command 'tain'; the commands are: " + " ".join(COMMANDS)
 
 
+def test_a_setting_after_the_command_is_told_its_place(machine):
+    done = machine.run("TTT_LR=3e-3")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "run.sh: a setting goes in front: TTT_LR=3e-3 ./run.sh"
+
+
 @pytest.mark.parametrize("name", ["help", "-h", "--help"])
 def test_help_is_that_of_run_sh_and_then_the_knobs(ready, name):
     done = ready.run(name)
@@ -251,6 +257,13 @@ def test_the_users_environment_wins_over_the_small_run(ready):
         "env"
     ].items()
     assert ready.started("prepare.py") == []
+
+
+def test_a_knob_in_small_letters_is_refused_though_the_small_run_sets_it(ready):
+    done = ready.run(iterations=7)
+    assert done.returncode == 2 and ready.started("train_gpt.py") == []
+    assert done.stderr == "run.sh: iterations is not a knob; did you mean ITERATIONS? Knobs are in capitals\n"
+    assert ready.run(iterations=7, ITERATIONS=7).returncode == 0  # a script's own variable
 
 
 def test_the_small_run_s_settings_are_accepted_by_the_entry(ready):
@@ -453,6 +466,9 @@ def test_no_python_or_an_old_one_is_refused(machine):
     old = machine.write("bin/old", OLD_PYTHON)
     done = machine.run(PYTHON=old)
     assert done.returncode == 2 and f"{old} is Python 3.10.12, which is too old" in done.stderr
+    broken = machine.write("bin/broken", "#!/bin/sh\necho no version is set >&2; exit 127\n")
+    done = machine.run(PYTHON=broken)
+    assert done.returncode == 2 and f"no version is set\nrun.sh: {broken} does not run: install" in done.stderr
     done = machine.run(PYTHON="/nowhere/python3")
     assert done.returncode == 2 and "found no /nowhere/python3" in done.stderr
 

@@ -58,7 +58,8 @@ def artifact_alone(audit: Audit) -> Seen:
     compiles = audit.dist.device.type == "cuda"
     used = [name for name in there if str(folder / name) in opened]
     faults = [f"it opened {path}" for path in opened if not expected(path, folder, compiles)]
-    return faults + wrong_result(audit, result), f"val_bpb {result['val_bpb']:.5f} again, from {', '.join(used)}"
+    seen = f"val_bpb {result['val_bpb']:.5f} of {len(audit.texts)} documents again, from {', '.join(used)}"
+    return faults + wrong_result(audit, result), seen
 
 
 def lay_out(audit: Audit, folder: Path) -> dict[str, str]:

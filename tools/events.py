@@ -54,7 +54,7 @@ FIELDS = {  # event -> its fields and their kinds; a non-finite value is stored 
         "micro_batch_rows": whole,
     },
     "predicted_size": {"artifact_bytes": number, "code_bytes": whole, "limit_bytes": whole},
-    "limits": {"train_seconds": number, "eval_seconds": number},
+    "limits": {"steps": whole, "train_seconds": number, "eval_seconds": number},
     "setting_up": {"stage": text},
     "set_up": {"seconds": number, "reserve_seconds": number},
     "step": {
@@ -101,6 +101,7 @@ FIELDS = {  # event -> its fields and their kinds; a non-finite value is stored 
     "result": {},  # the whole result, whose kinds are in tools/results.py
 }
 EARLIER_FIELDS = {  # event -> its earlier fields, in existing logs
+    "limits": ({"train_seconds": number, "eval_seconds": number},),
     "readout": (
         {
             "documents": whole,
@@ -187,7 +188,10 @@ TEMPLATES = {  # event -> all wordings of its line in train_gpt.py, the latest f
         "predicted artifact: about {artifact_bytes:.0f} bytes before its ranges are fitted, "
         "{code_bytes} bytes of code, limit {limit_bytes}",
     ),
-    "limits": ("limits: {train_seconds:g} s of training, {eval_seconds:g} s of evaluation (0: none)",),
+    "limits": (
+        "limits: {steps} steps, {train_seconds:g} s of training, {eval_seconds:g} s of evaluation (0: none)",
+        "limits: {train_seconds:g} s of training, {eval_seconds:g} s of evaluation (0: none)",
+    ),
     "setting_up": ("set-up: {stage}",),
     "set_up": ("set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing",),
     "step": (
