@@ -21,6 +21,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -267,6 +268,19 @@ def run_script(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+def group_has_ended(group: int, within: float = 10.0) -> bool:
+    """Whether no process of this group is left. What a process had started when it was ended may stay a moment longer
+    in the system's table."""
+    deadline = time.monotonic() + within
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def leave_process_alone(entry: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
