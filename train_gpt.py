@@ -1514,11 +1514,12 @@ class ScoringProgress:
         self.started = self.reported = time.perf_counter()
 
     def __call__(self, done: int, targets: int) -> None:
-        """Call whenever more targets are scored: `done` of `targets`."""
+        """Call whenever more targets are scored: `done` of `targets`, or more if it is one rank's guess for all."""
         now = time.perf_counter()
         if now - self.reported < SECONDS_BETWEEN_REPORTS:
             return
         self.reported = now
+        done = min(done, targets)
         self.log.event(
             "scoring",
             "scoring {what}: {targets_done}/{targets} targets eta_s:{eta_s:.0f}",
@@ -1527,6 +1528,10 @@ class ScoringProgress:
             targets=targets,
             eta_s=(now - self.started) * (targets / done - 1),
         )
+
+
+def no_progress(done: int, targets: int) -> None:
+    """In place of a ScoringProgress: reports nothing."""
 
 
 class Stopwatch:
@@ -4260,24 +4265,23 @@ def pack_windows(docs: Documents, row: Sequence[Window], size: int, context: int
 def score_static(
     model: GPT,
     docs: Documents,
-    chosen: Iterable[int],
+    chosen: Sequence[int],
     run: RunConfig,
     dist: Dist,
     table: ScoreTable,
     looping: bool = True,
-    progress: ScoringProgress | None = None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> None:
     """Score these documents without adaptation."""
     lengths = docs.lengths
-    wanted = [w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride)]
-    targets = sum(w.end - w.first for w in wanted)
+    wanted = (w for i in chosen for w in windows(i, 0, int(lengths[i]), run.eval_seq_len, run.eval_stride))
+    targets = int(lengths[chosen].sum())
     done = 0
     for row in local_rows(docs, wanted, run, dist):
         nats = model(*row.batch, looping=looping)[0].cpu().numpy()
         table.add(row.documents[row.counted], nats[row.counted])
         done += int(row.counted.sum()) * dist.world  # the other ranks are about as far
-        if progress is not None:
-            progress(min(done, targets), targets)
+        progress(done, targets)
 
 
 # ======================================================================================================================
@@ -5239,7 +5243,7 @@ def score_sequentially(
     chosen: Sequence[int],
     table: ScoreTable,
     may_learn: Callable[[int], bool] = lambda targets_left: True,
-    progress: Callable[[int, int], None] = lambda done, targets: None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> int:
     """Score these documents one after another and learn from every chunk once it is scored, as long as
     may_learn(targets left) is true. The rest is scored without further learning -> number of documents in the rest."""
@@ -5263,7 +5267,7 @@ def score_sequentially(
             for row in rows_of(rest):
                 add_scores(row, learner.score_row(row)[1])
                 done += int(row.counted.sum()) * dist.world  # the other ranks are about as far
-                progress(min(done, all_targets), all_targets)
+                progress(done, all_targets)
             degraded = len(rest)
             break
 
@@ -5731,7 +5735,7 @@ def score_all_static(
     setup: Setup,
     looping: bool = True,
     docs: Documents | None = None,
-    progress: ScoringProgress | None = None,
+    progress: Callable[[int, int], None] = no_progress,
 ) -> ScoreTable:
     """The scores without adaptation of the validation set, or of other documents; the same table on every rank."""
     table = ScoreTable(setup.validation if docs is None else docs)
@@ -5867,12 +5871,11 @@ def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log
 
 
 def lowest_share(last: float, half: float, average: float) -> float:
-    """The share within 0..1 at which the parabola through the scores at 0, 1/2 and 1 is lowest. If it is not convex,
-    the share of the lowest of the three."""
+    """The share within 0..1 at which the parabola through the scores at 0, 1/2 and 1 is lowest."""
     curvature = last - 2 * half + average  # 1/4 of the second derivative
     if curvature > 0:
         return min(1.0, max(0.0, 0.5 + (last - average) / (4 * curvature)))
-    return min((last, 0.0), (half, 0.5), (average, 1.0))[1]
+    return 1.0 if average < last else 0.0
 
 
 def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tuple[dict[str, Any], np.ndarray]:
@@ -5922,16 +5925,16 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
     return result, prequant_nats
 
 
-@contextlib.contextmanager
-def how_to_resume(trainer: Trainer, setup: Setup, run_id: str) -> Iterator[None]:
+def how_to_resume(trainer: Trainer, setup: Setup, run_id: str) -> contextlib.AbstractContextManager[None]:
     """Guards training: whatever ends it, the message says how to go on from its last checkpoint, if there is one."""
-    try:
-        yield
-    except BaseException as error:
-        if trainer.resumable and setup.dist.main:
-            command = command_line(setup, RESUME=str(trainer.resumable), RUN_ID=run_id)
-            error.add_note(f"the last checkpoint is {trainer.resumable}; this goes on from it: {command}")
-        raise
+
+    def text() -> str:
+        if not trainer.resumable or not setup.dist.main:
+            return ""
+        command = command_line(setup, RESUME=str(trainer.resumable), RUN_ID=run_id)
+        return f"the last checkpoint is {trainer.resumable}; this goes on from it: {command}"
+
+    return advice(text)
 
 
 @contextlib.contextmanager
@@ -5951,13 +5954,15 @@ def how_to_go_on(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_
 
 
 @contextlib.contextmanager
-def advice(text: str) -> Iterator[None]:
-    """Attaches this advice, if there is any, to every exception that leaves the block: it ends the message shown."""
+def advice(text: str | Callable[[], str]) -> Iterator[None]:
+    """Attaches this advice, if there is any, to every exception that leaves the block: it ends the message shown. A
+    function is asked for it only then."""
     try:
         yield
     except BaseException as error:
-        if text:
-            error.add_note(text)
+        found = text() if callable(text) else text
+        if found:
+            error.add_note(found)
         raise
 
 

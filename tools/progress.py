@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 
-from train_gpt import printable
+from train_gpt import SECONDS_BETWEEN_REPORTS, printable
 
-INTERVAL_S = 10.0  # between two lines
+INTERVAL_S = SECONDS_BETWEEN_REPORTS  # between two lines
 
 
 class Progress:
