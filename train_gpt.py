@@ -481,7 +481,7 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     problem = f"{name}={text!r}: {meta['doc']}; expected "
     choices = get_args(kind)
     if choices:
-        require(text in choices, problem + " | ".join(choices))
+        require(text in choices, problem + allowed_values(kind, meta))
         return text
 
     try:
@@ -495,6 +495,17 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     high = MAX_KNOB if meta["high"] is None else meta["high"]
     require(kind is str or value <= high, problem + f"at most {high}")
     return value + 0.0 if kind is float else value  # -0.0 becomes 0.0: equal values are written alike
+
+
+def allowed_values(kind: type, meta: Mapping) -> str:
+    """What a knob may be set to, in words; "" for any text."""
+    low = meta["low"]
+    high = meta["high"]
+    if kind is str:
+        return ""
+    if get_args(kind):
+        return " | ".join(get_args(kind))
+    return f"at least {low}" if high is None else f"{low} to {high}"
 
 
 # A name that begins like one of our knobs but is not one is a mistake, unless other programs use such names too.
@@ -568,27 +579,22 @@ def settings(*configs: Any) -> dict[str, str]:
 
 
 def describe_knobs() -> str:
-    """The text of --help: every knob with its default, unit and meaning, in groups."""
+    """The text of --help: every knob with its default, meaning, unit, allowed values and conditions, in groups."""
     usage = (__doc__ or "").split("\nA run leaves")[0].strip()  # -OO drops docstrings
-    lines = [usage, ""]
+    lines = [usage, f"\nknob, default, meaning [unit, values allowed]; no number may be larger than {MAX_KNOB:,}"]
     for name, (f, kind) in KNOBS.items():
         meta = f.metadata
         if meta["group"]:
             lines.append(f"\n{meta['group']}")
-
-        default = str(meta["default"]) or "-"
+        facts = ", ".join(filter(None, (meta["unit"], allowed_values(kind, meta))))
+        notes = f" [{facts}]" if facts else ""
         if meta["full"] is not None:
-            default += f" (full: {meta['full']})"
+            notes += f" (TTT_PARAMS=full: {meta['full']})"
         if meta["rms"] is not None:
-            default += f" (rms: {meta['rms']})"
-        notes = ""
-        if get_args(kind):
-            notes += f" ({' | '.join(get_args(kind))})"
-        if meta["unit"]:
-            notes += f" [{meta['unit']}]"
+            notes += f" (TTT_OPTIMIZER=rms: {meta['rms']})"
         if meta["only"]:
             notes += f" (with {conditions(f)})"
-        lines.append(f"  {name:26} {default:24} {meta['doc']}{notes}")
+        lines.append(f"  {name:26} {str(meta['default']) or '-':24} {meta['doc']}{notes}")
     return "\n".join(lines)
 
 

@@ -29,6 +29,7 @@ NEEDS = {  # without which a knob has no effect
     "TTT_LR_MULT_MLP_OUT": {"TTT_PARAMS": "full"},
     "TTT_LR_MULT_IN": {"TTT_PARAMS": "full"},
 }
+OTHER_DEFAULTS = {"full": "TTT_PARAMS=full", "rms": "TTT_OPTIMIZER=rms"}
 SUITABLE = {  # values of other knobs that the changed value of this one needs
     "ARTIFACT": {},
     "LOOP_START": {"LOOP_END": "9"},
@@ -422,15 +423,19 @@ def test_printed_settings_give_the_same_configs_again(env):
     assert read_env(train_gpt.settings(*configs)) == configs
 
 
-def test_help_lists_every_knob_with_default_unit_and_doc(capsys):
+def test_help_lists_every_knob_with_default_unit_allowed_values_and_doc(capsys):
     assert train_gpt.main(["--help"]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert err == "" and "no number may be larger than 1,000,000,000" in out
     for name, (field, kind) in KNOBS.items():
         meta = field.metadata
         (line,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
-        shown = [meta["doc"], *get_args(kind), f"[{meta['unit']}]" if meta["unit"] else "", str(meta["default"])]
-        shown += [f"({kind}: {meta[kind]})" for kind in ("full", "rms") if meta[kind] is not None]
+        shown = [meta["doc"], meta["unit"], str(meta["default"])]
+        if get_args(kind):
+            shown.append(f"[{' | '.join(get_args(kind))}]")
+        elif kind is not str:
+            shown.append(f"at least {meta['low']}]" if meta["high"] is None else f"{meta['low']} to {meta['high']}]")
+        shown += [f"({name}: {meta[key]})" for key, name in OTHER_DEFAULTS.items() if meta[key] is not None]
         shown += [f"{other}={value}" for other, value in NEEDS.get(name, {}).items()]
         assert all(part in line for part in shown), line
         assert not meta["group"] or f"\n{meta['group']}\n" in out
