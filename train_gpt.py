@@ -521,6 +521,15 @@ BITS_AND_RANGES = "MATRIX_BITS EMBED_BITS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED
 RETIRED = dict.fromkeys(BITS_AND_RANGES, "the steps of integers follow from ARTIFACT_BYTES alone")
 
 
+def one_slip_apart(a: str, b: str) -> bool:
+    """Whether two names differ in one letter, replaced or left out, or in the order of two neighbours."""
+    start = len(os.path.commonprefix([a, b]))
+    a, b = a[start:], b[start:]
+    end = len(os.path.commonprefix([a[::-1], b[::-1]]))
+    a, b = a[: len(a) - end], b[: len(b) - end]
+    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
+
+
 def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
     """Raises ConfigError if a name looks like a knob but is misspelt or retired; ignores other programs' names, and a
     knob's name in other letters beside the knob itself, as in a script's `SEED=$seed`."""
@@ -534,6 +543,8 @@ def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
             raise ConfigError(f"{name} is not a knob; did you mean {capitals}? Knobs are in capitals")
         similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
         near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
+        # A single wrong letter makes a short name less similar than that.
+        near = near or [knob for knob in sorted(knobs) if one_slip_apart(name, knob)]
         if near:
             raise ConfigError(f"{name} is not a knob; did you mean {near[0]}? (python train_gpt.py --help lists all)")
 
@@ -541,14 +552,16 @@ def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
 NO_EFFECT = "has no effect here: it needs"
 
 
+def read_knobs(env: Mapping[str, str]) -> dict[str, Any]:
+    """{field: value} of the knobs that are set, each checked by itself. Raises ConfigError, also for misspelt names."""
+    refuse_unknown(env, KNOBS)
+    return {f.name: parse_knob(name, env[name], kind, f.metadata) for name, (f, kind) in KNOBS.items() if name in env}
+
+
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
     """Build both configs from the environment; only this function and Dist.from_env read it. Raises ConfigError."""
     require(__debug__, "Python runs under -O, without the check that every target is scored once: run it without -O")
-    refuse_unknown(env, KNOBS)
-    values = {}
-    for name, (f, kind) in KNOBS.items():
-        if name in env:
-            values[f.name] = parse_knob(name, env[name], kind, f.metadata)
+    values = read_knobs(env)
     model = ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig) if f.name in values})
     run = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
 
@@ -581,7 +594,10 @@ def settings(*configs: Any) -> dict[str, str]:
 def describe_knobs() -> str:
     """The text of --help: every knob with its default, meaning, unit, allowed values and conditions, in groups."""
     usage = (__doc__ or "").split("\nA run leaves")[0].strip()  # -OO drops docstrings
-    lines = [usage, f"\nknob, default, meaning [unit, values allowed]; no number may be larger than {MAX_KNOB:,}"]
+    lines = [
+        usage,
+        f"\nknob, default, meaning [unit, values allowed]; without an upper limit, numbers up to {MAX_KNOB:,}",
+    ]
     for name, (f, kind) in KNOBS.items():
         meta = f.metadata
         if meta["group"]:
