@@ -5264,16 +5264,15 @@ def score_sequentially(
     docs: Documents,
     chosen: Sequence[int],
     table: ScoreTable,
-    may_learn: Callable[[int], bool] = lambda targets_left: True,
+    may_learn: Callable[[int, int], bool] = lambda targets_left, documents_left: True,
     progress: Callable[[int, int], None] = no_progress,
-) -> int:
+) -> None:
     """Score these documents one after another and learn from every chunk once it is scored, as long as
-    may_learn(targets left) is true. The rest is scored without further learning -> number of documents in the rest."""
+    may_learn(targets left, documents left) is true. The rest is scored without further learning."""
     run = learner.run
     dist = learner.dist
     all_targets = int(docs.lengths[chosen].sum())
     targets_left = all_targets
-    degraded = 0
 
     def rows_of(spans: Sequence[TargetSpan]) -> Iterator[EvalRow]:
         wanted = (window for span in spans for window in windows(*span, run.eval_seq_len, run.eval_stride))
@@ -5283,14 +5282,13 @@ def score_sequentially(
         table.add(row.documents[row.counted], nats[row.counted])
 
     for spans in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
-        if not may_learn(targets_left):
+        if not may_learn(targets_left, len(chosen) - chosen.index(spans[0].document)):
             rest = spans_from(docs, chosen, spans[0])
             done = all_targets - targets_left
             for row in rows_of(rest):
                 add_scores(row, learner.score_row(row)[1])
                 done += int(row.counted.sum()) * dist.world  # the other ranks are about as far
                 progress(done, all_targets)
-            degraded = len(rest)
             break
 
         targets = sum(span.end - span.begin for span in spans)
@@ -5308,7 +5306,6 @@ def score_sequentially(
         learner.advance(chunk)
 
     learner.reset()
-    return degraded
 
 
 def spans_from(docs: Documents, chosen: Sequence[int], first: TargetSpan) -> list[TargetSpan]:
@@ -5428,11 +5425,14 @@ class Evaluation:
             learner = SequentialTTT(self.model, self.run, self.dist)
             tokens_per_target = self.static_tokens.sum() / self.docs.lengths.sum()
 
-            def may_learn(targets_left: int) -> bool:
-                return self._has_time(targets_left * tokens_per_target)
+            def may_learn(targets_left: int, documents_left: int) -> bool:
+                in_time = self._has_time(targets_left * tokens_per_target)
+                if not in_time:
+                    self._stop_adapting(documents_left)
+                return in_time
 
             progress = ScoringProgress(self.log, "validation as a stream")
-            self.degraded = score_sequentially(learner, self.docs, everything, self.table, may_learn, progress)
+            score_sequentially(learner, self.docs, everything, self.table, may_learn, progress)
         return self.table.all_reduced(self.dist)
 
     def _has_time(self, static_tokens_left: float, next_seconds: float = 0.0) -> bool:
@@ -5442,6 +5442,12 @@ class Evaluation:
         rest = 1.5 * static_tokens_left * self.static_seconds_per_token / self.dist.world  # with a margin of 50 %
         end = self.seconds() + next_seconds + rest
         return self.dist.all_reduce_max(end) <= self.run.eval_seconds * 0.98  # 2 % for what a forecast misses
+
+    def _stop_adapting(self, remaining: int) -> None:
+        """Note and report how many documents do not adapt; of a stream, the first may have been scored in part."""
+        self.degraded = remaining
+        line = "time is short: the remaining {degraded_documents} documents are scored without further adaptation"
+        self.log.event("time_short", line, degraded_documents=remaining)
 
     def _score_documents(self) -> None:
         """Score documents round by round, a group per rank. When time runs short, those not yet begun do not adapt."""
@@ -5461,9 +5467,7 @@ class Evaluation:
             if cost_so_far:
                 self.ttt_seconds_per_token = (self.seconds() - started) / cost_so_far
             if not self._has_time(self.static_tokens[rest].sum(), self.ttt_seconds_per_token * costs[n]):
-                self.degraded = len(rest)
-                line = "time is short: {degraded_documents} documents that have not begun are scored without adaptation"
-                self.log.event("time_short", line, degraded_documents=len(rest))
+                self._stop_adapting(len(rest))
                 progress = ScoringProgress(self.log, "the rest without adaptation")
                 score_static(self.model, self.docs, rest, self.run, dist, self.table, progress=progress)
                 return
