@@ -207,7 +207,13 @@ choose_job() {
   if [[ $DATA_PATH == "$SMALL_DATA" ]]; then "$python" data/prepare.py installed; fi
 }
 
+knobs() { # nothing, to refuse a bad one; or --help. Needs no packages
+  require_python
+  "$base" -m tools.knobs "$@"
+}
+
 start_job() { # nothing, or --check-setup
+  knobs
   setup requirements.txt
   choose_job
   if ((gpus > 1)); then
@@ -272,7 +278,7 @@ main() {
     sweep | record) run_tool_on_jobs "$command" "$@" ;;
     test) run_tests "$@" ;;
     small-job-defaults) small_job_defaults ;; # for tools, not for people
-    help | -h | --help) usage && run_python train_gpt.py --help ;;
+    help | -h | --help) usage && knobs --help ;;
     *=*) fail 2 "a setting goes in front: $command ./run.sh" ;;
     *) fail 2 "unknown command '$command'; the commands are: $(commands)" ;;
   esac

@@ -481,7 +481,7 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     problem = f"{name}={text!r}: {meta['doc']}; expected "
     choices = get_args(kind)
     if choices:
-        require(text in choices, problem + " | ".join(choices))
+        require(text in choices, problem + allowed_values(kind, meta))
         return text
 
     try:
@@ -497,6 +497,17 @@ def parse_knob(name: str, text: str, kind: type, meta: Mapping) -> Any:
     return value + 0.0 if kind is float else value  # -0.0 becomes 0.0: equal values are written alike
 
 
+def allowed_values(kind: type, meta: Mapping) -> str:
+    """What a knob may be set to, in words; "" for any text."""
+    low = meta["low"]
+    high = meta["high"]
+    if kind is str:
+        return ""
+    if get_args(kind):
+        return " | ".join(get_args(kind))
+    return f"at least {low}" if high is None else f"{low} to {high}"
+
+
 # A name that begins like one of our knobs but is not one is a mistake, unless other programs use such names too.
 COMMON_WORDS = "ARTIFACT CHECKPOINT DATA ENABLE MAX MIN MODEL NUM PARALLEL RUN TOKENIZER".split()
 # Knobs of other entries that ours does not have.
@@ -508,6 +519,15 @@ BUILD_TOOLS = {"ARTIFACTS", "COMPILER"}  # set by build tools, though they look 
 # Knobs of earlier versions, which change nothing when an artifact is scored, and what decides instead.
 BITS_AND_RANGES = "MATRIX_BITS EMBED_BITS ATTN_CLIP_SIGMAS MLP_CLIP_SIGMAS EMBED_CLIP_SIGMAS QUANT_CLIP_FLOOR".split()
 RETIRED = dict.fromkeys(BITS_AND_RANGES, "the steps of integers follow from ARTIFACT_BYTES alone")
+
+
+def one_slip_apart(a: str, b: str) -> bool:
+    """Whether two names differ in one letter, replaced or left out, or in the order of two neighbours."""
+    start = len(os.path.commonprefix([a, b]))
+    a, b = a[start:], b[start:]
+    end = len(os.path.commonprefix([a[::-1], b[::-1]]))
+    a, b = a[: len(a) - end], b[: len(b) - end]
+    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
 
 
 def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
@@ -523,6 +543,8 @@ def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
             raise ConfigError(f"{name} is not a knob; did you mean {capitals}? Knobs are in capitals")
         similarity = 0.0 if name.startswith(OUR_FAMILIES) else 0.85
         near = difflib.get_close_matches(name, sorted(knobs), n=1, cutoff=similarity)
+        # A single wrong letter makes a short name less similar than that.
+        near = near or [knob for knob in sorted(knobs) if one_slip_apart(name, knob)]
         if near:
             raise ConfigError(f"{name} is not a knob; did you mean {near[0]}? (python train_gpt.py --help lists all)")
 
@@ -530,14 +552,16 @@ def refuse_unknown(names: Iterable[str], knobs: Iterable[str]) -> None:
 NO_EFFECT = "has no effect here: it needs"
 
 
+def read_knobs(env: Mapping[str, str]) -> dict[str, Any]:
+    """{field: value} of the knobs that are set, each checked by itself. Raises ConfigError, also for misspelt names."""
+    refuse_unknown(env, KNOBS)
+    return {f.name: parse_knob(name, env[name], kind, f.metadata) for name, (f, kind) in KNOBS.items() if name in env}
+
+
 def read_env(env: Mapping[str, str] = os.environ) -> tuple[ModelConfig, RunConfig]:
     """Build both configs from the environment; only this function and Dist.from_env read it. Raises ConfigError."""
     require(__debug__, "Python runs under -O, without the check that every target is scored once: run it without -O")
-    refuse_unknown(env, KNOBS)
-    values = {}
-    for name, (f, kind) in KNOBS.items():
-        if name in env:
-            values[f.name] = parse_knob(name, env[name], kind, f.metadata)
+    values = read_knobs(env)
     model = ModelConfig(**{f.name: values[f.name] for f in fields(ModelConfig) if f.name in values})
     run = RunConfig(**{f.name: values[f.name] for f in fields(RunConfig) if f.name in values})
 
@@ -568,27 +592,25 @@ def settings(*configs: Any) -> dict[str, str]:
 
 
 def describe_knobs() -> str:
-    """The text of --help: every knob with its default, unit and meaning, in groups."""
+    """The text of --help: every knob with its default, meaning, unit, allowed values and conditions, in groups."""
     usage = (__doc__ or "").split("\nA run leaves")[0].strip()  # -OO drops docstrings
-    lines = [usage, ""]
+    lines = [
+        usage,
+        f"\nknob, default, meaning [unit, values allowed]; without an upper limit, numbers up to {MAX_KNOB:,}",
+    ]
     for name, (f, kind) in KNOBS.items():
         meta = f.metadata
         if meta["group"]:
             lines.append(f"\n{meta['group']}")
-
-        default = str(meta["default"]) or "-"
+        facts = ", ".join(filter(None, (meta["unit"], allowed_values(kind, meta))))
+        notes = f" [{facts}]" if facts else ""
         if meta["full"] is not None:
-            default += f" (full: {meta['full']})"
+            notes += f" (TTT_PARAMS=full: {meta['full']})"
         if meta["rms"] is not None:
-            default += f" (rms: {meta['rms']})"
-        notes = ""
-        if get_args(kind):
-            notes += f" ({' | '.join(get_args(kind))})"
-        if meta["unit"]:
-            notes += f" [{meta['unit']}]"
+            notes += f" (TTT_OPTIMIZER=rms: {meta['rms']})"
         if meta["only"]:
             notes += f" (with {conditions(f)})"
-        lines.append(f"  {name:26} {default:24} {meta['doc']}{notes}")
+        lines.append(f"  {name:26} {str(meta['default']) or '-':24} {meta['doc']}{notes}")
     return "\n".join(lines)
 
 
@@ -5242,16 +5264,15 @@ def score_sequentially(
     docs: Documents,
     chosen: Sequence[int],
     table: ScoreTable,
-    may_learn: Callable[[int], bool] = lambda targets_left: True,
+    may_learn: Callable[[int, int], bool] = lambda targets_left, documents_left: True,
     progress: Callable[[int, int], None] = no_progress,
-) -> int:
+) -> None:
     """Score these documents one after another and learn from every chunk once it is scored, as long as
-    may_learn(targets left) is true. The rest is scored without further learning -> number of documents in the rest."""
+    may_learn(targets left, documents left) is true. The rest is scored without further learning."""
     run = learner.run
     dist = learner.dist
     all_targets = int(docs.lengths[chosen].sum())
     targets_left = all_targets
-    degraded = 0
 
     def rows_of(spans: Sequence[TargetSpan]) -> Iterator[EvalRow]:
         wanted = (window for span in spans for window in windows(*span, run.eval_seq_len, run.eval_stride))
@@ -5261,14 +5282,13 @@ def score_sequentially(
         table.add(row.documents[row.counted], nats[row.counted])
 
     for spans in stream_chunks(docs, chosen, run.ttt_chunk_tokens):
-        if not may_learn(targets_left):
+        if not may_learn(targets_left, len(chosen) - chosen.index(spans[0].document)):
             rest = spans_from(docs, chosen, spans[0])
             done = all_targets - targets_left
             for row in rows_of(rest):
                 add_scores(row, learner.score_row(row)[1])
                 done += int(row.counted.sum()) * dist.world  # the other ranks are about as far
                 progress(done, all_targets)
-            degraded = len(rest)
             break
 
         targets = sum(span.end - span.begin for span in spans)
@@ -5286,7 +5306,6 @@ def score_sequentially(
         learner.advance(chunk)
 
     learner.reset()
-    return degraded
 
 
 def spans_from(docs: Documents, chosen: Sequence[int], first: TargetSpan) -> list[TargetSpan]:
@@ -5406,11 +5425,14 @@ class Evaluation:
             learner = SequentialTTT(self.model, self.run, self.dist)
             tokens_per_target = self.static_tokens.sum() / self.docs.lengths.sum()
 
-            def may_learn(targets_left: int) -> bool:
-                return self._has_time(targets_left * tokens_per_target)
+            def may_learn(targets_left: int, documents_left: int) -> bool:
+                in_time = self._has_time(targets_left * tokens_per_target)
+                if not in_time:
+                    self._stop_adapting(documents_left)
+                return in_time
 
             progress = ScoringProgress(self.log, "validation as a stream")
-            self.degraded = score_sequentially(learner, self.docs, everything, self.table, may_learn, progress)
+            score_sequentially(learner, self.docs, everything, self.table, may_learn, progress)
         return self.table.all_reduced(self.dist)
 
     def _has_time(self, static_tokens_left: float, next_seconds: float = 0.0) -> bool:
@@ -5420,6 +5442,12 @@ class Evaluation:
         rest = 1.5 * static_tokens_left * self.static_seconds_per_token / self.dist.world  # with a margin of 50 %
         end = self.seconds() + next_seconds + rest
         return self.dist.all_reduce_max(end) <= self.run.eval_seconds * 0.98  # 2 % for what a forecast misses
+
+    def _stop_adapting(self, remaining: int) -> None:
+        """Note and report how many documents do not adapt; of a stream, the first may have been scored in part."""
+        self.degraded = remaining
+        line = "time is short: the remaining {degraded_documents} documents are scored without further adaptation"
+        self.log.event("time_short", line, degraded_documents=remaining)
 
     def _score_documents(self) -> None:
         """Score documents round by round, a group per rank. When time runs short, those not yet begun do not adapt."""
@@ -5439,9 +5467,7 @@ class Evaluation:
             if cost_so_far:
                 self.ttt_seconds_per_token = (self.seconds() - started) / cost_so_far
             if not self._has_time(self.static_tokens[rest].sum(), self.ttt_seconds_per_token * costs[n]):
-                self.degraded = len(rest)
-                line = "time is short: {degraded_documents} documents that have not begun are scored without adaptation"
-                self.log.event("time_short", line, degraded_documents=len(rest))
+                self._stop_adapting(len(rest))
                 progress = ScoringProgress(self.log, "the rest without adaptation")
                 score_static(self.model, self.docs, rest, self.run, dist, self.table, progress=progress)
                 return

@@ -29,6 +29,7 @@ NEEDS = {  # without which a knob has no effect
     "TTT_LR_MULT_MLP_OUT": {"TTT_PARAMS": "full"},
     "TTT_LR_MULT_IN": {"TTT_PARAMS": "full"},
 }
+OTHER_DEFAULTS = {"full": "TTT_PARAMS=full", "rms": "TTT_OPTIMIZER=rms"}
 SUITABLE = {  # values of other knobs that the changed value of this one needs
     "ARTIFACT": {},
     "LOOP_START": {"LOOP_END": "9"},
@@ -244,11 +245,13 @@ def test_a_name_in_other_letters_is_refused_unless_the_knob_itself_is_set(name):
     read_env({"seed": "7", "SEED": "7"})
 
 
-def test_a_long_name_may_have_two_letters_exchanged():
-    for name in (n for n in KNOBS if len(n) >= 8):
-        exchanged = name[0] + name[2] + name[1] + name[3:]
-        if exchanged not in KNOBS:
-            assert exchanged in refusal({exchanged: "1"})
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_slip_of_the_finger_is_refused_however_short_the_name(name):
+    """A wrong letter, as in TTL_LR, or two in the wrong order."""
+    slips = {name[:i] + "Q" + name[i + 1 :] for i in range(len(name))}
+    slips |= {name[:i] + name[i + 1] + name[i] + name[i + 2 :] for i in range(len(name) - 1)}
+    for wrong in slips - set(KNOBS):
+        assert refusal({wrong: "1"}).startswith(f"{wrong} is not a knob; did you mean ")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +299,17 @@ FOREIGN = """PATH HOME LANG LC_ALL TERM SHELL USER LOGNAME PWD OLDPWD SHLVL EDIT
     MASTER_ADDR MASTER_PORT RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK TORCHELASTIC_RUN_ID
     TORCH_LOGS TORCH_INDEX_URL PYTHONPATH PYTHONHASHSEED PYTHONUNBUFFERED VIRTUAL_ENV LD_LIBRARY_PATH LD_PRELOAD
     DATA_DIR MODEL_PATH NUM_WORKERS RUN_URL MIN_VERSION ENABLE_LOGGING PARALLEL_SEQ TOKENIZERS_PARALLELISM
-    HF_HOME HF_TOKEN SLURM_JOB_ID SLURM_NTASKS SSH_CLIENT SSH_CONNECTION XDG_RUNTIME_DIR TRITON_CACHE_DIR CI
+    HF_HOME HF_TOKEN HF_HUB_OFFLINE HF_DATASETS_CACHE TRANSFORMERS_CACHE WANDB_MODE WANDB_API_KEY
+    SLURM_JOB_ID SLURM_NTASKS SLURM_PROCID SLURM_LOCALID SLURM_NODEID SLURM_STEP_ID SLURM_JOB_NODELIST SLURM_GPUS
+    KUBERNETES_PORT KUBERNETES_SERVICE_HOST KUBECONFIG POD_NAME POD_IP NODE_NAME JOB_ID TASK_ID TTY GPG_TTY SSH_TTY
+    NCCL_IB_DISABLE NCCL_SOCKET_IFNAME NCCL_NVLS_ENABLE CUDA_PATH CUDA_LAUNCH_BLOCKING CUDA_DEVICE_ORDER CUDA_CACHE_PATH
+    OMP_SCHEDULE OMP_PROC_BIND KMP_AFFINITY NVIDIA_VISIBLE_DEVICES NVIDIA_DRIVER_CAPABILITIES GOMP_CPU_AFFINITY
+    TORCH_HOME TORCH_CUDA_ARCH_LIST TORCH_EXTENSIONS_DIR TORCH_COMPILE_DEBUG PYTORCH_CUDA_ALLOC_CONF PYTORCH_VERSION
+    MAIL MANPATH VISUAL BROWSER SUDO_USER SUDO_UID WINDOWID TMUX TMUX_PANE STY PS1 PS2 IFS UID EUID PPID BASH HISTSIZE
+    HISTFILE RANDOM SECONDS LINENO COLORTERM TERM_PROGRAM LS_COLORS LANGUAGE LC_CTYPE LC_NUMERIC DEBUG VERBOSE QUIET
+    MAKEFLAGS MAKELEVEL LDFLAGS CPPFLAGS CXXFLAGS ARCH HOST PORT USERNAME PASSWORD TOKEN REGION STAGE MODE LEVEL SPACE
+    FEATURE BATCH EPOCHS STEPS LR ALPHA GAMMA DELTA THETA WORKERS THREADS NODES CLUSTER QUEUE PARTITION ACCOUNT
+    SSH_CLIENT SSH_CONNECTION XDG_RUNTIME_DIR TRITON_CACHE_DIR CI
     TORCHINDUCTOR_CACHE_DIR CONDA_PREFIX PIP_INDEX_URL HTTP_PROXY NO_PROXY CC CXX CFLAGS LESS COLUMNS LINES""".split()
 
 
@@ -422,15 +435,19 @@ def test_printed_settings_give_the_same_configs_again(env):
     assert read_env(train_gpt.settings(*configs)) == configs
 
 
-def test_help_lists_every_knob_with_default_unit_and_doc(capsys):
+def test_help_lists_every_knob_with_default_unit_allowed_values_and_doc(capsys):
     assert train_gpt.main(["--help"]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    assert err == "" and "without an upper limit, numbers up to 1,000,000,000" in out
     for name, (field, kind) in KNOBS.items():
         meta = field.metadata
         (line,) = [line for line in out.splitlines() if line.split()[:1] == [name]]
-        shown = [meta["doc"], *get_args(kind), f"[{meta['unit']}]" if meta["unit"] else "", str(meta["default"])]
-        shown += [f"({kind}: {meta[kind]})" for kind in ("full", "rms") if meta[kind] is not None]
+        shown = [meta["doc"], meta["unit"], str(meta["default"])]
+        if get_args(kind):
+            shown.append(f"[{' | '.join(get_args(kind))}]")
+        elif kind is not str:
+            shown.append(f"at least {meta['low']}]" if meta["high"] is None else f"{meta['low']} to {meta['high']}]")
+        shown += [f"({name}: {meta[key]})" for key, name in OTHER_DEFAULTS.items() if meta[key] is not None]
         shown += [f"{other}={value}" for other, value in NEEDS.get(name, {}).items()]
         assert all(part in line for part in shown), line
         assert not meta["group"] or f"\n{meta['group']}\n" in out

@@ -28,6 +28,7 @@ import train_gpt as g
 SCRIPT = Path(g.__file__)
 ALONE = [sys.executable, str(SCRIPT)]
 TWO_RANKS = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
+KILLED_BY_TORCHRUN = "forcefully exiting via"  # its words for a rank that goes on for 30 s after it was told to end
 SMALL = {name.upper(): value for name, value in (vars(TINY_MODEL) | TINY_RUN).items()} | dict(
     RUN_ID=None,
     NUM_LAYERS=2,
@@ -766,10 +767,8 @@ def test_ctrl_c_ends_everything_soon_and_leaves_no_half_written_file(tmp_path, c
     with started(folder, command, ITERATIONS=100_000, CHECKPOINT_SECONDS=0.01, RUN_ID="cut") as process:
         wait_for(process, "step:4 ")
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-        began = time.perf_counter()
-        process.communicate(timeout=60)
-        assert time.perf_counter() - began < 25, "after 30 s, torchrun kills its ranks"
-        assert process.returncode != 0
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode != 0 and KILLED_BY_TORCHRUN not in output
         assert group_has_ended(process.pid), "a rank is left behind"
     assert list(tmp_path.rglob("*.partial")) == []
     assert sorted(p.name for p in (tmp_path / "logs").iterdir()) == ["cut.ckpt", "cut.events.jsonl", "cut.txt"]
@@ -821,7 +820,7 @@ def test_when_a_rank_is_killed_the_other_ends_soon_with_one_line(tmp_path, momen
     with TwoRanks([folder, folder], RUN_ID="lost", **knobs) as ranks:
         ranks.wait_for(moment)
         ranks.processes[killed].kill()
-        other = ranks.ended(1 - killed, within=15)
+        other = ranks.ended(1 - killed, within=60)  # half of SILENCE_S: it does not wait for an answer
     assert other.returncode == g.RANK_LOST
     assert_one_line_of_a_lost_rank(other.stderr)
 
@@ -831,9 +830,8 @@ def test_when_a_rank_of_torchrun_is_killed_the_other_ends_soon_with_one_line(tmp
     with started(Folder(tmp_path), TWO_RANKS, RUN_ID="lost", ITERATIONS=100_000) as process:
         wait_for(process, "step:4 ")
         os.kill(rank_of(process, 1), signal.SIGKILL)
-        began = time.perf_counter()
-        output, _ = process.communicate(timeout=60)
-        assert time.perf_counter() - began < 25 and process.returncode != 0
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode != 0 and KILLED_BY_TORCHRUN not in output
     # torchrun ends with a report, and a traceback of its own
     assert_one_line_of_a_lost_rank(output, output.partition("torch/distributed/run.py")[0])
 

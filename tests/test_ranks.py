@@ -15,7 +15,11 @@ import torch
 
 import train_gpt as g
 
-SOON = 10.0  # seconds
+# Seconds. A rank ends sooner even on a busy machine. One that noticed nothing but silence would go on for SILENCE_S,
+# and one that noticed nothing at all for WORK.
+SOON = 60.0
+WORK = 600.0
+assert SOON < g.RankWatch.SILENCE_S < WORK
 
 
 class Ranks:
@@ -56,7 +60,7 @@ class Ranks:
 
     def wait_for(self, name: str) -> None:
         """Until an experiment has written a file."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + SOON
         while not (self.folder / name).exists():
             assert time.monotonic() < deadline, self.output(0)
             time.sleep(0.01)
@@ -64,9 +68,9 @@ class Ranks:
     def output(self, rank: int) -> str:
         return (self.folder / f"{rank}.out").read_text()
 
-    def ended(self, rank: int, within: float = SOON) -> SimpleNamespace:
+    def ended(self, rank: int) -> SimpleNamespace:
         """How a rank ended: status and output."""
-        deadline = time.monotonic() + within
+        deadline = time.monotonic() + SOON
         while True:
             found, status = os.waitpid(self.running[rank], os.WNOHANG)
             if found:
@@ -91,7 +95,7 @@ def ranks(tmp_path, tiny_env, monkeypatch) -> Iterator[Ranks]:
 
 
 def is_busy(dist: g.Dist) -> None:
-    time.sleep(60)
+    time.sleep(WORK)
 
 
 def waits(dist: g.Dist) -> None:
@@ -101,7 +105,7 @@ def waits(dist: g.Dist) -> None:
 def is_stuck(dist: g.Dist) -> None:
     """As in a kernel that waits for another GPU: signals do not interrupt it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-    time.sleep(60)
+    time.sleep(WORK)
 
 
 def names(line: str, rank: int) -> bool:
@@ -212,7 +216,7 @@ def test_sigterm_is_told_in_one_line_that_names_torchrun(ranks, meanwhile):
         if dist.main:
             Path("waiting").touch()
             meanwhile(dist)
-        time.sleep(60)
+        time.sleep(WORK)
 
     ranks.start(experiment)
     ranks.wait_for("waiting")
@@ -268,7 +272,7 @@ def test_a_rank_may_stop_for_a_while_and_all_leave_together(ranks):
 def test_a_rank_that_never_comes_is_not_waited_for_without_end(ranks, monkeypatch, absent):
     monkeypatch.setattr(g.Dist, "MEETING_S", 1)
     ranks.start(is_busy, absent=(absent,))
-    ended = ranks.ended(1 - absent, within=20)
+    ended = ranks.ended(1 - absent)
     last = ended.output.splitlines()[-1]  # before it, torch may tell of its attempts
     assert ended.status == 2 and f"error: rank {1 - absent} of 2 does not meet the others within 1 s" in last
     assert "MASTER_ADDR" in last and "Traceback" not in ended.output

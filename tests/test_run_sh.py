@@ -63,8 +63,14 @@ exec "$STUB_PYTHON" -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.arg
 TOOLS = ("prove", "compress", "decompress", "sample", "sweep", "rules", "compare", "plot", "packing", "record", "check")
 TOOLS += ("bench",)
 COMMANDS = ("check-setup", "data", *TOOLS, "test", "help")
-STARTED_BY = {name: "train_gpt.py" for name in ("", "check-setup", "help")}
-STARTED_BY |= {name: name for name in TOOLS} | {"data": "prepare.py", "test": "pytest"}
+STARTED_BY = {
+    "": "train_gpt.py",
+    "check-setup": "train_gpt.py",
+    "help": "knobs",
+    "data": "prepare.py",
+    "test": "pytest",
+}
+STARTED_BY |= {name: name for name in TOOLS}
 STUBS = {
     "stubs/torch/__init__.py": TORCH,
     "stubs/torch/distributed/__init__.py": "",
@@ -75,7 +81,7 @@ STUBS = {
     "stubs/pytest.py": STARTED % "pytest" + 'sys.exit(int(os.environ.get("STUB_PYTEST_STATUS", "0")))\n',
     "train_gpt.py": STARTED % "train_gpt.py" + TRAIN,
     "data/prepare.py": STARTED % "prepare.py",
-} | {f"tools/{name}.py": STARTED % name for name in TOOLS}
+} | {f"tools/{name}.py": STARTED % name for name in ("knobs", *TOOLS)}
 
 
 class Machine:
@@ -164,9 +170,46 @@ def test_a_setting_after_the_command_is_told_its_place(machine):
 @pytest.mark.parametrize("name", ["help", "-h", "--help"])
 def test_help_is_that_of_run_sh_and_then_the_knobs(ready, name):
     done = ready.run(name)
-    assert done.returncode == 0
-    assert done.stdout.index("./run.sh check-setup") < done.stdout.index("result")
-    assert [call["args"] for call in ready.started("train_gpt.py")] == [["--help"]]
+    assert done.returncode == 0 and "./run.sh check-setup" in done.stdout
+    assert [call["args"] for call in ready.started("knobs")] == [["--help"]]
+
+
+@pytest.fixture
+def bare(machine):
+    """A machine without any package, but with the real knobs."""
+    for name in ("train_gpt.py", "tools/__init__.py", "tools/knobs.py"):
+        shutil.copy(ROOT / name, machine.folder / name)
+    return machine
+
+
+def test_help_needs_no_package(bare):
+    done = bare.run("help", TTT_LR="nonsense")
+    assert (done.returncode, done.stderr) == (0, "")
+    usage, _, knobs = done.stdout.partition(
+        "passive unless you set it: a CPU thread that waits leaves its core to others\n"
+    )
+    assert "./run.sh check-setup" in usage and knobs.strip() == train_gpt.describe_knobs()
+    assert bare.started("pip") == bare.started("venv") == []
+
+
+@pytest.mark.parametrize("command", [[], ["check-setup"]])
+@pytest.mark.parametrize(
+    "knobs, said",
+    [
+        ({"MATRIX_LR": "abc"}, "error: MATRIX_LR='abc': Muon's learning rate; expected a number\n"),
+        ({"TTL_LR": "1"}, "error: TTL_LR is not a knob; did you mean TTT_LR? (python train_gpt.py --help lists all)\n"),
+    ],
+)
+def test_a_bad_knob_is_refused_before_anything_is_installed(bare, command, knobs, said):
+    done = bare.run(*command, **knobs)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+    assert bare.started("pip") == bare.started("venv") == bare.started("prepare.py") == []
+
+
+def test_good_knobs_are_not_refused_before_the_run(bare):
+    """Nor are values that go together only in a small run, or only in a full one: which it is, torch must tell."""
+    bare.run("check-setup", TRAIN_BATCH_TOKENS="8192", MATRIX_LR="0.02")
+    assert "torch" in bare.installed()
 
 
 def test_data_passes_its_arguments_on(ready):

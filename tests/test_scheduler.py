@@ -155,14 +155,16 @@ def test_the_seconds_left_of_a_sweep_are_estimated_before_its_first_job_has_ende
     plan.running = [scheduler.Running(job, None, None, now, None) for job in jobs[:2]]
     for job in jobs[:2]:
         job.state = "running"
-    assert plan.seconds_left() is None, "neither has said anything"
+    assert plan.seconds_left() is None and plan.time_left() == "", "neither has said anything"
     now = 110.0
     jobs[0].phase_ends = now + 30.0
     assert plan.seconds_left() == 30.0 + 40.0 + 40.0, "each takes 40 s, and three wait for two places"
+    assert plan.time_left() == "at least 110 s left", "other phases may follow"
     now = 150.0  # both take longer than the first had said
     assert plan.seconds_left() == 0.0 + 50.0 + 50.0
     plan.took = [60.0]
     assert plan.seconds_left() == 10.0 + 60.0 + 60.0
+    assert plan.time_left() == "about 130 s left"
 
 
 @pytest.mark.parametrize(

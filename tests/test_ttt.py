@@ -740,7 +740,8 @@ def test_a_stream_tells_how_far_it_is(monkeypatch, name, calls):
     monkeypatch.setattr(g, "SECONDS_BETWEEN_REPORTS", 0.0)
     made = evaluation(MIXED, seconds=clock(calls), eval_seconds=10.0, **SYSTEMS[name])
     made.score()
-    lines = [re.fullmatch(r"scoring validation as a stream: (\d+)/(\d+) targets eta_s:\d+", line) for line in made.said]
+    said = [line for line in made.said if not line.startswith("time is short: ")]
+    lines = [re.fullmatch(r"scoring validation as a stream: (\d+)/(\d+) targets eta_s:\d+", line) for line in said]
     done, targets = zip(*(map(int, line.groups()) for line in lines), strict=True)
     assert set(targets) == {MIXED.lengths.sum()}
     assert 0 < done[0] and list(done) == sorted(set(done)) and done[-1] == targets[0]
@@ -753,6 +754,10 @@ def clock(calls: int):
     """A clock that stands still for so many calls; then the time is up."""
     asked = iter([0.0] * calls)
     return lambda: next(asked, 1e9)
+
+
+def short_of_time(documents: int) -> str:
+    return f"time is short: the remaining {documents} documents are scored without further adaptation"
 
 
 @pytest.mark.parametrize("name", ["lora, adamw", "full, document"])
@@ -770,16 +775,18 @@ def test_documents_that_have_not_begun_in_time_are_scored_as_they_are(static, na
             reference = adapted if place < len(MIXED) - late.degraded else static
             np.testing.assert_allclose(table.by_document[i], reference.by_document[i], rtol=0, atol=1e-4)
             assert table.updates[i] == (adapted.updates[i] if reference is adapted else 0)
-        assert bool(late.said) == (late.degraded > 0)
+        told = [line for line in late.said if line.startswith("time is short: ")]
+        assert told == ([short_of_time(late.degraded)] if late.degraded else [])
     assert {0, len(MIXED)} < seen, "none, all, and something between"
 
 
 def test_a_stream_that_runs_out_of_time_goes_on_scoring(static):
     late = evaluation(MIXED, seconds=clock(0), eval_seconds=10.0, **SYSTEMS["full, stream"])
     np.testing.assert_allclose(late.score().nats, static.nats, rtol=1e-5)
-    assert late.degraded == len(MIXED)
+    assert late.degraded == len(MIXED) and late.said[0] == short_of_time(len(MIXED))
     later = evaluation(MIXED, seconds=clock(9), eval_seconds=10.0, **SYSTEMS["full, stream"])
     assert 0 < later.score().updates.sum() and 0 < later.degraded < len(MIXED)
+    assert later.said.count(short_of_time(later.degraded)) == 1
 
 
 @pytest.mark.parametrize("name", ["lora, stream", "full, stream"])

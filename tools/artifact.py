@@ -64,10 +64,7 @@ def checked_knobs(stored: Mapping[str, str], what: str) -> dict[str, str]:
     of older versions. Raises DataError, which names the file."""
     knobs = {name: value for name, value in stored.items() if name in train_gpt.KNOBS}
     try:
-        train_gpt.refuse_unknown(stored.keys() - train_gpt.RETIRED.keys(), train_gpt.KNOBS)
-        for name, value in knobs.items():
-            field, kind = train_gpt.KNOBS[name]
-            train_gpt.parse_knob(name, value, kind, field.metadata)
+        train_gpt.read_knobs({name: value for name, value in stored.items() if name not in train_gpt.RETIRED})
     except train_gpt.ConfigError as error:
         raise train_gpt.DataError(f"{what}: {error}") from None
     return knobs

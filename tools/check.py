@@ -360,7 +360,7 @@ def expected_events(run: Run) -> list[str]:
     events = ["run", "device", "validation", "score"]
     if run.trained:
         events += ["training_data", "before_quantisation", "pack" if run.reported("pack") else "rounding"]
-    per_document = run.result["knobs"].get("TTT_SCOPE") == "document"
+    per_document = run.result["knobs"].get("TTT_SCOPE") == "document"  # streams of older versions do not report it
     if adapts(run) and per_document and run.result["degraded_documents"]:
         events.append("time_short")
     if run.result.get("excess_bytes"):

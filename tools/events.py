@@ -217,7 +217,10 @@ TEMPLATES = {  # event -> all wordings of its line in train_gpt.py, the latest f
         "pack {attempt}: ranges x{clip_scale:.4f}, {artifact_bytes} bytes, entropy of rounded "
         "weights {entropy_bytes:.0f} bytes",
     ),
-    "time_short": ("time is short: {degraded_documents} documents that have not begun are scored without adaptation",),
+    "time_short": (
+        "time is short: the remaining {degraded_documents} documents are scored without further adaptation",
+        "time is short: {degraded_documents} documents that have not begun are scored without adaptation",
+    ),
     "adapted": (
         "adapted documents:{documents_done}/{documents} bpb:{bpb:.4f} (of this rank's) "
         "eval_s:{eval_s:.0f} eta_s:{eta_s:.0f}",

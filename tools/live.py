@@ -92,31 +92,32 @@ class Screen:
         self.printed: dict[str, tuple[str, str, float]] = {}  # run_id -> state, progress, when
         self.summarised = (0, False)  # at the last summary printed: jobs ended, and whether the time left was known
 
-    def show(self, seconds_left: float | None, last: bool = False) -> None:
+    def show(self, time_left: str, last: bool = False) -> None:
+        """Show how far the jobs are, and the time left in words, "" if unknown."""
         if not self.terminal:
-            self.print_changes(seconds_left)
+            self.print_changes(time_left)
         elif last or time.monotonic() - self.drawn_at > 0.5:
-            self.redraw(seconds_left)
+            self.redraw(time_left)
 
-    def print_changes(self, seconds_left: float | None) -> None:
+    def print_changes(self, time_left: str) -> None:
         for job in self.jobs:
             state, at, when = self.printed.get(job.run_id, ("waiting", "", 0.0))
             now = time.monotonic()
             if job.state != state or (job.at != at and now - when > INTERVAL_S):
                 self.printed[job.run_id] = job.state, job.at, now
                 print(self.line(job), flush=True)
-        known = self.ended, self.summarised[1] or seconds_left is not None
+        known = self.ended, self.summarised[1] or time_left != ""
         if known != self.summarised:
             self.summarised = known
-            print(self.summary(seconds_left), flush=True)
+            print(self.summary(time_left), flush=True)
 
     @property
     def ended(self) -> int:
         return sum(job.state in {"done", "failed"} for job in self.jobs)
 
-    def summary(self, seconds_left: float | None) -> str:
+    def summary(self, time_left: str) -> str:
         text = f"{self.ended} of {len(self.jobs)} combinations"
-        return f"{text}, about {seconds_left:.0f} s left" if seconds_left else text
+        return f"{text}, {time_left}" if time_left else text
 
     def line(self, job: Job) -> str:
         parts = [job.label, job.state]
@@ -126,7 +127,7 @@ class Screen:
             parts.append(f"ETA {job.eta:.0f} s")
         return "  ".join(map(printable, [*parts, job.at]))
 
-    def redraw(self, seconds_left: float | None) -> None:
+    def redraw(self, time_left: str) -> None:
         """Draw the whole table. If not all lines fit, running and failed jobs come first."""
         width, height = shutil.get_terminal_size()
         room = max(1, height - 3)
@@ -134,7 +135,7 @@ class Screen:
         if len(shown) > room:
             order = ("running", "failed", "done", "ready", "waiting")
             shown = sorted(shown, key=lambda job: order.index(job.state))[:room]
-        lines = [self.summary(seconds_left), *map(self.line, shown)]
+        lines = [self.summary(time_left), *map(self.line, shown)]
         if len(shown) < len(self.jobs):
             lines.append(f"... and {len(self.jobs) - len(shown)} more")
         up = f"\x1b[{self.lines_drawn}A" if self.lines_drawn else ""

@@ -95,11 +95,11 @@ class Sweep:
                 for one in list(self.running):
                     self.look_after(one)
                     self.prepare_successor(one)
-                self.screen.show(self.seconds_left())
+                self.screen.show(self.time_left())
                 time.sleep(0.1)
         finally:
             self.stop()
-        self.screen.show(0.0, last=True)
+        self.screen.show("", last=True)
 
     def start(self, job: Job, slot: str | None, wait: bool = False) -> Running:
         """Start a job's process; with `wait`, it begins only when told to."""
@@ -162,6 +162,11 @@ class Sweep:
         self.took.append(spent)
         if self.kept is not None:
             copy_run(one.job.file(""), self.kept / Path(one.job.run_id).name, self.command.train_only)
+
+    def time_left(self) -> str:
+        """How long the sweep will take, in words; "" if that is unknown, or if it is done."""
+        seconds = self.seconds_left()
+        return f"{'about' if self.took else 'at least'} {seconds:.0f} s left" if seconds else ""
 
     def seconds_left(self) -> float | None:
         """Estimated seconds until the sweep is done. A job takes as long as the finished ones did; until one has
