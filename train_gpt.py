@@ -7416,6 +7416,8 @@ def do_experiment(model_config: ModelConfig, run: RunConfig, dist: Dist, run_id:
 
 def let_go_of_screen() -> None:
     """Drop lines that stdout does not take: they would end Python with status 120, although the files are complete."""
+    if sys.stdout is None:  # started without one (`>&-`)
+        return
     try:
         sys.stdout.flush()
     except OSError:
@@ -7574,7 +7576,9 @@ def main(arguments: Sequence[str]) -> int:
     """-> exit status: 0; 1 for an error of the program; 2 for what a user can fix; 3 when another rank was lost; 130
     when interrupted."""
     if arguments in (["--help"], ["-h"]):
-        print(describe_knobs())
+        with contextlib.suppress(OSError):  # nobody may read on, as after `| head -1`
+            print_now(describe_knobs())
+        let_go_of_screen()
         return 0
     if arguments not in ([], ["--check-setup"]):
         print(f"unknown argument {arguments[0]!r}; settings are environment variables, see --help", file=sys.stderr)
