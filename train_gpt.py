@@ -5687,6 +5687,9 @@ def describe_setup(setup: Setup, log: Log) -> None:
         grad_accum_steps=setup.stream.grad_accum_steps,
         micro_batch_rows=setup.stream.micro_batch_rows,
     )
+    missing = sorted(listed_files(Path(run.data_path), "train", "shards").keys() - {p.name for p in setup.stream.paths})
+    if missing:
+        log.warn(f"training shards that the manifest lists but the folder lacks: {len(missing)}, as {missing[0]}")
     with torch.device("meta"):
         sketch = GPT(setup.model)
     log.event(
