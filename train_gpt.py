@@ -5713,6 +5713,9 @@ def describe_setup(setup: Setup, log: Log) -> None:
         grad_accum_steps=setup.stream.grad_accum_steps,
         micro_batch_rows=setup.stream.micro_batch_rows,
     )
+    missing = sorted(listed_files(Path(run.data_path), "train", "shards").keys() - {p.name for p in setup.stream.paths})
+    if missing:
+        log.warn(f"training shards that the manifest lists but the folder lacks: {len(missing)}, as {missing[0]}")
     with torch.device("meta"):
         sketch = GPT(setup.model)
     log.event(
@@ -7442,6 +7445,8 @@ def do_experiment(model_config: ModelConfig, run: RunConfig, dist: Dist, run_id:
 
 def let_go_of_screen() -> None:
     """Drop lines that stdout does not take: they would end Python with status 120, although the files are complete."""
+    if sys.stdout is None:  # started without one (`>&-`)
+        return
     try:
         sys.stdout.flush()
     except OSError:
@@ -7600,7 +7605,9 @@ def main(arguments: Sequence[str]) -> int:
     """-> exit status: 0; 1 for an error of the program; 2 for what a user can fix; 3 when another rank was lost; 130
     when interrupted."""
     if arguments in (["--help"], ["-h"]):
-        print(describe_knobs())
+        with contextlib.suppress(OSError):  # nobody may read on, as after `| head -1`
+            print_now(describe_knobs())
+        let_go_of_screen()
         return 0
     if arguments not in ([], ["--check-setup"]):
         print(f"unknown argument {arguments[0]!r}; settings are environment variables, see --help", file=sys.stderr)

@@ -695,10 +695,12 @@ def read_lines(file: BinaryIO, source: SourceFile) -> Iterator[list[bytes]]:
 
 
 def source_files(patterns: list[str], **rule: Any) -> list[SourceFile]:
-    """Files by name or glob, with one rule for validation (a field of SourceFile)."""
+    """Files by name or glob, with one rule for validation (a field of SourceFile). The name of an existing file is not
+    a glob, even with brackets in it."""
     names = []
     for pattern in patterns:
-        names += sorted(glob.glob(pattern, recursive=True)) or [pattern]
+        matches = [] if os.path.isfile(pattern) else sorted(glob.glob(pattern, recursive=True))
+        names += matches or [pattern]
 
     for name, times in Counter(names).items():
         if not Path(name).is_file():
@@ -1532,7 +1534,7 @@ def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
     After a failure the hidden folder is removed; with a key it stays, and the next workspace with this key resumes it.
     Raises UserError if `final` was not made here, or if another process is preparing it.
     """
-    if final.exists() and not (final / "manifest.json").is_file():
+    if os.path.lexists(final) and not (final / "manifest.json").is_file():
         raise UserError(f"{final}: was not made by prepare (no manifest.json in it); choose another --name or --out")
     partial = final.with_name(f".{final.name}.partial{resume_key}")
     old = final.with_name(f".{final.name}.old")
@@ -1544,15 +1546,23 @@ def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
                 for leftover in partial.iterdir():  # from a process that was killed
                     leftover.unlink()
             yield partial
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
             if final.exists():
                 final.rename(old)
             partial.rename(final)
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
         except BaseException:
             if not resume_key:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, if it is there. Of a link, remove the link alone: its folder is not ours to delete."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,9 @@
 
 import dataclasses
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
@@ -456,6 +459,14 @@ def test_help_lists_every_knob_with_default_unit_allowed_values_and_doc(capsys):
 def test_help_works_whatever_the_environment_says(run_script):
     done = run_script("--help", env={"TTT_LR": "nonsense", "TTT_TYPO": "1"})
     assert done.returncode == 0 and "TTT_LORA_RANK" in done.stdout and done.stderr == ""
+
+
+@pytest.mark.parametrize("shell", ["{} | head -c 0", "{} >&-", "{} >/dev/full"])
+def test_help_ends_well_though_nobody_reads_it(shell):
+    """`./run.sh help | head -1` showed a traceback."""
+    command = shell.format(shlex.join([sys.executable, train_gpt.__file__, "--help"]))
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_nothing_runs_without_assertions(run_script, tiny_env):

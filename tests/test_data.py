@@ -745,6 +745,18 @@ def test_a_training_shard_that_is_not_the_manifests_is_refused(tiny_data, tiny_r
     assert f"{replaced}: 299 tokens, but 300 by the manifest" in refusal(TrainingStream, tiny_run(), VOCAB, Dist())
 
 
+def test_a_training_shard_that_is_gone_is_warned_of(tiny_data, tiny_env, run_here):
+    """As after a copy that broke off. Without it training has less text, and other documents are held out."""
+    sealed(tiny_data)
+    last = max(tiny_data.glob("fineweb_train_*.bin"))
+    warning = f"warning: training shards that the manifest lists but the folder lacks: 1, as {last.name}\n"
+    for gone in (False, True):
+        if gone:
+            last.unlink()
+        done = run_here("--check-setup", env=tiny_env(HOLDOUT_TOKENS="0"))
+        assert done.returncode == 0 and (warning in done.stdout) == gone, done.stderr
+
+
 def test_another_tokenizer_of_the_same_size_is_refused(tiny_data, tiny_run, train_tokenizer):
     sealed(tiny_data)
     other = tiny_data / "other.model"

@@ -5,11 +5,12 @@ import json
 import math
 import os
 import shutil
+import sys
 
 import pytest
 from conftest import read_events
 
-from train_gpt import Log, RunConfig, report_overruns
+from train_gpt import Log, RunConfig, let_go_of_screen, print_now, report_overruns
 
 
 @pytest.fixture
@@ -151,6 +152,14 @@ def test_a_screen_that_takes_no_line_is_a_warning_in_the_file(path, screen):
     lines = path.read_text().splitlines()
     assert [lines[0], lines[2:]] == ["é 0", ["é 1"]]
     assert lines[1].startswith("warning: the screen: a line cannot be written: ")
+
+
+def test_a_run_without_a_screen_ends_well(path, monkeypatch):
+    """Started with `>&-`, a run whose files were complete ended with status 1."""
+    monkeypatch.setattr(sys, "stdout", None)
+    Log(path, screen=print_now).line("unseen")
+    let_go_of_screen()
+    assert path.read_text() == "unseen\n"
 
 
 def test_a_warning_is_given_once(path, events_path):

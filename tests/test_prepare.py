@@ -686,6 +686,15 @@ def test_files_that_val_swallowed_are_named(model_file, tmp_path, capsys):
     assert f"validation: 2 files: {val}, {more}\n" in capsys.readouterr().err
 
 
+def test_a_name_that_is_also_a_glob_is_that_file(tmp_path):
+    """As browsers name a second download; a shell passes it on as it is."""
+    second, glob = tmp_path / "a[1].jsonl", tmp_path / "a[12].jsonl"
+    others = [write_lines(tmp_path / name, TEXTS[:1]) for name in ("a1.jsonl", "a2.jsonl")]
+    write_lines(second, TEXTS[:1])
+    found = [[file.path for file in prepare.source_files([str(name)])] for name in (second, glob)]
+    assert found == [[str(second)], [str(name) for name in others]]
+
+
 def normalising(models) -> bytes:
     """A model that writes "qu" as "kw" before it cuts text into pieces; all else it keeps."""
     folder = models["part"].path.rpartition("/")[0]
@@ -810,6 +819,28 @@ def test_a_foreign_folder_is_left_alone(small, capsys):
     assert run(*arguments) == 2
     assert "was not made by prepare" in capsys.readouterr().err
     assert everything(folder) == {"precious.txt": b"mine"}
+
+
+def test_a_link_to_a_dataset_is_replaced_and_not_followed(small, tmp_path, capsys):
+    """As where a dataset was moved to a larger disk."""
+    arguments, folder = small
+    assert run(*arguments) == 0
+    moved = folder.rename(tmp_path / "moved")
+    before = everything(moved)
+    folder.symlink_to(moved)
+    for tokens in (3000, 4000):  # twice, because the first could leave something behind
+        assert run(*arguments, "--shard-tokens", tokens, "--replace") == 0, capsys.readouterr().err
+    assert everything(moved) == before and not folder.is_symlink()
+    assert [path.name for path in folder.parent.iterdir()] == ["jsonl"]
+
+
+def test_a_link_to_nothing_is_refused_before_the_work(small, tmp_path, capsys):
+    arguments, folder = small
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(tmp_path / "gone")
+    assert run(*arguments) == 2
+    assert "was not made by prepare" in capsys.readouterr().err
+    assert [path.name for path in folder.parent.iterdir()] == ["jsonl"]
 
 
 def test_two_preparations_of_one_name_do_not_meet(small, capsys):

@@ -168,6 +168,19 @@ def test_bytes_are_counted_again_from_the_tokens(audit, places, place):
     assert faults == [] and "documents decoded again" in figures
 
 
+def test_a_byte_too_many_in_any_document_is_found(audit, places, tmp_path):
+    """Also in one that no other property looks at. A side-car that counts too much makes a score look better."""
+    folder = tmp_path / "forged"
+    shutil.copytree(places["caseops"].data, folder)
+    sidecar = train_gpt.read_shard(folder / "fineweb_val_bytes_000000.bin").copy()
+    starts = np.flatnonzero(train_gpt.read_shard(folder / "fineweb_val_000000.bin") == train_gpt.BOS)
+    sidecar[starts + 1] += 1
+    prepare.write_shard(folder / "fineweb_val_bytes_000000.bin", [sidecar])
+    looked = audit(Place(folder / "small.ptz", folder), SYSTEMS["static"])
+    looked.chosen = looked.chosen[:1]
+    assert len(faults_of(looked, "bytes")) == len(starts) == len(DOCUMENTS)
+
+
 def test_bytes_that_the_formula_counts_too_many_are_told(audit, places, tmp_path):
     folder = tmp_path / "suffix"
     shutil.copytree(places["suffix"].data, folder)
