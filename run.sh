@@ -230,10 +230,10 @@ run_tool() { # its name and arguments
 }
 
 # With the knobs and data that a run would have; with --eval, the artifact brings those of its own run. With --launcher,
-# the GPUs are not here, and the full run's knobs hold.
+# the GPUs are not here, and the full run's knobs hold. Help needs neither.
 run_tool_on_jobs() {
   setup requirements.txt requirements-dev.txt
-  [[ " $* " == *" --"@(eval|launcher)[\ =]* ]] || choose_job
+  [[ " $* " == *" "@(-h|--help|--eval|--launcher)[\ =]* ]] || choose_job
   export RUN_SH_DEFAULTS=${defaults[*]} # which knobs are not the user's
   exec "$python" -m "tools.$1" "${@:2}"
 }

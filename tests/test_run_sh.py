@@ -195,6 +195,13 @@ def test_a_sweep_of_an_artifact_gets_no_knobs_of_the_small_run(ready):
     assert "ITERATIONS" not in call["env"] and ready.started("prepare.py") == []
 
 
+@pytest.mark.parametrize("name", ["sweep", "record"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_of_a_tool_that_starts_runs_prepares_nothing(ready, name, option):
+    ready.run(name, option)
+    assert len(ready.started(name)) == 1 and ready.started("prepare.py") == []
+
+
 @pytest.mark.parametrize("launcher", [["--launcher", "srun -N1"], ["--launcher=srun"]])
 def test_a_sweep_whose_gpus_are_elsewhere_gets_no_knobs_of_the_small_run(ready, launcher):
     ready.run("sweep", "TTT_LR=1e-4,2e-4", *launcher)
