@@ -22,6 +22,7 @@ usage() {
   ./run.sh compare A B  where two runs differ, document by document
   ./run.sh plot RUN...  pictures of finished runs, into logs/plots/
   ./run.sh packing CKPT what packing costs a network, and what each part of the quantiser is worth
+  ./run.sh calibrate ARTIFACT --out NEW   add to an older artifact what TTT_OPTIMIZER=rms needs
   ./run.sh record ...   train and score every seed, audit, and write records/...: NAME --seeds 42,0,1234 --what TEXT
   ./run.sh check ...    after `record`: every number of a record folder against its logs; with its artifact, the score
   ./run.sh bench ...    speed on this machine: steps, kernels against their references, where the time goes
@@ -267,7 +268,7 @@ main() {
     "") start_job ;;
     check-setup) start_job --check-setup ;;
     data) run_python data/prepare.py "$@" ;;
-    prove | compress | decompress | sample | check) run_python -m "tools.$command" "$@" ;;
+    prove | compress | decompress | sample | calibrate | check) run_python -m "tools.$command" "$@" ;;
     rules | compare | plot | packing | bench) run_tool "$command" "$@" ;;
     sweep | record) run_tool_on_jobs "$command" "$@" ;;
     test) run_tests "$@" ;;

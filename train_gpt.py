@@ -4899,13 +4899,13 @@ def check_chunks(measured_on: int, run: RunConfig, what: str) -> None:
             low <= chunk_tokens <= high,
             f"{what}: TTT_OPTIMIZER=rms: gradients are measured on chunks of {measured_on} tokens, which says too "
             f"little of {name}={chunk_tokens}: choose {low:g} to {high:g}, measure an artifact again "
-            "(python -m tools.calibrate), or set TTT_OPTIMIZER=adamw",
+            "(./run.sh calibrate), or set TTT_OPTIMIZER=adamw",
             UserError,
         )
 
 
 NO_GRADIENT_RMS = (
-    "the artifact does not hold the RMS of gradients: add it (python -m tools.calibrate), or set TTT_OPTIMIZER=adamw"
+    "the artifact does not hold the RMS of gradients: add it (./run.sh calibrate), or set TTT_OPTIMIZER=adamw"
 )
 
 

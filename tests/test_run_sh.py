@@ -60,8 +60,8 @@ OLD_PYTHON = """\
 [ "$1" = --version ] && echo Python 3.10.12 && exit
 exec "$STUB_PYTHON" -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])' "$2"
 """
-TOOLS = ("prove", "compress", "decompress", "sample", "sweep", "rules", "compare", "plot", "packing", "record", "check")
-TOOLS += ("bench",)
+TOOLS = ("prove", "compress", "decompress", "sample", "sweep", "rules", "compare", "plot", "packing")
+TOOLS += ("calibrate", "record", "check", "bench")
 COMMANDS = ("check-setup", "data", *TOOLS, "test", "help")
 STARTED_BY = {name: "train_gpt.py" for name in ("", "check-setup", "help")}
 STARTED_BY |= {name: name for name in TOOLS} | {"data": "prepare.py", "test": "pytest"}
