@@ -5883,6 +5883,7 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
     the nats of every validation document, (documents,), before quantisation."""
     run = setup.run
     stream = setup.stream
+    run_id = run.run_id or path.stem
     checkpoint = path.with_suffix(".ckpt")
 
     with watch.phase("set-up"):
@@ -5902,13 +5903,13 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
     history = []
     weights_file = run.resume
     if not trainer.finished:
-        with watch.phase("train"), how_to_resume(trainer, setup, run.run_id or path.stem):
+        with watch.phase("train"), advice(lambda: how_to_resume(trainer, setup, run_id)):
             history = train(trainer, stream, log, watch, reserve, validate, checkpoint)
         with watch.phase("checkpoint"):
             seconds = trainer.seconds_before + watch.total(*TRAINING_CLOCK)
             kept = save_or_warn(trainer, checkpoint, seconds, log, finished=True)
         weights_file = str(checkpoint) if kept else ""
-    with how_to_go_on(trainer, setup, log, run.run_id or path.stem, weights_file):
+    with advice(report_weights_file(trainer, setup, log, run_id, weights_file)):
         readout, prequant_nats = read_out_and_pack(trainer, setup, held_out, log, watch, path)
     if setup.dist.main:
         remove(checkpoint, log)
@@ -5925,32 +5926,24 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
     return result, prequant_nats
 
 
-def how_to_resume(trainer: Trainer, setup: Setup, run_id: str) -> contextlib.AbstractContextManager[None]:
-    """Guards training: whatever ends it, the message says how to go on from its last checkpoint, if there is one."""
-
-    def text() -> str:
-        if not trainer.resumable or not setup.dist.main:
-            return ""
-        command = command_line(setup, RESUME=str(trainer.resumable), RUN_ID=run_id)
-        return f"the last checkpoint is {trainer.resumable}; this goes on from it: {command}"
-
-    return advice(text)
+def how_to_resume(trainer: Trainer, setup: Setup, run_id: str) -> str:
+    """How to go on from the last checkpoint if training is cut off; empty if there is none."""
+    if not trainer.resumable or not setup.dist.main:
+        return ""
+    command = command_line(setup, RESUME=str(trainer.resumable), RUN_ID=run_id)
+    return f"the last checkpoint is {trainer.resumable}; this goes on from it: {command}"
 
 
-@contextlib.contextmanager
-def how_to_go_on(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_file: str) -> Iterator[None]:
-    """Guards what follows training: whatever ends it, the message says how to repeat only that. `weights_file` is a
-    checkpoint of the trained weights; empty if there is none."""
+def report_weights_file(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_file: str) -> str:
+    """Log which file, a checkpoint, holds the trained weights -> how to repeat only what follows training, if that is
+    cut off. Empty if there is no such file."""
     if not weights_file:
-        yield
-        return
-
+        return ""
     line = "step {step}: the trained weights are in {file} ({bytes} bytes); RESUME={file} goes on from here"
     size = sum(t.nbytes for t in trainer.weights().values())
     log.event("trained", line, step=trainer.step, file=weights_file, bytes=size)
     command = command_line(setup, RESUME=weights_file, RUN_ID=run_id)
-    with advice(f"the trained weights are in {weights_file}; this goes on from them: {command}"):
-        yield
+    return f"the trained weights are in {weights_file}; this goes on from them: {command}"
 
 
 @contextlib.contextmanager
