@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import START_RANKS_BY, TINY_MODEL, TINY_RUN, group_has_ended, read_events, shard_bytes
+from conftest import START_RANKS_BY, TINY_MODEL, TINY_RUN, group_has_ended, process_group, read_events, shard_bytes
 
 import train_gpt as g
 
@@ -736,17 +736,9 @@ def test_a_checkpoint_of_another_name_stays(in_process, monkeypatch):
 # ---- interruption -----------------------------------------------------------
 
 
-@contextlib.contextmanager
-def started(folder: Folder, command: list[str], **knobs) -> Iterator[subprocess.Popen]:
-    """A run in a process group of its own; whatever is left of it is ended."""
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    process = subprocess.Popen(command, cwd=folder.path, env=folder.environment(**knobs), **pipe)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+def started(folder: Folder, command: list[str], **knobs) -> contextlib.AbstractContextManager[subprocess.Popen]:
+    """A run in a process group of its own."""
+    return process_group(command, folder.path, folder.environment(**knobs))
 
 
 def wait_for(process: subprocess.Popen, words: str) -> None:
