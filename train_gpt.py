@@ -3998,10 +3998,10 @@ def make_artifact(
     watch: Stopwatch,
     provenance: Mapping[str, Any],
     log: Log,
-    rehearsal: bool = False,
+    once: bool = False,
 ) -> bytes:
     """Quantise and pack into ARTIFACT_BYTES, code included -> the artifact (b"" on all ranks but the first). Raises
-    UserError if none fits. A rehearsal rounds once and accepts any size."""
+    UserError if none fits. With `once` it rounds once and accepts any size."""
     budget = Budget.of(model, run)
     meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **provenance}
     with watch.phase("quantise"):
@@ -4021,21 +4021,21 @@ def make_artifact(
             blob = pack(meta, others | encode_matrices(matrices, quantiser.trellis), level=22) if dist.main else b""
             return blob, int(dist.broadcast(len(blob))[0])
 
-    return fit_to_limit(pack_at, octave, budget, log, rehearsal)
+    return fit_to_limit(pack_at, octave, budget, log, once)
 
 
 def fit_to_limit(
-    pack_at: Callable[[float], tuple[bytes, int]], octave: float, budget: Budget, log: Log, rehearsal: bool
+    pack_at: Callable[[float], tuple[bytes, int]], octave: float, budget: Budget, log: Log, once: bool
 ) -> bytes:
-    """Pack until a size is accepted -> that artifact. `pack_at` takes a factor 2^octave on all steps and returns an
-    artifact and its size; each size corrects the octave of the next. Raises UserError if none fits."""
+    """Pack until a size is accepted, or only `once` -> that artifact. `pack_at` takes a factor 2^octave on all steps
+    and returns an artifact and its size; each size corrects the octave of the next. Raises UserError if none fits."""
     tried: list[tuple[float, int]] = []  # (octave, bytes)
     for attempt in range(1, MAX_ROUNDINGS + 1):
         blob, size = pack_at(octave)
         line = "pack {attempt}: {artifact_bytes} bytes, {bits:.4f} bits a weight, steps finer by {fineness:.4f} octaves"
         bits = 8 * (size - budget.fixed) / budget.weights
         log.event("rounding", line, attempt=attempt, fineness=-octave, artifact_bytes=size, bits=bits)
-        if rehearsal or budget.accepts(size) or (size <= budget.limit and attempt > 2):
+        if once or budget.accepts(size) or (size <= budget.limit and attempt > 2):
             return blob
         tried.append((octave, size))
         aim = (1 - FIT_TOLERANCE * (attempt - 1)) * budget.goal  # lower each time, as rounding may be noisier
@@ -5780,7 +5780,7 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: L
     calibrate(trainer.model, [batch[:1]], setup.dist, run)  # refuses a matrix without input before training is paid for
     reserve = 0.0
     if run.max_wallclock_seconds:
-        log.event("setting_up", stage, stage="rehearsing what follows training, to know how long it takes")
+        log.event("setting_up", stage, stage="a dry run of what follows training, to know how long it takes")
         reserve = dry_run(trainer, batch, setup, held_out, log)
         require(
             reserve < run.max_wallclock_seconds,
@@ -5807,7 +5807,7 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
 
     with watch.phase("calibrate"):
         sensitivities = calibrate(model, [batch], dist, run)
-    make_artifact(model, sensitivities, run, dist, watch, trainer.provenance, Log(), rehearsal=True)
+    make_artifact(model, sensitivities, run, dist, watch, trainer.provenance, Log(), once=True)
 
     for phase in ("compile", "choose"):  # the first run compiles, the second is timed
         with watch.phase(phase):

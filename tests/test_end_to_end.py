@@ -301,7 +301,7 @@ def test_a_run_that_is_refused_leaves_the_files_of_its_name_alone(tmp_path, here
 
 
 @pytest.mark.slow
-def test_a_budget_in_time_rehearses_what_follows_training(tmp_path, here):
+def test_a_budget_in_time_has_a_dry_run_of_what_follows_training(tmp_path, here):
     result = Folder(tmp_path).result(here, RUN_ID="timed", ITERATIONS=0, MAX_WALLCLOCK_SECONDS=8, EVAL_SECONDS=30)
     assert result["steps"] > 0 and result["train_seconds"] < 8 and result["degraded_documents"] == 0
 
