@@ -42,7 +42,7 @@ EOF
 
 commands() { usage | sed -n 's|^  ./run.sh \([a-z-][a-z-]*\) .*|\1|p' | xargs; }
 
-# The small run: two CPU cores, three minutes, 1.25 GB. Its budget is in steps, so that it repeats exactly.
+# The small run: two CPU cores, three minutes, 1.7 GB. Its budget is in steps, so that it repeats exactly.
 small_job() {
   [[ -n ${ARTIFACT:-} ]] || default RUN_ID=small # a score leaves the run's own files alone
   default DATA_PATH=$SMALL_DATA ITERATIONS=64 MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=10
