@@ -22,6 +22,7 @@ usage() {
   ./run.sh compare A B  where two runs differ, document by document
   ./run.sh plot RUN...  pictures of finished runs, into logs/plots/
   ./run.sh packing CKPT what packing costs a network, and what each part of the quantiser is worth
+  ./run.sh calibrate ARTIFACT --out NEW   add to an older artifact what TTT_OPTIMIZER=rms needs
   ./run.sh record ...   train and score every seed, audit, and write records/...: NAME --seeds 42,0,1234 --what TEXT
   ./run.sh check ...    after `record`: every number of a record folder against its logs; with its artifact, the score
   ./run.sh bench ...    speed on this machine: steps, kernels against their references, where the time goes
@@ -41,7 +42,7 @@ EOF
 
 commands() { usage | sed -n 's|^  ./run.sh \([a-z-][a-z-]*\) .*|\1|p' | xargs; }
 
-# The small run: two CPU cores, three minutes, 1.25 GB. Its budget is in steps, so that it repeats exactly.
+# The small run: two CPU cores, three minutes, 1.7 GB. Its budget is in steps, so that it repeats exactly.
 small_job() {
   [[ -n ${ARTIFACT:-} ]] || default RUN_ID=small # a score leaves the run's own files alone
   default DATA_PATH=$SMALL_DATA ITERATIONS=64 MAX_WALLCLOCK_SECONDS=0 TRAIN_LOG_EVERY=10
@@ -236,10 +237,10 @@ run_tool() { # its name and arguments
 }
 
 # With the knobs and data that a run would have; with --eval, the artifact brings those of its own run. With --launcher,
-# the GPUs are not here, and the full run's knobs hold.
+# the GPUs are not here, and the full run's knobs hold. Help needs neither.
 run_tool_on_jobs() {
   setup requirements.txt requirements-dev.txt
-  [[ " $* " == *" --"@(eval|launcher)[\ =]* ]] || choose_job
+  [[ " $* " == *" "@(-h|--help|--eval|--launcher)[\ =]* ]] || choose_job
   export RUN_SH_DEFAULTS=${defaults[*]} # which knobs are not the user's
   exec "$python" -m "tools.$1" "${@:2}"
 }
@@ -273,7 +274,7 @@ main() {
     "") start_job ;;
     check-setup) start_job --check-setup ;;
     data) run_python data/prepare.py "$@" ;;
-    prove | compress | decompress | sample | check) run_python -m "tools.$command" "$@" ;;
+    prove | compress | decompress | sample | calibrate | check) run_python -m "tools.$command" "$@" ;;
     rules | compare | plot | packing | bench) run_tool "$command" "$@" ;;
     sweep | record) run_tool_on_jobs "$command" "$@" ;;
     test) run_tests "$@" ;;

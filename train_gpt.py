@@ -4020,10 +4020,10 @@ def make_artifact(
     watch: Stopwatch,
     provenance: Mapping[str, Any],
     log: Log,
-    rehearsal: bool = False,
+    once: bool = False,
 ) -> bytes:
     """Quantise and pack into ARTIFACT_BYTES, code included -> the artifact (b"" on all ranks but the first). Raises
-    UserError if none fits. A rehearsal rounds once and accepts any size."""
+    UserError if none fits. With `once` it rounds once and accepts any size."""
     budget = Budget.of(model, run)
     meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **provenance}
     with watch.phase("quantise"):
@@ -4043,21 +4043,21 @@ def make_artifact(
             blob = pack(meta, others | encode_matrices(matrices, quantiser.trellis), level=22) if dist.main else b""
             return blob, int(dist.broadcast(len(blob))[0])
 
-    return fit_to_limit(pack_at, octave, budget, log, rehearsal)
+    return fit_to_limit(pack_at, octave, budget, log, once)
 
 
 def fit_to_limit(
-    pack_at: Callable[[float], tuple[bytes, int]], octave: float, budget: Budget, log: Log, rehearsal: bool
+    pack_at: Callable[[float], tuple[bytes, int]], octave: float, budget: Budget, log: Log, once: bool
 ) -> bytes:
-    """Pack until a size is accepted -> that artifact. `pack_at` takes a factor 2^octave on all steps and returns an
-    artifact and its size; each size corrects the octave of the next. Raises UserError if none fits."""
+    """Pack until a size is accepted, or only `once` -> that artifact. `pack_at` takes a factor 2^octave on all steps
+    and returns an artifact and its size; each size corrects the octave of the next. Raises UserError if none fits."""
     tried: list[tuple[float, int]] = []  # (octave, bytes)
     for attempt in range(1, MAX_ROUNDINGS + 1):
         blob, size = pack_at(octave)
         line = "pack {attempt}: {artifact_bytes} bytes, {bits:.4f} bits a weight, steps finer by {fineness:.4f} octaves"
         bits = 8 * (size - budget.fixed) / budget.weights
         log.event("rounding", line, attempt=attempt, fineness=-octave, artifact_bytes=size, bits=bits)
-        if rehearsal or budget.accepts(size) or (size <= budget.limit and attempt > 2):
+        if once or budget.accepts(size) or (size <= budget.limit and attempt > 2):
             return blob
         tried.append((octave, size))
         aim = (1 - FIT_TOLERANCE * (attempt - 1)) * budget.goal  # lower each time, as rounding may be noisier
@@ -4921,13 +4921,13 @@ def check_chunks(measured_on: int, run: RunConfig, what: str) -> None:
             low <= chunk_tokens <= high,
             f"{what}: TTT_OPTIMIZER=rms: gradients are measured on chunks of {measured_on} tokens, which says too "
             f"little of {name}={chunk_tokens}: choose {low:g} to {high:g}, measure an artifact again "
-            "(python -m tools.calibrate), or set TTT_OPTIMIZER=adamw",
+            "(./run.sh calibrate), or set TTT_OPTIMIZER=adamw",
             UserError,
         )
 
 
 NO_GRADIENT_RMS = (
-    "the artifact does not hold the RMS of gradients: add it (python -m tools.calibrate), or set TTT_OPTIMIZER=adamw"
+    "the artifact does not hold the RMS of gradients: add it (./run.sh calibrate), or set TTT_OPTIMIZER=adamw"
 )
 
 
@@ -5809,7 +5809,7 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: L
     calibrate(trainer.model, [batch[:1]], setup.dist, run)  # refuses a matrix without input before training is paid for
     reserve = 0.0
     if run.max_wallclock_seconds:
-        log.event("setting_up", stage, stage="rehearsing what follows training, to know how long it takes")
+        log.event("setting_up", stage, stage="a dry run of what follows training, to know how long it takes")
         reserve = dry_run(trainer, batch, setup, held_out, log)
         require(
             reserve < run.max_wallclock_seconds,
@@ -5836,7 +5836,7 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
 
     with watch.phase("calibrate"):
         sensitivities = calibrate(model, [batch], dist, run)
-    make_artifact(model, sensitivities, run, dist, watch, trainer.provenance, Log(), rehearsal=True)
+    make_artifact(model, sensitivities, run, dist, watch, trainer.provenance, Log(), once=True)
 
     for phase in ("compile", "choose"):  # the first run compiles, the second is timed
         with watch.phase(phase):
@@ -5912,6 +5912,7 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
     the nats of every validation document, (documents,), before quantisation."""
     run = setup.run
     stream = setup.stream
+    run_id = run.run_id or path.stem
     checkpoint = path.with_suffix(".ckpt")
 
     with watch.phase("set-up"):
@@ -5931,13 +5932,13 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
     history = []
     weights_file = run.resume
     if not trainer.finished:
-        with watch.phase("train"), how_to_resume(trainer, setup, run.run_id or path.stem):
+        with watch.phase("train"), advice(lambda: how_to_resume(trainer, setup, run_id)):
             history = train(trainer, stream, log, watch, reserve, validate, checkpoint)
         with watch.phase("checkpoint"):
             seconds = trainer.seconds_before + watch.total(*TRAINING_CLOCK)
             kept = save_or_warn(trainer, checkpoint, seconds, log, finished=True)
         weights_file = str(checkpoint) if kept else ""
-    with how_to_go_on(trainer, setup, log, run.run_id or path.stem, weights_file):
+    with advice(report_weights_file(trainer, setup, log, run_id, weights_file)):
         readout, prequant_nats = read_out_and_pack(trainer, setup, held_out, log, watch, path)
     if setup.dist.main:
         remove(checkpoint, log)
@@ -5954,32 +5955,24 @@ def train_and_pack(setup: Setup, log: Log, watch: Stopwatch, path: Path) -> tupl
     return result, prequant_nats
 
 
-def how_to_resume(trainer: Trainer, setup: Setup, run_id: str) -> contextlib.AbstractContextManager[None]:
-    """Guards training: whatever ends it, the message says how to go on from its last checkpoint, if there is one."""
-
-    def text() -> str:
-        if not trainer.resumable or not setup.dist.main:
-            return ""
-        command = command_line(setup, RESUME=str(trainer.resumable), RUN_ID=run_id)
-        return f"the last checkpoint is {trainer.resumable}; this goes on from it: {command}"
-
-    return advice(text)
+def how_to_resume(trainer: Trainer, setup: Setup, run_id: str) -> str:
+    """How to go on from the last checkpoint if training is cut off; empty if there is none."""
+    if not trainer.resumable or not setup.dist.main:
+        return ""
+    command = command_line(setup, RESUME=str(trainer.resumable), RUN_ID=run_id)
+    return f"the last checkpoint is {trainer.resumable}; this goes on from it: {command}"
 
 
-@contextlib.contextmanager
-def how_to_go_on(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_file: str) -> Iterator[None]:
-    """Guards what follows training: whatever ends it, the message says how to repeat only that. `weights_file` is a
-    checkpoint of the trained weights; empty if there is none."""
+def report_weights_file(trainer: Trainer, setup: Setup, log: Log, run_id: str, weights_file: str) -> str:
+    """Log which file, a checkpoint, holds the trained weights -> how to repeat only what follows training, if that is
+    cut off. Empty if there is no such file."""
     if not weights_file:
-        yield
-        return
-
+        return ""
     line = "step {step}: the trained weights are in {file} ({bytes} bytes); RESUME={file} goes on from here"
     size = sum(t.nbytes for t in trainer.weights().values())
     log.event("trained", line, step=trainer.step, file=weights_file, bytes=size)
     command = command_line(setup, RESUME=weights_file, RUN_ID=run_id)
-    with advice(f"the trained weights are in {weights_file}; this goes on from them: {command}"):
-        yield
+    return f"the trained weights are in {weights_file}; this goes on from them: {command}"
 
 
 @contextlib.contextmanager

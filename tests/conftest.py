@@ -5,7 +5,7 @@ Fixtures for every test file: `tiny_config`, `tiny_run(**overrides)`, `train_tok
 `write_shard(path, tokens)`, `tiny_data` (a prepared folder), `tiny_env` (the environment of a run of all that),
 `run_script` (starts it as a user does), `run_here` (in this process, for speed), `stand_in` and `race` (sweeps in no
 time). To import, where a fixture does not reach: TINY_MODEL, TINY_RUN, read_events, stored_tensors,
-rows_of_integers, start_two_ranks, START_RANKS_BY, leave_process_alone.
+rows_of_integers, start_two_ranks, START_RANKS_BY, process_group, group_has_ended, leave_process_alone.
 """
 
 import os
@@ -14,6 +14,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import contextlib
 import functools
 import io
 import json
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -268,6 +269,19 @@ def run_script(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, cwd=tmp_path, env=os.environ | env, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@contextlib.contextmanager
+def process_group(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen]:
+    """A command in a process group of its own; whatever is left of it is ended."""
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(command, cwd=folder, env=env, **pipe)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def group_has_ended(group: int, within: float = 10.0) -> bool:

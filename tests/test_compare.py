@@ -104,7 +104,7 @@ def test_documents_that_the_table_leaves_out_are_counted(tmp_path, monkeypatch, 
     run = load_run(path)
     few = sum(g.documents for g in compare.compare_by_length(run, run) if g.gap is None)
     assert compare.main(["a", "a"]) == 0
-    assert f"without an interval: {few} documents" in capsys.readouterr().out
+    assert f"have no interval: {few} documents" in capsys.readouterr().out
     groups = compare.compare_by_length(run, run)[1:]
     missing = len(run.nats) - sum(g.documents for g in groups)
     assert f"not in the table: {missing} documents" in compare.left_out(len(run.nats), groups)[0]

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import START_RANKS_BY, TINY_MODEL, TINY_RUN, group_has_ended, read_events, shard_bytes
+from conftest import START_RANKS_BY, TINY_MODEL, TINY_RUN, group_has_ended, process_group, read_events, shard_bytes
 
 import train_gpt as g
 
@@ -302,7 +302,7 @@ def test_a_run_that_is_refused_leaves_the_files_of_its_name_alone(tmp_path, here
 
 
 @pytest.mark.slow
-def test_a_budget_in_time_rehearses_what_follows_training(tmp_path, here):
+def test_a_budget_in_time_has_a_dry_run_of_what_follows_training(tmp_path, here):
     result = Folder(tmp_path).result(here, RUN_ID="timed", ITERATIONS=0, MAX_WALLCLOCK_SECONDS=8, EVAL_SECONDS=30)
     assert result["steps"] > 0 and result["train_seconds"] < 8 and result["degraded_documents"] == 0
 
@@ -737,17 +737,9 @@ def test_a_checkpoint_of_another_name_stays(in_process, monkeypatch):
 # ---- interruption -----------------------------------------------------------
 
 
-@contextlib.contextmanager
-def started(folder: Folder, command: list[str], **knobs) -> Iterator[subprocess.Popen]:
-    """A run in a process group of its own; whatever is left of it is ended."""
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    process = subprocess.Popen(command, cwd=folder.path, env=folder.environment(**knobs), **pipe)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+def started(folder: Folder, command: list[str], **knobs) -> contextlib.AbstractContextManager[subprocess.Popen]:
+    """A run in a process group of its own."""
+    return process_group(command, folder.path, folder.environment(**knobs))
 
 
 def wait_for(process: subprocess.Popen, words: str) -> None:

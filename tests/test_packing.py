@@ -145,6 +145,14 @@ def test_it_calibrates_on_as_much_text_as_the_training_did(checkpoint, tiny_conf
     assert batch() == 512
 
 
+def test_rows_and_batches_that_nobody_sets_are_those_of_the_training(checkpoint, tiny_config, tmp_path, monkeypatch):
+    for name in ("TRAIN_ROW_TOKENS", "TRAIN_BATCH_TOKENS"):
+        monkeypatch.delenv(name)
+    _, training = packing.load_checkpoint(str(checkpoint))
+    run = packing.open_text("holdout", tmp_path / "held", tiny_config, training).run
+    assert (run.train_row_tokens, run.train_batch_tokens) == (64, 256)
+
+
 def test_knobs_that_the_environment_does_not_set_are_those_of_the_run_beside(
     checkpoint, tiny_config, tmp_path, monkeypatch
 ):

@@ -806,7 +806,7 @@ def fitted(*sizes: int) -> bytes:
         return bytes(size), size
 
     budget = g.Budget(limit=1000, fixed=0.0, weights=8000)
-    return g.fit_to_limit(pack_at, 0.0, budget, g.Log(), rehearsal=False)
+    return g.fit_to_limit(pack_at, 0.0, budget, g.Log(), once=False)
 
 
 @pytest.mark.parametrize(
@@ -881,13 +881,13 @@ def test_a_trellis_can_be_asked_for():
     g.restore(g.GPT(CONFIG), stored, "it")
 
 
-def test_a_rehearsal_rounds_once_and_takes_what_comes():
+def test_a_dry_run_rounds_once_and_takes_what_comes():
     dist = g.Dist()
     lines: list[str] = []
     model = a_model()
     run = g.RunConfig(artifact_bytes=len(g.code()) + 6000)
     log = g.Log(screen=lines.append)
-    blob = g.make_artifact(model, sensitivities_of(model), run, dist, g.Stopwatch(dist), ORIGIN, log, rehearsal=True)
+    blob = g.make_artifact(model, sensitivities_of(model), run, dist, g.Stopwatch(dist), ORIGIN, log, once=True)
     assert len(blob) > 6000 and sum(line.startswith("pack ") for line in lines) == 1
 
 

@@ -362,7 +362,7 @@ def test_an_artifact_decides_what_auto_means(has, knobs, expected):
 @pytest.mark.parametrize(
     "has, knobs, mentioned",
     [
-        (False, dict(ttt_optimizer="rms"), ["a.ptz", "TTT_OPTIMIZER=rms", "does not hold", "tools.calibrate"]),
+        (False, dict(ttt_optimizer="rms"), ["a.ptz", "TTT_OPTIMIZER=rms", "does not hold", "./run.sh calibrate"]),
         (True, dict(ttt_beta2=0.9), ["TTT_BETA2 has no effect", "TTT_OPTIMIZER=adamw"]),
         (True, dict(ttt_weight_decay=0.25), ["TTT_WEIGHT_DECAY has no effect", "TTT_OPTIMIZER=sgd or adamw"]),
         (False, dict(ttt_rms_floor=0.5), ["TTT_RMS_FLOOR has no effect", "TTT_OPTIMIZER=rms"]),

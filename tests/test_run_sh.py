@@ -60,8 +60,8 @@ OLD_PYTHON = """\
 [ "$1" = --version ] && echo Python 3.10.12 && exit
 exec "$STUB_PYTHON" -c 'import sys; sys.version_info = (3, 10, 12); exec(sys.argv[1])' "$2"
 """
-TOOLS = ("prove", "compress", "decompress", "sample", "sweep", "rules", "compare", "plot", "packing", "record", "check")
-TOOLS += ("bench",)
+TOOLS = ("prove", "compress", "decompress", "sample", "sweep", "rules", "compare", "plot", "packing")
+TOOLS += ("calibrate", "record", "check", "bench")
 COMMANDS = ("check-setup", "data", *TOOLS, "test", "help")
 STARTED_BY = {
     "": "train_gpt.py",
@@ -236,6 +236,13 @@ def test_a_sweep_of_an_artifact_gets_no_knobs_of_the_small_run(ready):
     ready.run("sweep", "TTT_LR=1e-4,2e-4", "--eval", "logs/other.ptz")
     (call,) = ready.started("sweep")
     assert "ITERATIONS" not in call["env"] and ready.started("prepare.py") == []
+
+
+@pytest.mark.parametrize("name", ["sweep", "record"])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help_of_a_tool_that_starts_runs_prepares_nothing(ready, name, option):
+    ready.run(name, option)
+    assert len(ready.started(name)) == 1 and ready.started("prepare.py") == []
 
 
 @pytest.mark.parametrize("launcher", [["--launcher", "srun -N1"], ["--launcher=srun"]])

@@ -3,18 +3,18 @@
 Most run a stand-in for the entry that takes no time; the slow tests run the entry itself.
 """
 
-import contextlib
 import csv
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import group_has_ended
+from conftest import group_has_ended, process_group
 from stand_in import HELD, sweep_here
 from test_plot import png_size
 
@@ -109,18 +109,10 @@ def test_jobs_says_how_many_run_at_once(monkeypatch):
 # ---- the entry itself -------------------------------------------------------
 
 
-@contextlib.contextmanager
-def sweeping(folder: Path, env: dict[str, str], *arguments: str):
-    """`python -m tools.sweep` in a process group of its own; whatever is left of it is ended."""
+def sweeping(folder: Path, env: dict[str, str], *arguments: str) -> AbstractContextManager[subprocess.Popen]:
+    """`python -m tools.sweep` in a process group of its own."""
     env = env | {"PYTHONPATH": str(Path(train_gpt.__file__).parent)}
-    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    process = subprocess.Popen([sys.executable, "-m", "tools.sweep", *arguments], cwd=folder, env=env, **pipe)
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+    return process_group([sys.executable, "-m", "tools.sweep", *arguments], folder, env)
 
 
 @pytest.mark.slow

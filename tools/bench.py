@@ -1,15 +1,14 @@
 """Speed on this machine: training steps in both loop modes, adaptation, each kernel against its reference, the entropy
 coder and the compressor.
 
-python -m tools.bench                     everything, in the entry's shapes; knobs are environment variables, as for
-                                          the entry
-python -m tools.bench --only steps        training steps, and where their time goes: a profile by kind of kernel. They
-                                          use the longest context, TRAIN_SEQ_LEN; TRAIN_BATCH_TOKENS=0 follows the
-                                          budget, MAX_WALLCLOCK_SECONDS
-python -m tools.bench --only adaptation   chunks of test-time training, and where their time goes
-python -m tools.bench --only kernels      forward and backward passes of kernels and references; needs a GPU
-python -m tools.bench --only coder        seconds and bytes of the entropy coder, always on one CPU core
-python -m tools.bench --only codec        tokens per second of compress and decompress, TTT_BATCH_DOCS documents and one
+./run.sh bench                     everything, in the entry's shapes; knobs are environment variables, as for the entry
+./run.sh bench --only steps        training steps, and where their time goes: a profile by kind of kernel. They
+                                   use the longest context, TRAIN_SEQ_LEN; TRAIN_BATCH_TOKENS=0 follows the
+                                   budget, MAX_WALLCLOCK_SECONDS
+./run.sh bench --only adaptation   chunks of test-time training, and where their time goes
+./run.sh bench --only kernels      forward and backward passes of kernels and references; needs a GPU
+./run.sh bench --only coder        seconds and bytes of the entropy coder, always on one CPU core
+./run.sh bench --only codec        tokens per second of compress and decompress, TTT_BATCH_DOCS documents and one
 
 On a CPU, set DEVICE=cpu and smaller shapes; profiles and kernels are then skipped.
 """
@@ -392,7 +391,7 @@ def why_not(only: str | None, run: g.RunConfig, on_gpu: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=["steps", "adaptation", "kernels", "coder", "codec"], help="see above")
     parser.add_argument("--count", type=whole_number, default=4, help="training steps to time [4]")

@@ -2,7 +2,7 @@
 Add to an artifact the RMS of gradients on training text, which TTT_OPTIMIZER=rms divides by; for an artifact trained
 without it, or with chunks of another length.
 
-    python -m tools.calibrate ARTIFACT --out NEW
+    ./run.sh calibrate ARTIFACT --out NEW
 
 This is training: its time counts on the training clock. The text is the last GRAD_RMS_TOKENS training tokens before
 those that ARTIFACT held out, in DATA_PATH, which must hold the text that ARTIFACT was trained on. Gradients are
@@ -83,7 +83,7 @@ def open_training_text(path: Path, meta: dict[str, Any]) -> g.Setup:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
     parser.add_argument("--out", type=Path, required=True, metavar="NEW", help="the artifact to write")

@@ -127,7 +127,7 @@ def left_out(documents: int, groups: list[Group]) -> list[str]:
     if without_text:
         lines.append(f"not in the table: {without_text} documents of lengths at which none holds any text")
     if without_interval:
-        lines.append(f"without an interval: {without_interval} documents of lengths that fewer than {FEWEST} have")
+        lines.append(f"rows of fewer than {FEWEST} documents have no interval: {without_interval} documents in all")
     return lines
 
 

@@ -1,10 +1,10 @@
 """
 Compress a text with an artifact: its score, including test-time training, turned into bits.
 
-    python -m tools.compress FILE OUT          one document
-    python -m tools.compress --table N         N held-out documents, against gzip, xz and zstd
+    ./run.sh compress FILE OUT          one document
+    ./run.sh compress --table N         N held-out documents, against gzip, xz and zstd
 
-Any input is restored byte for byte (python -m tools.decompress): what the tokenizer cannot restore is stored too.
+Any input is restored byte for byte (./run.sh decompress): what the tokenizer cannot restore is stored too.
 The knobs TTT_..., EVAL_SEQ_LEN and SEED come from the environment, else from the run that made the artifact, and are
 stored in OUT. DATA_PATH or TOKENIZER_PATH must lead to the tokenizer.
 

@@ -1,12 +1,12 @@
 """
 Decompress a file written by `compress`, with the same artifact.
 
-    python -m tools.decompress OUT FILE
+    ./run.sh decompress OUT FILE
 
 OUT names the artifact by its hash and holds the knobs, so knobs in the environment are ignored. DATA_PATH or
 TOKENIZER_PATH must lead to the tokenizer. It runs on the device that OUT was compressed on, and refuses if this machine
 lacks that device or DEVICE differs. The text is written only if it matches its checksum. For guarantees across
-computers, and speed, see python -m tools.compress --help.
+computers, and speed, see ./run.sh compress --help.
 """
 
 from __future__ import annotations

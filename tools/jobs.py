@@ -216,7 +216,7 @@ def choose_documents_of(jobs: list[Job], on: str, folder: Path, world: int) -> S
     """Do so for the jobs of one text, whose held-out documents go into `folder`."""
     config, run = config_to_open(jobs[0], world)
     held = run.holdout_tokens
-    if on == "training":
+    if on == "holdout":
         if run.artifact:
             config, held, _ = held_out_by(run.artifact)
         score_holdout(run, config.vocab_size, folder, exact="data" in jobs[0].knobs)
@@ -235,7 +235,7 @@ def choose_documents_of(jobs: list[Job], on: str, folder: Path, world: int) -> S
     identity = {"validation": setup.validation.sha256(), "tokenizer": setup.tokenizer.sha256, "train": shards}
     for job in jobs:
         job.documents = identity
-    if on == "training":
+    if on == "holdout":
         return ScoredText(f"{count} of the last {held:,} training tokens, held out of training", False)
     return ScoredText(f"validation, {count}: not for choosing", True)
 

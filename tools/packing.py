@@ -8,11 +8,11 @@ size, read back, and compared with the unpacked network on held-out training doc
 ./run.sh packing WEIGHTS --on validation only for a final figure: never choose by it
 
 A run removes its checkpoint once its artifact is written: copy it as soon as the log names it. Knobs are environment
-variables, as for the entry, or come from logs/RUN.json beside the checkpoint; DATA_PATH, TRAIN_ROW_TOKENS and
-ARTIFACT_BYTES matter here. TRAIN_BATCH_TOKENS (by default, the value used in training) and GPTQ_CALIBRATION_BATCHES set
-the amount of calibration text; HOLDOUT_TOKENS is always the value used in training. KL is the divergence from the
-predictions of the network before packing: it needs no labels, so it is less noisy than the score. Both are in bits per
-byte, with the standard error over documents if there are ten or more.
+variables, as for the entry, or come from logs/RUN.json beside the checkpoint; DATA_PATH and ARTIFACT_BYTES matter here.
+TRAIN_ROW_TOKENS and TRAIN_BATCH_TOKENS (by default, the values used in training) and GPTQ_CALIBRATION_BATCHES set the
+calibration text; HOLDOUT_TOKENS is always the value used in training. KL is the divergence from the predictions of the
+network before packing: it needs no labels, so it is less noisy than the score. Both are in bits per byte, with the
+standard error over documents if there are ten or more.
 """
 
 from __future__ import annotations
@@ -227,6 +227,7 @@ class Training(NamedTuple):
 
     path: str  # of the checkpoint
     batch_tokens: int  # tokens per step
+    row_tokens: int
     holdout_tokens: int
     holdout: str  # sha256 of the held-out documents
     tokenizer: str  # sha256
@@ -245,7 +246,7 @@ def load_checkpoint(path: str) -> tuple[g.GPT, Training]:
 
 def training_of(meta: Mapping[str, Any], path: str) -> Training:
     """The `Training` that a checkpoint's metadata states. Raises DataError if it is missing."""
-    numbers = [meta.get(name) for name in ("train_batch_tokens", "holdout_tokens")]
+    numbers = [meta.get(name) for name in ("train_batch_tokens", "train_row_tokens", "holdout_tokens")]
     digests = [meta.get(name) for name in ("holdout", "tokenizer")]
     known = all(type(number) is int and 0 <= number <= g.MAX_KNOB for number in numbers) and all(map(digest, digests))
     g.require(known, f"{path}: it does not say what it was trained on, as a checkpoint does: train again", g.DataError)
@@ -291,10 +292,10 @@ def columns(judge: Judge, packed: g.GPT, size: int, pack_seconds: float, unpack_
 
 
 def open_text(on: str, folder: Path, config: g.ModelConfig, training: Training) -> g.Setup:
-    """A set-up with the documents to compare on as its validation set, and the calibration text as its stream. Batches
-    are as large as in the training that made the checkpoint, which may have had more GPUs and time. Raises UserError if
-    DATA_PATH is not the data that it was trained on."""
-    knobs = knobs_of_run(Path(training.path), os.environ)
+    """A set-up with the documents to compare on as its validation set, and the calibration text as its stream. Unless
+    knobs say otherwise, rows and batches are as large as in the training that made the checkpoint, which may have had
+    more GPUs and time. Raises UserError if DATA_PATH is not the data that it was trained on."""
+    knobs = {"TRAIN_ROW_TOKENS": str(training.row_tokens)} | knobs_of_run(Path(training.path), os.environ)
     _, run = g.read_env(knobs | os.environ | {"ARTIFACT": "", "RESUME": ""})
     if not run.train_batch_tokens:
         run = dataclasses.replace(run, train_batch_tokens=training.batch_tokens)

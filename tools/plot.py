@@ -63,7 +63,9 @@ def picture(path: Path, height: int, columns: int = 1) -> Iterator[list[Axes]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="./run.sh plot", description="Pictures of finished runs.")
+    parser = argparse.ArgumentParser(
+        prog="./run.sh plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="logs/RUN_ID.json, or RUN_ID alone")
     parser.add_argument("--out", type=Path, default=LOGS / "plots", metavar="FOLDER", help="[%(default)s]")
     options = parser.parse_args(arguments)

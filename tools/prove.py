@@ -1,7 +1,7 @@
 """
 Does the scorer keep the rules on this artifact? Prints one line per property; exits with status 1 if any fails.
 
-    python -m tools.prove [ARTIFACT] [--seed N] [--seconds S]
+    ./run.sh prove [ARTIFACT] [--seed N] [--seconds S]
 
 ARTIFACT is logs/RUN.ptz (default: the environment's ARTIFACT, else the newest). It is scored with the settings of its
 own run, unless the environment overrides them: TTT_ENABLED=0 proves the score without adaptation. The audit samples the

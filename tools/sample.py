@@ -1,8 +1,8 @@
 """
 Generate text from an artifact: it continues a prompt, without adaptation.
 
-    python -m tools.sample                     from the beginning of a document
-    python -m tools.sample "def main("         from a prompt; `-` reads it from standard input
+    ./run.sh sample                     from the beginning of a document
+    ./run.sh sample "def main("         from a prompt; `-` reads it from standard input
 
 The text ends where the model ends the document, or after --tokens. On one computer, the same seed gives the same text.
 Runs on the CPU.

@@ -85,7 +85,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--data", metavar="A,B", help=data)
     alone = "train to the last second and score the weights before quantisation: nothing is packed"
     parser.add_argument("--train-only", action="store_true", help=alone)
-    parser.add_argument("--on", choices=("training", "validation"), default="training", help=documents)
+    parser.add_argument("--on", choices=("holdout", "validation"), default="holdout", help=documents)
     parser.add_argument("--name", help="folder in logs/sweeps [the names of the knobs, or the file's]")
     sources = "train_gpt.py files or git revisions, the first of which the others are compared with"
     parser.add_argument("--source", metavar="A.py,B.py", help=sources)
@@ -101,7 +101,7 @@ def check_options(options: argparse.Namespace) -> None:
     require(options.gpus > 0, f"--gpus {options.gpus}: at least 1")
     if options.data is not None:
         require(not options.eval, "--data trains on each, and --eval does not: give one of them")
-        require(options.on == "training", "--data scores held-out training documents: leave --on out")
+        require(options.on == "holdout", "--data scores held-out training documents: leave --on out")
         require(options.screen is None, "--data and --screen: give one of them")
     if options.screen is not None:
         require(bool(options.grid), "--screen: give its factors, NAME=base,other ...")
@@ -111,7 +111,7 @@ def check_options(options: argparse.Namespace) -> None:
         require("," not in (options.source or ""), "--screen: give one source; two are a race")
     if options.train_only:
         require(not options.eval, "--train-only trains, and --eval does not: give one of them")
-        require(options.on == "training", "--train-only scores held-out training documents: leave --on out")
+        require(options.on == "holdout", "--train-only scores held-out training documents: leave --on out")
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
