@@ -5579,20 +5579,32 @@ def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> Ru
 OF_A_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "ARTIFACT", "RESUME")  # knobs that name files or folders
 
 
+def check_ranks_begin_alike(dist: Dist, run: RunConfig, check_only: bool) -> None:
+    """What decides which messages the ranks exchange from here on must be the same on all: otherwise each would wait
+    for another one. The files that ARTIFACT or RESUME name may differ, as rank 0's is sent. Raises ConfigError."""
+    choices = (run.artifact != "", run.resume != "", check_only)
+    require_same(dist, {"code": code(), "choices of ARTIFACT, RESUME and --check-setup": bytes(choices)})
+
+
 def check_ranks_agree(setup: Setup) -> None:
-    """All ranks must run the same code with the same knobs on the same data: a rank that differs would silently change
-    the score. Raises ConfigError, which names the rank, its host and what differs."""
+    """All ranks must run with the same knobs on the same data: a rank that differs would silently change the score.
+    Raises ConfigError."""
     knobs = {name: value for name, value in settings(setup.model, setup.run).items() if name not in OF_A_MACHINE}
     compared = {
-        "code": code(),
         "knobs": repr(knobs).encode(),
         "tokenizer": setup.tokenizer.sha256.encode(),
         "validation set": setup.validation.sha256().encode(),
         "training shards": shards_digest(setup.stream).encode(),
     }
+    require_same(setup.dist, compared)
+
+
+def require_same(dist: Dist, compared: Mapping[str, bytes]) -> None:
+    """Raise ConfigError unless these are the same on all ranks. It names the first rank that differs from rank 0, its
+    host and what differs."""
     digests = b"".join(hashlib.sha256(content).digest() for content in compared.values())
-    everyone = setup.dist.gather_bytes(digests)
-    hosts = setup.dist.hosts
+    everyone = dist.gather_bytes(digests)
+    hosts = dist.hosts
     size = hashlib.sha256().digest_size
     for rank, theirs in enumerate(everyone):
         for i, what in enumerate(compared):
@@ -7384,6 +7396,7 @@ def run_experiment(check_only: bool, ending: Ending) -> None:
     dist = Dist.from_env(run.device)
     ending.world = dist.world
     dist.join(ending.after_a_loss)
+    check_ranks_begin_alike(dist, run, check_only)
     prepare_torch(run, dist.device)
     run_id = choose_run_id(run, dist)
 
