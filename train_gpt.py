@@ -5595,6 +5595,7 @@ def check_ranks_agree(setup: Setup) -> None:
         "tokenizer": setup.tokenizer.sha256.encode(),
         "validation set": setup.validation.sha256().encode(),
         "training shards": shards_digest(setup.stream).encode(),
+        "documents at the end of the training shards": measured_digest(setup.stream).encode(),
     }
     require_same(setup.dist, compared)
 
@@ -5623,6 +5624,15 @@ def shards_digest(stream: TrainingStream | None) -> str:
         sample = np.concatenate([tokens for _, tokens in sample_shard(shard)])
         described.append((path.name, len(shard), sample.tolist()))
     return hashlib.sha256(repr(described).encode()).hexdigest()
+
+
+def measured_digest(stream: TrainingStream | None) -> str:
+    """Identifies the training documents that weights are chosen and gradients measured on, of which the ranks share
+    every pass: a sample, as `shards_digest` takes it, does not tell that all have the same."""
+    if stream is None:
+        return ""
+    tokens = stream.run.grad_rms_tokens
+    return stream.held_out().tokens_sha256() + (stream.last_documents(tokens).tokens_sha256() if tokens else "")
 
 
 def check_setup(setup: Setup) -> None:

@@ -681,6 +681,31 @@ def test_the_stream_refuses_ranks_that_cannot_share_a_batch(tiny_data, tiny_run)
         TrainingStream(tiny_run(), VOCAB, Dist(0, 3))
 
 
+@pytest.mark.parametrize("place", [-100, -400], ids=["held out", "for gradients"])
+def test_ranks_that_would_measure_other_text_are_refused_though_no_sampled_token_differs(
+    tiny_data, tiny_config, tiny_run, monkeypatch, place
+):
+    """After the training, they shared the passes over documents that differed in number, and torch ended them."""
+    monkeypatch.setattr(train_gpt, "SAMPLED_PLACES", 1)
+    digests: list[bytes] = []
+
+    def gather(data: bytes) -> list[bytes]:
+        digests.append(data)
+        return digests
+
+    dist = Dist()
+    dist.hosts = ["first", "second"]
+    dist.gather_bytes = gather
+    run = tiny_run(holdout_tokens=300, grad_rms_tokens=200)
+    train_gpt.check_ranks_agree(train_gpt.make_setup(tiny_config, run, dist))
+    path = tiny_data / "fineweb_train_000002.bin"
+    tokens = np.array(train_gpt.read_shard(path))
+    tokens[place] += 1
+    path.write_bytes(path.read_bytes()[:1024] + tokens.tobytes())
+    with pytest.raises(ConfigError, match="rank 1 on second has other documents at the end of the training shards"):
+        train_gpt.check_ranks_agree(train_gpt.make_setup(tiny_config, run, dist))
+
+
 def test_the_manifests_entries_are_read(tiny_data):
     (tiny_data / "manifest.json").write_text(json.dumps({"splits": {"val": {"smaller_bytes": 12}}}))
     assert train_gpt.manifest_value(tiny_data, "splits", "val", "smaller_bytes") == 12
