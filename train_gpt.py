@@ -5642,7 +5642,8 @@ def check_setup(setup: Setup) -> None:
     need = artifact_room(run)
     if run.checkpoint_seconds:
         need += 600 << 20  # one checkpoint of the default network takes 430 MiB
-    require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some disk", UserError)
+    message = f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some disk"
+    require(free >= need or not setup.dist.main, message, UserError)  # only rank 0 writes
 
     if setup.dist.device.type == "cuda":
         check_gpu(setup.model, setup.dist.device)
@@ -7470,9 +7471,17 @@ def let_go_of_screen() -> None:
 
 
 def choose_run_id(run: RunConfig, dist: Dist) -> str:
-    """RUN_ID, or rank 0's time of day: ranks whose clocks differ must name the same files."""
-    (now,) = dist.broadcast(time.time())
-    return run.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(now))
+    """RUN_ID, or rank 0's time of day: ranks whose clocks differ must name the same files. A clock that is set back, as
+    in autumn, repeats its times, so a time that names files already is moved on."""
+    now = time.time()
+    while any(LOGS.glob(f"{time_of_day(now)}.*")):
+        now += 1
+    (now,) = dist.broadcast(now)
+    return run.run_id or time_of_day(now)
+
+
+def time_of_day(seconds: float) -> str:
+    return time.strftime("%Y%m%d_%H%M%S", time.localtime(seconds))
 
 
 @contextlib.contextmanager
