@@ -5579,20 +5579,33 @@ def decide_optimizer(run: RunConfig, header: Mapping[str, Any], what: str) -> Ru
 OF_A_MACHINE = ("DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "ARTIFACT", "RESUME")  # knobs that name files or folders
 
 
+def check_ranks_begin_alike(dist: Dist, run: RunConfig, check_only: bool) -> None:
+    """What decides which messages the ranks exchange from here on must be the same on all: otherwise each would wait
+    for another one. The files that ARTIFACT or RESUME name may differ, as rank 0's is sent. Raises ConfigError."""
+    choices = (run.artifact != "", run.resume != "", check_only)
+    require_same(dist, {"code": code(), "choices of ARTIFACT, RESUME and --check-setup": bytes(choices)})
+
+
 def check_ranks_agree(setup: Setup) -> None:
-    """All ranks must run the same code with the same knobs on the same data: a rank that differs would silently change
-    the score. Raises ConfigError, which names the rank, its host and what differs."""
+    """All ranks must run with the same knobs on the same data: a rank that differs would silently change the score.
+    Raises ConfigError."""
     knobs = {name: value for name, value in settings(setup.model, setup.run).items() if name not in OF_A_MACHINE}
     compared = {
-        "code": code(),
         "knobs": repr(knobs).encode(),
         "tokenizer": setup.tokenizer.sha256.encode(),
         "validation set": setup.validation.sha256().encode(),
         "training shards": shards_digest(setup.stream).encode(),
+        "documents at the end of the training shards": measured_digest(setup.stream).encode(),
     }
+    require_same(setup.dist, compared)
+
+
+def require_same(dist: Dist, compared: Mapping[str, bytes]) -> None:
+    """Raise ConfigError unless these are the same on all ranks. It names the first rank that differs from rank 0, its
+    host and what differs."""
     digests = b"".join(hashlib.sha256(content).digest() for content in compared.values())
-    everyone = setup.dist.gather_bytes(digests)
-    hosts = setup.dist.hosts
+    everyone = dist.gather_bytes(digests)
+    hosts = dist.hosts
     size = hashlib.sha256().digest_size
     for rank, theirs in enumerate(everyone):
         for i, what in enumerate(compared):
@@ -5613,6 +5626,15 @@ def shards_digest(stream: TrainingStream | None) -> str:
     return hashlib.sha256(repr(described).encode()).hexdigest()
 
 
+def measured_digest(stream: TrainingStream | None) -> str:
+    """Identifies the training documents that weights are chosen and gradients measured on, of which the ranks share
+    every pass: a sample, as `shards_digest` takes it, does not tell that all have the same."""
+    if stream is None:
+        return ""
+    tokens = stream.run.grad_rms_tokens
+    return stream.held_out().tokens_sha256() + (stream.last_documents(tokens).tokens_sha256() if tokens else "")
+
+
 def check_setup(setup: Setup) -> None:
     """Refuse what cannot be run: too little disk, an unsuitable GPU, a limit of bytes that no model could meet."""
     run = setup.run
@@ -5620,7 +5642,8 @@ def check_setup(setup: Setup) -> None:
     need = artifact_room(run)
     if run.checkpoint_seconds:
         need += 600 << 20  # one checkpoint of the default network takes 430 MiB
-    require(free >= need, f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some disk", UserError)
+    message = f"{free >> 20} MiB of disk are free, {need >> 20} MiB are needed: free some disk"
+    require(free >= need or not setup.dist.main, message, UserError)  # only rank 0 writes
 
     if setup.dist.device.type == "cuda":
         check_gpu(setup.model, setup.dist.device)
@@ -7384,6 +7407,7 @@ def run_experiment(check_only: bool, ending: Ending) -> None:
     dist = Dist.from_env(run.device)
     ending.world = dist.world
     dist.join(ending.after_a_loss)
+    check_ranks_begin_alike(dist, run, check_only)
     prepare_torch(run, dist.device)
     run_id = choose_run_id(run, dist)
 
@@ -7447,9 +7471,17 @@ def let_go_of_screen() -> None:
 
 
 def choose_run_id(run: RunConfig, dist: Dist) -> str:
-    """RUN_ID, or rank 0's time of day: ranks whose clocks differ must name the same files."""
-    (now,) = dist.broadcast(time.time())
-    return run.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(now))
+    """RUN_ID, or rank 0's time of day: ranks whose clocks differ must name the same files. A clock that is set back, as
+    in autumn, repeats its times, so a time that names files already is moved on."""
+    now = time.time()
+    while any(LOGS.glob(f"{time_of_day(now)}.*")):
+        now += 1
+    (now,) = dist.broadcast(now)
+    return run.run_id or time_of_day(now)
+
+
+def time_of_day(seconds: float) -> str:
+    return time.strftime("%Y%m%d_%H%M%S", time.localtime(seconds))
 
 
 @contextlib.contextmanager

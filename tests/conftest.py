@@ -326,7 +326,7 @@ def run_here(tmp_path, monkeypatch, capsys) -> Callable[..., SimpleNamespace]:
 @pytest.fixture
 def stand_in(tmp_path, tiny_data, tiny_config, tiny_run, monkeypatch):
     """A folder in which sweeps run a stand-in for the entry: a StandIn of stand_in.py."""
-    from stand_in import HELD, STAND_IN, StandIn  # here, since it imports matplotlib, which few tests need
+    from stand_in import HELD, STAND_IN, StandIn, sweep  # here, since it imports matplotlib, which few tests need
 
     for name, value in train_gpt.settings(tiny_config, tiny_run(holdout_tokens=HELD)).items():
         if value and name not in ("TTT_LR", "TTT_OPTIMIZER"):
@@ -337,6 +337,16 @@ def stand_in(tmp_path, tiny_data, tiny_config, tiny_run, monkeypatch):
     monkeypatch.setattr(train_gpt, "__file__", str(tmp_path / "entry.py"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_gpt, "code", Path("entry.py").read_bytes)  # anew whenever it is asked for
+    choose = sweep.choose_documents
+
+    def choose_any(jobs: list, *others: Any) -> Any:
+        """What the stand-in gives are scores of no documents of the sweep's."""
+        scored = choose(jobs, *others)
+        for job in jobs:
+            job.documents = {name: digest for name, digest in job.documents.items() if name != "validation"}
+        return scored
+
+    monkeypatch.setattr(sweep, "choose_documents", choose_any)
     return StandIn(tmp_path)
 
 

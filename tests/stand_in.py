@@ -45,6 +45,7 @@ while lr == "0.25" and not os.path.exists("go on"):
 made = pathlib.Path("made", lr + "-" + os.environ.get("SEED", "1"))
 result = json.loads(made.with_suffix(made.suffix + ".json").read_text())
 shutil.copy(f"{made}.docs.npz", f"{out}.docs.npz")
+result["knobs"]["TTT_LR"] = os.environ.get("ASKED_TTT_LR", lr)
 result |= dict(run_id=os.environ["RUN_ID"], code_sha256=hashlib.sha256(source).hexdigest(), code_bytes=len(source))
 result["total_bytes"] = result["artifact_bytes"] + len(source)
 out.with_suffix(".json").write_text(json.dumps(result))
@@ -93,7 +94,7 @@ def read_env(env):
 
 print("a source may print what it likes")
 if __name__ == "__main__":
-    os.environ["TTT_LR"] = "{name}"
+    os.environ |= {{"ASKED_TTT_LR": os.environ.get("TTT_LR", ""), "TTT_LR": "{name}"}}
 """
 
 

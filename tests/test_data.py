@@ -7,6 +7,7 @@ import random
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -679,6 +680,38 @@ def test_rows_are_shared_equally_or_the_nearest_valid_batch_is_named(rows, world
 def test_the_stream_refuses_ranks_that_cannot_share_a_batch(tiny_data, tiny_run):
     with pytest.raises(ConfigError, match="nearest valid batch is 192"):
         TrainingStream(tiny_run(), VOCAB, Dist(0, 3))
+
+
+def test_only_the_rank_that_writes_needs_the_disk(tiny_data, tiny_config, tiny_run, monkeypatch):
+    monkeypatch.setattr(train_gpt.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    train_gpt.check_setup(train_gpt.make_setup(tiny_config, tiny_run(), Dist(1, 2)))
+    with pytest.raises(train_gpt.UserError, match="0 MiB of disk are free"):
+        train_gpt.check_setup(train_gpt.make_setup(tiny_config, tiny_run(), Dist(0, 2)))
+
+
+@pytest.mark.parametrize("place", [-100, -400], ids=["held out", "for gradients"])
+def test_ranks_that_would_measure_other_text_are_refused_though_no_sampled_token_differs(
+    tiny_data, tiny_config, tiny_run, monkeypatch, place
+):
+    """After the training, they shared the passes over documents that differed in number, and torch ended them."""
+    monkeypatch.setattr(train_gpt, "SAMPLED_PLACES", 1)
+    digests: list[bytes] = []
+
+    def gather(data: bytes) -> list[bytes]:
+        digests.append(data)
+        return digests
+
+    dist = Dist()
+    dist.hosts = ["first", "second"]
+    dist.gather_bytes = gather
+    run = tiny_run(holdout_tokens=300, grad_rms_tokens=200)
+    train_gpt.check_ranks_agree(train_gpt.make_setup(tiny_config, run, dist))
+    path = tiny_data / "fineweb_train_000002.bin"
+    tokens = np.array(train_gpt.read_shard(path))
+    tokens[place] += 1
+    path.write_bytes(path.read_bytes()[:1024] + tokens.tobytes())
+    with pytest.raises(ConfigError, match="rank 1 on second has other documents at the end of the training shards"):
+        train_gpt.check_ranks_agree(train_gpt.make_setup(tiny_config, run, dist))
 
 
 def test_the_manifests_entries_are_read(tiny_data):

@@ -7,7 +7,7 @@ import os
 import shutil
 
 from stand_in import HELD
-from test_results import fabricate
+from test_results import SOURCE, fabricate
 
 from tools import scheduler, sources, sweep
 from tools.jobs import Job
@@ -68,6 +68,30 @@ def test_an_artifact_that_is_replaced_meanwhile_is_noticed(stand_in, tiny_config
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("- `TTT_LR=0.2`") and "it scored another artifact" in line for line in lines)
     assert lines[-1] == "TTT_LR=0.1"
+
+
+def test_a_run_that_its_launcher_gave_other_knobs_does_not_count(stand_in, capsys):
+    """The table named the rate that was asked for, and had the score of another."""
+    stand_in.makes("0.1")
+    stand_in.makes("0.2", gap=-0.1)
+    assert sweep.main(["TTT_LR=0.1,0.2", "--launcher", "env TTT_LR=0.2"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("- `TTT_LR=0.1`") and "it ran with TTT_LR=0.2, expected 0.1" in line for line in lines)
+    assert lines[-1] == "TTT_LR=0.2"
+
+
+def test_a_run_that_scored_other_documents_does_not_count(stand_in):
+    """As under a launcher that sets DATA_PATH: the choice was then made on validation."""
+    path = fabricate(stand_in.folder / "logs", "one")
+    code, scored = (json.loads(path.read_text())[key] for key in ("code_sha256", "validation"))
+    job = Job({}, {}, sources.Source("", SOURCE), run_id="one")
+    assert job.source.sha256 == code
+    for documents, state in ((scored, "done"), ("0" * 64, "failed")):
+        job.documents = {"validation": documents}
+        job.file(".err").touch()
+        scheduler.conclude(job, 0)
+        assert job.state == state, job.at
+    assert "it scored other documents" in job.at
 
 
 def test_a_result_that_was_edited_does_not_count(stand_in, capsys):

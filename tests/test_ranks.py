@@ -31,7 +31,14 @@ class Ranks:
         self.env = env
         self.running: dict[int, int] = {}  # rank -> process
 
-    def start(self, experiment: Callable[[g.Dist], None], world: int = 2, absent: tuple[int, ...] = ()) -> None:
+    def start(
+        self,
+        experiment: Callable[[g.Dist], None],
+        world: int = 2,
+        absent: tuple[int, ...] = (),
+        of_rank_1: dict[str, str] | None = None,
+    ) -> None:
+        """`of_rank_1` is what only rank 1 has in its environment."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -39,7 +46,8 @@ class Ranks:
         for rank in set(range(world)).difference(absent):
             process = os.fork()
             if process == 0:
-                self.run(experiment, rank, self.env | place | {"RANK": str(rank)})
+                own = (of_rank_1 or {}) if rank == 1 else {}
+                self.run(experiment, rank, self.env | place | {"RANK": str(rank)} | own)
             self.running[rank] = process
 
     def run(self, experiment: Callable[[g.Dist], None], rank: int, env: dict[str, str]) -> None:
@@ -190,6 +198,16 @@ def test_an_error_of_all_ranks_is_said_by_all(ranks):
     ranks.start(experiment)
     for rank in (0, 1):
         assert vars(ranks.ended(rank)) == dict(status=2, output="error: training diverged\n")
+
+
+@pytest.mark.parametrize("knob", ["ARTIFACT", "RESUME"])
+def test_a_rank_that_would_do_something_else_is_refused_before_one_waits_for_another(ranks, knob):
+    """It waited for half an hour: rank 0 compared knobs and data, and rank 1 waited for the artifact."""
+    ranks.start(is_busy, of_rank_1={knob: "x"})
+    for rank in (0, 1):
+        ended = ranks.ended(rank)
+        assert ended.status == 2
+        assert re.search(r"error: rank 1 on \S+ has other choices of ARTIFACT, RESUME and ", ended.output), ended.output
 
 
 def test_a_collective_that_fails_while_all_ranks_live_shows_its_error(ranks, monkeypatch):

@@ -46,11 +46,22 @@ def load_finished(job: Job, train_only: bool = False) -> Run:
     for name, value in expected.items():
         found = str(result[name]).rpartition("/")[2]  # a sweep of another name may have kept it
         require(found == value, f"{run.path}: its {name} is {found}, expected {value}", DataError)
+    require_as_started(job, run)
     scored = result.get("artifact_sha256", job.artifact) if job.artifact else ""
     require(scored == job.artifact, f"{run.path}: it scored another artifact than the sweep began with", DataError)
     reported = run.reported("result")[-1:] if beside(run.path, ".events.jsonl").exists() else []
     require(reported in ([], [result]), f"{run.path}: it is not the result that its events report", DataError)
     return run
+
+
+def require_as_started(job: Job, run: Run) -> None:
+    """Raise DataError unless a run had the knobs and the documents of its job: a launcher may set others."""
+    for name, value in job.deciding.items():
+        found = run.result["knobs"].get(name, value)
+        decided = value == "auto"  # by the run
+        require(decided or found == value, f"{run.path}: it ran with {name}={found}, expected {value}", DataError)
+    documents = job.documents.get("validation", run.result["validation"])
+    require(run.result["validation"] == documents, f"{run.path}: it scored other documents than the sweep's", DataError)
 
 
 def copy_run(source: Path, target: Path, train_only: bool) -> None:

@@ -44,6 +44,7 @@ class Job:
     env: dict[str, str]
     source: Source
     settings: dict[str, str] = dataclasses.field(default_factory=dict)  # all knobs of its run
+    deciding: dict[str, str] = dataclasses.field(default_factory=dict)  # those of them that its result depends on
     documents: dict = dataclasses.field(default_factory=dict)  # identifies documents, tokenizer and training data
     artifact: str = ""  # sha256 of the artifact to score; empty if the job trains
     run_id: str = ""
@@ -260,8 +261,8 @@ def name_runs(jobs: list[Job], folder: Path, gpus: int, artifact: str | None, tr
         digest = hashlib.sha256(train_gpt.read_file(artifact)).hexdigest()
     seen: dict[str, Job] = {}
     for job in jobs:
-        knobs = {name: value for name, value in job.settings.items() if name not in ineffective}
-        facts = [knobs, job.source.sha256, job.documents, digest, gpus, *kind]
+        job.deciding = {name: value for name, value in job.settings.items() if name not in ineffective}
+        facts = [job.deciding, job.source.sha256, job.documents, digest, gpus, *kind]
         identity = json.dumps(facts, sort_keys=True, allow_nan=False)
         name = hashlib.sha256(identity.encode()).hexdigest()[:12]
         if job.source.name:
