@@ -7391,7 +7391,7 @@ def run_experiment(check_only: bool, ending: Ending) -> None:
         if dist.main and check_only:
             require_free(run_id)
         elif dist.main:
-            ending.leftovers.append(stack.enter_context(reserve_run_id(run_id)))
+            ending.leftovers.append(stack.enter_context(reserve_run_id(run_id, new=not run.run_id)))
             stack.callback(ending.leftovers.clear)
         do_experiment(model_config, run, dist, run_id, check_only)
         dist.close()
@@ -7447,15 +7447,28 @@ def let_go_of_screen() -> None:
 
 
 def choose_run_id(run: RunConfig, dist: Dist) -> str:
-    """RUN_ID, or rank 0's time of day: ranks whose clocks differ must name the same files."""
-    (now,) = dist.broadcast(time.time())
-    return run.run_id or time.strftime("%Y%m%d_%H%M%S", time.localtime(now))
+    """RUN_ID, or rank 0's time of day: ranks whose clocks differ must name the same files. A number is added if files
+    have that name, as when the clock was set back."""
+    now = time.strftime("%Y%m%d_%H%M%S")
+    unused = now
+    number = 1
+    while files_of(unused):
+        number += 1
+        unused = f"{now}_{number}"
+    unused = dist.broadcast_bytes(unused.encode()).decode()
+    return run.run_id or unused
+
+
+def files_of(run_id: str) -> set[Path]:
+    """The files in logs/ of runs with this name, which has no wildcards."""
+    return set(LOGS.glob(f"{run_id}.*"))
 
 
 @contextlib.contextmanager
-def reserve_run_id(run_id: str) -> Iterator[Path]:
+def reserve_run_id(run_id: str, new: bool = False) -> Iterator[Path]:
     """Inside, no other process runs under this RUN_ID: two would write one log, and one could score the other's
-    artifact. Raises ConfigError if another does. -> the file that is locked and then removed.
+    artifact. Raises ConfigError if another does; with `new`, also if one did. -> the file that is locked and then
+    removed.
 
     The system releases the lock when this process ends, however it ends, and no child inherits it. The file that a
     killed process leaves behind does no harm: the next run of this name takes it over.
@@ -7464,6 +7477,8 @@ def reserve_run_id(run_id: str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = lock_file(path, run_id)
     try:
+        taken = new and files_of(run_id) != {path}
+        require(not taken, f"another run has just been named {run_id}, after the time; start again, or set RUN_ID")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         yield path

@@ -134,6 +134,25 @@ def test_an_artifact_that_was_replaced_while_it_was_scored_gives_no_result():
         g.describe_artifact(Path("a.ptz"), "0" * 64)
 
 
+def test_a_name_made_from_the_time_is_never_one_that_a_run_has(monkeypatch):
+    """As when the clock was set back, or when two runs start in the same second."""
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101_020000")
+    named = []
+    for suffix in (".txt", ".lock", ".docs.npz"):
+        named.append(g.choose_run_id(g.RunConfig(), g.Dist()))
+        with g.reserve_run_id(named[-1], new=True):
+            Path(f"logs/{named[-1]}{suffix}").touch()
+        Path(f"logs/{named[-1]}{suffix}").touch()
+    assert named == ["20260101_020000", "20260101_020000_2", "20260101_020000_3"]
+    assert g.choose_run_id(g.RunConfig(run_id="mine"), g.Dist()) == "mine"
+
+    with pytest.raises(g.ConfigError, match="another run has just been named 20260101_020000"):
+        with g.reserve_run_id(named[0], new=True):
+            pass
+    with g.reserve_run_id(named[0]):
+        pass
+
+
 # ---- signals ----------------------------------------------------------------
 
 RUN = """
