@@ -5012,15 +5012,21 @@ def rms_chunk_tokens(run: RunConfig) -> int:
     return min(run.ttt_chunk_tokens if run.batched_ttt else RMS_CHUNK_TOKENS, probed_tokens(run))
 
 
-def measure_gradient_rms(model: GPT, docs: Documents, run: RunConfig, dist: Dist) -> GradientRMS:
+def measure_gradient_rms(
+    model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log | None = None
+) -> GradientRMS:
     """Measure gradients on up to `probed_tokens` of each document; at least one must have a whole chunk. The result is
-    the same on every rank."""
+    the same on every rank. Progress goes to `log`, if there is one."""
+
+    def progress(size: int) -> ScoringProgress:
+        return ScoringProgress(log or Log(), f"training text for its gradients, in chunks of {size}")
+
     size = rms_chunk_tokens(run)
     longer_size = size * longer_chunks(docs, run)
-    columns = measure_columns(model, docs, run, dist, size)
+    columns = measure_columns(model, docs, run, dist, size, progress(size))
     growth = torch.zeros(len(columns))
     if longer_size > size:
-        longer = measure_columns(model, docs, run, dist, longer_size)
+        longer = measure_columns(model, docs, run, dist, longer_size, progress(longer_size))
         ratios = [b.norm() / a.norm() for a, b in zip(columns, longer, strict=True)]
         growth = torch.stack(ratios).log() / math.log(longer_size / size)
     return GradientRMS(columns, growth, size)
@@ -5034,17 +5040,22 @@ def longer_chunks(docs: Documents, run: RunConfig) -> int:
 
 
 @torch.no_grad()
-def measure_columns(model: GPT, docs: Documents, run: RunConfig, dist: Dist, size: int) -> list[Tensor]:
+def measure_columns(
+    model: GPT, docs: Documents, run: RunConfig, dist: Dist, size: int, progress: ScoringProgress
+) -> list[Tensor]:
     """`GradientRMS.columns`, measured on all whole chunks of `size` tokens; there must be at least one."""
     context = probed_tokens(run)
     chunks = np.minimum(docs.lengths, context) // size  # of every document
     rounds = deal_documents(chunks, dist.world, PROBED_DOCUMENTS)
     rows = len(rounds[0][0])  # of the largest group; smaller ones leave rows empty to share its CUDA graphs
+    done = 0
     with without_weight_gradients(model):
         probed = ProbedDocuments(model, rows, context, size, bool(run.compile))
         for groups in rounds:
             group = groups[dist.rank]
-            probe_documents(probed, docs, group, chunks[group], size)
+            for read in probe_documents(probed, docs, group, chunks[group], size):
+                done += read * dist.world  # the other ranks are about as far
+                progress(done, size * int(chunks.sum()))
 
     targets = size * int(dist.all_reduce(probed.chunks))
     return [(dist.all_reduce(total) / targets).sqrt().clamp(min=1e-18).cpu() for total in probed.squares]
@@ -5052,8 +5063,9 @@ def measure_columns(model: GPT, docs: Documents, run: RunConfig, dist: Dist, siz
 
 def probe_documents(
     probed: ProbedDocuments, docs: Documents, group: Sequence[int], chunks: np.ndarray, size: int
-) -> None:
-    """Read chunks of `size` tokens from the start of every document of a group, as many as `chunks` (n,) says."""
+) -> Iterator[int]:
+    """Read chunks of `size` tokens from the start of every document of a group, as many as `chunks` (n,) says. -> after
+    every step, the number of targets that it read."""
     rows = len(probed.cache.last_token)
     most = int(chunks.max(initial=0))
     text = np.full((rows, most * size + 1), BOS, np.int64)
@@ -5070,6 +5082,7 @@ def probe_documents(
         first = n * size
         end = first + size
         probed.read(tokens[:, first:end], tokens[:, first + 1 : end + 1], is_counted[:, n])
+        yield size * int(counted[:, n].sum())
 
 
 # The RMS of gradients is stored as logarithms, which zstd compresses well: columns are alike in several layer passes.
@@ -6053,7 +6066,7 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
     if run.grad_rms_tokens:
         with watch.phase("gradients"):
             docs = gradient_documents(setup)
-            trainer.model.gradient_rms = measure_gradient_rms(trainer.model, docs, run, dist)
+            trainer.model.gradient_rms = measure_gradient_rms(trainer.model, docs, run, dist, log)
         line = (
             "gradients: measured on {documents} documents of {tokens} tokens, in chunks of {chunk} and {longer_chunk}"
         )
