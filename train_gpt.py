@@ -3365,10 +3365,10 @@ class Calibration:
         embedding = self.model.embed
         gradients = []
         for x in states.split(HEAD_CHUNK):
-            logits = self.model.head.logits(x[None], embedding, None)[0]  # (chunk, V) fp32
-            p, slope = self.model.head.probabilities(logits)
+            # (chunk, V) fp32 each: beside all activations, where the memory of a small run peaks
+            p, slope = self.model.head.probabilities(self.model.head.logits(x[None], embedding, None)[0])
             labels = torch.multinomial(p, 1, generator=self.generator)[:, 0]
-            curvature = p * (1 - p) * slope.square()
+            curvature = (1 - p).mul_(p).mul_(slope.square())
             x = x.float()
             weighted = x * curvature.sum(1).sqrt()[:, None]
             self.head.hessian.addmm_(weighted.mT, weighted)
