@@ -1041,15 +1041,15 @@ sys.exit(prepare.main({["jsonl", *map(str, arguments), "--workers", "2"]!r}))
     forker.start(tmp_path, program)
     while not (tmp_path / "at it").exists():
         assert not forker.has_ended(0.01), forker.result()
-    partial = folder.parent / ".jsonl.partial"
-    lock = os.open(partial, os.O_RDONLY)
+    lock = os.open(folder.parent / ".jsonl.lock", os.O_RDONLY)
     with pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.kill(forker.pid, signal.SIGKILL)
     begin = time.monotonic()
     assert forker.result()[0] == -signal.SIGKILL  # the output is closed: no worker is left
     assert time.monotonic() - begin < 15
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with prepare.locked(folder.parent / ".jsonl.lock", "busy"):
+        pass
     os.close(lock)
 
 
