@@ -3365,10 +3365,10 @@ class Calibration:
         embedding = self.model.embed
         gradients = []
         for x in states.split(HEAD_CHUNK):
-            logits = self.model.head.logits(x[None], embedding, None)[0]  # (chunk, V) fp32
-            p, slope = self.model.head.probabilities(logits)
+            # (chunk, V) fp32 each: beside all activations, where the memory of a small run peaks
+            p, slope = self.model.head.probabilities(self.model.head.logits(x[None], embedding, None)[0])
             labels = torch.multinomial(p, 1, generator=self.generator)[:, 0]
-            curvature = p * (1 - p) * slope.square()
+            curvature = (1 - p).mul_(p).mul_(slope.square())
             x = x.float()
             weighted = x * curvature.sum(1).sqrt()[:, None]
             self.head.hessian.addmm_(weighted.mT, weighted)
@@ -5012,15 +5012,21 @@ def rms_chunk_tokens(run: RunConfig) -> int:
     return min(run.ttt_chunk_tokens if run.batched_ttt else RMS_CHUNK_TOKENS, probed_tokens(run))
 
 
-def measure_gradient_rms(model: GPT, docs: Documents, run: RunConfig, dist: Dist) -> GradientRMS:
+def measure_gradient_rms(
+    model: GPT, docs: Documents, run: RunConfig, dist: Dist, log: Log | None = None
+) -> GradientRMS:
     """Measure gradients on up to `probed_tokens` of each document; at least one must have a whole chunk. The result is
-    the same on every rank."""
+    the same on every rank. Progress goes to `log`, if there is one."""
+
+    def progress(size: int) -> ScoringProgress:
+        return ScoringProgress(log or Log(), f"training text for its gradients, in chunks of {size}")
+
     size = rms_chunk_tokens(run)
     longer_size = size * longer_chunks(docs, run)
-    columns = measure_columns(model, docs, run, dist, size)
+    columns = measure_columns(model, docs, run, dist, size, progress(size))
     growth = torch.zeros(len(columns))
     if longer_size > size:
-        longer = measure_columns(model, docs, run, dist, longer_size)
+        longer = measure_columns(model, docs, run, dist, longer_size, progress(longer_size))
         ratios = [b.norm() / a.norm() for a, b in zip(columns, longer, strict=True)]
         growth = torch.stack(ratios).log() / math.log(longer_size / size)
     return GradientRMS(columns, growth, size)
@@ -5034,17 +5040,22 @@ def longer_chunks(docs: Documents, run: RunConfig) -> int:
 
 
 @torch.no_grad()
-def measure_columns(model: GPT, docs: Documents, run: RunConfig, dist: Dist, size: int) -> list[Tensor]:
+def measure_columns(
+    model: GPT, docs: Documents, run: RunConfig, dist: Dist, size: int, progress: ScoringProgress
+) -> list[Tensor]:
     """`GradientRMS.columns`, measured on all whole chunks of `size` tokens; there must be at least one."""
     context = probed_tokens(run)
     chunks = np.minimum(docs.lengths, context) // size  # of every document
     rounds = deal_documents(chunks, dist.world, PROBED_DOCUMENTS)
     rows = len(rounds[0][0])  # of the largest group; smaller ones leave rows empty to share its CUDA graphs
+    done = 0
     with without_weight_gradients(model):
         probed = ProbedDocuments(model, rows, context, size, bool(run.compile))
         for groups in rounds:
             group = groups[dist.rank]
-            probe_documents(probed, docs, group, chunks[group], size)
+            for read in probe_documents(probed, docs, group, chunks[group], size):
+                done += read * dist.world  # the other ranks are about as far
+                progress(done, size * int(chunks.sum()))
 
     targets = size * int(dist.all_reduce(probed.chunks))
     return [(dist.all_reduce(total) / targets).sqrt().clamp(min=1e-18).cpu() for total in probed.squares]
@@ -5052,8 +5063,9 @@ def measure_columns(model: GPT, docs: Documents, run: RunConfig, dist: Dist, siz
 
 def probe_documents(
     probed: ProbedDocuments, docs: Documents, group: Sequence[int], chunks: np.ndarray, size: int
-) -> None:
-    """Read chunks of `size` tokens from the start of every document of a group, as many as `chunks` (n,) says."""
+) -> Iterator[int]:
+    """Read chunks of `size` tokens from the start of every document of a group, as many as `chunks` (n,) says. -> after
+    every step, the number of targets that it read."""
     rows = len(probed.cache.last_token)
     most = int(chunks.max(initial=0))
     text = np.full((rows, most * size + 1), BOS, np.int64)
@@ -5070,6 +5082,7 @@ def probe_documents(
         first = n * size
         end = first + size
         probed.read(tokens[:, first:end], tokens[:, first + 1 : end + 1], is_counted[:, n])
+        yield size * int(counted[:, n].sum())
 
 
 # The RMS of gradients is stored as logarithms, which zstd compresses well: columns are alike in several layer passes.
@@ -6076,7 +6089,7 @@ def pack_weights(trainer: Trainer, setup: Setup, log: Log, watch: Stopwatch, pat
     if run.grad_rms_tokens:
         with watch.phase("gradients"):
             docs = gradient_documents(setup)
-            trainer.model.gradient_rms = measure_gradient_rms(trainer.model, docs, run, dist)
+            trainer.model.gradient_rms = measure_gradient_rms(trainer.model, docs, run, dist, log)
         line = (
             "gradients: measured on {documents} documents of {tokens} tokens, in chunks of {chunk} and {longer_chunk}"
         )
@@ -7415,7 +7428,7 @@ def run_experiment(check_only: bool, ending: Ending) -> None:
         if dist.main and check_only:
             require_free(run_id)
         elif dist.main:
-            ending.leftovers.append(stack.enter_context(reserve_run_id(run_id)))
+            ending.leftovers.append(stack.enter_context(reserve_run_id(run_id, new=not run.run_id)))
             stack.callback(ending.leftovers.clear)
         do_experiment(model_config, run, dist, run_id, check_only)
         dist.close()
@@ -7471,23 +7484,28 @@ def let_go_of_screen() -> None:
 
 
 def choose_run_id(run: RunConfig, dist: Dist) -> str:
-    """RUN_ID, or rank 0's time of day: ranks whose clocks differ must name the same files. A clock that is set back, as
-    in autumn, repeats its times, so a time that names files already is moved on."""
-    now = time.time()
-    while any(LOGS.glob(f"{time_of_day(now)}.*")):
-        now += 1
-    (now,) = dist.broadcast(now)
-    return run.run_id or time_of_day(now)
+    """RUN_ID, or rank 0's time of day: ranks whose clocks differ must name the same files. A number is added if files
+    have that name, as when the clock was set back."""
+    now = time.strftime("%Y%m%d_%H%M%S")
+    unused = now
+    number = 1
+    while files_of(unused):
+        number += 1
+        unused = f"{now}_{number}"
+    unused = dist.broadcast_bytes(unused.encode()).decode()
+    return run.run_id or unused
 
 
-def time_of_day(seconds: float) -> str:
-    return time.strftime("%Y%m%d_%H%M%S", time.localtime(seconds))
+def files_of(run_id: str) -> set[Path]:
+    """The files in logs/ of runs with this name, which has no wildcards."""
+    return set(LOGS.glob(f"{run_id}.*"))
 
 
 @contextlib.contextmanager
-def reserve_run_id(run_id: str) -> Iterator[Path]:
+def reserve_run_id(run_id: str, new: bool = False) -> Iterator[Path]:
     """Inside, no other process runs under this RUN_ID: two would write one log, and one could score the other's
-    artifact. Raises ConfigError if another does. -> the file that is locked and then removed.
+    artifact. Raises ConfigError if another does; with `new`, also if one did. -> the file that is locked and then
+    removed.
 
     The system releases the lock when this process ends, however it ends, and no child inherits it. The file that a
     killed process leaves behind does no harm: the next run of this name takes it over.
@@ -7496,6 +7514,8 @@ def reserve_run_id(run_id: str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = lock_file(path, run_id)
     try:
+        taken = new and files_of(run_id) != {path}
+        require(not taken, f"another run has just been named {run_id}, after the time; start again, or set RUN_ID")
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
         yield path

@@ -53,7 +53,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn, TextIO
 
 try:
     import lzma
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args.run(args)
     except UserError as error:
-        print(f"prepare: {printable(str(error), MOST_OF_AN_ERROR)}", file=sys.stderr)
+        tell(f"prepare: {printable(str(error), MOST_OF_AN_ERROR)}", sys.stderr)
         return 2
     except BrokenPipeError:
         raise
@@ -110,12 +110,25 @@ def main(argv: list[str] | None = None) -> int:
         disk_is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "; free some space, or choose another --out" if disk_is_full else ""
         message = f"prepare: {error.filename or args.out}: {error.strerror or error}{hint}"
-        print(printable(message, MOST_OF_AN_ERROR), file=sys.stderr)
+        tell(printable(message, MOST_OF_AN_ERROR), sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("prepare: interrupted; a download can be resumed, nothing else is left behind", file=sys.stderr)
+        tell("prepare: interrupted; a download can be resumed, nothing else is left behind", sys.stderr)
         return 130
     return 0
+
+
+def tell(line: str, screen: TextIO, end: str = "\n") -> None:
+    """Print a line for people. A dataset does not depend on it: a screen that cannot be written to, such as a file on a
+    full disk, is warned about once and then left alone. Raises BrokenPipeError if nobody reads any more."""
+    try:
+        print(line, end=end, file=screen, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), screen.fileno())  # what is still unwritten would fail again
+        if screen is sys.stdout:
+            tell(f"warning: stdout: a line cannot be written: {error.strerror}; the data is not affected", sys.stderr)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -287,11 +300,11 @@ def prepare_jsonl(args: argparse.Namespace) -> None:
         if len(args.val) > 1:  # shows a training file that was given after --val
             names = ", ".join(file.path for file in validation)
             message = f"validation: {len(validation)} files: {names}"
-            print(printable(message, MOST_OF_AN_ERROR), file=sys.stderr)
+            tell(printable(message, MOST_OF_AN_ERROR), sys.stderr)
     else:
         if not 0 < args.val_fraction < 1:
             raise UserError(f"--val-fraction {args.val_fraction}: expected a number between 0 and 1")
-        split_rule = f"validation is the texts whose digests are among the lowest {args.val_fraction:g} of all digests"
+        split_rule = f"validation is the texts whose digests are among the lowest {args.val_fraction} of all digests"
         sources = source_files(
             args.files, validation_digests=int(args.val_fraction * 2**64), skip_bad_lines=args.skip_bad_lines
         )
@@ -321,10 +334,10 @@ def prepare_contest_documents(args: argparse.Namespace) -> None:
     """The published text, with your own tokenizer. Web text holds duplicates: copies of validation documents are left
     out of training."""
     if args.val_docs < CONTEST_VAL_DOCS:
-        print(
+        tell(
             f"warning: --val-docs {args.val_docs}: documents up to the {CONTEST_VAL_DOCS:,}th are the contest's "
             "validation, and here you train on them: a score on this data is not a score in the contest",
-            file=sys.stderr,
+            sys.stderr,
         )
     args.name = args.name or "contest_documents"
     hub = Hub(args.base_url, args.repo or PLAIN_REPOSITORY)
@@ -368,9 +381,7 @@ def prepare_text(
         print_summary(final, prepared, ": already prepared")
         return
 
-    check_replaceable(final, parameters, args.replace)
-
-    with workspace(final) as folder:
+    with workspace(final, parameters, args.replace) as folder:
         sources = find_sources(folder)
         if not model:
             model = train_tokenizer_in_worker(folder / "tokenizer.model", sources, args.vocab_size, caseops)
@@ -505,11 +516,11 @@ class SkippedLines:
 
     def report(self) -> None:
         if self.blank:
-            print(f"{self.blank:,} blank lines skipped")
+            tell(f"{self.blank:,} blank lines skipped", sys.stdout)
         if self.bad:
-            print(f"warning: {self.bad:,} bad lines skipped, the first of them:", file=sys.stderr)
+            tell(f"warning: {self.bad:,} bad lines skipped, the first of them:", sys.stderr)
         for reason in self.reasons:
-            print(f"  {printable(reason, MOST_OF_AN_ERROR)}", file=sys.stderr)
+            tell(f"  {printable(reason, MOST_OF_AN_ERROR)}", sys.stderr)
 
 
 def text_digest(text: str) -> int:
@@ -1296,7 +1307,7 @@ def worker_pool(workers: int, kill_on_failure: bool = False) -> Iterator[Process
             pool.shutdown(cancel_futures=True)
 
 
-HELD_LOCKS: set[int] = set()  # file descriptors of this process that lock a folder
+HELD_LOCKS: set[int] = set()  # file descriptors of this process that hold a lock
 
 
 def begin_worker(tie_to_parent: Callable[[], None] | None) -> None:
@@ -1362,9 +1373,9 @@ class Progress:
                 seconds_left = (self.total - done) * seconds / (done - before)
                 message += f", {done / self.total:.0%}, {seconds_left:.0f} s left"
         if self.terminal:
-            print(f"\r\x1b[K{message}", end="\r", file=sys.stderr, flush=True)
+            tell(f"\r\x1b[K{message}", sys.stderr, end="\r")
         else:
-            print(message, file=sys.stderr, flush=True)
+            tell(message, sys.stderr)
 
     def wait(self, future: Future) -> Any:
         """The future's result; shows progress until it is there."""
@@ -1528,19 +1539,19 @@ FORMAT = 1  # of a dataset; when it changes, older ones are made again
 
 
 @contextlib.contextmanager
-def workspace(final: Path, resume_key: str = "") -> Iterator[Path]:
+def workspace(final: Path, parameters: dict, replace: bool, resume_key: str = "") -> Iterator[Path]:
     """A hidden folder that replaces `final` once the block has succeeded. Otherwise `final` stays as it was.
 
     After a failure the hidden folder is removed; with a key it stays, and the next workspace with this key resumes it.
-    Raises UserError if `final` was not made here, or if another process is preparing it.
+    Raises UserError if `final` may not be replaced (see `check_replaceable`), or if another process is preparing it.
     """
-    if os.path.lexists(final) and not (final / "manifest.json").is_file():
-        raise UserError(f"{final}: was not made by prepare (no manifest.json in it); choose another --name or --out")
     partial = final.with_name(f".{final.name}.partial{resume_key}")
     old = final.with_name(f".{final.name}.old")
+    lock = final.with_name(f".{final.name}.lock")
 
-    partial.mkdir(parents=True, exist_ok=True)
-    with locked(partial, f"{final}: another process is preparing it; wait for it, or choose another --name"):
+    with locked(lock, f"{final}: another process is preparing it; wait for it, or choose another --name"):
+        check_replaceable(final, parameters, replace)  # while no other process can change what is there
+        partial.mkdir(exist_ok=True)
         try:
             if not resume_key:
                 for leftover in partial.iterdir():  # from a process that was killed
@@ -1566,20 +1577,33 @@ def remove_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, if_busy: str) -> Iterator[None]:
-    """Only one process at a time holds the lock of a folder; others get a UserError with the text `if_busy`. The lock
-    ends with the process, however the process ends."""
-    lock = os.open(folder, os.O_RDONLY)
+def locked(path: Path, if_busy: str) -> Iterator[None]:
+    """Only one process at a time holds the lock, a file that exists meanwhile; others get a UserError with the text
+    `if_busy`. The lock ends with the process, however the process ends: a file that it leaves behind does no harm."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_file(path, if_busy)
+    HELD_LOCKS.add(lock)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(if_busy) from None
-        HELD_LOCKS.add(lock)
         yield
     finally:
+        path.unlink(missing_ok=True)  # before the lock is released: afterwards the file may be another process's
         HELD_LOCKS.discard(lock)
         os.close(lock)
+
+
+def lock_file(path: Path, if_busy: str) -> int:
+    """Open and lock a file -> its descriptor. Raises UserError with the text `if_busy` if another process holds it."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(path)):
+                    return lock
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(if_busy) from None
+        os.close(lock)  # of a file that its last owner has removed meanwhile
 
 
 def write_manifest(folder: Path, final: Path, model: bytes, encoder: Encoder, facts: dict) -> dict:
@@ -1630,14 +1654,18 @@ def find_prepared(final: Path, parameters: dict) -> dict | None:
 
 
 def check_replaceable(final: Path, parameters: dict, replace: bool) -> None:
-    """Refuse to replace a dataset other than the requested one, unless the user says so.
+    """Refuse to replace a dataset other than the requested one, unless the user says so, and anything not made here.
 
     Not refused: the same dataset, which is made again if its files are damaged; a download with another number of
     shards, which takes over the files of the earlier one; and documentation of this machine, which is collected again
     in half a minute.
     """
-    if replace or not (final / "manifest.json").is_file():
-        return  # without a manifest it was not made here, and `workspace` refuses it
+    if not os.path.lexists(final):
+        return
+    if not (final / "manifest.json").is_file():
+        raise UserError(f"{final}: was not made by prepare (no manifest.json in it); choose another --name or --out")
+    if replace:
+        return
     earlier = None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         earlier = parse_json((final / "manifest.json").read_bytes())["parameters"]
@@ -1667,8 +1695,8 @@ def parse_json(content: bytes | str) -> Any:
 
 def print_summary(final: Path, manifest: dict, note: str = "") -> None:
     for line in summary(manifest):
-        print(printable(line))
-    print(printable(f"{final}{note}", MOST_OF_AN_ERROR))
+        tell(printable(line), sys.stdout)
+    tell(printable(f"{final}{note}", MOST_OF_AN_ERROR), sys.stdout)
 
 
 def summary(manifest: dict) -> list[str]:
@@ -1737,10 +1765,8 @@ def prepare_published_shards(args: argparse.Namespace) -> None:
         print_summary(final, prepared, ": already prepared")
         return
 
-    check_replaceable(final, parameters, args.replace)
-
     resume_key = hashlib.sha256(json.dumps(source).encode()).hexdigest()[:8]
-    with workspace(final, resume_key) as folder:
+    with workspace(final, parameters, args.replace, resume_key) as folder:
         published = find_published(hub, folder, dataset)
         if args.train_shards > published.train_shards:
             raise UserError(f"--train-shards {args.train_shards}: {hub.repo} has {published.train_shards} of {dataset}")
@@ -1790,7 +1816,7 @@ def link_earlier_download(final: Path, folder: Path, source: dict, wanted: list[
     unwanted = digests.keys() - set(wanted)
     if unwanted:
         message = f"{final}: {len(unwanted)} of its files are not asked for; they go once this preparation is complete"
-        print(printable(message, MOST_OF_AN_ERROR), file=sys.stderr)
+        tell(printable(message, MOST_OF_AN_ERROR), sys.stderr)
 
 
 def remove_others(folder: Path, wanted: list[str]) -> None:
@@ -1941,7 +1967,10 @@ def fetch_contest_documents(hub: Hub, out: Path) -> Path:
     """The published documents, downloaded once and checked against the digest published with them. All datasets in
     `out` use the same download."""
     path = out / "docs_selected.jsonl"
-    with locked(out, f"{path}: another process is downloading it; wait until it is there, then run this again"):
+    with locked(
+        out / ".docs_selected.lock",
+        f"{path}: another process is downloading it; wait until it is there, then run this again",
+    ):
         if path.exists():
             return path
         facts_name = "docs_selected.source_manifest.json"

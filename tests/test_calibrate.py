@@ -38,11 +38,13 @@ def command(*arguments) -> int:
     return end_in_a_line(lambda: calibrate.main([*map(str, arguments)]))
 
 
-def test_an_artifact_gets_the_rms_of_gradients_and_nothing_else_changes(artifact, tmp_path, capsys):
+def test_an_artifact_gets_the_rms_of_gradients_and_nothing_else_changes(artifact, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_gpt, "SECONDS_BETWEEN_REPORTS", 0.0)
     assert open_artifact(artifact).setup.run.ttt_optimizer == "adamw"
     new = tmp_path / "new.ptz"
     assert command(artifact, "--out", new) == 0
-    told = capsys.readouterr().out
+    told, progress = capsys.readouterr()
+    assert "training text for its gradients, in chunks of 8: " in progress
     assert "this is training" in told and f"new.ptz: {new.stat().st_size} bytes" in told
 
     old_meta, old = train_gpt.unpack(artifact.read_bytes(), "old")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import test_record
 
-from tools import check, events
+from tools import check, events, results
 from tools.artifact import end_in_a_line
 from tools.events import SHOWN, Event, wordings_of
 from tools.results import read_table
@@ -287,10 +287,19 @@ def test_documents_that_were_left_are_told(copy):
     ]
 
 
-def test_documents_that_were_left_are_told_of(copy):
+@pytest.mark.parametrize("scope", ["document", "stream"])
+def test_documents_that_were_left_are_told_of(copy, scope):
     """The other way round."""
-    found = change_result(copy, degraded_documents=4, doc_independent=0)
+    knobs = json.loads((copy / "train_seed0.json").read_text())["knobs"] | {"TTT_SCOPE": scope}
+    found = change_result(copy, degraded_documents=4, doc_independent=0, knobs=knobs)
     assert "train_seed0.json: it has no event time_short" in found
+
+
+def test_a_stream_of_the_first_version_was_silent_about_documents_that_were_left(copy, monkeypatch):
+    monkeypatch.setattr(results.Run, "source", b"")
+    knobs = json.loads((copy / "train_seed0.json").read_text())["knobs"] | {"TTT_SCOPE": "stream"}
+    found = change_result(copy, degraded_documents=4, doc_independent=0, knobs=knobs)
+    assert found and "train_seed0.json: it has no event time_short" not in found
 
 
 def test_bytes_counted_too_many_are_told_of(copy):

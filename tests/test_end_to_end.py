@@ -276,7 +276,7 @@ def test_ranks_whose_clocks_differ_name_their_files_alike(tmp_path, monkeypatch)
         named.append(path)
         return {}, np.zeros(0)
 
-    monkeypatch.setattr(g.Dist, "broadcast", lambda self, *values: [0.0])  # rank 0's time
+    monkeypatch.setattr(g.Dist, "broadcast_bytes", lambda self, name: b"19700101_000000")  # rank 0's
     monkeypatch.setattr(g, "train_and_pack", note_path)
     monkeypatch.setattr(g, "evaluate", lambda *given: g.require(False, "far enough"))
     monkeypatch.chdir(tmp_path)
@@ -284,9 +284,9 @@ def test_ranks_whose_clocks_differ_name_their_files_alike(tmp_path, monkeypatch)
         monkeypatch.setenv(name, value)
     with pytest.raises(g.UserError, match="far enough"):
         g.run_experiment(check_only=False, ending=g.Ending())
-    start = time.strftime("%Y%m%d_%H%M%S", time.localtime(0))
-    assert [path.name for path in named] == [f"{start}.ptz"]
-    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == [f"{start}.events.jsonl", f"{start}.txt"]
+    assert [path.name for path in named] == ["19700101_000000.ptz"]
+    kept = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    assert kept == ["19700101_000000.events.jsonl", "19700101_000000.txt"]
 
 
 def test_a_run_that_is_refused_leaves_the_files_of_its_name_alone(tmp_path, here):

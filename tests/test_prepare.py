@@ -461,6 +461,13 @@ def test_the_split_by_digest_is_a_property_of_the_text(model_file, tmp_path):
     assert 60 < len(found[0][0]) < 140
 
 
+def test_every_digit_of_the_fraction_counts(small, capsys):
+    arguments, _ = small
+    assert run(*arguments) == 0
+    assert run(*arguments, "--val-fraction", 0.3000001) == 2
+    assert "holds another dataset (other source)" in capsys.readouterr().err
+
+
 # ---- bad input --------------------------------------------------------------
 
 
@@ -848,13 +855,44 @@ def test_two_preparations_of_one_name_do_not_meet(small, capsys):
     partial = folder.parent / ".jsonl.partial"
     partial.mkdir(parents=True)
     (partial / "left by a process that was killed").write_text("")
-    lock = os.open(partial, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    assert run(*arguments) == 2
+    with prepare.workspace(folder, {}, replace=False, resume_key="of a download"):
+        assert run(*arguments) == 2
     assert "another process is preparing it" in capsys.readouterr().err and len(list(partial.iterdir())) == 1
-    os.close(lock)
+    shutil.rmtree(folder)
     assert run(*arguments) == 0
     assert sorted(p.name for p in folder.parent.iterdir()) == ["jsonl"]
+
+
+def before_the_lock(monkeypatch, act: Callable[[], None]) -> None:
+    """Let another process act between the first look at the folder and its lock."""
+    flock = fcntl.flock
+
+    def after_the_other(handle: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        act()
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_other)
+
+
+def test_what_another_process_has_just_prepared_is_not_replaced(small, monkeypatch, capsys):
+    arguments, folder = small
+    assert run(*arguments) == 0
+    before = everything(folder)
+    aside = folder.rename(folder.with_name("aside"))
+    before_the_lock(monkeypatch, lambda: aside.rename(folder))
+    assert run(*arguments, "--shard-tokens", 3000) == 2
+    assert "holds another dataset (other shard_tokens)" in capsys.readouterr().err
+    assert everything(folder) == before and [path.name for path in folder.parent.iterdir()] == ["jsonl"]
+
+
+def test_a_lock_that_its_owner_removes_meanwhile_is_none(tmp_path, monkeypatch):
+    """Two processes would hold locks on two files of one name."""
+    lock = tmp_path / "datasets" / ".jsonl.lock"
+    before_the_lock(monkeypatch, lock.unlink)
+    with prepare.locked(lock, "busy"), pytest.raises(prepare.UserError, match="busy"), prepare.locked(lock, "busy"):
+        pass
+    assert not lock.exists()
 
 
 FORKER = """
@@ -1003,15 +1041,15 @@ sys.exit(prepare.main({["jsonl", *map(str, arguments), "--workers", "2"]!r}))
     forker.start(tmp_path, program)
     while not (tmp_path / "at it").exists():
         assert not forker.has_ended(0.01), forker.result()
-    partial = folder.parent / ".jsonl.partial"
-    lock = os.open(partial, os.O_RDONLY)
+    lock = os.open(folder.parent / ".jsonl.lock", os.O_RDONLY)
     with pytest.raises(BlockingIOError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.kill(forker.pid, signal.SIGKILL)
     begin = time.monotonic()
     assert forker.result()[0] == -signal.SIGKILL  # the output is closed: no worker is left
     assert time.monotonic() - begin < 15
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with prepare.locked(folder.parent / ".jsonl.lock", "busy"):
+        pass
     os.close(lock)
 
 
@@ -1132,6 +1170,17 @@ def test_without_an_output_it_works(small, printed, stream):
     arguments, folder = small
     status, output = printed(["jsonl", *arguments, "--workers", 1], first=f"sys.{stream} = None")
     assert status == 0 and (folder / "manifest.json").exists(), output
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_screen_on_a_full_disk_is_no_failure(small, printed, stream):
+    arguments, folder = small
+    arguments[0].write_bytes(arguments[0].read_bytes() + b"17\n")  # which is warned about
+    full = f"os.dup2(os.open('/dev/full', os.O_WRONLY), {stream})"
+    status, output = printed(["jsonl", *arguments, "--workers", 1, "--skip-bad-lines"], first=full)
+    assert status == 0 and (folder / "manifest.json").exists()
+    lost = output.count("warning: stdout: a line cannot be written: No space left on device; the data is not affected")
+    assert lost == (stream == 1) and "--out" not in output
 
 
 # ---- installed text ---------------------------------------------------------

@@ -130,21 +130,22 @@ def test_the_program_keeps_every_rule(audit, places, system):
 
 
 @pytest.fixture
-def long_document(places, tmp_path) -> Callable[[int], Place]:
-    """long_document(tokens): the artifact of `plain` on a validation of one document."""
+def documents_of(places, tmp_path) -> Callable[..., Place]:
+    """documents_of(*tokens): the artifact of `plain` on a validation of documents with so many tokens."""
 
-    def make(tokens: int) -> Place:
+    def make(*tokens: int) -> Place:
         folder = tmp_path / f"of {tokens}"
         shutil.copytree(places["plain"].data, folder)
-        text = np.append(train_gpt.BOS, np.random.default_rng(0).integers(3, 64, tokens - 1)).astype(np.uint16)
-        prepare.write_shard(folder / "fineweb_val_000000.bin", [text])
+        chance = np.random.default_rng(0)
+        texts = [np.append(train_gpt.BOS, chance.integers(3, 64, count - 1)) for count in tokens]
+        prepare.write_shard(folder / "fineweb_val_000000.bin", [np.concatenate(texts).astype(np.uint16)])
         return Place(folder / "small.ptz", folder)
 
     return make
 
 
-def test_of_a_document_that_the_time_does_not_hold_the_beginning_is_looked_at(long_document):
-    place = long_document(2_000)
+def test_of_a_document_that_the_time_does_not_hold_the_beginning_is_looked_at(documents_of):
+    place = documents_of(2_000)
     opened = artifact.open_artifact(place.artifact, environment(place.data, SYSTEMS["static"]))
     looked = Audit(opened, 0, 0.001, lambda line: None)
     assert [len(text.tokens) for text in looked.texts] == [looked.limit] == [FEWEST_TOKENS]
@@ -155,8 +156,8 @@ def test_of_a_document_that_the_time_does_not_hold_the_beginning_is_looked_at(lo
     assert [len(text.tokens) for text in whole.texts] == [2_000] and whole.is_whole(0)
 
 
-def test_a_validation_that_proves_nothing_is_named(long_document):
-    place = long_document(2)
+def test_a_validation_that_proves_nothing_is_named(documents_of):
+    place = documents_of(2)
     opened = artifact.open_artifact(place.artifact, environment(place.data, SYSTEMS["static"]))
     with pytest.raises(train_gpt.DataError, match="the longest of its 1 validation documents has 2 tokens"):
         Audit(opened, 0, 1.0, lambda line: None)
@@ -286,6 +287,34 @@ kept = torch.from_file("mapped", size=4096, dtype=torch.uint8)
 def test_a_stream_is_not_called_independent(audit, places):
     faults, figures = prove.independence(audit(places["plain"], SYSTEMS["lora stream"]))
     assert faults is None and "doc_independent:0" in figures
+
+
+def with_gradients_times(factor: str) -> str:
+    """The program, with the gradients of BatchedTTT multiplied by an expression."""
+    plain = "list(torch.autograd.grad(loss, self.tensors))\n"
+    assert SOURCE.count(plain) == 1
+    return SOURCE.replace(plain, f"[g * ({factor}) for g in {plain.strip()}]\n")
+
+
+CHAOTIC = SYSTEMS["rms"] | dict(ttt_lr=3.0, ttt_epochs=1)  # there, both tests below see rounding grow
+
+
+@pytest.mark.parametrize("change, kept", [(1e-7, True), (1e-3, False)], ids=["rounding", "dependence"])
+def test_where_adaptation_is_chaotic_rounding_is_told_from_dependence(audit, documents_of, change, kept):
+    """The number of documents in a batch changes gradients a little, and scores by much."""
+    looked = audit(documents_of(45, 40), CHAOTIC, with_gradients_times(f"1 + {change} * len(mask)"))
+    assert prove.settings_compared(looked)[0].faults and looked.nudged().faults
+    faults, figures = prove.independence(looked)
+    assert (faults == []) == kept
+    assert looked.run.ttt_lr == 3 and ": at 3, a millionth more TTT_LR changes scores by 0.0" in figures
+
+
+def test_what_no_lower_rate_calms_is_not_rounding(audit, documents_of, monkeypatch):
+    monkeypatch.setattr("tools.audit.LOWER_RATES", [1.0, 4.0])
+    source = with_gradients_times("1 + 0.1 * (hash(1e6 * self.run.ttt_lr) % 7)")
+    looked = audit(documents_of(45, 40), CHAOTIC, source)
+    with pytest.raises(ScorerError, match="a millionth more TTT_LR changes scores by .* nats, and at 0.75 by"):
+        looked.calm()
 
 
 # ---- the command ------------------------------------------------------------

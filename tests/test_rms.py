@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import math
+import re
 import weakref
 
 import numpy as np
@@ -188,6 +189,24 @@ def test_replayed_chunks_are_measured_like_others(monkeypatch):
     captured = replays_of(g.ProbedDocuments, monkeypatch)
     assert same(expected, g.measure_gradient_rms(model(), unequal_documents(), run_config(), g.Dist()))
     assert captured and not any(graph.fresh for graph in captured)
+
+
+def test_measuring_tells_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(g, "SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(g, "PROBED_DOCUMENTS", 4)
+    docs = unequal_documents()
+    said = []
+    told = g.measure_gradient_rms(model(), docs, run_config(), g.Dist(), g.Log(screen=said.append))
+    assert same(told, g.measure_gradient_rms(model(), docs, run_config(), g.Dist()))
+
+    done = {}
+    line = r"scoring training text for its gradients, in chunks of (\d+): (\d+)/(\d+) targets eta_s:\d+"
+    for size, *counts in (map(int, re.fullmatch(line, text).groups()) for text in said):
+        done.setdefault(size, []).append(tuple(counts))
+    assert done.keys() == {8, 32}
+    for size, counts in done.items():
+        whole = int(sum(np.minimum(docs.lengths, CONTEXT) // size) * size)
+        assert counts == sorted(counts) and counts[0] > (0, whole) and counts[-1] == (whole, whole)
 
 
 def test_what_is_captured_is_freed_at_once(monkeypatch):

@@ -128,21 +128,29 @@ def test_what_another_program_wrote_there_is_not_shown(content):
         assert LOCK.read_text().startswith(f"process {os.getpid()} on ")
 
 
-def test_a_time_that_names_files_already_names_no_other_run(monkeypatch):
-    """The clock was set back, and the run of that second lost its files."""
-    monkeypatch.setattr(time, "time", lambda: 1000.0)
-    first = g.choose_run_id(g.RunConfig(), g.Dist())
-    Path("logs").mkdir()
-    Path(f"logs/{first}.json").touch()
-    Path(f"logs/{g.time_of_day(1001.0)}.lock").touch()
-    assert first == g.time_of_day(1000.0) and g.choose_run_id(g.RunConfig(), g.Dist()) == g.time_of_day(1002.0)
-    assert g.choose_run_id(g.RunConfig(run_id=first), g.Dist()) == first, "who names a run decides"
-
-
 def test_an_artifact_that_was_replaced_while_it_was_scored_gives_no_result():
     Path("a.ptz").write_bytes(b"of another run")
     with pytest.raises(g.DataError, match=r"a\.ptz: was replaced while it was scored"):
         g.describe_artifact(Path("a.ptz"), "0" * 64)
+
+
+def test_a_name_made_from_the_time_is_never_one_that_a_run_has(monkeypatch):
+    """As when the clock was set back, or when two runs start in the same second."""
+    monkeypatch.setattr(time, "strftime", lambda form: "20260101_020000")
+    named = []
+    for suffix in (".txt", ".lock", ".docs.npz"):
+        named.append(g.choose_run_id(g.RunConfig(), g.Dist()))
+        with g.reserve_run_id(named[-1], new=True):
+            Path(f"logs/{named[-1]}{suffix}").touch()
+        Path(f"logs/{named[-1]}{suffix}").touch()
+    assert named == ["20260101_020000", "20260101_020000_2", "20260101_020000_3"]
+    assert g.choose_run_id(g.RunConfig(run_id="mine"), g.Dist()) == "mine"
+
+    with pytest.raises(g.ConfigError, match="another run has just been named 20260101_020000"):
+        with g.reserve_run_id(named[0], new=True):
+            pass
+    with g.reserve_run_id(named[0]):
+        pass
 
 
 # ---- signals ----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import math
@@ -13,7 +14,7 @@ import numpy as np
 
 import train_gpt
 from tools.artifact import Opened
-from tools.listening import Heard, LoneRank, hear
+from tools.listening import Heard, LoneRank, ScorerError, hear
 from tools.progress import INTERVAL_S
 
 # How much scores that should be equal may differ. On a CPU, finished rows are dropped from the batch, which may change
@@ -21,6 +22,8 @@ from tools.progress import INTERVAL_S
 TOLERANCE_BPB = 1e-6  # of a document, or of the part of it that is compared
 TOLERANCE_NATS = 1e-4  # of a single target
 SUM_TOLERANCE = 1e-5  # of probabilities that should add up to one
+NUDGE = 1e-6  # a relative change of TTT_LR, about ten times what rounding does to a step
+LOWER_RATES = 4.0 ** np.arange(7)  # divisors of TTT_LR, in turn
 
 # {closely: how often the properties score a document of the sample}, as counted in audits of few documents.
 SCORINGS = {False: 32, True: 6}
@@ -95,6 +98,7 @@ class Audit:
         self.reuses = 0
         self.strange = []
         self.misplaced = []  # both collected over all scorings
+        self.chaos = ""  # why TTT_LR is lower than the run's; empty if it is not
         self.began = time.monotonic()
         self.told = 0.0
         self.spent = 0.0
@@ -162,7 +166,7 @@ class Audit:
             return float(tokens)
         return train_gpt.batched_cost(np.array([tokens]), self.run, self.dist.device)
 
-    def score(self, text: Text, closely: bool = False, dist: train_gpt.Dist | None = None, **changes: int) -> Heard:
+    def score(self, text: Text, closely: bool = False, dist: train_gpt.Dist | None = None, **changes: float) -> Heard:
         """Score a stream with the knobs in `changes` overridden."""
         run = dataclasses.replace(self.run, **changes)
         began = time.monotonic()
@@ -199,6 +203,36 @@ class Audit:
         context = 4 * self.chunk
         knobs = dict(eval_seq_len=context, eval_stride=min(self.run.eval_stride, context))
         return knobs | dict(ttt_late_chunk_tokens=2 * self.chunk)
+
+    def calm(self) -> Audit:
+        """This audit at the highest of TTT_LR, TTT_LR / 4, TTT_LR / 16, ... at which rounding does not grow.
+
+        Adaptation can be chaotic, as that of a network that has hardly been trained: every step multiplies what
+        rounding has changed, up to whole nats. At such a rate, rounding cannot be told from a score that depends on
+        other documents; at a lower one, such a score still shows. Raises ScorerError if no rate helps: then something
+        other than rounding grows."""
+        chaos = ""
+        for divisor in LOWER_RATES:
+            calmer = copy.copy(self)
+            calmer.run = dataclasses.replace(self.run, ttt_lr=float(self.run.ttt_lr / divisor))
+            for name in ("alone", "closely", "together", "by_rank"):
+                vars(calmer).pop(name, None)
+            calmer.chaos = chaos
+            change = calmer.nudged()
+            if not change.faults:
+                return calmer
+            chaos = chaos or f"a millionth more TTT_LR changes scores by {change.nats:.2g} nats"
+        raise ScorerError(f"{chaos}, and at {calmer.run.ttt_lr:.2g} by {change.nats:.2g}")
+
+    def nudged(self) -> Widest:
+        """How much a change of rounding size, in TTT_LR, changes the scores of every document alone."""
+        widest = Widest()
+        for n, text in zip(self.chosen, self.texts, strict=True):
+            for knobs in ({}, self.early_late):
+                rates = (self.run.ttt_lr, self.run.ttt_lr * (1 + NUDGE))
+                nats, expected = (self.score(text, **knobs, ttt_lr=rate).nats for rate in rates)
+                widest.compare(f"document {n}", nats, expected, text.bytes[1:])
+        return widest
 
     @functools.cached_property
     def units(self) -> list[Text]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import time
@@ -38,7 +39,8 @@ def calibrate(path: Path, out: Path, over_limit: bool) -> list[str]:
     model = g.load_artifact(path, setup)
 
     began = time.perf_counter()
-    model.gradient_rms = g.measure_gradient_rms(model, docs, run, setup.dist)
+    log = g.Log(screen=functools.partial(print, file=sys.stderr, flush=True))
+    model.gradient_rms = g.measure_gradient_rms(model, docs, run, setup.dist, log)
     setup.dist.finish_kernels()
     seconds = time.perf_counter() - began
 

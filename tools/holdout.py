@@ -119,7 +119,7 @@ def make_holdout(
     if manifest_value(folder, "holdout") == facts:
         return facts
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with workspace(folder) as partial:
+    with workspace(folder, parameters={}, replace=True) as partial:
         write_shard(partial / NAMES[0], [documents])
         if transform == "caseops" or exact:
             write_shard(partial / NAMES[1], [exact_sidecar(documents, tokenizer, transform)])

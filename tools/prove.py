@@ -143,9 +143,22 @@ def hidden_learning(audit: Audit) -> list[str]:
 
 
 def independence(audit: Audit) -> Seen:
-    """A document scores the same alone, in its batch, in another batch and order, and on another rank."""
+    """A document scores the same alone, in its batch, in another batch and order, and on another rank; if adaptation
+    amplifies rounding, at a rate at which it does not (see `Audit.calm`)."""
     if audit.stream:
         return None, "TTT_SCOPE=stream: a score depends on the documents before it; results say doc_independent:0"
+    widest, figures = settings_compared(audit)
+    if not widest.faults or not audit.run.ttt_enabled or audit.dist.device.type == "cuda":
+        return widest.faults, figures
+    calm = audit.calm()
+    if not calm.chaos:
+        return widest.faults, figures
+    widest, figures = settings_compared(calm)
+    return widest.faults, f"{figures}, at TTT_LR={calm.run.ttt_lr:g}: at {audit.run.ttt_lr:g}, {calm.chaos}"
+
+
+def settings_compared(audit: Audit) -> tuple[Widest, str]:
+    """Differences between the scores of each document in several settings, and how many were compared."""
     changes = {}
     if audit.run.batched_ttt and audit.dist.device.type == "cpu":  # on a GPU it sets the shapes, which affect the bits
         changes["ttt_batch_docs"] = 2 if audit.run.ttt_batch_docs > 2 else 64
@@ -170,7 +183,7 @@ def independence(audit: Audit) -> Seen:
         widest.compare_sums(what, ranks[i] - audit.together.sums[i], size)
         total += float((elsewhere[i] - alone.nats).sum())
     bpb = abs(total) / math.log(2) / int(joined(audit.texts).bytes.sum())
-    return widest.faults, f"{widest}, {bpb:.1e} in all; {len(audit.texts)} documents, each in 4 settings"
+    return widest, f"{widest}, {bpb:.1e} in all; {len(audit.texts)} documents, each in 4 settings"
 
 
 def by_document(texts: Sequence[Text], nats: np.ndarray) -> list[np.ndarray]:
