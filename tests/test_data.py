@@ -276,7 +276,7 @@ def test_a_tokenizer_with_another_bos_is_refused(tiny_data, tiny_run, train_toke
 
 # ---- bytes ------------------------------------------------------------------
 
-PIECES = ["<unk>", "<s>", "</s>", "<0xE2>", "<0x20>", "▁", "▁the", "re", "é", "▁▁", "▁½", "a▁b"]
+PIECES = ["<unk>", "<s>", "</s>", "<0xE2>", "<0x20>", "▁", "▁the", "re", "é", "▁▁", "▁½", "a▁b", "▁un"]
 
 
 class Pieces:
@@ -287,7 +287,7 @@ class Pieces:
     is_unknown = staticmethod(lambda i: i == 0)
     is_control = staticmethod(lambda i: i in (1, 2))
     is_byte = staticmethod(lambda i: i in (3, 4))
-    is_unused = staticmethod(lambda i: False)
+    is_unused = staticmethod(lambda i: i == 12)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +299,7 @@ class Pieces:
         ([7, 6, 1, 6], [2, 4, 0, 3]),
         ([1, 5, 5, 7], [0, 0, 1, 2]),  # a space alone
         ([2, 6, 0, 6], [0, 3, 0, 3]),  # nor after any other control or unknown piece, which are nothing themselves
+        ([7, 12, 6], [2, 0, 3]),  # nor after an unused one
         ([1, 3, 6, 4, 5], [0, 1, 4, 1, 1]),  # a byte piece is one byte, and text
         ([1, 8, 9, 10, 11], [0, 2, 4, 3, 5]),  # é; ▁▁: a space and a mark of three bytes; ½; a mark that does not lead
         ([6, 6], [3, 4]),
@@ -412,6 +413,16 @@ def test_a_micro_batch_says_where_attention_restarts():
     assert micro_batch.segments.positions.tolist() == [0, 1, 0, 0, 1, 2, 3]
     assert micro_batch.segments.ends.tolist() == [2, 2, 3, 7, 7, 7, 7]
     assert micro_batch.segments.positions.dtype == micro_batch.segments.ends.dtype == torch.int32
+
+
+def test_a_micro_batch_is_split_into_those_of_its_rows():
+    text = np.array([BOS, 5, 6, 7, 5, BOS, 6, 7, 5, 6, 7, 7, 5], np.uint16)
+    rows = train_gpt.split_rows(train_gpt.text_micro_batch(text, 4, 3, torch.device("cpu")), 4)
+    for start, row in zip((0, 4, 8), rows, strict=True):
+        alone = train_gpt.text_micro_batch(text[start : start + 5], 4, 3, torch.device("cpu"))
+        assert torch.equal(row.tokens, alone.tokens) and torch.equal(row.targets, alone.targets)
+        assert torch.equal(row.segments.positions, alone.segments.positions)
+        assert torch.equal(row.segments.ends, alone.segments.ends)
 
 
 # ---- the training stream ----------------------------------------------------
@@ -563,6 +574,15 @@ def test_a_shard_that_grows_while_it_is_in_use_stays_what_it_was(tiny_data, tiny
     with open(path, "ab") as file:
         file.write(bytes(1000))
     assert np.array_equal(stream.read(0, 1400), expected)
+
+
+def test_nothing_before_the_held_out_tokens_is_held_out(tiny_data, tiny_run):
+    """Where a document begins at the first of them, where training ends inside one, and where its last token is BOS."""
+    tokens = training_tokens(tiny_data)
+    begin = int(np.flatnonzero(tokens == BOS)[-8])
+    for held in range(1500 - begin - 2, 1500 - begin + 3):
+        documents = TrainingStream(tiny_run(holdout_tokens=held), VOCAB, Dist()).held_out()
+        assert len(documents) == (tokens[-held:] == BOS).sum() - 1
 
 
 def test_a_held_out_token_outside_the_vocabulary_is_named_with_its_own_shard(tiny_data, tiny_run, write_shard):

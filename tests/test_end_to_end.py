@@ -212,11 +212,30 @@ def test_the_result_adds_up(first):
     ]
 
 
-def test_documents_keep_their_scores_before_quantisation(first):
-    """For races, in pairs of documents. A run that only scores has none."""
+CLOCKS = {
+    "training": {"train", "checkpoint", "choose", "gradients", "calibrate", "quantise", "pack"},
+    "evaluation": {"unpack", "evaluate: warm-up", "evaluate: score"},
+    "-": {"load", "set-up", "validate", "score without adaptation"},
+}
+
+
+def test_every_phase_counts_towards_the_limit_that_the_rules_say(first):
+    phases = [event for event in first.events if event["event"] == "phase"]
+    seconds = {}
+    for clock, names in CLOCKS.items():
+        assert {event["name"] for event in phases if event["clock"] == clock} == names
+        seconds[clock] = sum(event["seconds"] for event in phases if event["clock"] == clock)
+    assert first.result["train_seconds"] == pytest.approx(seconds["training"])
+    assert first.result["eval_seconds"] == pytest.approx(seconds["evaluation"])
+
+
+def test_the_scores_of_documents_add_up_to_those_of_the_result(first):
+    """For races, in pairs of documents. A run that only scores has none before quantisation."""
     with np.load(first.log.with_suffix(".docs.npz")) as scores:
         nats = scores["prequant_nats"]
         assert first.result["prequant_bpb"] == nats.sum() / np.log(2) / scores["bytes"].sum()
+        for name, bpb in {"nats": "val_bpb", "static_nats": "static_bpb"}.items():
+            assert first.result[bpb] == scores[name].sum() / np.log(2) / scores["bytes"].sum()
     assert len(nats) == first.result["documents"] and "prequant_nats" not in first.result
 
 
@@ -646,14 +665,16 @@ def test_an_error_of_the_program_itself_says_how_to_go_on_too(in_process, monkey
     assert "RESUME=logs/lost.ckpt RUN_ID=lost " in note and Path("logs/lost.ckpt").exists()
 
 
+class CutOff(g.DivergenceCheck):
+    """Interrupts training."""
+
+    def __call__(self, loss: float, step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+
 def test_what_ends_training_says_how_to_go_on_from_the_last_checkpoint(in_process, monkeypatch):
     """A checkpoint of an earlier run of this name does not count."""
-
-    class CutOff(g.DivergenceCheck):
-        def __call__(self, loss: float, step: int) -> None:
-            if step == 4:
-                raise KeyboardInterrupt
-
     monkeypatch.setattr(g, "DivergenceCheck", CutOff)
     status, err = in_process(RUN_ID="cut", CHECKPOINT_SECONDS=1e-6)
     said, hint = err.splitlines()
@@ -662,6 +683,44 @@ def test_what_ends_training_says_how_to_go_on_from_the_last_checkpoint(in_proces
         "the last checkpoint is logs/cut.ckpt; this goes on from it: RESUME=logs/cut.ckpt RUN_ID=cut "
     )
     assert in_process(RUN_ID="cut") == (130, "interrupted\n")
+
+
+def test_the_seconds_of_all_runs_that_a_result_continues_count(in_process, monkeypatch):
+    """Of one that is cut off, and of one that only fails to pack."""
+
+    def lengthen(path: Path) -> float:
+        """Make a checkpoint say that training took 100 seconds longer -> the seconds that it now says"""
+        meta, tensors = g.unpack(path.read_bytes(), "it")
+        meta["seconds"] += 100.0
+        path.write_bytes(g.pack(meta, tensors, level=None))
+        return meta["seconds"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "DivergenceCheck", CutOff)
+        in_process(RUN_ID="cut", CHECKPOINT_SECONDS=1e-6)
+    lengthen(Path("logs/cut.ckpt"))
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "make_artifact", raising(g.UserError("too large")))
+        in_process(RUN_ID="lost", RESUME="logs/cut.ckpt")
+    before = lengthen(Path("logs/lost.ckpt"))
+    assert before > 200
+    status, _ = in_process(RUN_ID="packed", RESUME="logs/lost.ckpt")
+    result = json.loads(Path("logs/packed.json").read_text())
+    packing = sum(result["phases"][phase] for phase in ("choose", "gradients", "calibrate", "quantise", "pack"))
+    assert status == 0 and result["train_seconds"] == pytest.approx(before + packing, abs=0.01)
+
+
+def test_a_validation_loops_if_the_steps_before_it_do(in_process, monkeypatch):
+    modes = []
+    plain = g.score_all_static
+
+    def score(model, setup, looping=True, **given):
+        modes.append(looping)
+        return plain(model, setup, looping, **given)
+
+    monkeypatch.setattr(g, "score_all_static", score)
+    status, _ = in_process(RUN_ID="loops", ITERATIONS=4, ENABLE_LOOPING_AT=0.5, VAL_LOSS_EVERY=1)
+    assert status == 0 and modes[:4] == [False, False, True, True] and all(modes[4:])
 
 
 def test_a_disk_that_takes_no_checkpoint_does_not_end_a_run(first, in_process, monkeypatch):

@@ -647,6 +647,22 @@ def test_the_dry_run_writes_a_checkpoint_whose_seconds_are_reserved(settings, tm
     assert list((tmp_path / "logs").iterdir()) == []
 
 
+def test_calibration_text_is_as_many_batches_as_asked_for_and_follows_what_was_trained_on(
+    settings, monkeypatch, tmp_path
+):
+    run = settings(gptq_calibration_batches=2, grad_rms_tokens=0)
+    trainer = new_trainer(run)
+    trainer.step = 3
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
+    setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+    read = []
+    monkeypatch.setattr(g, "calibrate", lambda model, batches, dist, run: read.extend(batches))
+    monkeypatch.setattr(g, "make_artifact", lambda *given: b"")
+    g.pack_weights(trainer, setup, g.Log(), g.Stopwatch(trainer.dist), tmp_path / "it.ptz")
+    text = torch.cat([micro_batch.tokens[0] for batch in read for micro_batch in batch])
+    assert text.tolist() == stream.read(3 * run.train_batch_tokens, 2 * run.train_batch_tokens).tolist()
+
+
 # ---- which weights are read out ---------------------------------------------
 
 
