@@ -2444,7 +2444,7 @@ class MuonAdam:
         self.steps_done = steps_done
         for i, (n, momentum) in enumerate(zip(self.share, self.momentum, strict=True)):
             mine = state[f"momentum.{i}"][self.dist.rank * n : (self.dist.rank + 1) * n]
-            momentum.zero_()[: len(mine)].copy_(mine)
+            momentum[: len(mine)].copy_(mine)  # the rest is padding, always zeros
         for name, t in self.moments().items():
             t.copy_(state[name])
 
@@ -4166,7 +4166,7 @@ class ScoreTable:
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         """Add the scores (n,) of targets that belong to these documents (n,)."""
-        self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
+        self.nats += np.bincount(documents, nats, minlength=len(self.docs))  # a sum in double precision
         self.targets += np.bincount(documents, minlength=len(self.docs))
 
     def all_reduced(self, dist: Dist) -> ScoreTable:

@@ -1,6 +1,7 @@
 """The program as a user runs it: small settings, real processes, a folder of its own."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -227,6 +228,14 @@ def test_every_phase_counts_towards_the_limit_that_the_rules_say(first):
         seconds[clock] = sum(event["seconds"] for event in phases if event["clock"] == clock)
     assert first.result["train_seconds"] == pytest.approx(seconds["training"])
     assert first.result["eval_seconds"] == pytest.approx(seconds["evaluation"])
+
+
+def test_an_artifact_says_what_its_training_depended_on(first):
+    data = first.folder.path / "my data"
+    meta, _ = g.unpack(first.folder.artifact().read_bytes(), "first.ptz")
+    held = g.whole_documents(g.read_shard(data / "fineweb_train_000001.bin")[-600:])
+    assert meta["tokenizer"] == hashlib.sha256((data / "small.model").read_bytes()).hexdigest()
+    assert (meta["holdout_tokens"], meta["holdout"]) == (600, held.tokens_sha256())
 
 
 def test_the_scores_of_documents_add_up_to_those_of_the_result(first):
@@ -473,6 +482,40 @@ def test_a_machine_that_differs_is_refused_before_anything_is_paid_for(first, tm
         assert rank.returncode == 2, rank.stderr[-1000:]
         assert f"rank 1 on {platform.node()} has other {what} than rank 0" in rank.stderr
     assert not (first.folder.path / "logs" / "differs.txt").exists()
+
+
+class RankOne(g.Dist):
+    """Tells what rank 0 would, and meets what it then tells itself."""
+
+    def __init__(self):
+        super().__init__(1, 2)
+        self.of_rank_0 = None
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        self.of_rank_0 = self.of_rank_0 or data
+        return [self.of_rank_0, data]
+
+
+def test_ranks_may_differ_in_nothing_but_where_their_files_lie(tiny_config, tiny_run, tiny_data, monkeypatch):
+    dist = RankOne()
+    setup = g.make_setup(tiny_config, tiny_run(), dist)
+    run = setup.run
+    docs = setup.validation
+    other_docs = g.Documents(docs.tokens, docs.bytes[::-1], docs.starts, docs.by_formula)
+    g.check_ranks_agree(setup)
+    g.check_ranks_agree(setup._replace(run=g.dataclasses.replace(run, data_path="elsewhere", run_id="other")))
+    others = {
+        "knobs": setup._replace(run=g.dataclasses.replace(run, seed=1)),
+        "tokenizer": setup._replace(tokenizer=setup.tokenizer._replace(sha256="another")),
+        "validation set": setup._replace(validation=other_docs),
+        "training shards": setup._replace(stream=None),
+        "code": setup,
+    }
+    for what, other in others.items():
+        if what == "code":
+            monkeypatch.setattr(g, "code", lambda: b"another")
+        with pytest.raises(g.ConfigError, match=f"rank 1 on .* has other {what} than rank 0"):
+            g.check_ranks_agree(other)
 
 
 LAST_WORDS = """

@@ -345,6 +345,15 @@ def test_the_clock_goes_on_after_a_resume(settings, tmp_path):
     assert warning.startswith("no step is left to train: 4 steps and 100 s have spent the budget")
 
 
+def test_the_next_checkpoint_after_a_resume_is_due_as_long_after_it_as_any_other(settings, tmp_path):
+    interrupted(settings, tmp_path / "run.ckpt")
+    trainer = new_trainer(settings(checkpoint_seconds=50.0))
+    trainer.load_checkpoint(str(tmp_path / "run.ckpt"))
+    trainer.seconds_before = 100.0
+    go(trainer, checkpoint=tmp_path / "next.ckpt")
+    assert trainer.step == 8 and not (tmp_path / "next.ckpt").exists()
+
+
 def test_the_speed_after_a_resume_is_that_of_the_steps_since(settings, tmp_path):
     interrupted(settings, tmp_path / "run.ckpt")
     trainer = new_trainer(settings(train_log_every=3))
