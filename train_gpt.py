@@ -2909,9 +2909,8 @@ class Trainer:
 
     def spend(self, progress: float) -> None:
         """Record that the fraction `progress` of the budget is spent, and update the average with the last step, since
-        only now is it known how much of the budget that step took."""
-        if self.step:
-            self.average.update(progress - self.progress)
+        only now is it known how much of the budget that step took. Before the first step this changes no average."""
+        self.average.update(progress - self.progress)
         self.progress = progress
 
     def forward_backward(self, micro_batch: MicroBatch, looping: bool) -> Tensor:

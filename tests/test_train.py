@@ -93,10 +93,16 @@ def test_micro_batches_do_not_change_what_is_learned(settings):
     assert whole == pytest.approx(parts, rel=1e-3)
 
 
-def test_the_loop_is_switched_on_by_schedule(settings, tmp_path):
-    go(new_trainer(settings(enable_looping_at=0.5)), log=g.Log(tmp_path / "run.txt"))
+def test_the_loop_is_switched_on_by_schedule(settings, tmp_path, monkeypatch):
+    trainer = new_trainer(settings(enable_looping_at=0.5, micro_batch_tokens=256))
+    plain = trainer.model.forward
+    looped = []
+    monkeypatch.setattr(
+        trainer.model, "forward", lambda *x, looping: (looped.append(looping), plain(*x, None, looping))[1]
+    )
+    go(trainer, log=g.Log(tmp_path / "run.txt"))
     events = read_events(tmp_path / "run.events.jsonl")
-    assert [event["loop"] for event in events] == [0] * 4 + [1] * 4
+    assert [event["loop"] for event in events] == looped == [0] * 4 + [1] * 4
     off = dataclasses.replace(TINY_MODEL, num_loops=0)
     assert not new_trainer(settings(), config=off).looping(1.0)
 
@@ -523,16 +529,58 @@ def test_a_checkpoint_is_read_before_anything_is_compiled_and_survives_the_warm_
         g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
 
 
-def test_a_checkpoint_goes_on_with_its_own_training_shards(settings, write_shard, tmp_path, train_tokenizer):
-    run = settings()
-    data = Path(run.data_path)
+@pytest.fixture
+def make_setup(settings, write_shard, train_tokenizer):
+    """make_setup(**overrides): all that a run needs, with a tokenizer and one short document to score"""
+    data = Path(settings().data_path)
     (data / "tokenizer.model").write_bytes(train_tokenizer())
     write_shard(data / "fineweb_val_000000.bin", [g.BOS, 5, 6])
-    run = dataclasses.replace(run, tokenizer_path=str(data / "tokenizer.model"))
+
+    def make(**overrides) -> g.Setup:
+        run = settings(tokenizer_path=str(data / "tokenizer.model"), **overrides)
+        return g.make_setup(TINY_MODEL, run, g.Dist())
+
+    return make
+
+
+def test_a_trainer_takes_seed_and_horizon_from_the_run(make_setup):
+    setup = make_setup(seed=7, ema_horizon_frac=0.5)
+    trainer = g.make_trainer(setup, setup.stream.held_out())
+    assert differing(trainer.weights(), new_trainer(setup.run).weights()) == []
+    assert differing(trainer.weights(), new_trainer(make_setup(seed=8).run).weights()) != []
+    trainer.average.params[0].add_(1.0)
+    trainer.average.update(0.5)
+    difference = trainer.average.params[0] - trainer.average.values[0]
+    assert difference.mean().item() == pytest.approx(math.exp(-0.5 / 0.5), rel=1e-4)
+
+
+def test_the_chosen_blend_is_what_is_scored_and_packed(make_setup, monkeypatch, tmp_path):
+    setup = make_setup()
+    trainer = new_trainer(setup.run)
+    trainer.average.values[0].add_(1.0)
+    own = trainer.average.params[0].clone()
+    shares = []  # of the average, when validation is scored and when weights are packed
+
+    def note(*given, **named) -> g.ScoreTable:
+        shares.append(round((trainer.average.params[0] - own).mean().item(), 4))
+        table = g.ScoreTable(setup.validation)
+        table.targets[:] = 1
+        return table
+
+    monkeypatch.setattr(g, "choose_weights", lambda *given: 0.25)
+    monkeypatch.setattr(g, "score_all_static", note)
+    monkeypatch.setattr(g, "pack_weights", note)
+    held_out = setup.stream.held_out()
+    g.read_out_and_pack(trainer, setup, held_out, g.Log(), g.Stopwatch(trainer.dist), tmp_path / "it.ptz")
+    assert shares == [0.0, 0.25, 0.25]
+
+
+def test_a_checkpoint_goes_on_with_its_own_training_shards(make_setup, write_shard, tmp_path):
     path = tmp_path / "run.ckpt"
+    data = tmp_path / "data"
 
     def trainer() -> g.Trainer:
-        setup = g.make_setup(TINY_MODEL, run, g.Dist())
+        setup = make_setup()
         return g.make_trainer(setup, setup.stream.held_out())
 
     trainer().save_checkpoint(path, seconds=1.0)
