@@ -4764,15 +4764,14 @@ def filled_up(values: np.ndarray, size: int, value: int = -1) -> np.ndarray:
 
 def with_fewer_rows(step: ChunkStep, going: np.ndarray) -> ChunkStep:
     """The step with its rows halved while at most half of them go on, so that only a few numbers of rows occur.
-    `going` (B,) bool: the rows that go on."""
+    `going` (B,) bool: the rows that go on. In the first step of a wave all do."""
     size = len(step.rows)
     while size > 1 and going.sum() <= size // 2:
         size //= 2
     if size == len(step.rows):
         return step
     chosen = np.argsort(~going, kind="stable")[:size]  # those that go on, then some that have ended
-    kept = chosen if step.kept is None else step.kept[chosen]
-    return step._replace(rows=step.rows[chosen], kept=kept)
+    return step._replace(rows=step.rows[chosen], kept=chosen)
 
 
 class Learners:

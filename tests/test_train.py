@@ -799,6 +799,19 @@ def test_the_time_to_score_every_readout_is_reserved(settings, monkeypatch, tmp_
     assert 1.15 * 4.0 + 0.5 < reserve < 1.15 * 5.0 + 0.5
 
 
+def test_the_time_of_all_that_follows_training_is_reserved(settings, monkeypatch, tmp_path):
+    """Three batches to calibrate on, four blends to score and two tries to fit the bytes, each as long as in the dry
+    run."""
+    monkeypatch.chdir(tmp_path)
+    run = settings(max_wallclock_seconds=1000.0, holdout_tokens=300, gptq_calibration_batches=3)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, g.Dist())
+    setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, stream)
+    took = {"checkpoint": 1.0, "gradients": 2.0, "calibrate": 4.0, "choose": 8.0, "quantise": 16.0, "pack": 32.0}
+    monkeypatch.setattr(g.Stopwatch, "total", lambda watch, *names: sum(took[name] for name in names))
+    reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
+    assert reserve == pytest.approx(1.15 * (1 + 2 + 3 * 4 + 4 * 8 + 2 * (16 + 32)) + 0.5)
+
+
 # ---- when to stop -----------------------------------------------------------
 
 

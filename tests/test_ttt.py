@@ -530,6 +530,15 @@ def test_frozen_blocks_keep_their_weights_and_all_else_learns(blocks, monkeypatc
     assert kept == {n for n in before if n.startswith(tuple(f"blocks.{i}." for i in range(blocks)))}
 
 
+def test_block_1_is_frozen_without_block_10():
+    model = g.GPT(g.dataclasses.replace(CONFIG, num_layers=12))
+    leaves = g.SequentialTTT(model, run_config(**FULL | dict(ttt_freeze_blocks=2)), g.Dist()).leaves
+    adapts = [
+        i for i, block in enumerate(model.blocks) if any(p is leaf for p in block.parameters() for leaf in leaves)
+    ]
+    assert adapts == list(range(2, 12))
+
+
 def test_multipliers_scale_the_rates_of_their_matrices(steps):
     plain = changes_of_full(steps, ttt_lr_mult_mlp_out=1.0, ttt_lr_mult_in=1.0)
     scaled = changes_of_full(steps, ttt_lr_mult_mlp_out=3.0, ttt_lr_mult_in=0.5)
@@ -816,6 +825,12 @@ def test_the_time_left_reserves_the_score_of_the_rest():
     assert made.degraded == 0
 
 
+@pytest.mark.parametrize("spent, ahead, rest, enough", [(9.7, 0, 0, 1), (9.9, 0, 0, 0), (5, 4, 0, 1), (5, 5, 0, 0)])
+def test_what_would_end_just_before_the_limit_or_later_is_not_begun(spent, ahead, rest, enough):
+    made = evaluation(MIXED, seconds=lambda: spent, eval_seconds=10.0, **LORA)
+    assert made._has_time(rest, ahead) == bool(enough)
+
+
 # ---- two ranks --------------------------------------------------------------
 
 
@@ -845,6 +860,7 @@ def test_the_shares_of_two_ranks_are_the_whole(name):
 
 SHARED = dict(ttt_chunk_tokens=24, micro_batch_tokens=32)  # several rows a chunk, so that each rank has some
 RANKED = {name: SYSTEMS[name] | SHARED for name in ("lora, stream", "full, stream")}
+RANKED["full, stream, entropy window"] = RANKED["full, stream"] | dict(ttt_entropy_low=1.0, ttt_entropy_high=2.5)
 RANKED |= {"full, document": FULL, "static": dict(ttt_enabled=0), "lora": LORA | dict(ttt_batch_docs=2)}
 
 
