@@ -359,6 +359,19 @@ def test_a_byte_count_that_is_not_exact_reaches_the_score(spaces_inside, tiny_en
     assert f"counts {excess} bytes too many: without these, val_bpb is {exact:.5f}\n" in done.stdout
 
 
+def test_the_score_over_what_a_lossy_tokenizer_keeps_is_told_beside_the_contests(
+    tiny_data, tiny_env, run_here, tmp_path
+):
+    manifest = {"tokenizer": {"path": "tokenizer.model"}, "splits": {"val": {"smaller_bytes": 400}}}
+    (tiny_data / "manifest.json").write_text(json.dumps(manifest))
+    done = run_here(env=tiny_env(ITERATIONS="1", TTT_ENABLED="0"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "logs" / "tiny.json").read_text())
+    (event,) = [e for e in read_events(tmp_path / "logs" / "tiny.events.jsonl") if e["event"] == "lossy"]
+    assert event["bytes_kept"] == 400 < result["bytes"]
+    assert event["val_bpb_kept"] == pytest.approx(result["val_loss"] * result["tokens"] / np.log(2) / 400)
+
+
 # ---- documents --------------------------------------------------------------
 
 

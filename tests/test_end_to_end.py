@@ -291,6 +291,21 @@ def test_an_artifact_is_scored_alone_without_training_data(first, tmp_path, here
     assert alone["knobs"] == first.result["knobs"] | {"RUN_ID": "alone", "ARTIFACT": str(first.folder.artifact())}
 
 
+def test_an_artifact_of_another_network_that_replaces_it_meanwhile_is_not_scored(first, in_process, monkeypatch):
+    """Its score would stand beside the settings of the first."""
+    path = Path("it.ptz").absolute()
+    shutil.copy(first.folder.artifact(), path)
+
+    def replace(setup: g.Setup) -> None:
+        meta, tensors = g.unpack(path.read_bytes(), "it.ptz")
+        meta["model"]["rope_base"] = 20_000.0
+        path.write_bytes(g.pack(meta, tensors, level=22))
+
+    monkeypatch.setattr(g, "check_setup", replace)
+    status, err = in_process(RUN_ID="alone", ARTIFACT=str(path))
+    assert (status, err) == (2, f"error: {path}: was replaced meanwhile; score it again\n")
+
+
 def test_a_time_that_packing_alone_takes_is_refused_before_training(tmp_path, here):
     done = here(Folder(tmp_path), RUN_ID="short", ITERATIONS=0, MAX_WALLCLOCK_SECONDS=0.4)
     assert done.returncode == 2 and "MAX_WALLCLOCK_SECONDS=0.4" in done.stderr and "result" not in done.stdout

@@ -451,9 +451,10 @@ def test_the_steps_of_rare_tokens_are_bounded():
     P v / 2: found here by trying."""
     weight, hessian = correlated(6, 20)
     rows = torch.logspace(-5, 1, 6)
-    plan = g.MatrixPlan(weight, g.Sensitivity(hessian, rows, inputs=torch.eye(20)), DAMPING, noise=1 / 12)
+    inputs = torch.linspace(0.1, 2.0, 20).diag()
+    plan = g.MatrixPlan(weight, g.Sensitivity(hessian, rows, inputs), DAMPING, noise=1 / 12)
     damped = hessian.double() + DAMPING * hessian.diagonal().mean() * torch.eye(20)
-    explained = damped.inverse().trace()
+    explained = (damped.inverse() @ inputs.double()).trace()
     for octave in (-4.0, 0.0):
         x = 10 / 12 * float(explained) * 4**octave / rows.double()
         factors = torch.logspace(-8, 0, 40_001, dtype=torch.float64)[:, None]  # on squared steps

@@ -565,14 +565,17 @@ def test_the_chosen_blend_is_what_is_scored_and_packed(make_setup, monkeypatch, 
         shares.append(round((trainer.average.params[0] - own).mean().item(), 4))
         table = g.ScoreTable(setup.validation)
         table.targets[:] = 1
+        table.nats[:] = len(shares)
         return table
 
     monkeypatch.setattr(g, "choose_weights", lambda *given: 0.25)
     monkeypatch.setattr(g, "score_all_static", note)
     monkeypatch.setattr(g, "pack_weights", note)
     held_out = setup.stream.held_out()
-    g.read_out_and_pack(trainer, setup, held_out, g.Log(), g.Stopwatch(trainer.dist), tmp_path / "it.ptz")
+    watch = g.Stopwatch(trainer.dist)
+    result, nats = g.read_out_and_pack(trainer, setup, held_out, g.Log(), watch, tmp_path / "it.ptz")
     assert shares == [0.0, 0.25, 0.25]
+    assert result["readout"] == 0.25 and result["prequant_bpb"] == 2 * result["last_bpb"] and nats.tolist() == [2.0]
 
 
 def test_a_checkpoint_goes_on_with_its_own_training_shards(make_setup, write_shard, tmp_path):
