@@ -807,6 +807,23 @@ def test_markers_without_a_side_car_are_refused(tiny_data, tiny_run, train_token
         load(tiny_run())
 
 
+@pytest.mark.parametrize(
+    "stated, markers, mentioned",
+    [
+        ("rot13", "", "'rot13', but no such transform"),
+        (3, "", "3, but no such"),
+        ("none", "\ue001", "pieces of CaseOps"),
+    ],
+)
+def test_text_of_an_unknown_transform_is_refused(tiny_data, tiny_run, train_tokenizer, stated, markers, mentioned):
+    """The formula would count the bytes of the text as it was transformed."""
+    (tiny_data / "tokenizer.model").write_bytes(train_tokenizer(user_defined_symbols=markers))
+    (tiny_data / "manifest.json").write_text(
+        json.dumps({"tokenizer": {"path": "tokenizer.model", "transform": stated}})
+    )
+    assert mentioned in refusal(load, tiny_run())
+
+
 @pytest.mark.parametrize("entry", [1, {}, {"file": 3}, {"file": "../x", "sha256": "0"}, {"file": "x"}, [], None])
 def test_an_entry_that_names_no_file_of_the_folder_is_passed_over(tiny_data, tiny_run, entry):
     manifest = json.loads((sealed(tiny_data) / "manifest.json").read_text())

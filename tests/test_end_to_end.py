@@ -200,6 +200,8 @@ def test_the_result_adds_up(first):
     assert result["tokens"] == len(g.read_shard(data / "fineweb_val_000000.bin")) - 1
     assert result["val_bpb"] == pytest.approx(result["val_loss"] * result["tokens"] / np.log(2) / result["bytes"])
     assert (result["steps"], result["train_tokens"], result["degraded_documents"]) == (12, 12 * 256, 0)
+    trained_on = sum(len(g.read_shard(data / f"fineweb_train_00000{i}.bin")) for i in (0, 1)) - 600
+    assert result["epochs"] == pytest.approx(12 * 256 / trained_on)
     assert result["doc_independent"] == 1 and result["adaptation_steps"] > 0
     assert result["artifact_bytes"] == first.folder.artifact().stat().st_size == sum(result["artifact_parts"].values())
     assert result["total_bytes"] == result["artifact_bytes"] + SCRIPT.stat().st_size <= 16_000_000

@@ -411,3 +411,8 @@ def test_so_are_late_chunks():
     run = run_config(ttt_optimizer="rms", eval_seq_len=128, micro_batch_tokens=128, ttt_late_chunk_tokens=65)
     with pytest.raises(g.UserError, match="TTT_LATE_CHUNK_TOKENS=65: choose 4 to 64"):
         g.check_gradient_rms(measured, run, "a.ptz")
+
+
+def test_a_network_without_statistics_cannot_adapt_by_them():
+    with pytest.raises(g.UserError, match="a.ptz: .*does not hold the RMS of gradients"):
+        g.check_gradient_rms(None, run_config(ttt_optimizer="rms"), "a.ptz")

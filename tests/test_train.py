@@ -578,6 +578,21 @@ def test_the_chosen_blend_is_what_is_scored_and_packed(make_setup, monkeypatch, 
     assert result["readout"] == 0.25 and result["prequant_bpb"] == 2 * result["last_bpb"] and nats.tolist() == [2.0]
 
 
+def test_a_blend_that_diverged_is_not_packed(make_setup, monkeypatch, tmp_path):
+    """Though the last weights, whose loss ended training, have not."""
+    setup = make_setup()
+    trainer = new_trainer(setup.run)
+    table = g.ScoreTable(setup.validation)
+    table.targets[:] = setup.validation.lengths
+    table.nats[:] = 2.01 * math.log(TINY_MODEL.vocab_size) * table.targets
+    monkeypatch.setattr(g, "choose_weights", lambda *given: 0.5)
+    monkeypatch.setattr(g, "score_all_static", lambda *given, **named: table)
+    given = (setup.stream.held_out(), g.Log(), g.Stopwatch(trainer.dist), tmp_path / "it.ptz")
+    with pytest.raises(g.UserError, match="training diverged: the score of the trained weights is 8.359 nats"):
+        g.read_out_and_pack(trainer, setup, *given)
+    assert not (tmp_path / "it.ptz").exists()
+
+
 def test_a_checkpoint_goes_on_with_its_own_training_shards(make_setup, write_shard, tmp_path):
     path = tmp_path / "run.ckpt"
     data = tmp_path / "data"

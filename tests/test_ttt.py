@@ -830,10 +830,31 @@ def test_the_time_left_reserves_the_score_of_the_rest():
     assert made.degraded == 0
 
 
-@pytest.mark.parametrize("spent, ahead, rest, enough", [(9.7, 0, 0, 1), (9.9, 0, 0, 0), (5, 4, 0, 1), (5, 5, 0, 0)])
+@pytest.mark.parametrize(
+    "spent, ahead, rest, enough",
+    [(9.7, 0, 0, True), (9.9, 0, 0, False), (5, 4, 0, True), (5, 5, 0, False), (0, 0, 600, True), (0, 0, 700, False)],
+)
 def test_what_would_end_just_before_the_limit_or_later_is_not_begun(spent, ahead, rest, enough):
+    """With a margin of half the time for the rest, here at 100 tokens a second."""
     made = evaluation(MIXED, seconds=lambda: spent, eval_seconds=10.0, **LORA)
-    assert made._has_time(rest, ahead) == bool(enough)
+    made.static_seconds_per_token = 0.01
+    assert made._has_time(rest, ahead) == enough
+
+
+def test_a_group_that_would_take_as_long_as_those_before_and_end_too_late_is_not_begun(monkeypatch):
+    now = [0.0]
+    made = evaluation(
+        documents(*[document(2 * CHUNK)] * 5), seconds=lambda: now[0], eval_seconds=10.0, ttt_batch_docs=1, **LORA
+    )
+    plain = made._score_group
+
+    def take_four_seconds(*given) -> None:
+        plain(*given)
+        now[0] += 4.0
+
+    monkeypatch.setattr(made, "_score_group", take_four_seconds)
+    made.score()
+    assert made.degraded == 3
 
 
 # ---- two ranks --------------------------------------------------------------
