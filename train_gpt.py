@@ -2444,7 +2444,7 @@ class MuonAdam:
         self.steps_done = steps_done
         for i, (n, momentum) in enumerate(zip(self.share, self.momentum, strict=True)):
             mine = state[f"momentum.{i}"][self.dist.rank * n : (self.dist.rank + 1) * n]
-            momentum.zero_()[: len(mine)].copy_(mine)
+            momentum[: len(mine)].copy_(mine)  # the rest is padding, always zeros
         for name, t in self.moments().items():
             t.copy_(state[name])
 
@@ -2909,9 +2909,8 @@ class Trainer:
 
     def spend(self, progress: float) -> None:
         """Record that the fraction `progress` of the budget is spent, and update the average with the last step, since
-        only now is it known how much of the budget that step took."""
-        if self.step:
-            self.average.update(progress - self.progress)
+        only now is it known how much of the budget that step took. Before the first step this changes no average."""
+        self.average.update(progress - self.progress)
         self.progress = progress
 
     def forward_backward(self, micro_batch: MicroBatch, looping: bool) -> Tensor:
@@ -4166,7 +4165,7 @@ class ScoreTable:
 
     def add(self, documents: np.ndarray, nats: np.ndarray) -> None:
         """Add the scores (n,) of targets that belong to these documents (n,)."""
-        self.nats += np.bincount(documents, nats.astype(np.float64), minlength=len(self.docs))
+        self.nats += np.bincount(documents, nats, minlength=len(self.docs))  # a sum in double precision
         self.targets += np.bincount(documents, minlength=len(self.docs))
 
     def all_reduced(self, dist: Dist) -> ScoreTable:
@@ -4765,15 +4764,14 @@ def filled_up(values: np.ndarray, size: int, value: int = -1) -> np.ndarray:
 
 def with_fewer_rows(step: ChunkStep, going: np.ndarray) -> ChunkStep:
     """The step with its rows halved while at most half of them go on, so that only a few numbers of rows occur.
-    `going` (B,) bool: the rows that go on."""
+    `going` (B,) bool: the rows that go on. In the first step of a wave all do."""
     size = len(step.rows)
     while size > 1 and going.sum() <= size // 2:
         size //= 2
     if size == len(step.rows):
         return step
     chosen = np.argsort(~going, kind="stable")[:size]  # those that go on, then some that have ended
-    kept = chosen if step.kept is None else step.kept[chosen]
-    return step._replace(rows=step.rows[chosen], kept=kept)
+    return step._replace(rows=step.rows[chosen], kept=chosen)
 
 
 class Learners:

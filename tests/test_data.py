@@ -277,7 +277,7 @@ def test_a_tokenizer_with_another_bos_is_refused(tiny_data, tiny_run, train_toke
 
 # ---- bytes ------------------------------------------------------------------
 
-PIECES = ["<unk>", "<s>", "</s>", "<0xE2>", "<0x20>", "▁", "▁the", "re", "é", "▁▁", "▁½", "a▁b"]
+PIECES = ["<unk>", "<s>", "</s>", "<0xE2>", "<0x20>", "▁", "▁the", "re", "é", "▁▁", "▁½", "a▁b", "▁un"]
 
 
 class Pieces:
@@ -288,7 +288,7 @@ class Pieces:
     is_unknown = staticmethod(lambda i: i == 0)
     is_control = staticmethod(lambda i: i in (1, 2))
     is_byte = staticmethod(lambda i: i in (3, 4))
-    is_unused = staticmethod(lambda i: False)
+    is_unused = staticmethod(lambda i: i == 12)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +300,7 @@ class Pieces:
         ([7, 6, 1, 6], [2, 4, 0, 3]),
         ([1, 5, 5, 7], [0, 0, 1, 2]),  # a space alone
         ([2, 6, 0, 6], [0, 3, 0, 3]),  # nor after any other control or unknown piece, which are nothing themselves
+        ([7, 12, 6], [2, 0, 3]),  # nor after an unused one
         ([1, 3, 6, 4, 5], [0, 1, 4, 1, 1]),  # a byte piece is one byte, and text
         ([1, 8, 9, 10, 11], [0, 2, 4, 3, 5]),  # é; ▁▁: a space and a mark of three bytes; ½; a mark that does not lead
         ([6, 6], [3, 4]),
@@ -359,6 +360,19 @@ def test_a_byte_count_that_is_not_exact_reaches_the_score(spaces_inside, tiny_en
     assert f"counts {excess} bytes too many: without these, val_bpb is {exact:.5f}\n" in done.stdout
 
 
+def test_the_score_over_what_a_lossy_tokenizer_keeps_is_told_beside_the_contests(
+    tiny_data, tiny_env, run_here, tmp_path
+):
+    manifest = {"tokenizer": {"path": "tokenizer.model"}, "splits": {"val": {"smaller_bytes": 400}}}
+    (tiny_data / "manifest.json").write_text(json.dumps(manifest))
+    done = run_here(env=tiny_env(ITERATIONS="1", TTT_ENABLED="0"))
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "logs" / "tiny.json").read_text())
+    (event,) = [e for e in read_events(tmp_path / "logs" / "tiny.events.jsonl") if e["event"] == "lossy"]
+    assert event["bytes_kept"] == 400 < result["bytes"]
+    assert event["val_bpb_kept"] == pytest.approx(result["val_loss"] * result["tokens"] / np.log(2) / 400)
+
+
 # ---- documents --------------------------------------------------------------
 
 
@@ -413,6 +427,16 @@ def test_a_micro_batch_says_where_attention_restarts():
     assert micro_batch.segments.positions.tolist() == [0, 1, 0, 0, 1, 2, 3]
     assert micro_batch.segments.ends.tolist() == [2, 2, 3, 7, 7, 7, 7]
     assert micro_batch.segments.positions.dtype == micro_batch.segments.ends.dtype == torch.int32
+
+
+def test_a_micro_batch_is_split_into_those_of_its_rows():
+    text = np.array([BOS, 5, 6, 7, 5, BOS, 6, 7, 5, 6, 7, 7, 5], np.uint16)
+    rows = train_gpt.split_rows(train_gpt.text_micro_batch(text, 4, 3, torch.device("cpu")), 4)
+    for start, row in zip((0, 4, 8), rows, strict=True):
+        alone = train_gpt.text_micro_batch(text[start : start + 5], 4, 3, torch.device("cpu"))
+        assert torch.equal(row.tokens, alone.tokens) and torch.equal(row.targets, alone.targets)
+        assert torch.equal(row.segments.positions, alone.segments.positions)
+        assert torch.equal(row.segments.ends, alone.segments.ends)
 
 
 # ---- the training stream ----------------------------------------------------
@@ -564,6 +588,15 @@ def test_a_shard_that_grows_while_it_is_in_use_stays_what_it_was(tiny_data, tiny
     with open(path, "ab") as file:
         file.write(bytes(1000))
     assert np.array_equal(stream.read(0, 1400), expected)
+
+
+def test_nothing_before_the_held_out_tokens_is_held_out(tiny_data, tiny_run):
+    """Where a document begins at the first of them, where training ends inside one, and where its last token is BOS."""
+    tokens = training_tokens(tiny_data)
+    begin = int(np.flatnonzero(tokens == BOS)[-8])
+    for held in range(1500 - begin - 2, 1500 - begin + 3):
+        documents = TrainingStream(tiny_run(holdout_tokens=held), VOCAB, Dist()).held_out()
+        assert len(documents) == (tokens[-held:] == BOS).sum() - 1
 
 
 def test_a_held_out_token_outside_the_vocabulary_is_named_with_its_own_shard(tiny_data, tiny_run, write_shard):
@@ -805,6 +838,23 @@ def test_markers_without_a_side_car_are_refused(tiny_data, tiny_run, train_token
     assert not list(tiny_data.glob("*_bytes_*"))
     with pytest.raises(DataError, match="CaseOps.*there is none"):
         load(tiny_run())
+
+
+@pytest.mark.parametrize(
+    "stated, markers, mentioned",
+    [
+        ("rot13", "", "'rot13', but no such transform"),
+        (3, "", "3, but no such"),
+        ("none", "\ue001", "pieces of CaseOps"),
+    ],
+)
+def test_text_of_an_unknown_transform_is_refused(tiny_data, tiny_run, train_tokenizer, stated, markers, mentioned):
+    """The formula would count the bytes of the text as it was transformed."""
+    (tiny_data / "tokenizer.model").write_bytes(train_tokenizer(user_defined_symbols=markers))
+    (tiny_data / "manifest.json").write_text(
+        json.dumps({"tokenizer": {"path": "tokenizer.model", "transform": stated}})
+    )
+    assert mentioned in refusal(load, tiny_run())
 
 
 @pytest.mark.parametrize("entry", [1, {}, {"file": 3}, {"file": "../x", "sha256": "0"}, {"file": "x"}, [], None])

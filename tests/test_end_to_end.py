@@ -1,6 +1,7 @@
 """The program as a user runs it: small settings, real processes, a folder of its own."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -199,6 +200,8 @@ def test_the_result_adds_up(first):
     assert result["tokens"] == len(g.read_shard(data / "fineweb_val_000000.bin")) - 1
     assert result["val_bpb"] == pytest.approx(result["val_loss"] * result["tokens"] / np.log(2) / result["bytes"])
     assert (result["steps"], result["train_tokens"], result["degraded_documents"]) == (12, 12 * 256, 0)
+    trained_on = sum(len(g.read_shard(data / f"fineweb_train_00000{i}.bin")) for i in (0, 1)) - 600
+    assert result["epochs"] == pytest.approx(12 * 256 / trained_on)
     assert result["doc_independent"] == 1 and result["adaptation_steps"] > 0
     assert result["artifact_bytes"] == first.folder.artifact().stat().st_size == sum(result["artifact_parts"].values())
     assert result["total_bytes"] == result["artifact_bytes"] + SCRIPT.stat().st_size <= 16_000_000
@@ -212,11 +215,38 @@ def test_the_result_adds_up(first):
     ]
 
 
-def test_documents_keep_their_scores_before_quantisation(first):
-    """For races, in pairs of documents. A run that only scores has none."""
+CLOCKS = {
+    "training": {"train", "checkpoint", "choose", "gradients", "calibrate", "quantise", "pack"},
+    "evaluation": {"unpack", "evaluate: warm-up", "evaluate: score"},
+    "-": {"load", "set-up", "validate", "score without adaptation"},
+}
+
+
+def test_every_phase_counts_towards_the_limit_that_the_rules_say(first):
+    phases = [event for event in first.events if event["event"] == "phase"]
+    seconds = {}
+    for clock, names in CLOCKS.items():
+        assert {event["name"] for event in phases if event["clock"] == clock} == names
+        seconds[clock] = sum(event["seconds"] for event in phases if event["clock"] == clock)
+    assert first.result["train_seconds"] == pytest.approx(seconds["training"])
+    assert first.result["eval_seconds"] == pytest.approx(seconds["evaluation"])
+
+
+def test_an_artifact_says_what_its_training_depended_on(first):
+    data = first.folder.path / "my data"
+    meta, _ = g.unpack(first.folder.artifact().read_bytes(), "first.ptz")
+    held = g.whole_documents(g.read_shard(data / "fineweb_train_000001.bin")[-600:])
+    assert meta["tokenizer"] == hashlib.sha256((data / "small.model").read_bytes()).hexdigest()
+    assert (meta["holdout_tokens"], meta["holdout"]) == (600, held.tokens_sha256())
+
+
+def test_the_scores_of_documents_add_up_to_those_of_the_result(first):
+    """For races, in pairs of documents. A run that only scores has none before quantisation."""
     with np.load(first.log.with_suffix(".docs.npz")) as scores:
         nats = scores["prequant_nats"]
         assert first.result["prequant_bpb"] == nats.sum() / np.log(2) / scores["bytes"].sum()
+        for name, bpb in {"nats": "val_bpb", "static_nats": "static_bpb"}.items():
+            assert first.result[bpb] == scores[name].sum() / np.log(2) / scores["bytes"].sum()
     assert len(nats) == first.result["documents"] and "prequant_nats" not in first.result
 
 
@@ -261,6 +291,21 @@ def test_an_artifact_is_scored_alone_without_training_data(first, tmp_path, here
     assert "prequant_nats" not in np.load(tmp_path / "logs" / "alone.docs.npz")
     assert "steps" not in alone and not (tmp_path / "logs" / "alone.ptz").exists()
     assert alone["knobs"] == first.result["knobs"] | {"RUN_ID": "alone", "ARTIFACT": str(first.folder.artifact())}
+
+
+def test_an_artifact_of_another_network_that_replaces_it_meanwhile_is_not_scored(first, in_process, monkeypatch):
+    """Its score would stand beside the settings of the first."""
+    path = Path("it.ptz").absolute()
+    shutil.copy(first.folder.artifact(), path)
+
+    def replace(setup: g.Setup) -> None:
+        meta, tensors = g.unpack(path.read_bytes(), "it.ptz")
+        meta["model"]["rope_base"] = 20_000.0
+        path.write_bytes(g.pack(meta, tensors, level=22))
+
+    monkeypatch.setattr(g, "check_setup", replace)
+    status, err = in_process(RUN_ID="alone", ARTIFACT=str(path))
+    assert (status, err) == (2, f"error: {path}: was replaced meanwhile; score it again\n")
 
 
 def test_a_time_that_packing_alone_takes_is_refused_before_training(tmp_path, here):
@@ -456,6 +501,40 @@ def test_a_machine_that_differs_is_refused_before_anything_is_paid_for(first, tm
     assert not (first.folder.path / "logs" / "differs.txt").exists()
 
 
+class RankOne(g.Dist):
+    """Tells what rank 0 would, and meets what it then tells itself."""
+
+    def __init__(self):
+        super().__init__(1, 2)
+        self.of_rank_0 = None
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        self.of_rank_0 = self.of_rank_0 or data
+        return [self.of_rank_0, data]
+
+
+def test_ranks_may_differ_in_nothing_but_where_their_files_lie(tiny_config, tiny_run, tiny_data, monkeypatch):
+    dist = RankOne()
+    setup = g.make_setup(tiny_config, tiny_run(), dist)
+    run = setup.run
+    docs = setup.validation
+    other_docs = g.Documents(docs.tokens, docs.bytes[::-1], docs.starts, docs.by_formula)
+    g.check_ranks_agree(setup)
+    g.check_ranks_agree(setup._replace(run=g.dataclasses.replace(run, data_path="elsewhere", run_id="other")))
+    others = {
+        "knobs": setup._replace(run=g.dataclasses.replace(run, seed=1)),
+        "tokenizer": setup._replace(tokenizer=setup.tokenizer._replace(sha256="another")),
+        "validation set": setup._replace(validation=other_docs),
+        "training shards": setup._replace(stream=None),
+        "code": setup,
+    }
+    for what, other in others.items():
+        if what == "code":
+            monkeypatch.setattr(g, "code", lambda: b"another")
+        with pytest.raises(g.ConfigError, match=f"rank 1 on .* has other {what} than rank 0"):
+            g.check_ranks_agree(other)
+
+
 LAST_WORDS = """
 import weakref, torch, train_gpt as g
 g.torch_dist.init_process_group("gloo", store=g.torch_dist.HashStore(), rank=0, world_size=1)
@@ -646,14 +725,16 @@ def test_an_error_of_the_program_itself_says_how_to_go_on_too(in_process, monkey
     assert "RESUME=logs/lost.ckpt RUN_ID=lost " in note and Path("logs/lost.ckpt").exists()
 
 
+class CutOff(g.DivergenceCheck):
+    """Interrupts training."""
+
+    def __call__(self, loss: float, step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+
 def test_what_ends_training_says_how_to_go_on_from_the_last_checkpoint(in_process, monkeypatch):
     """A checkpoint of an earlier run of this name does not count."""
-
-    class CutOff(g.DivergenceCheck):
-        def __call__(self, loss: float, step: int) -> None:
-            if step == 4:
-                raise KeyboardInterrupt
-
     monkeypatch.setattr(g, "DivergenceCheck", CutOff)
     status, err = in_process(RUN_ID="cut", CHECKPOINT_SECONDS=1e-6)
     said, hint = err.splitlines()
@@ -662,6 +743,44 @@ def test_what_ends_training_says_how_to_go_on_from_the_last_checkpoint(in_proces
         "the last checkpoint is logs/cut.ckpt; this goes on from it: RESUME=logs/cut.ckpt RUN_ID=cut "
     )
     assert in_process(RUN_ID="cut") == (130, "interrupted\n")
+
+
+def test_the_seconds_of_all_runs_that_a_result_continues_count(in_process, monkeypatch):
+    """Of one that is cut off, and of one that only fails to pack."""
+
+    def lengthen(path: Path) -> float:
+        """Make a checkpoint say that training took 100 seconds longer -> the seconds that it now says"""
+        meta, tensors = g.unpack(path.read_bytes(), "it")
+        meta["seconds"] += 100.0
+        path.write_bytes(g.pack(meta, tensors, level=None))
+        return meta["seconds"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "DivergenceCheck", CutOff)
+        in_process(RUN_ID="cut", CHECKPOINT_SECONDS=1e-6)
+    lengthen(Path("logs/cut.ckpt"))
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "make_artifact", raising(g.UserError("too large")))
+        in_process(RUN_ID="lost", RESUME="logs/cut.ckpt")
+    before = lengthen(Path("logs/lost.ckpt"))
+    assert before > 200
+    status, _ = in_process(RUN_ID="packed", RESUME="logs/lost.ckpt")
+    result = json.loads(Path("logs/packed.json").read_text())
+    packing = sum(result["phases"][phase] for phase in ("choose", "gradients", "calibrate", "quantise", "pack"))
+    assert status == 0 and result["train_seconds"] == pytest.approx(before + packing, abs=0.01)
+
+
+def test_a_validation_loops_if_the_steps_before_it_do(in_process, monkeypatch):
+    modes = []
+    plain = g.score_all_static
+
+    def score(model, setup, looping=True, **given):
+        modes.append(looping)
+        return plain(model, setup, looping, **given)
+
+    monkeypatch.setattr(g, "score_all_static", score)
+    status, _ = in_process(RUN_ID="loops", ITERATIONS=4, ENABLE_LOOPING_AT=0.5, VAL_LOSS_EVERY=1)
+    assert status == 0 and modes[:4] == [False, False, True, True] and all(modes[4:])
 
 
 def test_a_disk_that_takes_no_checkpoint_does_not_end_a_run(first, in_process, monkeypatch):

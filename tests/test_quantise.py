@@ -430,6 +430,16 @@ def test_integers_are_never_too_large(case, trellis, octave):
         assert harm(weight, hessian, got, steps) < 1e-3 * harm(weight, hessian, 0 * got, steps)
 
 
+@pytest.mark.parametrize("trellis", [NEAREST, g.Trellis(8)], ids=["nearest", "trellis"])
+def test_what_exceeds_the_largest_integer_is_cut_off_and_does_not_wrap_round(trellis):
+    """As errors of many columns could, added up in one; here steps are too fine by ten octaves."""
+    weight, hessian = correlated(12, 20)
+    plan = a_plan(weight, hessian)
+    grid = plan.grid(-40.0)
+    (integers,) = g.gptq([plan], [grid._replace(row_steps=grid.row_steps - 80)], trellis)
+    assert g.LARGEST_INTEGER - 6 <= np.abs(integers).max() <= g.LARGEST_INTEGER
+
+
 def test_lambert_w_is_the_inverse():
     y = torch.cat([torch.zeros(1), torch.logspace(-9, 20, 200)])
     w = g.lambert_w(y)
@@ -441,9 +451,10 @@ def test_the_steps_of_rare_tokens_are_bounded():
     P v / 2: found here by trying."""
     weight, hessian = correlated(6, 20)
     rows = torch.logspace(-5, 1, 6)
-    plan = g.MatrixPlan(weight, g.Sensitivity(hessian, rows, inputs=torch.eye(20)), DAMPING, noise=1 / 12)
+    inputs = torch.linspace(0.1, 2.0, 20).diag()
+    plan = g.MatrixPlan(weight, g.Sensitivity(hessian, rows, inputs), DAMPING, noise=1 / 12)
     damped = hessian.double() + DAMPING * hessian.diagonal().mean() * torch.eye(20)
-    explained = damped.inverse().trace()
+    explained = (damped.inverse() @ inputs.double()).trace()
     for octave in (-4.0, 0.0):
         x = 10 / 12 * float(explained) * 4**octave / rows.double()
         factors = torch.logspace(-8, 0, 40_001, dtype=torch.float64)[:, None]  # on squared steps
@@ -574,6 +585,20 @@ def test_a_path_of_the_trellis_is_restored():
     for name, p in matrices(model).items():
         error = p - matrices(restored)[name]
         assert error.abs().max() < 3 * 2**-6 and error.square().mean() < 0.35 * 2**-12, name
+
+
+def test_which_weights_a_path_skips_is_the_same_for_rounding_and_storage():
+    """Also where the class is the very first that is not skipped."""
+    weight, hessian = correlated(12, 20)
+    zeros = np.zeros(20, np.int16)
+    steps = np.full(12, -8, np.int16)
+    classes = g.SILENT_CLASS + np.arange(12, dtype=np.int16) % 5 - 2
+    grid = g.Grid(steps, zeros, steps + classes, zeros)
+    trellis = g.Trellis(8)
+    (integers,) = g.gptq([a_plan(weight, hessian)], [grid], trellis)
+    assert [row.any() for row in integers] == (classes >= g.SILENT_CLASS).tolist()
+    stored = g.encode_matrices(g.Matrices({"a": integers}, {"a": grid}), trellis)
+    assert np.array_equal(g.decode_matrices(stored, {"a": (12, 20)})["a"], integers * steps_of(grid))
 
 
 def test_artifacts_of_the_first_version_are_still_read():
@@ -881,6 +906,20 @@ def test_a_trellis_can_be_asked_for():
     g.restore(g.GPT(CONFIG), stored, "it")
 
 
+def test_the_damping_is_the_knobs():
+    model = a_model()
+    for damping in (0.02, 0.2):
+        quantiser = g.Quantiser(matrices(model), sensitivities_of(model), g.RunConfig(gptq_damping=damping), g.Dist())
+        assert {plan.damping for plans in quantiser.plans.values() for plan in plans.values()} == {damping}
+
+
+def test_gains_and_gates_are_stored_as_the_nearest_fp16():
+    model = a_model()
+    stored = g.unpack(artifact(model, 1e6)[0], "it")[1]
+    for name, p in model.named_parameters():
+        assert g.param_role(name) != "scalar" or torch.equal(stored[name], p.half()), name
+
+
 def test_a_dry_run_rounds_once_and_takes_what_comes():
     dist = g.Dist()
     lines: list[str] = []
@@ -1060,6 +1099,16 @@ def test_looped_blocks_count_more(monkeypatch):
         looped = name.startswith(("blocks.1.", "blocks.2."))
         torch.testing.assert_close(more[name].hessian, (2.0 if looped else 1.0) * plain[name].hessian)
         assert torch.equal(more[name].row_weights, plain[name].row_weights)
+
+
+def test_a_token_that_calibration_never_saw_counts_too():
+    """Where rows differ only by how often they are looked up."""
+    calibration = g.Calibration(a_model(), seed=0)
+    calibration.run(a_batch(1))
+    calibration.head.hessian.zero_()
+    calibration.counts[:2] = torch.tensor([0.0, 1.0])
+    never, once = calibration.of_embedding().row_weights[:2].tolist()
+    assert never / once == pytest.approx(0.3 / 1.3, rel=1e-3)
 
 
 def test_the_seed_decides_the_labels():

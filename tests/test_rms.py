@@ -11,7 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import start_two_ranks, stored_tensors
+from conftest import any_gradient_rms, start_two_ranks, stored_tensors
 from graphs import replays_of
 from recorder import SMALL_MODEL, random_gpt
 
@@ -261,12 +261,33 @@ def test_the_text_ends_where_the_held_out_text_begins(tiny_data, tiny_run):
     assert len(stream.last_documents(10**9).tokens) <= stream.total
 
 
+def test_the_floor_is_a_fraction_of_the_rms_of_all_columns_of_the_same_output():
+    network = random_gpt(CONFIG)
+    network.gradient_rms = any_gradient_rms(CONFIG, 8)
+    plain, raised = (
+        g.rms_of_gradients(network, run_config(ttt_optimizer="rms", ttt_rms_floor=floor)) for floor in (0.0, 0.25)
+    )
+    for rms, with_floor in zip(plain, raised, strict=True):
+        torch.testing.assert_close(with_floor, rms + 0.25 * rms.square().mean().sqrt())
+
+
 # ---- stored -----------------------------------------------------------------
 
 
 def stored() -> dict[str, torch.Tensor]:
     model().gradient_rms = g.measure_gradient_rms(model(), own_text(6), run_config(), g.Dist())
     return g.encode_gradient_rms(model())
+
+
+def test_numbers_are_stored_in_quarters_of_an_octave_and_growth_in_64ths():
+    """Artifacts outlive the code: other units would misread those that exist."""
+    tensors = stored()
+    tensors["gradients.q"].fill_(6)
+    tensors["gradients.growth"].fill_(16)
+    found = g.decode_gradient_rms(tensors, CONFIG, "a file")
+    assert (found.growth == 0.25).all()
+    for (target, _), columns in zip(OUTPUTS, found.columns, strict=True):
+        assert target != "q" or torch.allclose(columns, torch.tensor(2.0**1.5))
 
 
 def test_numbers_come_back_to_within_the_steps_of_their_logarithms():
@@ -402,3 +423,15 @@ def test_chunks_that_are_too_far_from_what_was_measured_are_refused(chunk, ok):
         return
     with pytest.raises(g.UserError, match=f"a.ptz: .*TTT_CHUNK_TOKENS={chunk}: choose 4 to 64.*TTT_OPTIMIZER=adamw"):
         g.check_gradient_rms(measured, run, "a.ptz")
+
+
+def test_so_are_late_chunks():
+    measured = g.GradientRMS([], torch.zeros(0), 8)
+    run = run_config(ttt_optimizer="rms", eval_seq_len=128, micro_batch_tokens=128, ttt_late_chunk_tokens=65)
+    with pytest.raises(g.UserError, match="TTT_LATE_CHUNK_TOKENS=65: choose 4 to 64"):
+        g.check_gradient_rms(measured, run, "a.ptz")
+
+
+def test_a_network_without_statistics_cannot_adapt_by_them():
+    with pytest.raises(g.UserError, match="a.ptz: .*does not hold the RMS of gradients"):
+        g.check_gradient_rms(None, run_config(ttt_optimizer="rms"), "a.ptz")

@@ -93,10 +93,16 @@ def test_micro_batches_do_not_change_what_is_learned(settings):
     assert whole == pytest.approx(parts, rel=1e-3)
 
 
-def test_the_loop_is_switched_on_by_schedule(settings, tmp_path):
-    go(new_trainer(settings(enable_looping_at=0.5)), log=g.Log(tmp_path / "run.txt"))
+def test_the_loop_is_switched_on_by_schedule(settings, tmp_path, monkeypatch):
+    trainer = new_trainer(settings(enable_looping_at=0.5, micro_batch_tokens=256))
+    plain = trainer.model.forward
+    looped = []
+    monkeypatch.setattr(
+        trainer.model, "forward", lambda *x, looping: (looped.append(looping), plain(*x, None, looping))[1]
+    )
+    go(trainer, log=g.Log(tmp_path / "run.txt"))
     events = read_events(tmp_path / "run.events.jsonl")
-    assert [event["loop"] for event in events] == [0] * 4 + [1] * 4
+    assert [event["loop"] for event in events] == looped == [0] * 4 + [1] * 4
     off = dataclasses.replace(TINY_MODEL, num_loops=0)
     assert not new_trainer(settings(), config=off).looping(1.0)
 
@@ -345,6 +351,15 @@ def test_the_clock_goes_on_after_a_resume(settings, tmp_path):
     assert warning.startswith("no step is left to train: 4 steps and 100 s have spent the budget")
 
 
+def test_the_next_checkpoint_after_a_resume_is_due_as_long_after_it_as_any_other(settings, tmp_path):
+    interrupted(settings, tmp_path / "run.ckpt")
+    trainer = new_trainer(settings(checkpoint_seconds=50.0))
+    trainer.load_checkpoint(str(tmp_path / "run.ckpt"))
+    trainer.seconds_before = 100.0
+    go(trainer, checkpoint=tmp_path / "next.ckpt")
+    assert trainer.step == 8 and not (tmp_path / "next.ckpt").exists()
+
+
 def test_the_speed_after_a_resume_is_that_of_the_steps_since(settings, tmp_path):
     interrupted(settings, tmp_path / "run.ckpt")
     trainer = new_trainer(settings(train_log_every=3))
@@ -514,16 +529,76 @@ def test_a_checkpoint_is_read_before_anything_is_compiled_and_survives_the_warm_
         g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
 
 
-def test_a_checkpoint_goes_on_with_its_own_training_shards(settings, write_shard, tmp_path, train_tokenizer):
-    run = settings()
-    data = Path(run.data_path)
+@pytest.fixture
+def make_setup(settings, write_shard, train_tokenizer):
+    """make_setup(**overrides): all that a run needs, with a tokenizer and one short document to score"""
+    data = Path(settings().data_path)
     (data / "tokenizer.model").write_bytes(train_tokenizer())
     write_shard(data / "fineweb_val_000000.bin", [g.BOS, 5, 6])
-    run = dataclasses.replace(run, tokenizer_path=str(data / "tokenizer.model"))
+
+    def make(**overrides) -> g.Setup:
+        run = settings(tokenizer_path=str(data / "tokenizer.model"), **overrides)
+        return g.make_setup(TINY_MODEL, run, g.Dist())
+
+    return make
+
+
+def test_a_trainer_takes_seed_and_horizon_from_the_run(make_setup):
+    setup = make_setup(seed=7, ema_horizon_frac=0.5)
+    trainer = g.make_trainer(setup, setup.stream.held_out())
+    assert differing(trainer.weights(), new_trainer(setup.run).weights()) == []
+    assert differing(trainer.weights(), new_trainer(make_setup(seed=8).run).weights()) != []
+    trainer.average.params[0].add_(1.0)
+    trainer.average.update(0.5)
+    difference = trainer.average.params[0] - trainer.average.values[0]
+    assert difference.mean().item() == pytest.approx(math.exp(-0.5 / 0.5), rel=1e-4)
+
+
+def test_the_chosen_blend_is_what_is_scored_and_packed(make_setup, monkeypatch, tmp_path):
+    setup = make_setup()
+    trainer = new_trainer(setup.run)
+    trainer.average.values[0].add_(1.0)
+    own = trainer.average.params[0].clone()
+    shares = []  # of the average, when validation is scored and when weights are packed
+
+    def note(*given, **named) -> g.ScoreTable:
+        shares.append(round((trainer.average.params[0] - own).mean().item(), 4))
+        table = g.ScoreTable(setup.validation)
+        table.targets[:] = 1
+        table.nats[:] = len(shares)
+        return table
+
+    monkeypatch.setattr(g, "choose_weights", lambda *given: 0.25)
+    monkeypatch.setattr(g, "score_all_static", note)
+    monkeypatch.setattr(g, "pack_weights", note)
+    held_out = setup.stream.held_out()
+    watch = g.Stopwatch(trainer.dist)
+    result, nats = g.read_out_and_pack(trainer, setup, held_out, g.Log(), watch, tmp_path / "it.ptz")
+    assert shares == [0.0, 0.25, 0.25]
+    assert result["readout"] == 0.25 and result["prequant_bpb"] == 2 * result["last_bpb"] and nats.tolist() == [2.0]
+
+
+def test_a_blend_that_diverged_is_not_packed(make_setup, monkeypatch, tmp_path):
+    """Though the last weights, whose loss ended training, have not."""
+    setup = make_setup()
+    trainer = new_trainer(setup.run)
+    table = g.ScoreTable(setup.validation)
+    table.targets[:] = setup.validation.lengths
+    table.nats[:] = 2.01 * math.log(TINY_MODEL.vocab_size) * table.targets
+    monkeypatch.setattr(g, "choose_weights", lambda *given: 0.5)
+    monkeypatch.setattr(g, "score_all_static", lambda *given, **named: table)
+    given = (setup.stream.held_out(), g.Log(), g.Stopwatch(trainer.dist), tmp_path / "it.ptz")
+    with pytest.raises(g.UserError, match="training diverged: the score of the trained weights is 8.359 nats"):
+        g.read_out_and_pack(trainer, setup, *given)
+    assert not (tmp_path / "it.ptz").exists()
+
+
+def test_a_checkpoint_goes_on_with_its_own_training_shards(make_setup, write_shard, tmp_path):
     path = tmp_path / "run.ckpt"
+    data = tmp_path / "data"
 
     def trainer() -> g.Trainer:
-        setup = g.make_setup(TINY_MODEL, run, g.Dist())
+        setup = make_setup()
         return g.make_trainer(setup, setup.stream.held_out())
 
     trainer().save_checkpoint(path, seconds=1.0)
@@ -647,6 +722,22 @@ def test_the_dry_run_writes_a_checkpoint_whose_seconds_are_reserved(settings, tm
     assert list((tmp_path / "logs").iterdir()) == []
 
 
+def test_calibration_text_is_as_many_batches_as_asked_for_and_follows_what_was_trained_on(
+    settings, monkeypatch, tmp_path
+):
+    run = settings(gptq_calibration_batches=2, grad_rms_tokens=0)
+    trainer = new_trainer(run)
+    trainer.step = 3
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, trainer.dist)
+    setup = g.Setup(TINY_MODEL, run, trainer.dist, None, None, stream)
+    read = []
+    monkeypatch.setattr(g, "calibrate", lambda model, batches, dist, run: read.extend(batches))
+    monkeypatch.setattr(g, "make_artifact", lambda *given: b"")
+    g.pack_weights(trainer, setup, g.Log(), g.Stopwatch(trainer.dist), tmp_path / "it.ptz")
+    text = torch.cat([micro_batch.tokens[0] for batch in read for micro_batch in batch])
+    assert text.tolist() == stream.read(3 * run.train_batch_tokens, 2 * run.train_batch_tokens).tolist()
+
+
 # ---- which weights are read out ---------------------------------------------
 
 
@@ -724,6 +815,19 @@ def test_the_time_to_score_every_readout_is_reserved(settings, monkeypatch, tmp_
     monkeypatch.setattr(g, "score_all_static", lambda *given, **named: time.sleep(1.0))
     reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
     assert 1.15 * 4.0 + 0.5 < reserve < 1.15 * 5.0 + 0.5
+
+
+def test_the_time_of_all_that_follows_training_is_reserved(settings, monkeypatch, tmp_path):
+    """Three batches to calibrate on, four blends to score and two tries to fit the bytes, each as long as in the dry
+    run."""
+    monkeypatch.chdir(tmp_path)
+    run = settings(max_wallclock_seconds=1000.0, holdout_tokens=300, gptq_calibration_batches=3)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, g.Dist())
+    setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, stream)
+    took = {"checkpoint": 1.0, "gradients": 2.0, "calibrate": 4.0, "choose": 8.0, "quantise": 16.0, "pack": 32.0}
+    monkeypatch.setattr(g.Stopwatch, "total", lambda watch, *names: sum(took[name] for name in names))
+    reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
+    assert reserve == pytest.approx(1.15 * (1 + 2 + 3 * 4 + 4 * 8 + 2 * (16 + 32)) + 0.5)
 
 
 # ---- when to stop -----------------------------------------------------------

@@ -252,13 +252,17 @@ def plain_lora(text: list[int], make_optimizer, epochs: int, clip: float) -> np.
             lambda t: torch.optim.AdamW(t, lr=0.01, weight_decay=0.5, betas=(0.8, 0.95), eps=1e-10),
         ),
         (
+            dict(ttt_lr=0.01, ttt_weight_decay=0.0, ttt_beta1=0.0, ttt_beta2=0.95),
+            lambda t: torch.optim.AdamW(t, lr=0.01, weight_decay=0.0, betas=(0.0, 0.95), eps=1e-10),
+        ),
+        (
             dict(
                 ttt_optimizer="sgd", ttt_lr=0.2, ttt_momentum=0.8, ttt_weight_decay=0.0, ttt_grad_clip=0.3, ttt_epochs=2
             ),
             lambda t: torch.optim.SGD(t, lr=0.2, momentum=0.8),
         ),
     ],
-    ids=["adamw", "sgd, clipped, 2 epochs"],
+    ids=["adamw", "adamw, beta1 0", "sgd, clipped, 2 epochs"],
 )
 def test_adaptation_is_that_of_torchs_own_optimizer(monkeypatch, knobs, make_optimizer):
     text = document(44, period=7)
@@ -458,9 +462,10 @@ def test_the_rate_of_a_chunk_follows_the_entropy_of_its_own_document(steps, syst
         entropies.append(-(log_p.exp() * log_p).sum(-1).mean().item())
     low, high = sorted(entropies)[1] + 0.01, sorted(entropies)[2] - 0.01
     assert low < high
-    score(MIXED, **system | dict(ttt_entropy_low=low, ttt_entropy_high=high))
+    score(MIXED, **system | dict(ttt_entropy_low=low, ttt_entropy_high=high, ttt_epochs=2, ttt_cosine=0))
     expected = [system["ttt_lr"] * min(1.0, e / low, high / e) for e in entropies]
-    assert steps[0].lr[:3].tolist() == pytest.approx(expected[: len(steps[0].lr)], rel=1e-5)
+    for step in steps[:2]:  # the entropy is that of what was scored, in both epochs
+        assert step.lr[:3].tolist() == pytest.approx(expected[: len(step.lr)], rel=1e-5)
     assert system["ttt_lr"] not in expected
 
 
@@ -528,6 +533,15 @@ def test_frozen_blocks_keep_their_weights_and_all_else_learns(blocks, monkeypatc
     score(documents(document(3 * CHUNK)), model=model, **FULL | dict(ttt_freeze_blocks=blocks))
     kept = {n for n, p in model.named_parameters() if p.equal(before[n])}
     assert kept == {n for n in before if n.startswith(tuple(f"blocks.{i}." for i in range(blocks)))}
+
+
+def test_block_1_is_frozen_without_block_10():
+    model = g.GPT(g.dataclasses.replace(CONFIG, num_layers=12))
+    leaves = g.SequentialTTT(model, run_config(**FULL | dict(ttt_freeze_blocks=2)), g.Dist()).leaves
+    adapts = [
+        i for i, block in enumerate(model.blocks) if any(p is leaf for p in block.parameters() for leaf in leaves)
+    ]
+    assert adapts == list(range(2, 12))
 
 
 def test_multipliers_scale_the_rates_of_their_matrices(steps):
@@ -816,6 +830,33 @@ def test_the_time_left_reserves_the_score_of_the_rest():
     assert made.degraded == 0
 
 
+@pytest.mark.parametrize(
+    "spent, ahead, rest, enough",
+    [(9.7, 0, 0, True), (9.9, 0, 0, False), (5, 4, 0, True), (5, 5, 0, False), (0, 0, 600, True), (0, 0, 700, False)],
+)
+def test_what_would_end_just_before_the_limit_or_later_is_not_begun(spent, ahead, rest, enough):
+    """With a margin of half the time for the rest, here at 100 tokens a second."""
+    made = evaluation(MIXED, seconds=lambda: spent, eval_seconds=10.0, **LORA)
+    made.static_seconds_per_token = 0.01
+    assert made._has_time(rest, ahead) == enough
+
+
+def test_a_group_that_would_take_as_long_as_those_before_and_end_too_late_is_not_begun(monkeypatch):
+    now = [0.0]
+    made = evaluation(
+        documents(*[document(2 * CHUNK)] * 5), seconds=lambda: now[0], eval_seconds=10.0, ttt_batch_docs=1, **LORA
+    )
+    plain = made._score_group
+
+    def take_four_seconds(*given) -> None:
+        plain(*given)
+        now[0] += 4.0
+
+    monkeypatch.setattr(made, "_score_group", take_four_seconds)
+    made.score()
+    assert made.degraded == 3
+
+
 # ---- two ranks --------------------------------------------------------------
 
 
@@ -845,6 +886,7 @@ def test_the_shares_of_two_ranks_are_the_whole(name):
 
 SHARED = dict(ttt_chunk_tokens=24, micro_batch_tokens=32)  # several rows a chunk, so that each rank has some
 RANKED = {name: SYSTEMS[name] | SHARED for name in ("lora, stream", "full, stream")}
+RANKED["full, stream, entropy window"] = RANKED["full, stream"] | dict(ttt_entropy_low=1.0, ttt_entropy_high=2.5)
 RANKED |= {"full, document": FULL, "static": dict(ttt_enabled=0), "lora": LORA | dict(ttt_batch_docs=2)}
 
 
