@@ -513,7 +513,7 @@ class RankOne(g.Dist):
         return [self.of_rank_0, data]
 
 
-def test_ranks_may_differ_in_nothing_but_where_their_files_lie(tiny_config, tiny_run, tiny_data, monkeypatch):
+def test_ranks_may_differ_in_nothing_but_where_their_files_lie(tiny_config, tiny_run, tiny_data):
     dist = RankOne()
     setup = g.make_setup(tiny_config, tiny_run(), dist)
     run = setup.run
@@ -526,13 +526,18 @@ def test_ranks_may_differ_in_nothing_but_where_their_files_lie(tiny_config, tiny
         "tokenizer": setup._replace(tokenizer=setup.tokenizer._replace(sha256="another")),
         "validation set": setup._replace(validation=other_docs),
         "training shards": setup._replace(stream=None),
-        "code": setup,
     }
     for what, other in others.items():
-        if what == "code":
-            monkeypatch.setattr(g, "code", lambda: b"another")
         with pytest.raises(g.ConfigError, match=f"rank 1 on .* has other {what} than rank 0"):
             g.check_ranks_agree(other)
+
+
+def test_ranks_may_not_differ_in_code(tiny_run, monkeypatch):
+    dist = RankOne()
+    g.check_ranks_begin_alike(dist, tiny_run(), check_only=False)
+    monkeypatch.setattr(g, "code", lambda: b"another")
+    with pytest.raises(g.ConfigError, match="rank 1 on .* has other code than rank 0"):
+        g.check_ranks_begin_alike(dist, tiny_run(), check_only=False)
 
 
 LAST_WORDS = """

@@ -114,18 +114,16 @@ def test_lenths_pseudo_standard_error_leaves_out_what_is_no_noise():
 
 FACTORS = ("KNOB_A=0,1", "KNOB_B=0,1+KNOB_C=5,7", "KNOB_D=0,1", "KNOB_E=0,1")
 SIX = [f"{name}=0.1,0.2" for name in ("BETA1", "BETA2", "MIN_LR", "EMBED_WD", "SCALAR_WD", "WARMDOWN_FRAC")]
-LINES = """
-    os.environ["TTT_LR"] = "-".join(os.environ[name] for name in ("KNOB_A", "KNOB_B", "KNOB_D", "KNOB_E"))
-"""
+NAMED = '"TTT_LR": "a"'
+NAMED_BY_KNOBS = '"TTT_LR": "-".join(os.environ[name] for name in ("KNOB_A", "KNOB_B", "KNOB_D", "KNOB_E"))'
 
 
 @pytest.fixture
 def screened(race):
     """A source whose runs are made/A-B-D-E-1, as the stand-in finds them."""
     content = source(race, "a", ("KNOB_A", "KNOB_B", "KNOB_C", "KNOB_D", "KNOB_E")).decode()
-    named = '    os.environ["TTT_LR"] = "a"\n'
-    assert named in content
-    (race.folder / "a.py").write_text(content.replace(named, LINES))
+    assert NAMED in content
+    (race.folder / "a.py").write_text(content.replace(NAMED, NAMED_BY_KNOBS))
     for a, b, d, e in itertools.product((0, 1), repeat=4):
         race.makes(f"{a}-{b}-{d}-{e}", gap=0.05 * a - 0.02 * b, own=a + 2 * b + 4 * d + 8 * e, exact=True)
     return race
