@@ -378,8 +378,12 @@ def scored(places, run_here, tmp_path) -> Place:
 def test_a_run_reports_what_its_documents_score(audit, scored, monkeypatch):
     opened = artifact.open_artifact(scored.artifact, {"EVAL_SECONDS": "0"})
     assert (opened.setup.run.ttt_lora_rank, opened.setup.run.data_path) == (4, str(scored.data)), "knobs are the run's"
-    faults, figures = prove.reported(Audit(opened, 0, 1e9, lambda line: None))
+    mine = Audit(opened, 0, 1e9, lambda line: None)
+    faults, figures = prove.reported(mine)
     assert faults == [] and "in 3 documents" in figures
+    mine.limit = 3  # tokens
+    faults, figures = prove.reported(mine)
+    assert faults is None and "no document of the sample" in figures, "what compared nothing is not ok"
     other = audit(scored, SYSTEMS["adamw"] | dict(ttt_lr=0.02))
     assert prove.reported(other)[0] is None and "other knobs" in prove.reported(other)[1]
 

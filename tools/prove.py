@@ -265,6 +265,11 @@ def reported(audit: Audit) -> Seen:
             continue
         size = int(text.bytes.sum())
         widest.compare_sums(f"document {i}, as reported", nats - run.nats[i], size)
+    if not widest.seen:
+        return (
+            None,
+            f"{path.name} agrees with its files, but no document of the sample is looked at as a whole in the time",
+        )
     return (
         widest.faults,
         f"val_bpb {run.bpb:.5f} of {path.name}: max {widest.bpb:.1e} bpb off in {widest.seen} documents",
