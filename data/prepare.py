@@ -1597,12 +1597,16 @@ def lock_file(path: Path, if_busy: str) -> int:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(path)):
-                    return lock
         except BlockingIOError:
             os.close(lock)
             raise UserError(if_busy) from None
+        except OSError as error:  # not all file systems have locks
+            tell(f"warning: {path} cannot be locked: {error.strerror}; do not start this twice at once", sys.stderr)
+            return lock
+
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(lock), os.stat(path)):
+                return lock
         os.close(lock)  # of a file that its last owner has removed meanwhile
 
 

@@ -886,6 +886,18 @@ def test_what_another_process_has_just_prepared_is_not_replaced(small, monkeypat
     assert everything(folder) == before and [path.name for path in folder.parent.iterdir()] == ["jsonl"]
 
 
+def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, capsys):
+    """Some network file systems have none. Runs go on there, too."""
+
+    def no_locks(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with prepare.locked(tmp_path / ".jsonl.lock", "busy"):
+        pass
+    assert "cannot be locked: No locks available" in capsys.readouterr().err
+
+
 def test_a_lock_that_its_owner_removes_meanwhile_is_none(tmp_path, monkeypatch):
     """Two processes would hold locks on two files of one name."""
     lock = tmp_path / "datasets" / ".jsonl.lock"
