@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def tell(line: str, screen: TextIO, end: str = "\n") -> None:
     """Print a line for people. A dataset does not depend on it: a screen that cannot be written to, such as a file on a
-    full disk, is warned about once and then left alone. Raises BrokenPipeError if nobody reads any more."""
+    full disk, is then left alone; stderr is told of stdout. Raises BrokenPipeError if nobody reads any more."""
     try:
         print(line, end=end, file=screen, flush=True)
     except BrokenPipeError:

@@ -1,16 +1,21 @@
 """Finished runs of a sweep: which are kept and found again, and which do not count."""
 
+import contextlib
 import csv
 import hashlib
 import json
 import os
 import shutil
 
+import pytest
 from stand_in import HELD
 from test_results import SOURCE, fabricate
 
 from tools import scheduler, sources, sweep
+from tools.finished import require_as_started
 from tools.jobs import Job
+from tools.results import load_run
+from train_gpt import DataError
 
 
 def test_a_sweep_that_is_kept_goes_on_where_its_logs_and_data_are_not_the_same(stand_in, monkeypatch, capsys):
@@ -92,6 +97,18 @@ def test_a_run_that_scored_other_documents_does_not_count(stand_in):
         scheduler.conclude(job, 0)
         assert job.state == state, job.at
     assert "it scored other documents" in job.at
+
+
+@pytest.mark.parametrize("asked, counts", [("auto", True), ("rms", True), ("adamw", False)])
+def test_what_a_run_decides_itself_is_no_other_knob(tmp_path, asked, counts):
+    """By its artifact: a result never says TTT_OPTIMIZER=auto."""
+    path = fabricate(tmp_path, "one")
+    result = json.loads(path.read_text())
+    result["knobs"] |= {"TTT_OPTIMIZER": "rms"}
+    path.write_text(json.dumps(result))
+    job = Job({}, {}, sources.Source("", SOURCE), run_id="one", deciding={"TTT_OPTIMIZER": asked})
+    with contextlib.nullcontext() if counts else pytest.raises(DataError, match="it ran with TTT_OPTIMIZER=rms"):
+        require_as_started(job, load_run(str(path)))
 
 
 def test_a_result_that_was_edited_does_not_count(stand_in, capsys):
