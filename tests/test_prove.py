@@ -383,7 +383,7 @@ def test_a_run_reports_what_its_documents_score(audit, scored, monkeypatch):
     assert faults == [] and "in 3 documents" in figures
     mine.limit = 3  # tokens
     faults, figures = prove.reported(mine)
-    assert faults is None and "no document of the sample" in figures, "what compared nothing is not ok"
+    assert faults is None and "none of the sampled documents" in figures, "what compared nothing is not ok"
     other = audit(scored, SYSTEMS["adamw"] | dict(ttt_lr=0.02))
     assert prove.reported(other)[0] is None and "other knobs" in prove.reported(other)[1]
 

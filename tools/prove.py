@@ -268,7 +268,7 @@ def reported(audit: Audit) -> Seen:
     if not widest.seen:
         return (
             None,
-            f"{path.name} agrees with its files, but no document of the sample is looked at as a whole in the time",
+            f"{path.name} agrees with its files, but none of the sampled documents fits into the time as a whole",
         )
     return (
         widest.faults,
