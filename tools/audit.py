@@ -213,16 +213,22 @@ class Audit:
         other than rounding grows."""
         chaos = ""
         for divisor in LOWER_RATES:
-            calmer = copy.copy(self)
-            calmer.run = dataclasses.replace(self.run, ttt_lr=float(self.run.ttt_lr / divisor))
-            for name in ("alone", "closely", "together", "by_rank"):
-                vars(calmer).pop(name, None)
+            calmer = self.at_rate(float(self.run.ttt_lr / divisor))
             calmer.chaos = chaos
             change = calmer.nudged()
             if not change.faults:
                 return calmer
             chaos = chaos or f"a millionth more TTT_LR changes scores by {change.nats:.2g} nats"
         raise ScorerError(f"{chaos}, and at {calmer.run.ttt_lr:.2g} by {change.nats:.2g}")
+
+    def at_rate(self, ttt_lr: float) -> Audit:
+        """This audit with another TTT_LR, and nothing scored yet."""
+        other = copy.copy(self)
+        other.run = dataclasses.replace(self.run, ttt_lr=ttt_lr)
+        for name, attribute in vars(Audit).items():
+            if isinstance(attribute, functools.cached_property):
+                vars(other).pop(name, None)
+        return other
 
     def nudged(self) -> Widest:
         """How much a change of rounding size, in TTT_LR, changes the scores of every document alone."""

@@ -118,7 +118,6 @@ def make_holdout(
         facts["exact"] = True
     if manifest_value(folder, "holdout") == facts:
         return facts
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with workspace(folder, parameters={}, replace=True) as partial:
         write_shard(partial / NAMES[0], [documents])
         if transform == "caseops" or exact:

@@ -266,10 +266,8 @@ def reported(audit: Audit) -> Seen:
         size = int(text.bytes.sum())
         widest.compare_sums(f"document {i}, as reported", nats - run.nats[i], size)
     if not widest.seen:
-        return (
-            None,
-            f"{path.name} agrees with its files, but none of the sampled documents fits into the time as a whole",
-        )
+        reason = "none of the sampled documents fits into the time as a whole"
+        return None, f"{path.name} agrees with its files, but {reason}"
     return (
         widest.faults,
         f"val_bpb {run.bpb:.5f} of {path.name}: max {widest.bpb:.1e} bpb off in {widest.seen} documents",
