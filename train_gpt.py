@@ -6346,7 +6346,8 @@ EPSILON = constant(NORM_EPSILON)  # for kernels, which may read constants only
 #
 # Segments: a query attends to tokens of its own segment, up to itself. So a tile of queries loops over keys from the
 # start of its first query's segment to its own last token; in the backward pass a tile of keys loops over queries from
-# its own first token to the end of its last key's segment. Most tiles on the way need no mask.
+# its own first token to the end of its last key's segment. Most tiles on the way need no mask: a loop without one takes
+# them, and a second loop the others. (A condition within a single loop would cost more than the masks that it saves.)
 #
 #     forward:  qk_norm_rope_kernel                qkv -> qk
 #               attention_forward_kernel           qk, values -> y, lse, out
@@ -6368,10 +6369,16 @@ EPSILON = constant(NORM_EPSILON)  # for kernels, which may read constants only
 # comments, 64 stands for TILE; in names of kernel arguments, `heads` is H, `kv_heads` K, `width` h, `half` half of the
 # dimensions that RoPE rotates, and `tokens` N.
 
-TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the launch options below
+TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the sizes and launch options below
 TILE = constant(TILE_TOKENS)  # for kernels
 
-ONE_PASS_LAUNCH = dict(num_warps=8)  # kernels that read their input once
+QK_ROWS = 32  # queries and keys, of several heads, that a program of qk_norm_rope_kernel takes
+OUTPUT_TOKENS = 16  # tokens that a program of attention_output_backward_kernel takes
+
+
+def heads_together(heads: int) -> int:
+    """How many of so many heads, a power of two, a program takes side by side: 1, 2 or 4."""
+    return math.gcd(heads, 4)
 
 
 def attention_launch(width: int) -> dict[str, int]:
@@ -6386,7 +6393,8 @@ def score_scale(width: int) -> float:
 
 @jit
 def load_tile(ptr, rows, tokens, heads: tl.constexpr, head, width: tl.constexpr):
-    """Rows (64,) of one head of a matrix (N, heads * width) -> tile (64, width), zeros beyond row N."""
+    """Rows (R,) of one head, or of a head (R, 1) each, of a matrix (N, heads * width) -> tile (R, width), zeros beyond
+    row N."""
     offsets = (rows[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
     return tl.load(ptr + offsets, rows[:, None] < tokens, 0.0)
 
@@ -6412,12 +6420,12 @@ def apply_rope_tile(
     width: tl.constexpr,
     half: tl.constexpr,
 ):
-    """Rotate the pairs (i, i + half) of each row of x (64, width) by its token's angles; back if `direction` is -1.
+    """Rotate the pairs (i, i + half) of each row of x (R, width) by its token's angles; back if `direction` is -1.
 
     x was loaded from `ptr`. Each column reads the other one of its pair from there: registers cannot be indexed."""
-    rows = rows[:, None]  # (64, 1)
+    rows = rows[:, None]  # (R, 1)
     cols = tl.arange(0, width)[None, :]  # (1, width)
-    rotates = (rows < tokens) & (cols < 2 * half)  # (64, width)
+    rotates = (rows < tokens) & (cols < 2 * half)  # (R, width)
     is_first = cols < half
     partner = (rows * heads + head) * width + tl.where(is_first, cols + half, cols - half)
     angle = tl.where(is_first, cols, cols - half)
@@ -6443,23 +6451,30 @@ def qk_norm_rope_kernel(
     kv_heads: tl.constexpr,
     width: tl.constexpr,
     half: tl.constexpr,
+    together: tl.constexpr,
+    size: tl.constexpr,
 ):
     """Queries and keys: RMSNorm, RoPE, the gain of the head. Backward: from the gradient of qk to the gradients of qkv
-    and of the gain; for the latter, every program writes its sum over 64 tokens.
+    and of the gain; for the latter, every program writes its sum over its tokens. A program takes `size` rows: those of
+    `together` heads side by side, token by token.
 
     Rotation keeps lengths, so the forward pass rotates before it normalises, and reads pairs from qkv."""
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (64,)
-    head = tl.program_id(1)
-    x = load_tile(qkv_ptr, rows, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)  # (64, width)
-    inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / width + EPSILON)[:, None]  # (64, 1)
+    first_head = tl.program_id(1) * together
+    row = tl.arange(0, size)
+    rows = tl.program_id(0) * (size // together) + row // together  # their tokens (R,)
+    head = (first_head + row % together)[:, None]  # (R, 1)
+    x = load_tile(qkv_ptr, rows, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)  # (R, width)
+    inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / width + EPSILON)[:, None]  # (R, 1)
     gain = tl.load(gain_ptr + head)
 
     if backward:
         d_y = load_tile(qk_ptr, rows, tokens, heads + kv_heads, head, width).to(tl.float32)
         # The gradient of the normalised head, except for the gain, which is multiplied in below.
         d_normed = apply_rope_tile(d_y, qk_ptr, rows, tokens, heads + kv_heads, head, cos_ptr, sin_ptr, -1, width, half)
-        along = tl.sum(d_normed * x * inverse_rms, 1)  # (64,)
-        tl.store(d_gain_ptr + tl.program_id(0) * (heads + kv_heads) + head, tl.sum(along, 0))
+        along = tl.sum(d_normed * x * inverse_rms, 1)  # (R,)
+        d_gain = tl.sum(tl.reshape(along, (size // together, together)), 0)  # (together,)
+        d_gain_ptr += tl.program_id(0) * (heads + kv_heads) + first_head
+        tl.store(d_gain_ptr + tl.arange(0, together), d_gain)
         d_x = (d_normed - x * inverse_rms * (along / width)[:, None]) * inverse_rms * gain
         store_tile(d_qkv_ptr, d_x, rows, tokens, heads + 2 * kv_heads, head, width)
     else:
@@ -6468,13 +6483,29 @@ def qk_norm_rope_kernel(
 
 
 @jit
-def masked_scores(q, k, positions_ptr, first_query, first_key, tokens):
-    """Queries and keys (64, h) from `first_query` and `first_key` on -> scores (64, 64) in units of log 2.
+def keys_of_tile(positions_ptr, first_query, tokens, masked: tl.constexpr):
+    """Keys that a tile of queries attends to, from the start of its first query's segment on -> begin and end of those
+    in whole tiles that no query masks, or of the others, the masked ones.
 
-    Only a tile that crosses the diagonal, or the start of its last query's segment, has anything to mask."""
-    s = tl.dot(q, tl.trans(k))
+    There are no whole tiles if a segment begins within the tile of queries. Otherwise they end where keys come after
+    the first query."""
+    begin = first_query - tl.load(positions_ptr + first_query)
     last_query = tl.minimum(first_query + TILE, tokens) - 1
-    if (first_key + TILE > first_query) | (first_key < last_query - tl.load(positions_ptr + last_query)):
+    one_segment = last_query - tl.load(positions_ptr + last_query) == begin
+    middle = tl.where(one_segment, begin + (first_query + 1 - begin) // TILE * TILE, begin)
+    if masked:
+        begin = middle
+        end = last_query + 1
+    else:
+        end = middle
+    return begin, end
+
+
+@jit
+def attention_scores(q, k, positions_ptr, first_query, first_key, tokens, masked: tl.constexpr):
+    """Queries and keys (64, h) from `first_query` and `first_key` on -> scores (64, 64) in units of log 2."""
+    s = tl.dot(q, tl.trans(k))
+    if masked:
         query = first_query + tl.arange(0, TILE)
         key = first_key + tl.arange(0, TILE)
         segment_start = query - tl.load(positions_ptr + query, query < tokens, 0)
@@ -6530,13 +6561,14 @@ def attention_forward_kernel(
     row_max = tl.full([TILE], MASKED, tl.float32)
     row_sum = tl.zeros([TILE], tl.float32)
     y = tl.zeros([TILE, width], tl.float32)
-    segment_start = first_query - tl.load(positions_ptr + first_query)
-    for first_key in range(segment_start, tl.minimum(first_query + TILE, tokens), TILE):
-        key = first_key + tl.arange(0, TILE)
-        k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
-        v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
-        s = masked_scores(q, k, positions_ptr, first_query, first_key, tokens)  # (64 queries, 64 keys)
-        row_max, row_sum, y = add_keys(s, v, row_max, row_sum, y)
+    for masked in tl.static_range(2):
+        begin, end = keys_of_tile(positions_ptr, first_query, tokens, masked)
+        for first_key in range(begin, end, TILE):
+            key = first_key + tl.arange(0, TILE)
+            k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
+            v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
+            s = attention_scores(q, k, positions_ptr, first_query, first_key, tokens, masked)  # (64 queries, 64 keys)
+            row_max, row_sum, y = add_keys(s, v, row_max, row_sum, y)
     y = y / row_sum[:, None]
     tl.store(lse_ptr + head * tokens + query, row_max + tl.log2(row_sum), query < tokens)
     store_tile(y_ptr, y, query, tokens, heads, head, width)
@@ -6564,24 +6596,25 @@ def attention_output_backward_kernel(
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     width: tl.constexpr,
+    size: tl.constexpr,
 ):
-    """From d_out to d_y, d_gate and delta, for 64 tokens and the query heads that share a key/value head. In d_qkv it
-    writes the values' gradient through XSA, to which `attention_kv_backward_kernel` adds the rest."""
-    token = tl.program_id(0) * TILE + tl.arange(0, TILE)  # (64,)
+    """From d_out to d_y, d_gate and delta, for `size` tokens and the query heads that share a key/value head. In d_qkv
+    it writes the values' gradient through XSA, to which `attention_kv_backward_kernel` adds the rest."""
+    token = tl.program_id(0) * size + tl.arange(0, size)  # (T,)
     kv_head = tl.program_id(1)
     group = heads // kv_heads
     value_head = heads + kv_heads + kv_head
-    v = load_tile(qkv_ptr, token, tokens, heads + 2 * kv_heads, value_head, width)  # (64, h)
+    v = load_tile(qkv_ptr, token, tokens, heads + 2 * kv_heads, value_head, width)  # (T, h)
     unit_value, length = unit_vectors(v)
-    d_unit_value = tl.zeros([TILE, width], tl.float32)
+    d_unit_value = tl.zeros([size, width], tl.float32)
 
     for head in range(kv_head * group, (kv_head + 1) * group):
-        y = load_tile(y_ptr, token, tokens, heads, head, width).to(tl.float32)  # (64, h)
+        y = load_tile(y_ptr, token, tokens, heads, head, width).to(tl.float32)  # (T, h)
         d_y = load_tile(d_out_ptr, token, tokens, heads, head, width).to(tl.float32)  # so far without XSA and gate
-        gate = tl.load(gate_ptr + token * heads + head, token < tokens, 0.0).to(tl.float32)[:, None]  # (64, 1)
-        d_gate = tl.sum(y * d_y, 1)  # (64,)
+        gate = tl.load(gate_ptr + token * heads + head, token < tokens, 0.0).to(tl.float32)[:, None]  # (T, 1)
+        d_gate = tl.sum(y * d_y, 1)  # (T,)
         if xsa:
-            along = tl.sum(y * unit_value, 1)  # (64,)
+            along = tl.sum(y * unit_value, 1)  # (T,)
             d_along = tl.sum(d_y * unit_value, 1)
             d_gate -= along * d_along
             d_unit_value -= gate * (d_along[:, None] * y + along[:, None] * d_y)
@@ -6621,15 +6654,36 @@ def attention_query_backward_kernel(
     delta = tl.load(delta_ptr + head * tokens + query, query < tokens, 0.0)
 
     d_q = tl.zeros([TILE, width], tl.float32)
-    segment_start = first_query - tl.load(positions_ptr + first_query)
-    for first_key in range(segment_start, tl.minimum(first_query + TILE, tokens), TILE):
-        key = first_key + tl.arange(0, TILE)
-        k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
-        v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
-        p = tl.exp2(masked_scores(q, k, positions_ptr, first_query, first_key, tokens) - lse[:, None])  # (64, 64)
-        d_s = p * (tl.dot(d_y, tl.trans(v)) - delta[:, None])
-        d_q += tl.dot(d_s.to(k.dtype), k)
+    for masked in tl.static_range(2):
+        begin, end = keys_of_tile(positions_ptr, first_query, tokens, masked)
+        for first_key in range(begin, end, TILE):
+            key = first_key + tl.arange(0, TILE)
+            k = load_tile(qk_ptr, key, tokens, heads + kv_heads, key_head, width)
+            v = load_tile(qkv_ptr, key, tokens, heads + 2 * kv_heads, key_head + kv_heads, width)
+            s = attention_scores(q, k, positions_ptr, first_query, first_key, tokens, masked)  # (64 queries, 64 keys)
+            p = tl.exp2(s - lse[:, None])
+            d_s = p * (tl.dot(d_y, tl.trans(v)) - delta[:, None])
+            d_q += tl.dot(d_s.to(k.dtype), k)
     store_tile(d_qk_ptr, d_q / LOG2_E, query, tokens, heads + kv_heads, head, width)
+
+
+@jit
+def queries_of_tile(ends_ptr, first_key, tokens, queries: tl.constexpr, masked: tl.constexpr):
+    """Queries that attend to a tile of keys, up to the end of its last key's segment -> begin and end of those in whole
+    tiles of `queries` that need no mask, or of the others, and by how much the latter jump after the keys' own tokens.
+
+    What needs a mask are the keys' own tokens, and what is left after the whole tiles. If a segment begins within the
+    tile of keys, all do."""
+    begin = first_key + TILE
+    end = tl.load(ends_ptr + tl.minimum(begin, tokens) - 1)
+    one_segment = (tl.load(ends_ptr + first_key) == end) & (end > begin)
+    gap = tl.where(one_segment, (end - begin) // queries * queries, 0)
+    if masked:
+        begin = first_key
+        end -= gap
+    else:
+        end = begin + gap
+    return begin, end, gap
 
 
 @jit
@@ -6647,9 +6701,12 @@ def attention_kv_backward_kernel(
     heads: tl.constexpr,
     kv_heads: tl.constexpr,
     width: tl.constexpr,
+    together: tl.constexpr,
 ):
     """Gradients of a tile of keys and values of one key/value head, summed over the query heads that share it. d_qkv
-    already holds the values' gradient through XSA."""
+    already holds the values' gradient through XSA.
+
+    A tile of queries has 64 rows, too: those of `together` heads, one head after the other."""
     first_key = tl.program_id(0) * TILE
     kv_head = tl.program_id(1)
     group = heads // kv_heads
@@ -6661,23 +6718,38 @@ def attention_kv_backward_kernel(
 
     d_k = tl.zeros([TILE, width], tl.float32)
     d_v = tl.zeros([TILE, width], tl.float32)
-    segment_end = tl.load(ends_ptr + tl.minimum(first_key + TILE, tokens) - 1)
-    for head in range(kv_head * group, (kv_head + 1) * group):
-        for first_query in range(first_key, segment_end, TILE):
-            query = first_query + tl.arange(0, TILE)
-            q = load_tile(qk_ptr, query, tokens, heads + kv_heads, head, width)
-            d_y = load_tile(d_y_ptr, query, tokens, heads, head, width)
-            lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 1e30)  # so that beyond row N all p are 0
-            delta = tl.load(delta_ptr + head * tokens + query, query < tokens, 0.0)
-            s = masked_scores(q, k, positions_ptr, first_query, first_key, tokens)  # (64 queries, 64 keys)
-            p = tl.exp2(s - lse[:, None])
-            d_v += tl.dot(tl.trans(p.to(q.dtype)), d_y)
-            d_s = p * (tl.dot(d_y, tl.trans(v)) - delta[:, None])
-            d_k += tl.dot(tl.trans(d_s.to(q.dtype)), q)
+    queries: tl.constexpr = TILE // together
+    row = tl.arange(0, TILE)
+    for first_head in range(kv_head * group, (kv_head + 1) * group, together):
+        head = first_head + row // queries  # (64,)
+        for masked in tl.static_range(2):
+            begin, end, gap = queries_of_tile(ends_ptr, first_key, tokens, queries, masked)
+            for first in range(begin, end, queries):
+                first_query = tl.where(first < first_key + TILE, first, first + gap) if masked else first
+                query = first_query + row % queries
+                q = load_tile(qk_ptr, query, tokens, heads + kv_heads, head[:, None], width)
+                d_y = load_tile(d_y_ptr, query, tokens, heads, head[:, None], width)
+                lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 1e30)  # so that beyond row N all p are 0
+                delta = tl.load(delta_ptr + head * tokens + query, query < tokens, 0.0)
+                s = tl.dot(k, tl.trans(q))  # (64 keys, 64 rows of queries)
+                if masked:
+                    segment_start = query - tl.load(positions_ptr + query, query < tokens, 0)
+                    s = tl.where((key[:, None] <= query[None, :]) & (key[:, None] >= segment_start[None, :]), s, MASKED)
+                p = tl.exp2(s - lse[None, :])
+                d_v += tl.dot(p.to(q.dtype), d_y)
+                d_s = p * (tl.dot(v, tl.trans(d_y)) - delta[None, :])
+                d_k += tl.dot(d_s.to(q.dtype), q)
 
     d_v += load_tile(d_qkv_ptr, key, tokens, heads + 2 * kv_heads, value_head, width)
     store_tile(d_qk_ptr, d_k / LOG2_E, key, tokens, heads + kv_heads, key_head, width)
     store_tile(d_qkv_ptr, d_v, key, tokens, heads + 2 * kv_heads, value_head, width)
+
+
+def qk_launch(tokens: int, heads: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Programs of `qk_norm_rope_kernel` for so many queries and keys of a token, and its last two arguments."""
+    together = heads_together(heads)
+    programs = triton.cdiv(tokens, QK_ROWS // together), heads // together
+    return programs, (together, QK_ROWS)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -6692,6 +6764,7 @@ class FusedAttention(torch.autograd.Function):
         N = len(qkv)
         _, H, K, h = heads
         tiles = triton.cdiv(N, TILE_TOKENS)
+        qk_programs, qk_tile = qk_launch(N, H + K)
         gain = torch.cat([gain * score_scale(h), gain.new_ones(K)])  # (H + K,): keys have no gain
         qk = qkv.new_empty(N, (H + K) * h)
         y = qkv.new_empty(N, H * h)
@@ -6699,9 +6772,7 @@ class FusedAttention(torch.autograd.Function):
         lse = torch.empty(H, N, device=qkv.device)
 
         unused = (qkv, gain)  # in place of the gradients of both
-        qk_norm_rope_kernel[(tiles, H + K)](
-            qkv, gain, cos, sin, qk, *unused, N, False, H, K, h, cos.size(1), **ONE_PASS_LAUNCH
-        )
+        qk_norm_rope_kernel[qk_programs](qkv, gain, cos, sin, qk, *unused, N, False, H, K, h, cos.size(1), *qk_tile)
         attention_forward_kernel[(tiles, H)](
             qk, qkv, gate, segments.positions, y, out, lse, N, *heads, **attention_launch(h)
         )
@@ -6722,19 +6793,34 @@ class FusedAttention(torch.autograd.Function):
         d_qk = torch.empty_like(qk)
         d_qkv = torch.empty_like(qkv)
         delta = torch.empty_like(lse)
-        d_gain = torch.empty(tiles, H + K, device=qkv.device)
+        qk_programs, qk_tile = qk_launch(N, H + K)
+        d_gain = torch.empty(qk_programs[0], H + K, device=qkv.device)
 
-        attention_output_backward_kernel[(tiles, K)](
-            qkv, gate, y, d_out, d_y, d_gate, d_qkv, delta, N, *ctx.heads, **ONE_PASS_LAUNCH
+        attention_output_backward_kernel[(triton.cdiv(N, OUTPUT_TOKENS), K)](
+            qkv, gate, y, d_out, d_y, d_gate, d_qkv, delta, N, *ctx.heads, OUTPUT_TOKENS
         )
         attention_query_backward_kernel[(tiles, H)](
             qk, qkv, lse, positions, d_y, delta, d_qk, N, H, K, h, **attention_launch(h)
         )
         attention_kv_backward_kernel[(tiles, K)](
-            qk, qkv, lse, positions, ends, d_y, delta, d_qk, d_qkv, N, H, K, h, **attention_launch(h)
+            qk,
+            qkv,
+            lse,
+            positions,
+            ends,
+            d_y,
+            delta,
+            d_qk,
+            d_qkv,
+            N,
+            H,
+            K,
+            h,
+            heads_together(H // K),
+            **attention_launch(h),
         )
-        qk_norm_rope_kernel[(tiles, H + K)](
-            qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), **ONE_PASS_LAUNCH
+        qk_norm_rope_kernel[qk_programs](
+            qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), *qk_tile
         )
         return d_qkv, d_gain.sum(0)[:H] * score_scale(h), d_gate, None, None, None, None
 
@@ -7166,7 +7252,7 @@ class FusedMLP(torch.autograd.Function):
 # compiled code would read all inputs twice more; the compiled forward pass is as fast as it can be.
 
 MIX_PROGRAMS = 1056  # eight for each of a Hopper's 132 multiprocessors
-MIX_ROWS = 4  # tokens that a program takes at a time
+MIX_ROWS = 2  # tokens that a program takes at a time
 
 
 @jit
