@@ -2304,7 +2304,8 @@ POLAR_EXPRESS = (
 
 
 def orthogonalise(g: Tensor, steps: int) -> Tensor:
-    """Roughly the nearest semi-orthogonal matrix to each: all singular values near 1. (n, r, c) -> (n, r, c)"""
+    """Roughly the nearest semi-orthogonal matrix to each: all singular values near 1. (n, r, c) -> (n, r, c), bf16 on a
+    GPU, else fp32"""
     x = g.to(torch.bfloat16) if g.is_cuda else g.float()  # the iteration tolerates bf16
     tall = x.size(-2) > x.size(-1)
     if tall:
@@ -2312,18 +2313,18 @@ def orthogonalise(g: Tensor, steps: int) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS[:steps]:
         s = x @ x.mT
-        x = a * x + (b * s + c * (s @ s)) @ x
-    return (x.mT if tall else x).to(g.dtype)
+        s = torch.baddbmm(s, s, s, beta=b, alpha=c)
+        x = torch.baddbmm(x, s, x, beta=a)
+    return x.mT if tall else x
 
 
 def muon_update(g: Tensor, momentum: Tensor, mu: float, steps: int) -> Tensor:
-    """Nesterov momentum, row normalisation, orthogonalisation, scaling by aspect ratio. (n, r, c) -> (n, r, c)
+    """Nesterov momentum, row normalisation, orthogonalisation. (n, r, c) -> (n, r, c), of `orthogonalise`'s type
 
     Muon, Jordan 2024; row normalisation as in MuonEq-R. `momentum` is updated in place."""
-    momentum.mul_(mu).add_(g)
-    rows_normalised = F.normalize(g + mu * momentum, dim=-1)
-    aspect = max(1.0, g.size(-2) / g.size(-1))
-    return orthogonalise(rows_normalised, steps) * aspect**0.5
+    torch.add(g, momentum, alpha=mu, out=momentum)
+    nesterov = torch.add(g, momentum, alpha=mu)
+    return orthogonalise(F.normalize(nesterov, dim=-1), steps)
 
 
 def adam_directions(
@@ -2350,8 +2351,20 @@ def adam_directions(
     return torch._foreach_div(torch._foreach_div(exp_avg, denominator), 1 - beta1**step)
 
 
+@torch.no_grad()
+def move_parameters(params: Sequence[Tensor], places: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Move parameters into `places`, tensors of their shapes, and make `grads`, zeros of these, their gradients."""
+    for p, place, grad in zip(params, places, grads, strict=True):
+        p.data = place.copy_(p)
+        p.grad = grad  # never replaced: CUDA graphs add to it; unused parameters keep zeros
+
+
 class MuonAdam:
     """Muon and AdamW for all parameters, on any number of ranks.
+
+    The optimizer moves the parameters into tensors of its own: matrices of one shape into a stack, Adam's parameters
+    one after another into a flat tensor; and their gradients likewise. An operation on many parameters is thus one
+    kernel. From then on p.data and p.grad may be written to, but not replaced.
 
     Ranks sum their gradients, each computes the updates for its share of every stack of matrices, and all gather
     them. Given equal sums, the result does not depend on the number of ranks."""
@@ -2365,43 +2378,45 @@ class MuonAdam:
             by_role[param_role(name)].append(p)
 
         shapes = dict.fromkeys(p.shape for p in by_role["matrix"])  # an ordered set
-        stacks = [[p for p in by_role["matrix"] if p.shape == shape] for shape in shapes]
-        self.stacks = sorted(stacks, key=lambda ps: -sum(p.numel() for p in ps))
-        self.share = [-(-len(ps) // dist.world) for ps in self.stacks]  # matrices per rank, rounded up
-        self.momentum = [ps[0].new_zeros(n, *ps[0].shape) for n, ps in zip(self.share, self.stacks, strict=True)]
+        matrices = [[p for p in by_role["matrix"] if p.shape == shape] for shape in shapes]
+        self.matrices = sorted(matrices, key=lambda ps: -sum(p.numel() for p in ps))
+        self.share = [-(-len(ps) // dist.world) for ps in self.matrices]  # matrices per rank, rounded up
+        self.momentum = [ps[0].new_zeros(n, *ps[0].shape) for n, ps in zip(self.share, self.matrices, strict=True)]
+        self.stacks = [m.new_zeros(len(m) * dist.world, *m.shape[1:]) for m in self.momentum]  # padding stays zero
+        self.stack_grads = [torch.zeros_like(stack) for stack in self.stacks]
+        for ps, stack, grads in zip(self.matrices, self.stacks, self.stack_grads, strict=True):
+            move_parameters(ps, stack[: len(ps)].unbind(), grads[: len(ps)].unbind())
 
         self.adam_params = by_role["embedding"] + by_role["scalar"]
-        self.adam_rates = [(run.embed_lr, run.embed_wd)] * len(by_role["embedding"])  # learning rate, weight decay
-        self.adam_rates += [(run.scalar_lr, run.scalar_wd)] * len(by_role["scalar"])
-        self.exp_avg = [torch.zeros_like(p) for p in self.adam_params]
-        self.exp_avg_sq = [torch.zeros_like(p) for p in self.adam_params]
+        self.adam_sizes = [-(-p.numel() // 64) * 64 for p in self.adam_params]  # padded, so that each begins aligned
+        embedding = sum(self.adam_sizes[: len(by_role["embedding"])])
+        self.adam_groups = [embedding, sum(self.adam_sizes) - embedding]
+        self.adam_rates = [(run.embed_lr, run.embed_wd), (run.scalar_lr, run.scalar_wd)]  # learning rate, weight decay
+        self.adam_values = model.embed.new_zeros(sum(self.adam_sizes))
+        self.adam_grads = torch.zeros_like(self.adam_values)
+        self.exp_avg = torch.zeros_like(self.adam_values)
+        self.exp_avg_sq = torch.zeros_like(self.adam_values)
+        move_parameters(self.adam_params, self.adam_views(self.adam_values), self.adam_views(self.adam_grads))
 
-        self.params = [p for ps in (*self.stacks, self.adam_params) for p in ps]
-        covered = sorted(map(id, self.params))
+        covered = sorted(id(p) for ps in (*self.matrices, self.adam_params) for p in ps)
         assert covered == sorted(map(id, model.parameters())), "every parameter has exactly one optimizer"
-        for p in self.params:
-            p.grad = torch.zeros_like(p)  # never replaced: CUDA graphs add to it; unused parameters keep zeros
 
-    def reduce(self) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Sum the gradients over ranks -> (this rank's share of every stack, all of Adam's, the global norm)."""
-        shares = []
-        for n, ps in zip(self.share, self.stacks, strict=True):
-            g = torch.stack([p.grad for p in ps])  # (matrices, r, c)
-            padding = n * self.dist.world - len(ps)
-            if padding:
-                g = F.pad(g, (0, 0, 0, 0, 0, padding))
-            shares.append(self.dist.reduce_scatter(g))
+    def adam_views(self, flat: Tensor) -> list[Tensor]:
+        """The part of a flat tensor that belongs to each of Adam's parameters, in its shape."""
+        parts = flat.split(self.adam_sizes)
+        return [part[: p.numel()].view_as(p) for part, p in zip(parts, self.adam_params, strict=True)]
 
-        flat = self.dist.all_reduce(torch.cat([p.grad.flatten() for p in self.adam_params]))
-        sizes = [p.numel() for p in self.adam_params]
-        adam_grads = [g.view_as(p) for g, p in zip(flat.split(sizes), self.adam_params, strict=True)]
+    def reduce(self) -> tuple[list[Tensor], Tensor]:
+        """Sum the gradients over ranks, Adam's in place -> (this rank's share of every stack, the global norm)."""
+        shares = [self.dist.reduce_scatter(grads) for grads in self.stack_grads]
+        self.dist.all_reduce(self.adam_grads)
 
-        norms = []
-        for g, ps in zip(shares, self.stacks, strict=True):
-            # Matrix by matrix, so that the order of the sum does not depend on the number of ranks.
-            each = torch.stack(torch._foreach_norm(list(g.unbind())))
-            norms.append(self.dist.all_gather(each)[: len(ps)])
-        return shares, adam_grads, torch.cat([*norms, flat.norm()[None]]).norm()
+        # Matrix by matrix, so that the order of the sum does not depend on the number of ranks.
+        mine = torch.stack(torch._foreach_norm([matrix for share in shares for matrix in share]))
+        by_rank = self.dist.all_gather(mine).view(self.dist.world, -1)
+        by_stack = zip(by_rank.split(self.share, dim=1), self.matrices, strict=True)
+        norms = [each.flatten()[: len(ps)] for each, ps in by_stack]
+        return shares, torch.cat([*norms, self.adam_grads.norm()[None]]).norm()
 
     @torch.no_grad()
     def step(self, lr_scale: float, mu: float) -> Tensor:
@@ -2410,34 +2425,37 @@ class MuonAdam:
         `lr_scale` is a factor on all learning rates, `mu` is Muon's momentum."""
         run = self.run
         self.steps_done += 1
-        shares, adam_grads, grad_norm = self.reduce()
+        shares, grad_norm = self.reduce()
         if run.grad_clip_norm:
-            torch._foreach_mul_(shares + adam_grads, (run.grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0))
+            factor = (run.grad_clip_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_([*shares, self.adam_grads], factor)
 
-        for ps, g, momentum in zip(self.stacks, shares, self.momentum, strict=True):
+        matrix_lr = run.matrix_lr * lr_scale
+        for stack, g, momentum in zip(self.stacks, shares, self.momentum, strict=True):
             updates = self.dist.all_gather(muon_update(g, momentum, mu, run.muon_ns_steps))
-            torch._foreach_mul_(ps, 1 - run.matrix_lr * lr_scale * run.muon_wd)
-            torch._foreach_add_(ps, list(updates[: len(ps)].unbind()), alpha=-run.matrix_lr * lr_scale)
+            aspect = max(1.0, stack.size(-2) / stack.size(-1))
+            stack.mul_(1 - matrix_lr * run.muon_wd).add_(updates, alpha=-matrix_lr * aspect**0.5)
 
-        betas = run.beta1, run.beta2
-        updates = adam_directions(adam_grads, self.exp_avg, self.exp_avg_sq, self.steps_done, *betas, run.adam_eps)
-        for p, update, (lr, wd) in zip(self.adam_params, updates, self.adam_rates, strict=True):
-            p.mul_(1 - lr * lr_scale * wd).sub_(update, alpha=lr * lr_scale)
+        tensors = [self.adam_grads], [self.exp_avg], [self.exp_avg_sq]
+        (directions,) = adam_directions(*tensors, self.steps_done, run.beta1, run.beta2, run.adam_eps)
+        groups = zip(self.adam_values.split(self.adam_groups), directions.split(self.adam_groups), strict=True)
+        for (values, direction), (lr, wd) in zip(groups, self.adam_rates, strict=True):
+            values.mul_(1 - lr * lr_scale * wd).sub_(direction, alpha=lr * lr_scale)
 
-        torch._foreach_zero_([p.grad for p in self.params])
+        torch._foreach_zero_([*self.stack_grads, self.adam_grads])
         return grad_norm
 
     def state(self) -> dict[str, Tensor]:
         """The state for a checkpoint, complete on every rank, so that any number of ranks can load it."""
         state = {}
-        for i, (momentum, ps) in enumerate(zip(self.momentum, self.stacks, strict=True)):
+        for i, (momentum, ps) in enumerate(zip(self.momentum, self.matrices, strict=True)):
             state[f"momentum.{i}"] = self.dist.all_gather(momentum)[: len(ps)]
         return state | self.moments()
 
     def moments(self) -> dict[str, Tensor]:
         """Adam's moments by their names in a checkpoint; every rank holds all of them."""
-        exp_avg = {f"exp_avg.{i}": t for i, t in enumerate(self.exp_avg)}
-        return exp_avg | {f"exp_avg_sq.{i}": t for i, t in enumerate(self.exp_avg_sq)}
+        exp_avg = {f"exp_avg.{i}": t for i, t in enumerate(self.adam_views(self.exp_avg))}
+        return exp_avg | {f"exp_avg_sq.{i}": t for i, t in enumerate(self.adam_views(self.exp_avg_sq))}
 
     def load_state(self, state: Mapping[str, Tensor], steps_done: int) -> None:
         """Continue from what `state` returned after `steps_done` steps, on any number of ranks."""
@@ -4413,7 +4431,7 @@ class TTTOptimizer:
             rate = per_document(lr, t) * multiplier
             if run.ttt_optimizer != "rms":
                 if run.ttt_ns_steps and direction.ndim == 3:
-                    direction = orthogonalise(direction, run.ttt_ns_steps)
+                    direction = orthogonalise(direction, run.ttt_ns_steps).to(t.dtype)
                 t.mul_(1 - rate * run.ttt_weight_decay)
             t.addcmul_(rate, direction, value=-1.0)
 

@@ -36,7 +36,9 @@ def set_gradients(model: g.GPT, step: int, part: float = 1.0) -> None:
     """The gradients of a step, all of one seed; a rank may hold only a part of them."""
     generator = torch.Generator().manual_seed(step)
     for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator) * part
+        if p.grad is None:  # without an optimizer
+            p.grad = torch.zeros_like(p)
+        p.grad.copy_(torch.randn(p.shape, generator=generator) * part)
 
 
 STEPS = 8
@@ -111,7 +113,7 @@ def test_muon_update_is_its_formula(shape):
         momentum = mu * momentum + gradient
         u = gradient + mu * momentum
         u = u / np.linalg.norm(u, axis=1, keepdims=True)
-        want = newton_schulz(u) * max(1, shape[0] / shape[1]) ** 0.5
+        want = newton_schulz(u)
         got = g.muon_update(torch.tensor(gradient[None], dtype=torch.float32), kept, mu, 5)
         np.testing.assert_allclose(got[0].numpy(), want, atol=1e-4)
         np.testing.assert_allclose(kept[0].numpy(), momentum, atol=1e-5)
@@ -157,7 +159,8 @@ def test_matrices_follow_muon():
             if n in want:
                 update = g.muon_update(p.grad[None].clone(), momentum[n], 0.7, run.muon_ns_steps)[0].double().numpy()
                 lr = 0.5 * run.matrix_lr
-                want[n] = want[n] * (1 - lr * run.muon_wd) - lr * update
+                aspect = max(1, len(update) / len(update[0])) ** 0.5
+                want[n] = want[n] * (1 - lr * run.muon_wd) - lr * aspect * update
         optimizer.step(lr_scale=0.5, mu=0.7)
     for n, p in model.named_parameters():
         if n in want:
@@ -172,8 +175,6 @@ def test_decay_is_decoupled_from_the_gradient():
     optimizer = g.MuonAdam(model, run, g.Dist())
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     for scale in (0.0, 0.4):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
         optimizer.step(lr_scale=scale, mu=0.9)
         shrink = {"matrix": run.matrix_lr * 0.5, "embedding": run.embed_lr * 0.25, "scalar": run.scalar_lr * 0.125}
         for name, p in model.named_parameters():
@@ -183,19 +184,83 @@ def test_decay_is_decoupled_from_the_gradient():
 def test_every_parameter_has_exactly_one_optimizer():
     model = a_model()
     optimizer = g.MuonAdam(model, g.RunConfig(), g.Dist())
-    stacked = [p for stack in optimizer.stacks for p in stack]
-    assert identities(stacked + optimizer.adam_params) == identities(model.parameters())
+    matrices = [p for ps in optimizer.matrices for p in ps]
+    assert identities(matrices + optimizer.adam_params) == identities(model.parameters())
     names = {id(p): name for name, p in model.named_parameters()}
-    assert {g.param_role(names[id(p)]) for p in stacked} == {"matrix"}
-    assert all(len({p.shape for p in stack}) == 1 for stack in optimizer.stacks)
+    assert {g.param_role(names[id(p)]) for p in matrices} == {"matrix"}
+    assert all(len({p.shape for p in ps}) == 1 for ps in optimizer.matrices)
     model.extra = torch.nn.Linear(3, 3)  # a parameter that comes later is covered too
     optimizer = g.MuonAdam(model, g.RunConfig(), g.Dist())
-    covered = [p for stack in optimizer.stacks for p in stack] + optimizer.adam_params
+    covered = [p for ps in optimizer.matrices for p in ps] + optimizer.adam_params
     assert identities(covered) == identities(model.parameters())
 
 
 def identities(parameters) -> list[int]:
     return sorted(id(p) for p in parameters)
+
+
+# ---- where parameters lie ---------------------------------------------------
+
+
+def storages(tensors) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+@pytest.mark.parametrize("world", [1, 2, 5])
+def test_parameters_and_gradients_lie_in_the_optimizers_tensors(world):
+    """A copy for each shape of matrices, and one for Adam, where every parameter begins at a multiple of 256 bytes."""
+    model = a_model()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    names = {id(p): n for n, p in model.named_parameters()}
+    optimizer = g.MuonAdam(model, g.RunConfig(), g.Dist(world - 1, world))
+    assert all(id(p) in names and torch.equal(p, before[names[id(p)]]) for p in model.parameters())
+    assert storages(model.parameters()) == storages([*optimizer.stacks, optimizer.adam_values])
+    gradients = [p.grad for p in model.parameters()]
+    assert storages(gradients) == storages([*optimizer.stack_grads, optimizer.adam_grads])
+
+    for p in model.parameters():
+        p.grad.fill_(1.0)
+    for ps, stack, grads in zip(optimizer.matrices, optimizer.stacks, optimizer.stack_grads, strict=True):
+        assert len(stack) % world == 0 and stack.is_contiguous()
+        assert torch.equal(stack[: len(ps)], torch.stack(ps)) and not stack[len(ps) :].any()
+        assert (grads[: len(ps)] == 1.0).all() and not grads[len(ps) :].any()
+    assert optimizer.adam_grads.sum() == sum(p.numel() for p in optimizer.adam_params)
+    start = optimizer.adam_values.data_ptr()
+    assert all((p.data_ptr() - start) % 256 == 0 for p in optimizer.adam_params)
+
+
+def test_a_step_through_the_model_changes_it_and_leaves_padding_zero(tiny_config, tiny_run):
+    model = g.GPT(tiny_config)
+    g.init_weights(model, seed=0)
+    trainer = g.Trainer(model, tiny_run(), g.Dist(), {})
+    optimizer = trainer.optimizer
+    gradients = [p.grad for p in model.parameters()]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    batch = g.random_batch(trainer.run, tiny_config.vocab_size, g.Dist())
+    for _ in range(2):  # after one, what writes to the residual stream is no longer zero
+        trainer.train_step(batch, 0.0, looping=True)
+    assert [n for n, p in model.named_parameters() if p.numel() and torch.equal(p, before[n])] == []
+    assert all(p.grad is grad and not grad.any() for p, grad in zip(model.parameters(), gradients, strict=True))
+    assert storages(model.parameters()) == storages([*optimizer.stacks, optimizer.adam_values])
+    assert storages(trainer.average.params) == storages(model.parameters())
+
+    used = torch.zeros_like(optimizer.adam_values, dtype=torch.bool)
+    for part in optimizer.adam_views(used):
+        part.fill_(True)
+    for flat in (optimizer.adam_values, optimizer.adam_grads, optimizer.exp_avg, optimizer.exp_avg_sq):
+        assert not flat[~used].any()
+
+
+def test_a_checkpoint_has_one_tensor_per_shape_and_two_per_adam_parameter():
+    """Names and shapes as they have always been, so that old checkpoints load."""
+    model = a_model()
+    state = g.MuonAdam(model, g.RunConfig(), g.Dist()).state()
+    adam = [p.shape for n, p in model.named_parameters() if g.param_role(n) == "embedding"]
+    adam += [p.shape for n, p in model.named_parameters() if g.param_role(n) == "scalar"]
+    expected = {f"{moment}.{i}": shape for moment in ("exp_avg", "exp_avg_sq") for i, shape in enumerate(adam)}
+    stacks = [(6, 16, 16), (3, 32, 16), (3, 16, 32), (6, 8, 16)]  # q and o, up, down, k and v
+    expected |= {f"momentum.{i}": torch.Size(shape) for i, shape in enumerate(stacks)}
+    assert {name: t.shape for name, t in state.items()} == expected
 
 
 OFF = ("unet_skips", "smear_width", "attn_gate_width", "parallel_start_layer", "num_loops")
@@ -237,7 +302,7 @@ def test_the_norm_is_that_of_the_whole_gradient_and_clipping_scales_all_of_it():
         assert norm.item() == pytest.approx(exact, rel=1e-5)
     for p, q in zip(clipped.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    for a, b in zip(one.momentum + one.exp_avg, two.momentum + two.exp_avg, strict=True):
+    for a, b in zip([*one.momentum, one.exp_avg], [*two.momentum, two.exp_avg], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
 
 
@@ -255,7 +320,7 @@ def test_a_small_gradient_is_not_clipped():
 
 
 def test_some_stacks_do_not_divide_by_the_ranks():
-    assert any(len(stack) % 2 for stack in g.MuonAdam(a_model(), g.RunConfig(), g.Dist()).stacks)
+    assert any(len(ps) % 2 for ps in g.MuonAdam(a_model(), g.RunConfig(), g.Dist()).matrices)
 
 
 @pytest.mark.parametrize("clip", CLIPS)
