@@ -5880,24 +5880,22 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
     dist = setup.dist
     model = trainer.model
 
-    watch = Stopwatch(dist)
+    docs = blank(held_out)
+    gradient_docs = blank(gradient_documents(setup)) if run.grad_rms_tokens else None
+    for watch in (Stopwatch(dist), Stopwatch(dist)):  # the first run compiles and loads kernels, the second is timed
+        with watch.phase("calibrate"):
+            sensitivities = calibrate(model, [batch], dist, run)
+        make_artifact(model, sensitivities, run, dist, watch, trainer.provenance, Log(), once=True)
+        with watch.phase("choose"):
+            score_all_static(model, setup, docs=docs)
+        if gradient_docs is not None:
+            with watch.phase("gradients"):
+                measure_gradient_rms(model, gradient_docs, run, dist)
+
     checkpoint = LOGS / f".dry-run.{os.getpid()}.partial"  # a name that an interrupted run cleans up
     with watch.phase("checkpoint"):
         save_or_warn(trainer, checkpoint, 0.0, log, finished=True)
     remove(checkpoint, log)
-
-    with watch.phase("calibrate"):
-        sensitivities = calibrate(model, [batch], dist, run)
-    make_artifact(model, sensitivities, run, dist, watch, trainer.provenance, Log(), once=True)
-
-    for phase in ("compile", "choose"):  # the first run compiles, the second is timed
-        with watch.phase(phase):
-            score_all_static(model, setup, docs=blank(held_out))
-    if run.grad_rms_tokens:
-        docs = blank(gradient_documents(setup))
-        for phase in ("compile", "gradients"):
-            with watch.phase(phase):
-                measure_gradient_rms(model, docs, run, dist)
 
     seconds = watch.total("checkpoint", "gradients")
     seconds += watch.total("calibrate") * run.gptq_calibration_batches
