@@ -23,6 +23,9 @@ ATTENTION = [  # tokens, query heads, key heads, head width, rotated dimensions,
     pytest.param(257, 2, 2, 16, 6, [0, 100, 256], id="a token beyond the last full tile, no sharing of heads"),
     pytest.param(40, 3, 1, 16, 0, list(range(40)), id="every token a segment, no dimension rotates"),
     pytest.param(5, 8, 4, 64, 16, [0, 2], id="fewer tokens than a tile"),
+    pytest.param(450, 4, 2, 16, 8, [0, 7, 440], id="whole tiles without a mask, two query heads a key head"),
+    pytest.param(333, 8, 2, 16, 8, [0, 300], id="four query heads a key head"),
+    pytest.param(200, 6, 1, 16, 8, [0, 150], id="six query heads a key head, an odd number of heads in all"),
 ]
 LARGE_ATTENTION = pytest.param(4096, 8, 4, 64, 16, [0, 1, 900, 2948], id="large")
 CACHED_ATTENTION = [  # documents, tokens of the chunk, query heads, key heads, head width, slots, tokens so far
