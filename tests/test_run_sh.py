@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt
+from tools import record, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {"PYTHON", "DATA_PATH", "TORCH_INDEX_URL", "PYTHONPATH", "OMP_WAIT_POLICY"} | {
@@ -260,6 +261,17 @@ def test_words_of_an_argument_are_not_options(ready):
     ready.run("record", "NAME", "--what", "scores of --eval and --launcher, see --help")
     (call,) = ready.started("record")
     assert "ITERATIONS" in call["env"]
+
+
+@pytest.mark.parametrize(
+    "parse, arguments",
+    [(sweep.read_options, ["SEED=0,1", "--launch", "srun"]), (record.parse, ["X", "--seeds", "0,1", "--eval", "700"])],
+)
+def test_options_are_not_abbreviated(capsys, parse, arguments):
+    """run.sh would not find them, or take one for another."""
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert "unrecognized arguments: --" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("launcher", [["--launcher", "srun -N1"], ["--launcher=srun"]])

@@ -63,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="./run.sh record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh record",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # run.sh looks for some options itself
     )
     add = parser.add_argument
     add("name", metavar="NAME", help="of letters, digits and ._-")

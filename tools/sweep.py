@@ -73,7 +73,10 @@ LONGEST_NAME = 200  # of a sweep's name, in characters: file systems allow 255
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="./run.sh sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # run.sh looks for some options itself
     )
     parser.add_argument("grid", nargs="*", metavar="NAME=value,value")
     parser.add_argument("--file", type=Path, help="combinations, one a line, instead of a grid")
