@@ -5388,7 +5388,8 @@ class Evaluation:
         self.degraded = 0  # documents that did not adapt for lack of time
         self.learners = Learners(model, dist.device)
         self.static_tokens = static_costs(docs.lengths, run)  # (documents,), to score each without adaptation
-        # Both are measured in the warm-up, and the second again during the evaluation.
+        # The first is measured in the warm-up. The second is measured there only for batches on a GPU, and again during
+        # the evaluation; while it is 0, a group takes no time by the forecast.
         self.static_seconds_per_token = 0.0
         self.ttt_seconds_per_token = 0.0  # of a group that adapts
         model.requires_grad_(run.ttt_params == "full")
