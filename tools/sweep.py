@@ -120,6 +120,8 @@ def check_options(options: argparse.Namespace) -> None:
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. A grid word after --screen is not taken for its number."""
     words = list(arguments)
+    empty = any(word == "" or re.fullmatch("--[a-z-]+=", word) for word in words)
+    require(not empty, "an argument is empty: is a variable in it unset?")
     for i, word in enumerate(words):
         number_follows = i + 1 < len(words) and words[i + 1].isdigit()
         if word == "--screen" and not number_follows:
