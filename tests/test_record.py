@@ -414,6 +414,7 @@ def test_other_limits_are_kept_and_make_it_no_record(runs, facts):
         ({}, ["--seeds", "1,x"], "--seeds 1,x"),
         ({}, ["--seeds", "9" * 5000], "--seeds 999.*: expected different whole numbers"),
         ({}, ["--baseline", "1.2,0.1"], "--baseline 1.2,0.1"),
+        ({}, ["--baseline", ""], "--baseline : expected the folder of a record"),
         ({}, ["--baseline", "1.2,0.1,0"], "--baseline 1.2,0.1,0"),
         ({}, ["--what", "# Title"], "headings"),
         ({}, ["--what", " "], "what is"),

@@ -146,7 +146,7 @@ def gather_facts(options: argparse.Namespace, env: Mapping[str, str]) -> Facts:
         train_seconds=options.train_seconds,
         eval_seconds=options.eval_seconds,
         allowed=tuple(sorted(name for name, given in allowed.items() if given)),
-        baseline=parse_baseline(options.baseline) if options.baseline else None,
+        baseline=None if options.baseline is None else parse_baseline(options.baseline),
     )
 
 
