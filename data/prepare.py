@@ -263,9 +263,13 @@ def whole_number(text: str) -> int:
 
 
 def vocabulary_size(text: str) -> int:
-    if whole_number(text) > MOST_PIECES:
-        raise argparse.ArgumentTypeError(f"{text}: tokens are uint16: at most {MOST_PIECES:,}")
-    return int(text)
+    size = whole_number(text)
+    if size <= FIXED_PIECES:
+        least = f"at least {FIXED_PIECES + 1}: 256 bytes, 4 special pieces, and the characters of the text"
+        raise argparse.ArgumentTypeError(f"{text}: expected {least}")
+    if size > MOST_PIECES:
+        raise argparse.ArgumentTypeError(f"{text}: expected at most {MOST_PIECES:,}: tokens are uint16")
+    return size
 
 
 def web_address(text: str) -> str:
@@ -882,6 +886,7 @@ def is_public(name: str) -> bool:
 # Tokenizers: SentencePiece models, trained here or given; a given one is checked before it is used.
 
 MOST_PIECES = 1 << 16  # of a tokenizer: a shard's tokens are uint16
+FIXED_PIECES = 260  # of a tokenizer that is trained here: 256 bytes, and pad, BOS, EOS and unknown
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, and cannot tell the two apart in text
 NORMALISED_TEXT = (  # any normalisation changes some of it
     f"  A b\t\r\n\u00bd \ufb01\u2026 e\u0301 \u00a0\u2003x\u200b\uff21 a{SPACE_MARK}b  "
@@ -1056,7 +1061,7 @@ def train_tokenizer(sources: list[SourceFile], vocab_size: int, caseops: bool) -
 def why_not_trained(message: str) -> str:
     """What SentencePiece's message means, without its advice to change options that are not ours."""
     if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
-        characters = int(least[1]) - 260
+        characters = int(least[1]) - FIXED_PIECES
         return f"it needs {least[1]} pieces or more: 256 bytes, 4 special pieces and {characters:,} characters"
     if most := re.search(r"size too high .* <= (\d+)", message):
         return f"it has {most[1]} pieces at most"

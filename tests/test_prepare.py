@@ -301,7 +301,7 @@ def test_another_way_to_train_a_tokenizer_is_another_dataset(tmp_path, monkeypat
     "asked, reason",
     [
         (60_000, r"it has (\d+) pieces at most"),
-        (256, r"it needs (\d+) pieces or more: 256 bytes, 4 special pieces and [\d,]+ characters"),
+        (261, r"it needs (\d+) pieces or more: 256 bytes, 4 special pieces and [\d,]+ characters"),
     ],
 )
 def test_a_vocabulary_that_does_not_fit_the_text_is_refused_with_one_that_does(tmp_path, capsys, asked, reason):
@@ -315,10 +315,17 @@ def test_a_vocabulary_that_does_not_fit_the_text_is_refused_with_one_that_does(t
     assert run(text, *options, "--vocab-size", found[1]) == 0
 
 
-def test_a_vocabulary_that_tokens_cannot_number_is_refused_before_a_tokenizer_is_trained(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "size, reason",
+    [
+        (3, "3: expected at least 261: 256 bytes, 4 special pieces, and the characters of the text"),
+        (65_537, "65537: expected at most 65,536: tokens are uint16"),
+    ],
+)
+def test_a_vocabulary_that_fits_no_text_is_refused_before_a_tokenizer_is_trained(tmp_path, capsys, size, reason):
     with pytest.raises(SystemExit):
-        run("missing.jsonl", "--out", tmp_path, "--vocab-size", 65_537)
-    assert "--vocab-size: 65537: tokens are uint16: at most 65,536" in capsys.readouterr().err
+        run("missing.jsonl", "--out", tmp_path, "--vocab-size", size)
+    assert f"--vocab-size: {reason}\n" in capsys.readouterr().err
 
 
 # ---- jsonl, end to end ------------------------------------------------------
