@@ -213,8 +213,8 @@ knobs() { # nothing, to refuse a bad one; or --help. Needs no packages
   "$base" -m tools.knobs "$@"
 }
 
-# Arguments of a tool that takes knobs. Its help needs none, and --source may know others than this folder's train_gpt.py.
-refuse_bad_knobs() {
+# Help needs no knobs, and another --source may have others than the train_gpt.py of this folder.
+refuse_bad_knobs() { # arguments of a tool
   has_option "-h|--help|--source" "$@" || knobs
 }
 

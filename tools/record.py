@@ -253,7 +253,8 @@ def check_before(jobs: Sequence[Job], facts: Facts) -> None:
 
 
 def check_knobs(run: RunConfig, facts: Facts) -> None:
-    """Refuse knobs with which no run is one of a record, or with which it could exceed a limit. Raises UserError."""
+    """Refuse knobs with which no run is one of a record, or that set a limit above the record's. A run without a limit
+    in seconds may still keep to it. Raises UserError."""
     require(not run.artifact and not run.resume, "a record trains from the start: unset ARTIFACT and RESUME", UserError)
     require(
         run.artifact_bytes <= MOST_BYTES,

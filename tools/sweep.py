@@ -95,7 +95,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, metavar="N", help="at once [as many as fit; with --launcher 1]")
     parser.add_argument("--launcher", default="", metavar="WORDS", help="what stands before every job's command")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where runs are looked for and left, too")
-    parser.add_argument("--gpus", type=int, default=1, help="of one job [%(default)s]")
+    parser.add_argument("--gpus", type=int, default=1, help="of one job, whose ranks are started here [%(default)s]")
     return parser
 
 
