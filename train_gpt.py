@@ -1608,7 +1608,7 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes], parents: bool = 
     """Write to a temporary file beside `path`, then rename it: a reader sees the whole file or none, and an interrupted
     write leaves nothing behind. With `parents`, missing folders are created. Raises UserError."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         if parents and not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
