@@ -213,6 +213,19 @@ knobs() { # nothing, to refuse a bad one; or --help. Needs no packages
   "$base" -m tools.knobs "$@"
 }
 
+# Help needs no knobs, and another --source may have others than the train_gpt.py of this folder.
+refuse_bad_knobs() { # arguments of a tool
+  has_option "-h|--help|--source" "$@" || knobs
+}
+
+has_option() { # names separated by |, arguments of a tool
+  local argument
+  for argument in "${@:2}"; do
+    [[ $argument != @($1)?(=*) ]] || return 0
+  done
+  return 1
+}
+
 start_job() { # nothing, or --check-setup
   knobs
   setup requirements.txt
@@ -240,7 +253,7 @@ run_tool() { # its name and arguments
 # the GPUs are not here, and the full run's knobs hold. Help needs neither.
 run_tool_on_jobs() {
   setup requirements.txt requirements-dev.txt
-  [[ " $* " == *" "@(-h|--help|--eval|--launcher)[\ =]* ]] || choose_job
+  has_option "-h|--help|--eval|--launcher" "$@" || choose_job
   export RUN_SH_DEFAULTS=${defaults[*]} # which knobs are not the user's
   exec "$python" -m "tools.$1" "${@:2}"
 }
@@ -270,6 +283,11 @@ main() {
   (($# == 0)) || shift
   wait_without_spinning
   unset PYTHONSAFEPATH # with it, Python would not find the tools, modules of this folder
+  case $command in # what takes knobs, but for a run, which refuses bad ones itself
+    prove | compress | decompress | sample | calibrate | check | rules | packing | bench | sweep | record)
+      refuse_bad_knobs "$@"
+      ;;
+  esac
   case $command in
     "") start_job ;;
     check-setup) start_job --check-setup ;;

@@ -1333,6 +1333,12 @@ class Dist:
         everyone = self.all_gather(torch.from_numpy(np.frombuffer(data, np.uint8).copy()))
         return [part.numpy().tobytes() for part in everyone.chunk(self.world)]
 
+    def gather_texts(self, text: str) -> list[str]:
+        """The text of every rank, on every rank."""
+        data = text.encode()
+        size = int(self.all_reduce_max(len(data)))
+        return [part.rstrip(b"\0").decode() for part in self.gather_bytes(data.ljust(size, b"\0"))]
+
     @collective
     def all_reduce_max(self, value: float) -> float:
         """The largest of the ranks' numbers, on every rank."""
@@ -1602,7 +1608,7 @@ def write_atomically(path: Path | str, chunks: Iterable[bytes], parents: bool = 
     """Write to a temporary file beside `path`, then rename it: a reader sees the whole file or none, and an interrupted
     write leaves nothing behind. With `parents`, missing folders are created. Raises UserError."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.parent / f".{path.name}.{os.getpid()}.partial"
     try:
         if parents and not path.parent.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -5400,7 +5406,8 @@ class Evaluation:
         self.degraded = 0  # documents that did not adapt for lack of time
         self.learners = Learners(model, dist.device)
         self.static_tokens = static_costs(docs.lengths, run)  # (documents,), to score each without adaptation
-        # Both are measured in the warm-up, and the second again during the evaluation.
+        # The first is measured in the warm-up. The second is measured there only for batches on a GPU, and again during
+        # the evaluation; while it is 0, a group takes no time by the forecast.
         self.static_seconds_per_token = 0.0
         self.ttt_seconds_per_token = 0.0  # of a group that adapts
         model.requires_grad_(run.ttt_params == "full")
@@ -5613,6 +5620,23 @@ def check_ranks_begin_alike(dist: Dist, run: RunConfig, check_only: bool) -> Non
     for another one. The files that ARTIFACT or RESUME name may differ, as rank 0's is sent. Raises ConfigError."""
     choices = (run.artifact != "", run.resume != "", check_only)
     require_same(dist, {"code": code(), "choices of ARTIFACT, RESUME and --check-setup": bytes(choices)})
+
+
+def check_ranks_compute_alike(dist: Dist) -> None:
+    """All ranks need the same packages and the same kind of device, as the result names those of rank 0. A rank with
+    others rounds differently: a document's score would depend on the rank that scores it, and the ranks' copies of the
+    weights would drift apart. Raises ConfigError, which names what differs."""
+    facts = [*versions().split(), f"triton:{triton.__version__ if triton else 'none'}", device_name(dist.device)]
+    everyone = [text.splitlines() for text in dist.gather_texts("\n".join(facts))]
+    first = everyone[0]
+    for rank, theirs in enumerate(everyone):
+        others = ", ".join(fact for fact in theirs if fact not in first)
+        expected = ", ".join(fact for fact in first if fact not in theirs)
+        require(
+            theirs == first,
+            f"rank {rank} on {dist.hosts[rank]} has {others}, rank 0 on {dist.hosts[0]} has {expected}, and they would "
+            "round differently: start machines with the same packages and the same kind of device",
+        )
 
 
 def check_ranks_agree(setup: Setup) -> None:
@@ -7521,6 +7545,7 @@ def run_experiment(check_only: bool, ending: Ending) -> None:
     ending.world = dist.world
     dist.join(ending.after_a_loss)
     check_ranks_begin_alike(dist, run, check_only)
+    check_ranks_compute_alike(dist)
     prepare_torch(run, dist.device)
     run_id = choose_run_id(run, dist)
 

@@ -228,7 +228,7 @@ def add_common_options(command: argparse.ArgumentParser, name: str | None, vocab
     command.add_argument("--tokenizer", type=Path, help="SentencePiece model to use [one is trained]")
     command.add_argument(
         "--vocab-size",
-        type=whole_number,
+        type=vocabulary_size,
         default=vocab_size,
         help="pieces of a tokenizer that is trained [%(default)s]",
     )
@@ -260,6 +260,16 @@ def whole_number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or not 0 < int(text) < 1 << 31:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
     return int(text)
+
+
+def vocabulary_size(text: str) -> int:
+    size = whole_number(text)
+    if size <= FIXED_PIECES:
+        least = f"at least {FIXED_PIECES + 1}: 256 bytes, 4 special pieces, and the characters of the text"
+        raise argparse.ArgumentTypeError(f"{text}: expected {least}")
+    if size > MOST_PIECES:
+        raise argparse.ArgumentTypeError(f"{text}: expected at most {MOST_PIECES:,}: tokens are uint16")
+    return size
 
 
 def web_address(text: str) -> str:
@@ -875,6 +885,8 @@ def is_public(name: str) -> bool:
 # ======================================================================================================================
 # Tokenizers: SentencePiece models, trained here or given; a given one is checked before it is used.
 
+MOST_PIECES = 1 << 16  # of a tokenizer: a shard's tokens are uint16
+FIXED_PIECES = 260  # of a tokenizer that is trained here: 256 bytes, and pad, BOS, EOS and unknown
 SPACE_MARK = "\u2581"  # SentencePiece writes a space as this character, and cannot tell the two apart in text
 NORMALISED_TEXT = (  # any normalisation changes some of it
     f"  A b\t\r\n\u00bd \ufb01\u2026 e\u0301 \u00a0\u2003x\u200b\uff21 a{SPACE_MARK}b  "
@@ -906,8 +918,9 @@ def load_encoder(model: bytes, caseops: bool, name: str = "the tokenizer") -> En
         raise DataError(f"{name}: not a SentencePiece model; give one with --tokenizer, or train one with --vocab-size")
 
     vocab_size = processor.get_piece_size()
-    if not 0 < vocab_size <= 1 << 16:
-        raise DataError(f"{name}: {vocab_size} pieces, but tokens are uint16: at most 65,536; use a smaller tokenizer")
+    if not 0 < vocab_size <= MOST_PIECES:
+        most = f"at most {MOST_PIECES:,}"
+        raise DataError(f"{name}: {vocab_size} pieces, but tokens are uint16: {most}; use a smaller tokenizer")
     if processor.bos_id() != BOS:
         raise DataError(f"{name}: its BOS is {processor.bos_id()}, expected {BOS}; train it with bos_id={BOS}")
     byte_ids = [processor.piece_to_id(f"<0x{value:02X}>") for value in range(256)]
@@ -1011,7 +1024,7 @@ def token_bytes(encoder: Encoder, text: str, text_bytes: np.ndarray, tokens: np.
 def train_tokenizer(sources: list[SourceFile], vocab_size: int, caseops: bool) -> bytes:
     """Train BPE on training documents, the same amount from every file. The same text gives the same model.
 
-    Raises DataError if there is too little text for `vocab_size` pieces.
+    Raises DataError if there is too little text for `vocab_size` pieces, or if it has more characters.
     """
     texts = list(tokenizer_text(sources, caseops))  # read first: an error in a file is not a training error
     model = io.BytesIO()
@@ -1040,9 +1053,19 @@ def train_tokenizer(sources: list[SourceFile], vocab_size: int, caseops: bool) -
             num_threads=4,  # on every machine, because the model records it
         )
     except RuntimeError as error:
-        reason = str(error).split("] ")[-1].strip() or "there is too little of it"
+        reason = why_not_trained(str(error))
         raise DataError(f"--vocab-size {vocab_size}: no tokenizer can be trained on this text: {reason}") from None
     return model.getvalue()
+
+
+def why_not_trained(message: str) -> str:
+    """What SentencePiece's message means, without its advice to change options that are not ours."""
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        characters = int(least[1]) - FIXED_PIECES
+        return f"it needs {least[1]} pieces or more: 256 bytes, 4 special pieces and {characters:,} characters"
+    if most := re.search(r"size too high .* <= (\d+)", message):
+        return f"it has {most[1]} pieces at most"
+    return message.split("] ")[-1].strip() or "there is too little of it"
 
 
 def tokenizer_text(sources: list[SourceFile], caseops: bool) -> Iterator[str]:

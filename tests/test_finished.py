@@ -99,6 +99,17 @@ def test_a_run_that_scored_other_documents_does_not_count(stand_in):
     assert "it scored other documents" in job.at
 
 
+def test_a_run_that_its_launcher_gave_other_ranks_does_not_count(tmp_path):
+    """It was taken for a run on one GPU, or refused for a batch that follows from the number of ranks."""
+    path = fabricate(tmp_path, "one")
+    result = json.loads(path.read_text()) | {"world_size": 2}
+    result["knobs"]["TRAIN_BATCH_TOKENS"] = "2048"
+    path.write_text(json.dumps(result))
+    job = Job({}, {}, sources.Source("", SOURCE), run_id="one", deciding={"TRAIN_BATCH_TOKENS": "1024"})
+    with pytest.raises(DataError, match="it ran on 2 ranks, expected --gpus 1: give"):
+        require_as_started(job, load_run(path))
+
+
 @pytest.mark.parametrize("asked, counts", [("auto", True), ("rms", True), ("adamw", False)])
 def test_what_a_run_decides_itself_is_no_other_knob(tmp_path, asked, counts):
     """By its artifact: a result never says TTT_OPTIMIZER=auto."""

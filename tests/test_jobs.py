@@ -109,6 +109,13 @@ def test_a_batch_that_the_budget_decides_is_swept_like_one_that_is_set(stand_in,
     assert "are the same combination" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--eval", "--keep", "--launcher"])
+def test_an_option_that_a_variable_left_empty_is_refused(stand_in, capsys, option):
+    """It was as if it had not been given: instead of scoring an artifact, every combination was trained."""
+    assert end_in_a_line(lambda: sweep.main(["TTT_LR=0.1", option, ""])) == 2
+    assert "an argument is empty" in capsys.readouterr().err and stand_in.started() == []
+
+
 def test_rules_are_swept_each_with_its_own_defaults(stand_in, monkeypatch):
     monkeypatch.delenv("TTT_WEIGHT_DECAY", raising=False)
     monkeypatch.delenv("TTT_RMS_FLOOR", raising=False)
@@ -139,6 +146,8 @@ def test_rules_are_swept_each_with_its_own_defaults(stand_in, monkeypatch):
         ("", "give a grid"),
         ("TTT_LR=0.1 --eval absent.ptz", "absent.ptz: cannot be read"),
         ("MATRIX_LR=0.1 --eval absent.ptz", "MATRIX_LR is for training"),
+        ("TTT_LR=0.1 --eval .", ".: cannot be read"),
+        ("TTT_LR=0.1 --eval=", "an argument is empty"),
         ("--file absent.txt", "absent.txt: cannot be read"),
     ],
 )

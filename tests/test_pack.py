@@ -504,6 +504,15 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         train_gpt.write_atomically(tmp_path / "none" / "file", [b"new"])
 
 
+@pytest.mark.parametrize("path", [".", "folder"])
+def test_a_folder_is_not_written_to_as_a_file(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=f"{path}: cannot be written: "):
+        train_gpt.write_atomically(path, [b"new"])
+    assert names(tmp_path) == ["folder"]
+
+
 # ---- bad input as a user meets it -------------------------------------------
 
 

@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -296,11 +297,35 @@ def test_another_way_to_train_a_tokenizer_is_another_dataset(tmp_path, monkeypat
     assert run(text, *options) == 2 and "holds another dataset (other tokenizer)" in capsys.readouterr().err
 
 
-def test_a_vocabulary_that_the_text_cannot_fill_is_refused(tmp_path, capsys):
-    assert run(write_lines(tmp_path / "a.jsonl", TEXTS[:20]), "--out", tmp_path, "--vocab-size", 60_000) == 2
+@pytest.mark.parametrize(
+    "asked, reason",
+    [
+        (60_000, r"it has (\d+) pieces at most"),
+        (261, r"it needs (\d+) pieces or more: 256 bytes, 4 special pieces and [\d,]+ characters"),
+    ],
+)
+def test_a_vocabulary_that_does_not_fit_the_text_is_refused_with_one_that_does(tmp_path, capsys, asked, reason):
+    text = write_lines(tmp_path / "a.jsonl", TEXTS[:20])
+    options = ["--val-fraction", 0.3, "--out", tmp_path]
+    assert run(text, *options, "--vocab-size", asked) == 2
     error = capsys.readouterr().err
-    assert "--vocab-size 60000: no tokenizer can be trained on this text: Vocabulary size too high" in error
+    found = re.search(f"--vocab-size {asked}: no tokenizer can be trained on this text: {reason}\n", error)
+    assert found, error
     assert not list((tmp_path / "datasets").iterdir())
+    assert run(text, *options, "--vocab-size", found[1]) == 0
+
+
+@pytest.mark.parametrize(
+    "size, reason",
+    [
+        (3, "3: expected at least 261: 256 bytes, 4 special pieces, and the characters of the text"),
+        (65_537, "65537: expected at most 65,536: tokens are uint16"),
+    ],
+)
+def test_a_vocabulary_that_fits_no_text_is_refused_before_a_tokenizer_is_trained(tmp_path, capsys, size, reason):
+    with pytest.raises(SystemExit):
+        run("missing.jsonl", "--out", tmp_path, "--vocab-size", size)
+    assert f"--vocab-size: {reason}\n" in capsys.readouterr().err
 
 
 # ---- jsonl, end to end ------------------------------------------------------

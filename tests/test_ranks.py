@@ -210,6 +210,35 @@ def test_a_rank_that_would_do_something_else_is_refused_before_one_waits_for_ano
         assert re.search(r"error: rank 1 on \S+ has other choices of ARTIFACT, RESUME and ", ended.output), ended.output
 
 
+@pytest.mark.parametrize(
+    "name, of_rank, said",
+    [
+        (
+            "versions",
+            ["torch:2.11 cuda:12.8 numpy:2", "torch:2.11.1+cpu numpy:2"],
+            "torch:2.11.1+cpu|torch:2.11, cuda:12.8",
+        ),
+        ("triton", [SimpleNamespace(__version__="3.5"), None], "triton:none|triton:3.5"),
+        ("device_name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"], "NVIDIA H100 80GB HBM3|NVIDIA H200"),
+    ],
+)
+def test_ranks_that_would_round_differently_are_refused(ranks, monkeypatch, name, of_rank, said):
+    """The run went on, and its result named the versions and the GPU of rank 0."""
+
+    def on_a_machine_of_its_own(dist: g.Dist, *_: object) -> None:
+        mine = of_rank[dist.rank]
+        monkeypatch.setattr(g, name, mine if name == "triton" else lambda *_: mine)
+
+    monkeypatch.setattr(g, "check_ranks_begin_alike", on_a_machine_of_its_own)
+    ranks.start(is_busy)
+    theirs, first = said.split("|")
+    for rank in (0, 1):
+        ended = ranks.ended(rank)
+        assert ended.status == 2
+        expected = rf"error: rank 1 on \S+ has {re.escape(theirs)}, rank 0 on \S+ has {re.escape(first)}, and they "
+        assert re.match(expected, ended.output), ended.output
+
+
 def test_a_collective_that_fails_while_all_ranks_live_shows_its_error(ranks, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("tensors must have one shape")

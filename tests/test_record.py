@@ -412,10 +412,14 @@ def test_other_limits_are_kept_and_make_it_no_record(runs, facts):
         ({"TTT_LRR": "1"}, [], "TTT_LRR is not a knob"),
         ({}, ["--seeds", "1,1"], "--seeds 1,1"),
         ({}, ["--seeds", "1,x"], "--seeds 1,x"),
+        ({}, ["--seeds", "9" * 5000], "--seeds 999.*: expected different whole numbers"),
         ({}, ["--baseline", "1.2,0.1"], "--baseline 1.2,0.1"),
+        ({}, ["--baseline", ""], "--baseline : expected the folder of a record"),
         ({}, ["--baseline", "1.2,0.1,0"], "--baseline 1.2,0.1,0"),
         ({}, ["--what", "# Title"], "headings"),
         ({}, ["--what", " "], "what is"),
+        ({}, ["--what", os.fsdecode(b"caf\xe9")], r"what is 'caf.*': not UTF-8"),
+        ({"AUTHOR": os.fsdecode(b"Ren\xe9")}, [], r"author is 'Ren.*': not UTF-8"),
     ],
 )
 def test_what_cannot_become_a_record_is_refused_before_it_is_paid_for(home, monkeypatch, env, arguments, reason):
@@ -506,6 +510,8 @@ def test_what_changed_may_be_a_file(home):
     (home / "notes.md").write_text("First line\ngoes on.\n\nSecond paragraph.\n")
     found = record.gather_facts(record.parse(["X", "--seeds", "1", "--what", "notes.md"]), WHO)
     assert found.what == "First line\ngoes on.\n\nSecond paragraph." and found.blurb == "First line goes on."
+    line = "It is longer than the name of any file. " * 10
+    assert record.gather_facts(record.parse(["X", "--seeds", "1", "--what", line]), WHO).what == line.strip()
 
 
 def test_a_record_can_be_the_baseline(recorded, home, runs, facts):

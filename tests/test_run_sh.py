@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt
+from tools import record, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 MACHINE = {"PYTHON", "DATA_PATH", "TORCH_INDEX_URL", "PYTHONPATH", "OMP_WAIT_POLICY"} | {
@@ -192,7 +193,12 @@ def test_help_needs_no_package(bare):
     assert bare.started("pip") == bare.started("venv") == []
 
 
-@pytest.mark.parametrize("command", [[], ["check-setup"]])
+WITHOUT_KNOBS = {"compare", "plot"}
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["check-setup"], *([tool, "X"] for tool in TOOLS if tool not in WITHOUT_KNOBS)]
+)
 @pytest.mark.parametrize(
     "knobs, said",
     [
@@ -209,6 +215,12 @@ def test_a_bad_knob_is_refused_before_anything_is_installed(bare, command, knobs
 def test_good_knobs_are_not_refused_before_the_run(bare):
     """Nor are values that go together only in a small run, or only in a full one: which it is, torch must tell."""
     bare.run("check-setup", TRAIN_BATCH_TOKENS="8192", MATRIX_LR="0.02")
+    assert "torch" in bare.installed()
+
+
+@pytest.mark.parametrize("arguments", [["sweep", "--help"], ["sweep", "--source=other.py"], ["compare", "a", "b"]])
+def test_a_bad_knob_is_not_refused_by_what_takes_none_or_those_of_another_source(bare, arguments):
+    bare.run(*arguments, TTL_LR="1")
     assert "torch" in bare.installed()
 
 
@@ -243,6 +255,23 @@ def test_a_sweep_of_an_artifact_gets_no_knobs_of_the_small_run(ready):
 def test_help_of_a_tool_that_starts_runs_prepares_nothing(ready, name, option):
     ready.run(name, option)
     assert len(ready.started(name)) == 1 and ready.started("prepare.py") == []
+
+
+def test_words_of_an_argument_are_not_options(ready):
+    ready.run("record", "NAME", "--what", "scores of --eval and --launcher, see --help")
+    (call,) = ready.started("record")
+    assert "ITERATIONS" in call["env"]
+
+
+@pytest.mark.parametrize(
+    "parse, arguments",
+    [(sweep.read_options, ["SEED=0,1", "--launch", "srun"]), (record.parse, ["X", "--seeds", "0,1", "--eval", "700"])],
+)
+def test_options_are_not_abbreviated(capsys, parse, arguments):
+    """run.sh would not find them, or take one for another."""
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert "unrecognized arguments: --" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("launcher", [["--launcher", "srun -N1"], ["--launcher=srun"]])

@@ -59,6 +59,16 @@ def test_runs_of_different_devices_are_marked(stand_in, capsys):
     assert "**These runs are of different devices (an old GPU: 1; a new GPU: 1).**" in capsys.readouterr().out
 
 
+def test_runs_of_different_versions_are_marked(stand_in, capsys):
+    """As when torch was updated before the rest of a race was run."""
+    stand_in.makes("0.1", versions="torch:2.11")
+    stand_in.makes("0.2", versions="torch:2.12")
+    assert sweep.main(["TTT_LR=0.1,0.2", "--name", "updated"]) == 0
+    said = capsys.readouterr().out
+    assert "**These runs are of different versions (torch:2.11: 1; torch:2.12: 1).**" in said
+    assert "different devices" not in said
+
+
 def test_a_combination_of_which_a_seed_failed_is_not_the_best(stand_in, capsys):
     """Its mean is that of the seeds that went well."""
     stand_in.makes("0.1", seed=0)

@@ -65,6 +65,11 @@ def test_another_text_is_refused(tiny_data, other_data, monkeypatch, change, wor
         find_texts(f"{tiny_data},{other_data('other', change)}")
 
 
+def test_a_folder_that_is_given_twice_is_told_as_that(tiny_data):
+    with pytest.raises(train_gpt.ConfigError, match="is given twice"):
+        find_texts(f"{tiny_data},{tiny_data}")
+
+
 @pytest.mark.parametrize("option", [["--eval", "a.ptz"], ["--on", "validation"], ["--screen"]])
 def test_data_goes_with_training_and_held_out_text_alone(capsys, option):
     assert end_in_a_line(lambda: sweep.main(["--data", "a,b", "A=0,1", *option])) == 2

@@ -38,10 +38,15 @@ def open_artifact(path: Path | str, changes: Mapping[str, str] | None = None) ->
     return Opened(env, setup, model)
 
 
+def result_path(artifact: Path) -> Path:
+    """Where the result of the run that wrote an artifact lies: logs/RUN.json for logs/RUN.ptz."""
+    return artifact.parent / f"{artifact.stem}.json"
+
+
 def result_beside(artifact: Path) -> dict[str, Any]:
-    """The result of the run that wrote an artifact, logs/RUN.json for logs/RUN.ptz; empty if there is none. It may be
-    from an older version: nothing in it is checked."""
-    path = artifact.with_suffix(".json")
+    """The result of the run that wrote an artifact; empty if there is none. It may be from an older version: nothing in
+    it is checked."""
+    path = result_path(artifact)
     return read_table(path) if path.exists() else {}
 
 
@@ -50,10 +55,9 @@ def knobs_of_run(artifact: Path, env: Mapping[str, str]) -> dict[str, str]:
     adaptation, to which they may not apply."""
     knobs = result_beside(artifact).get("knobs", {})
     is_table = table_of(any_text)
-    train_gpt.require(
-        is_table(knobs), f"{artifact.with_suffix('.json')}: its knobs are not texts by name", train_gpt.DataError
-    )
-    knobs = checked_knobs(knobs, str(artifact.with_suffix(".json")))
+    path = result_path(artifact)
+    train_gpt.require(is_table(knobs), f"{path}: its knobs are not texts by name", train_gpt.DataError)
+    knobs = checked_knobs(knobs, str(path))
     another_system = any(env.get(name, knobs.get(name)) != knobs.get(name) for name in SYSTEM)
     return {name: value for name, value in knobs.items() if not (another_system and name.startswith("TTT_"))}
 

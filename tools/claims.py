@@ -91,6 +91,7 @@ class Facts:
         for name in ("author", "github_id", "name", "date", "what", "track"):
             value = getattr(self, name)
             require(isinstance(value, str) and value.strip() != "", f"{name} is {value!r}: say it", UserError)
+            require(re.search("[\ud800-\udfff]", value) is None, f"{name} is {value!r}: not UTF-8", UserError)
         require(number(self.train_seconds) and number(self.eval_seconds), "the limits are not in seconds", UserError)
         require(
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) is not None,

@@ -55,7 +55,10 @@ def load_finished(job: Job, train_only: bool = False) -> Run:
 
 
 def require_as_started(job: Job, run: Run) -> None:
-    """Raise DataError unless a run had the knobs and the documents of its job: a launcher may set others."""
+    """Raise DataError unless a run had the ranks, the knobs and the documents of its job: a launcher may set others."""
+    ranks = run.result["world_size"]
+    remedy = "give the GPUs of a job as --gpus, which starts its ranks"
+    require(ranks == job.gpus, f"{run.path}: it ran on {ranks} ranks, expected --gpus {job.gpus}: {remedy}", DataError)
     for name, value in job.deciding.items():
         found = run.result["knobs"].get(name, value)
         decided = value == "auto"  # by the run

@@ -46,6 +46,7 @@ class Job:
     settings: dict[str, str] = dataclasses.field(default_factory=dict)  # all knobs of its run
     deciding: dict[str, str] = dataclasses.field(default_factory=dict)  # those of them that its result depends on
     documents: dict = dataclasses.field(default_factory=dict)  # identifies documents, tokenizer and training data
+    gpus: int = 1
     artifact: str = ""  # sha256 of the artifact to score; empty if the job trains
     run_id: str = ""
     state: str = "waiting"  # waiting | running | done | failed
@@ -140,7 +141,7 @@ def make_jobs(
         env = environment(knobs) | text.env()
         if artifact:
             env = knobs_of_run(Path(artifact), env) | env | {"ARTIFACT": artifact, "RESUME": ""}
-        jobs.append(Job(source.knobs() | text.knobs() | knobs, env, source))
+        jobs.append(Job(source.knobs() | text.knobs() | knobs, env, source, gpus=gpus))
     by_source = [[job for job in jobs if job.source is source] for source in sources]
     needs = train_only_job.NEEDED if train_only else ()
     answers = [ask_settings(theirs, gpus, artifact, needs) for theirs in by_source]

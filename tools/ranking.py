@@ -145,7 +145,7 @@ def ranking(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, com
     cells_of = cells_of_training if rows[0].run.train_only else cells_of_score
     head = [*knobs, *cells_of(rows[0])]
     lines = [f"# Sweep {name}", "", f"    {command}", "", f"{mark}Scored on {scored.description}. {about}", ""]
-    lines += several_devices(jobs)
+    lines += several_machines(jobs)
     lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [*(row.knobs.get(name, "") for name in knobs), *cells_of(row).values()]
@@ -153,17 +153,20 @@ def ranking(name: str, jobs: list[Job], rows: list[Row], scored: ScoredText, com
     return lines
 
 
-def several_devices(jobs: list[Job]) -> list[str]:
-    """A paragraph that warns of runs on different devices, as when a race is resumed on another machine."""
-    devices = Counter(job.run.result["device"] for job in jobs if job.run is not None)
-    if len(devices) < 2:
-        return []
-    counts = "; ".join(f"{printable(device)}: {count}" for device, count in devices.items())
-    return [
-        f"**These runs are of different devices ({counts}).** Over equal seconds they do not compare, and over equal "
-        "steps they round differently.",
-        "",
-    ]
+def several_machines(jobs: list[Job]) -> list[str]:
+    """Paragraphs that warn of runs on different devices, or by other versions of packages, as when a race is resumed on
+    another machine."""
+    lines = []
+    for field, name in (("device", "devices"), ("versions", "versions")):
+        found = Counter(job.run.result[field] for job in jobs if job.run is not None)
+        if len(found) > 1:
+            counts = "; ".join(f"{printable(value)}: {count}" for value, count in found.items())
+            lines.append(
+                f"**These runs are of different {name} ({counts}).** Over equal seconds they do not compare, and over "
+                "equal steps they round differently."
+            )
+            lines.append("")
+    return lines
 
 
 def cells_of_score(row: Row) -> dict[str, str]:

@@ -63,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="./run.sh record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh record",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # run.sh looks for some options itself
     )
     add = parser.add_argument
     add("name", metavar="NAME", help="of letters, digits and ._-")
@@ -109,7 +112,7 @@ def seed_list(text: str) -> list[int]:
     """Parse seeds, and sort them as the record lists them."""
     parts = text.split(",")
     require(
-        all(part.isdecimal() for part in parts) and len(set(map(int, parts))) == len(parts),
+        all(part.isdecimal() and len(part) < 20 for part in parts) and len(set(map(int, parts))) == len(parts),
         f"--seeds {text}: expected different whole numbers, such as 42,0,1234",
         UserError,
     )
@@ -143,7 +146,7 @@ def gather_facts(options: argparse.Namespace, env: Mapping[str, str]) -> Facts:
         train_seconds=options.train_seconds,
         eval_seconds=options.eval_seconds,
         allowed=tuple(sorted(name for name, given in allowed.items() if given)),
-        baseline=parse_baseline(options.baseline) if options.baseline else None,
+        baseline=None if options.baseline is None else parse_baseline(options.baseline),
     )
 
 
@@ -156,7 +159,7 @@ def git(name: str) -> str:
 
 def text_of(what: str) -> str:
     """`what` itself, or the text of the file that it names."""
-    if "\n" in what or not Path(what).is_file():
+    if not os.path.isfile(what):  # unlike Path.is_file, it takes a long text for no file rather than for an error
         return what.strip()
     try:
         return Path(what).read_text(encoding="utf-8").strip()
@@ -165,7 +168,7 @@ def text_of(what: str) -> str:
 
 
 def parse_baseline(text: str) -> Baseline:
-    if Path(text).is_dir():
+    if os.path.isdir(text):
         return baseline_of(Path(text))
     try:
         mean, std, seeds, *bytes_per_token = text.split(",")
@@ -250,7 +253,8 @@ def check_before(jobs: Sequence[Job], facts: Facts) -> None:
 
 
 def check_knobs(run: RunConfig, facts: Facts) -> None:
-    """Refuse knobs with which no run is one of a record, or with which it could exceed a limit. Raises UserError."""
+    """Refuse knobs with which no run is one of a record, or that set a limit above the record's. A run without a limit
+    in seconds may still keep to it. Raises UserError."""
     require(not run.artifact and not run.resume, "a record trains from the start: unset ARTIFACT and RESUME", UserError)
     require(
         run.artifact_bytes <= MOST_BYTES,

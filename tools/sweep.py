@@ -73,7 +73,10 @@ LONGEST_NAME = 200  # of a sweep's name, in characters: file systems allow 255
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="./run.sh sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="./run.sh sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # run.sh looks for some options itself
     )
     parser.add_argument("grid", nargs="*", metavar="NAME=value,value")
     parser.add_argument("--file", type=Path, help="combinations, one a line, instead of a grid")
@@ -92,7 +95,7 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, metavar="N", help="at once [as many as fit; with --launcher 1]")
     parser.add_argument("--launcher", default="", metavar="WORDS", help="what stands before every job's command")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="where runs are looked for and left, too")
-    parser.add_argument("--gpus", type=int, default=1, help="of one job [%(default)s]")
+    parser.add_argument("--gpus", type=int, default=1, help="of one job, whose ranks are started here [%(default)s]")
     return parser
 
 
@@ -117,6 +120,8 @@ def check_options(options: argparse.Namespace) -> None:
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line. A grid word after --screen is not taken for its number."""
     words = list(arguments)
+    empty = any(word == "" or re.fullmatch("--[a-z-]+=", word) for word in words)
+    require(not empty, "an argument is empty: is a variable in it unset?")
     for i, word in enumerate(words):
         number_follows = i + 1 < len(words) and words[i + 1].isdigit()
         if word == "--screen" and not number_follows:

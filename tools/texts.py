@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 import train_gpt
+from tools.grid import require_distinct
 from tools.holdout import exact_sidecar, known_transform, last_tokens, whole_documents
 from train_gpt import BOS, DataError, RunConfig, find_shards, read_shard, require
 
@@ -37,12 +38,13 @@ class Text(NamedTuple):
 
 def find_texts(words: str | None) -> list[Text]:
     """The comma-separated folders of --data. In the first, the last HOLDOUT_TOKENS are held out; in the others, as many
-    whole documents. Raises DataError if these are not the same text."""
+    whole documents. Raises ConfigError if a folder is given twice, DataError if they do not hold the same text."""
     if words is None:
         return [Text("")]
     knobs = {name: os.environ[name] for name in ("HOLDOUT_TOKENS",) if os.environ.get(name)}
     held = train_gpt.read_env(knobs)[1].holdout_tokens
     names = words.split(",")
+    require_distinct(names)
     texts = []
     expected = None
     for name in names:
