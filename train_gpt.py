@@ -2359,7 +2359,7 @@ def adam_directions(
 
 @torch.no_grad()
 def move_parameters(params: Sequence[Tensor], places: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Move parameters into `places`, tensors of their shapes, and make `grads`, zeros of these, their gradients."""
+    """Move parameters into the memory of `places` and make `grads`, zeros, their gradients; both have their shapes."""
     for p, place, grad in zip(params, places, grads, strict=True):
         p.data = place.copy_(p)
         p.grad = grad  # never replaced: CUDA graphs add to it; unused parameters keep zeros
@@ -2370,7 +2370,8 @@ class MuonAdam:
 
     The optimizer moves the parameters into tensors of its own: matrices of one shape into a stack, Adam's parameters
     one after another into a flat tensor; and their gradients likewise. An operation on many parameters is thus one
-    kernel. From then on p.data and p.grad may be written to, but not replaced.
+    kernel. From then on p.data and p.grad may be written to, but not replaced; what shared a parameter's memory before
+    no longer does.
 
     Ranks sum their gradients, each computes the updates for its share of every stack of matrices, and all gather
     them. Given equal sums, the result does not depend on the number of ranks."""
@@ -2394,10 +2395,10 @@ class MuonAdam:
             move_parameters(ps, stack[: len(ps)].unbind(), grads[: len(ps)].unbind())
 
         self.adam_params = by_role["embedding"] + by_role["scalar"]
-        self.adam_sizes = [-(-p.numel() // 64) * 64 for p in self.adam_params]  # padded, so that each begins aligned
+        self.adam_sizes = [-(-p.numel() // 64) * 64 for p in self.adam_params]  # aligned to 256 bytes
         embedding = sum(self.adam_sizes[: len(by_role["embedding"])])
-        self.adam_groups = [embedding, sum(self.adam_sizes) - embedding]
-        self.adam_rates = [(run.embed_lr, run.embed_wd), (run.scalar_lr, run.scalar_wd)]  # learning rate, weight decay
+        self.group_sizes = [embedding, sum(self.adam_sizes) - embedding]  # embedding, scalars
+        self.group_rates = [(run.embed_lr, run.embed_wd), (run.scalar_lr, run.scalar_wd)]  # learning rate, weight decay
         self.adam_values = model.embed.new_zeros(sum(self.adam_sizes))
         self.adam_grads = torch.zeros_like(self.adam_values)
         self.exp_avg = torch.zeros_like(self.adam_values)
@@ -2439,13 +2440,14 @@ class MuonAdam:
         matrix_lr = run.matrix_lr * lr_scale
         for stack, g, momentum in zip(self.stacks, shares, self.momentum, strict=True):
             updates = self.dist.all_gather(muon_update(g, momentum, mu, run.muon_ns_steps))
-            aspect = max(1.0, stack.size(-2) / stack.size(-1))
+            aspect = max(1.0, stack.size(-2) / stack.size(-1))  # tall matrices take longer steps, as in Jordan's Muon
             stack.mul_(1 - matrix_lr * run.muon_wd).add_(updates, alpha=-matrix_lr * aspect**0.5)
 
         tensors = [self.adam_grads], [self.exp_avg], [self.exp_avg_sq]
         (directions,) = adam_directions(*tensors, self.steps_done, run.beta1, run.beta2, run.adam_eps)
-        groups = zip(self.adam_values.split(self.adam_groups), directions.split(self.adam_groups), strict=True)
-        for (values, direction), (lr, wd) in zip(groups, self.adam_rates, strict=True):
+        values_by_group = self.adam_values.split(self.group_sizes)
+        groups = zip(values_by_group, directions.split(self.group_sizes), self.group_rates, strict=True)
+        for values, direction, (lr, wd) in groups:
             values.mul_(1 - lr * lr_scale * wd).sub_(direction, alpha=lr * lr_scale)
 
         torch._foreach_zero_([*self.stack_grads, self.adam_grads])
@@ -6385,9 +6387,10 @@ EPSILON = constant(NORM_EPSILON)  # for kernels, which may read constants only
 # division by that sum, and rescales sum and output whenever the maximum grows (online softmax).
 #
 # Segments: a query attends to tokens of its own segment, up to itself. So a tile of queries loops over keys from the
-# start of its first query's segment to its own last token; in the backward pass a tile of keys loops over queries from
-# its own first token to the end of its last key's segment. Most tiles on the way need no mask: a loop without one takes
-# them, and a second loop the others. (A condition within a single loop would cost more than the masks that it saves.)
+# start of its first query's segment to its own last token; in the backward pass a tile of keys loops over queries, of
+# several heads at once, from its own first token to the end of its last key's segment. Most tiles on the way need no
+# mask: a loop without one takes them, and a second loop the others. (A condition within a single loop would cost more
+# than the masks that it saves.)
 #
 #     forward:  qk_norm_rope_kernel                qkv -> qk
 #               attention_forward_kernel           qk, values -> y, lse, out
@@ -6406,18 +6409,18 @@ EPSILON = constant(NORM_EPSILON)  # for kernels, which may read constants only
 #     delta   (H, N) fp32        sum(y * d_y) of a query: what softmax's gradient subtracts
 #
 # Scores are in units of log 2, since a GPU computes powers of 2 faster than of e: the factor is part of the gain. In
-# comments, 64 stands for TILE; in names of kernel arguments, `heads` is H, `kv_heads` K, `width` h, `half` half of the
-# dimensions that RoPE rotates, and `tokens` N.
+# comments, 64 stands for TILE, and R for the rows of a tile of any size; in names of kernel arguments, `heads` is H,
+# `kv_heads` K, `width` h, `half` half of the dimensions that RoPE rotates, and `tokens` N.
 
 TILE_TOKENS = 64  # the fastest of those tried on an H200, as are the sizes and launch options below
 TILE = constant(TILE_TOKENS)  # for kernels
 
-QK_ROWS = 32  # queries and keys, of several heads, that a program of qk_norm_rope_kernel takes
+QK_ROWS = 32  # queries and keys, of one head or several, that a program of qk_norm_rope_kernel takes
 OUTPUT_TOKENS = 16  # tokens that a program of attention_output_backward_kernel takes
 
 
 def heads_together(heads: int) -> int:
-    """How many of so many heads, a power of two, a program takes side by side: 1, 2 or 4."""
+    """How many heads a program takes together: the most, of 1, 2 and 4, that divide `heads`."""
     return math.gcd(heads, 4)
 
 
@@ -6433,8 +6436,8 @@ def score_scale(width: int) -> float:
 
 @jit
 def load_tile(ptr, rows, tokens, heads: tl.constexpr, head, width: tl.constexpr):
-    """Rows (R,) of one head, or of a head (R, 1) each, of a matrix (N, heads * width) -> tile (R, width), zeros beyond
-    row N."""
+    """Rows (R,) of one head, or of a head each (R, 1), from a matrix (N, heads * width) -> tile (R, width), zeros
+    beyond row N."""
     offsets = (rows[:, None] * heads + head) * width + tl.arange(0, width)[None, :]
     return tl.load(ptr + offsets, rows[:, None] < tokens, 0.0)
 
@@ -6495,40 +6498,43 @@ def qk_norm_rope_kernel(
     size: tl.constexpr,
 ):
     """Queries and keys: RMSNorm, RoPE, the gain of the head. Backward: from the gradient of qk to the gradients of qkv
-    and of the gain; for the latter, every program writes its sum over its tokens. A program takes `size` rows: those of
-    `together` heads side by side, token by token.
+    and of the gain; for the latter, every program writes its sum over its tokens.
 
+    A program takes `size` rows: token after token, each in `together` heads.
     Rotation keeps lengths, so the forward pass rotates before it normalises, and reads pairs from qkv."""
     first_head = tl.program_id(1) * together
     row = tl.arange(0, size)
-    rows = tl.program_id(0) * (size // together) + row // together  # their tokens (R,)
+    token = tl.program_id(0) * (size // together) + row // together  # (R,)
     head = (first_head + row % together)[:, None]  # (R, 1)
-    x = load_tile(qkv_ptr, rows, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)  # (R, width)
+    x = load_tile(qkv_ptr, token, tokens, heads + 2 * kv_heads, head, width).to(tl.float32)  # (R, width)
     inverse_rms = tl.rsqrt(tl.sum(x * x, 1) / width + EPSILON)[:, None]  # (R, 1)
     gain = tl.load(gain_ptr + head)
 
     if backward:
-        d_y = load_tile(qk_ptr, rows, tokens, heads + kv_heads, head, width).to(tl.float32)
+        d_y = load_tile(qk_ptr, token, tokens, heads + kv_heads, head, width).to(tl.float32)
         # The gradient of the normalised head, except for the gain, which is multiplied in below.
-        d_normed = apply_rope_tile(d_y, qk_ptr, rows, tokens, heads + kv_heads, head, cos_ptr, sin_ptr, -1, width, half)
+        d_normed = apply_rope_tile(
+            d_y, qk_ptr, token, tokens, heads + kv_heads, head, cos_ptr, sin_ptr, -1, width, half
+        )
         along = tl.sum(d_normed * x * inverse_rms, 1)  # (R,)
         d_gain = tl.sum(tl.reshape(along, (size // together, together)), 0)  # (together,)
         d_gain_ptr += tl.program_id(0) * (heads + kv_heads) + first_head
         tl.store(d_gain_ptr + tl.arange(0, together), d_gain)
         d_x = (d_normed - x * inverse_rms * (along / width)[:, None]) * inverse_rms * gain
-        store_tile(d_qkv_ptr, d_x, rows, tokens, heads + 2 * kv_heads, head, width)
+        store_tile(d_qkv_ptr, d_x, token, tokens, heads + 2 * kv_heads, head, width)
     else:
-        y = apply_rope_tile(x, qkv_ptr, rows, tokens, heads + 2 * kv_heads, head, cos_ptr, sin_ptr, 1, width, half)
-        store_tile(qk_ptr, y * inverse_rms * gain, rows, tokens, heads + kv_heads, head, width)
+        y = apply_rope_tile(x, qkv_ptr, token, tokens, heads + 2 * kv_heads, head, cos_ptr, sin_ptr, 1, width, half)
+        store_tile(qk_ptr, y * inverse_rms * gain, token, tokens, heads + kv_heads, head, width)
 
 
 @jit
 def keys_of_tile(positions_ptr, first_query, tokens, masked: tl.constexpr):
-    """Keys that a tile of queries attends to, from the start of its first query's segment on -> begin and end of those
-    in whole tiles that no query masks, or of the others, the masked ones.
+    """The keys that a tile of queries loops over, from the start of its first query's segment on: whole tiles in which
+    every query attends to every key, then the rest, which needs a mask -> begin and end of the rest if `masked`, else
+    of the whole tiles.
 
-    There are no whole tiles if a segment begins within the tile of queries. Otherwise they end where keys come after
-    the first query."""
+    If another segment begins within the tile of queries, there are no whole tiles; else the last one ends at the first
+    query or before."""
     begin = first_query - tl.load(positions_ptr + first_query)
     last_query = tl.minimum(first_query + TILE, tokens) - 1
     one_segment = last_query - tl.load(positions_ptr + last_query) == begin
@@ -6543,7 +6549,8 @@ def keys_of_tile(positions_ptr, first_query, tokens, masked: tl.constexpr):
 
 @jit
 def attention_scores(q, k, positions_ptr, first_query, first_key, tokens, masked: tl.constexpr):
-    """Queries and keys (64, h) from `first_query` and `first_key` on -> scores (64, 64) in units of log 2."""
+    """Queries and keys (64, h) from `first_query` and `first_key` on -> scores (64, 64) in units of log 2; if `masked`,
+    MASKED where a query does not attend to a key."""
     s = tl.dot(q, tl.trans(k))
     if masked:
         query = first_query + tl.arange(0, TILE)
@@ -6555,7 +6562,7 @@ def attention_scores(q, k, positions_ptr, first_query, first_key, tokens, masked
 
 @jit
 def unit_vectors(v):
-    """Values (64, h) -> unit vectors (64, h), and the lengths they were divided by (64, 1)."""
+    """Values (R, h) -> unit vectors (R, h), and the lengths they were divided by (R, 1)."""
     v = v.to(tl.float32)
     length = tl.sqrt(tl.maximum(tl.sum(v * v, 1), 1e-24))[:, None]  # at least 1e-12, as in F.normalize
     return v / length, length
@@ -6640,21 +6647,21 @@ def attention_output_backward_kernel(
 ):
     """From d_out to d_y, d_gate and delta, for `size` tokens and the query heads that share a key/value head. In d_qkv
     it writes the values' gradient through XSA, to which `attention_kv_backward_kernel` adds the rest."""
-    token = tl.program_id(0) * size + tl.arange(0, size)  # (T,)
+    token = tl.program_id(0) * size + tl.arange(0, size)  # (R,)
     kv_head = tl.program_id(1)
     group = heads // kv_heads
     value_head = heads + kv_heads + kv_head
-    v = load_tile(qkv_ptr, token, tokens, heads + 2 * kv_heads, value_head, width)  # (T, h)
+    v = load_tile(qkv_ptr, token, tokens, heads + 2 * kv_heads, value_head, width)  # (R, h)
     unit_value, length = unit_vectors(v)
     d_unit_value = tl.zeros([size, width], tl.float32)
 
     for head in range(kv_head * group, (kv_head + 1) * group):
-        y = load_tile(y_ptr, token, tokens, heads, head, width).to(tl.float32)  # (T, h)
+        y = load_tile(y_ptr, token, tokens, heads, head, width).to(tl.float32)  # (R, h)
         d_y = load_tile(d_out_ptr, token, tokens, heads, head, width).to(tl.float32)  # so far without XSA and gate
-        gate = tl.load(gate_ptr + token * heads + head, token < tokens, 0.0).to(tl.float32)[:, None]  # (T, 1)
-        d_gate = tl.sum(y * d_y, 1)  # (T,)
+        gate = tl.load(gate_ptr + token * heads + head, token < tokens, 0.0).to(tl.float32)[:, None]  # (R, 1)
+        d_gate = tl.sum(y * d_y, 1)  # (R,)
         if xsa:
-            along = tl.sum(y * unit_value, 1)  # (T,)
+            along = tl.sum(y * unit_value, 1)  # (R,)
             d_along = tl.sum(d_y * unit_value, 1)
             d_gate -= along * d_along
             d_unit_value -= gate * (d_along[:, None] * y + along[:, None] * d_y)
@@ -6709,11 +6716,11 @@ def attention_query_backward_kernel(
 
 @jit
 def queries_of_tile(ends_ptr, first_key, tokens, queries: tl.constexpr, masked: tl.constexpr):
-    """Queries that attend to a tile of keys, up to the end of its last key's segment -> begin and end of those in whole
-    tiles of `queries` that need no mask, or of the others, and by how much the latter jump after the keys' own tokens.
+    """The queries that a tile of keys loops over, up to the end of its last key's segment: those of the keys' own
+    tokens, then whole tiles of `queries` tokens in which every query attends to every key, then what is left -> begin
+    and end of the whole tiles, or if `masked` of the others as if they were adjacent, and the gap between these.
 
-    What needs a mask are the keys' own tokens, and what is left after the whole tiles. If a segment begins within the
-    tile of keys, all do."""
+    If another segment begins within the tile of keys, there are no whole tiles."""
     begin = first_key + TILE
     end = tl.load(ends_ptr + tl.minimum(begin, tokens) - 1)
     one_segment = (tl.load(ends_ptr + first_key) == end) & (end > begin)
@@ -6746,7 +6753,7 @@ def attention_kv_backward_kernel(
     """Gradients of a tile of keys and values of one key/value head, summed over the query heads that share it. d_qkv
     already holds the values' gradient through XSA.
 
-    A tile of queries has 64 rows, too: those of `together` heads, one head after the other."""
+    A tile of queries has 64 rows, too: head after head, 64 / `together` tokens of each of `together` heads."""
     first_key = tl.program_id(0) * TILE
     kv_head = tl.program_id(1)
     group = heads // kv_heads
@@ -6786,7 +6793,7 @@ def attention_kv_backward_kernel(
 
 
 def qk_launch(tokens: int, heads: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Programs of `qk_norm_rope_kernel` for so many queries and keys of a token, and its last two arguments."""
+    """Programs of `qk_norm_rope_kernel` for tokens with `heads` queries and keys each, and its last two arguments."""
     together = heads_together(heads)
     programs = triton.cdiv(tokens, QK_ROWS // together), heads // together
     return programs, (together, QK_ROWS)
@@ -6842,22 +6849,9 @@ class FusedAttention(torch.autograd.Function):
         attention_query_backward_kernel[(tiles, H)](
             qk, qkv, lse, positions, d_y, delta, d_qk, N, H, K, h, **attention_launch(h)
         )
+        together = heads_together(H // K)
         attention_kv_backward_kernel[(tiles, K)](
-            qk,
-            qkv,
-            lse,
-            positions,
-            ends,
-            d_y,
-            delta,
-            d_qk,
-            d_qkv,
-            N,
-            H,
-            K,
-            h,
-            heads_together(H // K),
-            **attention_launch(h),
+            qk, qkv, lse, positions, ends, d_y, delta, d_qk, d_qkv, N, H, K, h, together, **attention_launch(h)
         )
         qk_norm_rope_kernel[qk_programs](
             qkv, gain, cos, sin, d_qk, d_qkv, d_gain, N, True, H, K, h, cos.size(1), *qk_tile

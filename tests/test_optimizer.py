@@ -208,7 +208,7 @@ def storages(tensors) -> set[int]:
 
 @pytest.mark.parametrize("world", [1, 2, 5])
 def test_parameters_and_gradients_lie_in_the_optimizers_tensors(world):
-    """A copy for each shape of matrices, and one for Adam, where every parameter begins at a multiple of 256 bytes."""
+    """One tensor for each shape of matrices, and one for Adam, where parameters begin at multiples of 256 bytes."""
     model = a_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     names = {id(p): n for n, p in model.named_parameters()}
