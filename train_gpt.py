@@ -1600,7 +1600,7 @@ class Stopwatch:
 
 # The phases that count against a limit: from the first real batch to the packed file, and from opening the artifact to
 # the final score.
-TRAINING_CLOCK = ("train", "checkpoint", "choose", "gradients", "calibrate", "quantise", "pack")
+TRAINING_CLOCK = ("train", "checkpoint", "choose", "gradients", "calibrate", "factorise", "quantise", "pack")
 EVALUATION_CLOCK = ("unpack", "evaluate: warm-up", "evaluate: score")
 
 
@@ -4051,7 +4051,7 @@ def make_artifact(
     UserError if none fits. With `once` it rounds once and accepts any size."""
     budget = Budget.of(model, run)
     meta = {"kind": "artifact", "model": dataclasses.asdict(model.config), **provenance}
-    with watch.phase("quantise"):
+    with watch.phase("factorise"):
         weights = {name: p.detach().float() for name, p in model.named_parameters() if param_role(name) != "scalar"}
         scalars = {name: p.detach().half() for name, p in model.named_parameters() if param_role(name) == "scalar"}
         others = scalars | encode_gradient_rms(model)
@@ -5923,11 +5923,19 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
         save_or_warn(trainer, checkpoint, 0.0, log, finished=True)
     remove(checkpoint, log)
 
-    seconds = watch.total("checkpoint", "gradients")
-    seconds += watch.total("calibrate") * run.gptq_calibration_batches
-    seconds += (len(READOUTS) + 1) * watch.total("choose")  # and once more, for the blend where the score is lowest
-    seconds += 2 * watch.total("quantise", "pack")  # two tries to fit the bytes
-    return dist.all_reduce_max(1.15 * seconds + 0.5)  # with a margin: an artifact that is late is no entry
+    times = {
+        "checkpoint": 1,
+        "choose": len(READOUTS) + 1,  # and once more, for the blend where the score is lowest
+        "gradients": 1,
+        "calibrate": run.gptq_calibration_batches,
+        "factorise": 1,
+        "quantise": 2,  # two tries to fit the bytes
+        "pack": 2,
+    }
+    seconds = {phase: count * watch.total(phase) for phase, count in times.items()}
+    parts = ", ".join(f"{phase} {{{phase}:.1f}}" for phase in seconds)
+    log.event("dry_run", f"set-up: what follows training takes, in seconds: {parts}", **seconds)
+    return dist.all_reduce_max(1.15 * sum(seconds.values()) + 0.5)  # with a margin: a late artifact is no entry
 
 
 def blank(docs: Documents) -> Documents:

@@ -216,7 +216,7 @@ def test_the_result_adds_up(first):
 
 
 CLOCKS = {
-    "training": {"train", "checkpoint", "choose", "gradients", "calibrate", "quantise", "pack"},
+    "training": {"train", "checkpoint", "choose", "gradients", "calibrate", "factorise", "quantise", "pack"},
     "evaluation": {"unpack", "evaluate: warm-up", "evaluate: score"},
     "-": {"load", "set-up", "validate", "score without adaptation"},
 }
@@ -771,7 +771,8 @@ def test_the_seconds_of_all_runs_that_a_result_continues_count(in_process, monke
     assert before > 200
     status, _ = in_process(RUN_ID="packed", RESUME="logs/lost.ckpt")
     result = json.loads(Path("logs/packed.json").read_text())
-    packing = sum(result["phases"][phase] for phase in ("choose", "gradients", "calibrate", "quantise", "pack"))
+    phases = ("choose", "gradients", "calibrate", "factorise", "quantise", "pack")
+    packing = sum(result["phases"][phase] for phase in phases)
     assert status == 0 and result["train_seconds"] == pytest.approx(before + packing, abs=0.01)
 
 

@@ -826,9 +826,14 @@ def test_the_time_of_all_that_follows_training_is_reserved(settings, monkeypatch
     stream = g.TrainingStream(run, TINY_MODEL.vocab_size, g.Dist())
     setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, stream)
     took = {"checkpoint": 1.0, "gradients": 2.0, "calibrate": 4.0, "choose": 8.0, "quantise": 16.0, "pack": 32.0}
+    took |= {"factorise": 64.0}
     monkeypatch.setattr(g.Stopwatch, "total", lambda watch, *names: sum(took[name] for name in names))
-    reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log())
-    assert reserve == pytest.approx(1.15 * (1 + 2 + 3 * 4 + 4 * 8 + 2 * (16 + 32)) + 0.5)
+    lines = []
+    reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log(screen=lines.append))
+    assert reserve == pytest.approx(1.15 * (1 + 2 + 3 * 4 + 4 * 8 + 2 * (16 + 32) + 64) + 0.5)
+    assert any(
+        "choose 32.0, gradients 2.0, calibrate 12.0, factorise 64.0, quantise 32.0, pack 64.0" in line for line in lines
+    )
 
 
 def test_what_only_a_first_call_costs_is_not_reserved(settings, monkeypatch, tmp_path):

@@ -277,7 +277,7 @@ def measure(way: Way, model: g.GPT, setup: g.Setup, known: dict[str, g.Sensitivi
         artifact = g.make_artifact(model, sensitivities, run, setup.dist, watch, {}, g.Log())
         with watch.phase("unpack"):
             packed = read_back(artifact, "the artifact", model)
-    return columns(judge, packed, len(artifact), watch.total("quantise", "pack"), watch.total("unpack"))
+    return columns(judge, packed, len(artifact), watch.total("factorise", "quantise", "pack"), watch.total("unpack"))
 
 
 def read_back(artifact: bytes, what: str, model: g.GPT) -> g.GPT:
