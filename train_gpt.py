@@ -2359,7 +2359,7 @@ def adam_directions(
 
 @torch.no_grad()
 def move_parameters(params: Sequence[Tensor], places: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Move parameters into the memory of `places` and make `grads`, zeros, their gradients; both have their shapes."""
+    """Move each parameter into the memory of its place, and make its tensor of zeros in `grads` its gradient."""
     for p, place, grad in zip(params, places, grads, strict=True):
         p.data = place.copy_(p)
         p.grad = grad  # never replaced: CUDA graphs add to it; unused parameters keep zeros
@@ -2386,8 +2386,9 @@ class MuonAdam:
 
         shapes = dict.fromkeys(p.shape for p in by_role["matrix"])  # an ordered set
         matrices = [[p for p in by_role["matrix"] if p.shape == shape] for shape in shapes]
-        self.matrices = sorted(matrices, key=lambda ps: -sum(p.numel() for p in ps))
-        self.share = [-(-len(ps) // dist.world) for ps in self.matrices]  # matrices per rank, rounded up
+        self.matrices = sorted(matrices, key=lambda ps: -sum(p.numel() for p in ps))  # those of each stack
+        self.share = [-(-len(ps) // dist.world) for ps in self.matrices]  # of each stack: matrices per rank, rounded up
+        # For each stack, this rank's momentum (share, r, c), and all values (share * world, r, c) and gradients.
         self.momentum = [ps[0].new_zeros(n, *ps[0].shape) for n, ps in zip(self.share, self.matrices, strict=True)]
         self.stacks = [m.new_zeros(len(m) * dist.world, *m.shape[1:]) for m in self.momentum]  # padding stays zero
         self.stack_grads = [torch.zeros_like(stack) for stack in self.stacks]
@@ -2396,8 +2397,8 @@ class MuonAdam:
 
         self.adam_params = by_role["embedding"] + by_role["scalar"]
         self.adam_sizes = [-(-p.numel() // 64) * 64 for p in self.adam_params]  # aligned to 256 bytes
-        embedding = sum(self.adam_sizes[: len(by_role["embedding"])])
-        self.group_sizes = [embedding, sum(self.adam_sizes) - embedding]  # embedding, scalars
+        embedding_size = sum(self.adam_sizes[: len(by_role["embedding"])])
+        self.group_sizes = [embedding_size, sum(self.adam_sizes) - embedding_size]  # embedding, scalars
         self.group_rates = [(run.embed_lr, run.embed_wd), (run.scalar_lr, run.scalar_wd)]  # learning rate, weight decay
         self.adam_values = model.embed.new_zeros(sum(self.adam_sizes))
         self.adam_grads = torch.zeros_like(self.adam_values)
@@ -2419,10 +2420,12 @@ class MuonAdam:
         self.dist.all_reduce(self.adam_grads)
 
         # Matrix by matrix, so that the order of the sum does not depend on the number of ranks.
-        mine = torch.stack(torch._foreach_norm([matrix for share in shares for matrix in share]))
-        by_rank = self.dist.all_gather(mine).view(self.dist.world, -1)
-        by_stack = zip(by_rank.split(self.share, dim=1), self.matrices, strict=True)
-        norms = [each.flatten()[: len(ps)] for each, ps in by_stack]
+        own = torch.stack(torch._foreach_norm([matrix for share in shares for matrix in share]))
+        by_rank = self.dist.all_gather(own).view(self.dist.world, -1)  # (world, a rank's matrices)
+        by_stack = by_rank.split(self.share, dim=1)  # (world, share) each
+        norms = [
+            stack.flatten()[: len(ps)] for stack, ps in zip(by_stack, self.matrices, strict=True)
+        ]  # without padding
         return shares, torch.cat([*norms, self.adam_grads.norm()[None]]).norm()
 
     @torch.no_grad()
@@ -2443,8 +2446,8 @@ class MuonAdam:
             aspect = max(1.0, stack.size(-2) / stack.size(-1))  # tall matrices take longer steps, as in Jordan's Muon
             stack.mul_(1 - matrix_lr * run.muon_wd).add_(updates, alpha=-matrix_lr * aspect**0.5)
 
-        tensors = [self.adam_grads], [self.exp_avg], [self.exp_avg_sq]
-        (directions,) = adam_directions(*tensors, self.steps_done, run.beta1, run.beta2, run.adam_eps)
+        flat = [self.adam_grads], [self.exp_avg], [self.exp_avg_sq]  # to `adam_directions`, all is one parameter
+        (directions,) = adam_directions(*flat, self.steps_done, run.beta1, run.beta2, run.adam_eps)
         values_by_group = self.adam_values.split(self.group_sizes)
         groups = zip(values_by_group, directions.split(self.group_sizes), self.group_rates, strict=True)
         for values, direction, (lr, wd) in groups:
@@ -4408,9 +4411,10 @@ class TTTOptimizer:
         has_exp_avg = run.ttt_optimizer == "sgd" or (adamw and run.ttt_beta1 > 0)  # with beta1 = 0 it is the gradient
         self.exp_avg = [torch.zeros_like(t) for t in tensors] if has_exp_avg else []
         self.exp_avg_sq = [torch.zeros_like(t) for t in tensors] if adamw else []
+        self.state = [*self.exp_avg, *self.exp_avg_sq]  # (B, ...) each: what is copied where a document changes rows
 
     def reset(self) -> None:
-        for t in (self.steps_done, *self.exp_avg, *self.exp_avg_sq):
+        for t in (self.steps_done, *self.state):
             t.zero_()
 
     def directions(self, grads: list[Tensor]) -> list[Tensor]:
@@ -4689,8 +4693,8 @@ class BatchedTTT(Learner):
         """Copy these documents from another learner, in their current state."""
         self.reset()
         self.cache.copy_rows(other.cache, rows)
-        mine = [*self.tensors, *self.optimizer.exp_avg, *self.optimizer.exp_avg_sq]
-        theirs = [*other.tensors, *other.optimizer.exp_avg, *other.optimizer.exp_avg_sq]
+        mine = [*self.tensors, *self.optimizer.state]
+        theirs = [*other.tensors, *other.optimizer.state]
         for new, old in zip(mine, theirs, strict=True):
             new.copy_(old[rows])
         self.optimizer.steps_done.copy_(other.optimizer.steps_done)
