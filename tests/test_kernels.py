@@ -14,7 +14,7 @@ import torch
 import train_gpt as g
 from tools import bench
 
-pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the same on a GPU instead")
 DTYPES = {"cpu": torch.float32, "cuda": torch.bfloat16}
 
@@ -153,6 +153,58 @@ def test_packed_attention_repeats_to_the_last_bit():
     once = results_and_gradients(g.FusedAttention.apply, *case)
     again = results_and_gradients(g.FusedAttention.apply, *case)
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@on_cpu
+def test_packed_attention_of_tokens_near_zero_equals_its_reference():
+    """Where what norms add to squares shows; one token is all zeros."""
+    inputs, *rest = attention_case("cpu", 20, 2, 1, 16, 8, [0], True)
+    inputs[0] *= 1e-3
+    inputs[0][7] = 0
+    compare(g.FusedAttention.apply, bench.attention_reference, inputs, *rest, "out d_qkv d_gain d_gate", 1e-5)
+
+
+@g.jit
+def tile_loops_kernel(positions_ptr, ends_ptr, found_ptr, tokens, queries: tl.constexpr):
+    """Begin and end of the loops of each tile: over keys without a mask and with one, over queries likewise."""
+    first = tl.program_id(0) * g.TILE
+    for masked in tl.static_range(2):
+        loop_ptr = found_ptr + tl.program_id(0) * 8 + 2 * masked
+        begin, end = g.keys_of_tile(positions_ptr, first, tokens, masked)
+        tl.store(loop_ptr, begin)
+        tl.store(loop_ptr + 1, end)
+        begin, end, _ = g.queries_of_tile(ends_ptr, first, tokens, queries, masked)
+        tl.store(loop_ptr + 4, begin)
+        tl.store(loop_ptr + 5, end)
+
+
+@on_cpu
+@pytest.mark.parametrize("queries", [16, 64])
+def test_loops_visit_no_tile_in_vain_and_mask_only_those_that_need_it(queries):
+    tokens = 1000
+    starts = [0, 64, 67, 131, 192, 256, 448, 449, 642]
+    segments = make_segments(tokens, starts, "cpu")
+    begins = torch.arange(tokens) - segments.positions
+    attends = (begins[:, None] == begins) & torch.ones(tokens, tokens, dtype=torch.bool).tril()  # (queries, keys)
+
+    expected = []
+    for first in range(0, tokens, 64):
+        tile = attends[first : first + 64]  # of queries
+        begin = first_key = int(begins[first])
+        while first_key + 64 <= first + 1 and tile[:, first_key : first_key + 64].all():
+            first_key += 64
+        loops = [begin, first_key, first_key, first + len(tile)]
+
+        tile = attends[:, first : first + 64]  # of keys
+        end = int(tile[:, -1].nonzero().max()) + 1
+        after = first_query = first + 64
+        while first_query + queries <= end and tile[first_query : first_query + queries].all():
+            first_query += queries
+        expected.append([*loops, after, first_query, first, end - (first_query - after)])
+
+    found = torch.empty(len(expected), 8, dtype=torch.int32)
+    tile_loops_kernel[(len(found),)](segments.positions, segments.ends, found, tokens, queries)
+    assert found.tolist() == expected
 
 
 @on_cpu
