@@ -164,6 +164,15 @@ def test_packed_attention_of_tokens_near_zero_equals_its_reference():
     compare(g.FusedAttention.apply, bench.attention_reference, inputs, *rest, "out d_qkv d_gain d_gate", 1e-5)
 
 
+@on_cpu
+def test_a_token_alone_gets_its_own_value_whatever_the_score():
+    (qkv, _, gate), fixed, _ = attention_case("cpu", 5, 2, 2, 16, 8, list(range(5)), False)
+    q, k, v = qkv.split(2 * 16, 1)
+    q.copy_(k)
+    out = g.FusedAttention.apply(qkv, torch.tensor([-60.0, 60.0]), torch.ones_like(gate), *fixed)
+    torch.testing.assert_close(out, v)
+
+
 @g.jit
 def tile_loops_kernel(positions_ptr, ends_ptr, found_ptr, tokens, queries: tl.constexpr):
     """Begin and end of the loops of each tile: over keys without a mask and with one, over queries likewise."""
@@ -239,6 +248,12 @@ def test_cached_attention_equals_its_reference(device, B, C, H, K, h, L, positio
     tolerance = {"cpu": 1e-5, "cuda": 5e-2}[device]
     case = cached_attention_case(device, B, C, H, K, h, L, position)
     compare(g.FusedCachedAttention.apply, bench.attend_with_cache, *case, "y d_q d_k d_v", tolerance)
+
+
+def test_cached_attention_refuses_a_cache_of_another_dtype():
+    inputs, (filled, buffer), _ = cached_attention_case("cpu", *CACHED_ATTENTION[0].values)
+    with pytest.raises(AssertionError, match="dtype"):
+        g.FusedCachedAttention.apply(*inputs, filled, buffer.half())
 
 
 @pytest.mark.parametrize("rows, width, size", [(1, 64, 16), (17, 64, 32), (65, 64, 128), (200, 64, 128), (65, 128, 64)])
