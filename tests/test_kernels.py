@@ -386,6 +386,19 @@ def test_the_loss_equals_its_reference(device, tokens, vocab, cap):
 # ---- In the network ----
 
 
+def note_use(monkeypatch, *functions: type[torch.autograd.Function]) -> set[str]:
+    """The names of those that have run, from now on."""
+    used: set[str] = set()
+    for function in functions:
+
+        def forward(*arguments, name=function.__name__, real=function.forward):
+            used.add(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(function, "forward", staticmethod(forward))
+    return used
+
+
 @on_cpu
 def test_the_network_has_the_same_gradients_with_kernels_as_without(tiny_config, monkeypatch):
     """Of every parameter: whatever lies beside a kernel in memory, and whichever gradients add up."""
@@ -396,6 +409,7 @@ def test_the_network_has_the_same_gradients_with_kernels_as_without(tiny_config,
         p.data.add_(0.1 * torch.randn(p.shape))
     segments = make_segments(70, [0, 9, 64], "cpu")
     monkeypatch.setattr(g, "MIX_PROGRAMS", 3)
+    used = note_use(monkeypatch, g.FusedAttention, g.FusedMLP, g.FusedMix, g.FusedLoss)
 
     def loss_and_gradients(with_kernels: bool) -> list[torch.Tensor]:
         monkeypatch.setattr(g, "use_kernels", lambda x: with_kernels)
@@ -403,7 +417,10 @@ def test_the_network_has_the_same_gradients_with_kernels_as_without(tiny_config,
         return [nll, *torch.autograd.grad(nll.sum(), list(model.parameters()))]
 
     names = " ".join(["nll", *(name for name, _ in model.named_parameters())])
-    assert_close(loss_and_gradients(True), loss_and_gradients(False), names, 1e-4)
+    expected = loss_and_gradients(False)
+    assert not used
+    assert_close(loss_and_gradients(True), expected, names, 1e-4)
+    assert used == {"FusedAttention", "FusedMLP", "FusedMix", "FusedLoss"}
 
 
 @on_cpu
@@ -417,6 +434,7 @@ def test_a_document_is_learned_from_alike_with_kernels_and_without(tiny_config, 
     run = tiny_run(ttt_optimizer="adamw", eval_seq_len=20)
     tokens = torch.randint(2, 64, (2, 32))
     mask = torch.ones(2, 8, dtype=torch.bool)
+    used = note_use(monkeypatch, g.FusedCachedAttention, g.FusedMLP, g.FusedMix)
 
     def nats_and_adapter(with_kernels: bool) -> list[torch.Tensor]:
         monkeypatch.setattr(g, "use_kernels", lambda x: with_kernels)
@@ -428,7 +446,19 @@ def test_a_document_is_learned_from_alike_with_kernels_and_without(tiny_config, 
             learner.advance(learner.learn(chunk, mask))
         return nats
 
-    assert_close(nats_and_adapter(True), nats_and_adapter(False), "first second third fourth", 1e-4)
+    expected = nats_and_adapter(False)
+    assert not used
+    assert_close(nats_and_adapter(True), expected, "first second third fourth", 1e-4)
+    assert used == {"FusedCachedAttention"}  # the others are for training
+
+
+@on_cpu
+def test_an_mlp_that_may_not_fuse_runs_in_plain_torch(tiny_config, monkeypatch):
+    monkeypatch.setattr(g, "use_kernels", lambda x: True)
+    monkeypatch.delattr(g, "FusedMLP")
+    mlp = g.MLP(tiny_config)
+    mlp.may_fuse = False
+    mlp(torch.ones(1, 3, tiny_config.model_dim), torch.ones(tiny_config.model_dim))
 
 
 def test_kernels_run_where_both_a_gpu_and_triton_are(monkeypatch):
