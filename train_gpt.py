@@ -3631,7 +3631,7 @@ class Trellis(NamedTuple):
         state = torch.arange(self.states)
         parity = state // (self.states // 2)
         shifted = [state ^ (parity * (h0 >> 1)) ^ (bit * (h1 >> 1)) for bit in (0, 1)]
-        return torch.stack([(s << 1 | parity) & (self.states - 1) for s in shifted])
+        return torch.stack([s << 1 | parity for s in shifted])
 
 
 def nearest_in_coset(v: Tensor, coset: Tensor) -> Tensor:
@@ -7402,7 +7402,7 @@ def predecessor(state, bit, states: tl.constexpr, h0: tl.constexpr, h1: tl.const
     """The state before `state`, if bit 1 of the integer in between is `bit`: see `Trellis.predecessors`."""
     parity = state // (states // 2)
     shifted = state ^ (parity * (h0 >> 1)) ^ (bit * (h1 >> 1))
-    return ((shifted << 1) | parity) & (states - 1)
+    return (shifted << 1) | parity
 
 
 @jit
