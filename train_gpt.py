@@ -6761,7 +6761,8 @@ def attention_kv_backward_kernel(
     """Gradients of a tile of keys and values of one key/value head, summed over the query heads that share it. d_qkv
     already holds the values' gradient through XSA.
 
-    A tile of queries has 64 rows, too: head after head, 64 / `together` tokens of each of `together` heads."""
+    A tile of queries has 64 rows, too: head after head, 64 / `together` tokens of each of `together` heads. Rows beyond
+    N add nothing: their q and d_y are zeros."""
     first_key = tl.program_id(0) * TILE
     kv_head = tl.program_id(1)
     group = heads // kv_heads
@@ -6784,7 +6785,7 @@ def attention_kv_backward_kernel(
                 query = first_query + row % queries
                 q = load_tile(qk_ptr, query, tokens, heads + kv_heads, head[:, None], width)
                 d_y = load_tile(d_y_ptr, query, tokens, heads, head[:, None], width)
-                lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 1e30)  # so that beyond row N all p are 0
+                lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 0.0)
                 delta = tl.load(delta_ptr + head * tokens + query, query < tokens, 0.0)
                 s = tl.dot(k, tl.trans(q))  # (64 keys, 64 rows of queries)
                 if masked:
@@ -7061,7 +7062,7 @@ def cached_attention_kv_backward_kernel(
 ):
     """Gradients of a tile of the chunk's own keys and values of one head, summed over rows in their order.
 
-    Rows beyond the chunk add nothing: their d_y and delta are zeros."""
+    Rows beyond the chunk add nothing: their q and d_y are zeros."""
     document = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     group: tl.constexpr = heads // kv_heads
