@@ -5937,8 +5937,13 @@ def dry_run(trainer: Trainer, batch: Sequence[MicroBatch], setup: Setup, held_ou
         "pack": 2,
     }
     seconds = {phase: count * watch.total(phase) for phase, count in times.items()}
-    parts = ", ".join(f"{phase} {{{phase}:.1f}}" for phase in seconds)
-    log.event("dry_run", f"set-up: what follows training takes, in seconds: {parts}", **seconds)
+    log.event(
+        "dry_run",
+        "set-up: what follows training takes, in seconds: checkpoint {checkpoint:.1f}, choose {choose:.1f}, "
+        "gradients {gradients:.1f}, calibrate {calibrate:.1f}, factorise {factorise:.1f}, quantise {quantise:.1f}, "
+        "pack {pack:.1f}",
+        **seconds,
+    )
     return dist.all_reduce_max(1.15 * sum(seconds.values()) + 0.5)  # with a margin: a late artifact is no entry
 
 

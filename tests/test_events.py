@@ -7,7 +7,7 @@ import pytest
 
 import train_gpt
 from tools import events
-from tools.events import Event, read_events, wordings_of
+from tools.events import Event, names_in, read_events, wordings_of
 from train_gpt import DataError
 
 TREE = ast.parse(Path(train_gpt.__file__).read_text(encoding="utf-8"))
@@ -22,14 +22,26 @@ def reported() -> list[tuple[str, set[str]]]:
     found = []
     for node in ast.walk(TREE):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "event":
-            found.append((node.args[0].value, {word.arg for word in node.keywords if word.arg}))
+            found.append((node.args[0].value, fields_of(node)))
     return found
+
+
+def fields_of(call: ast.Call) -> set[str]:
+    """By its keywords, or where it passes a table, by its template; the result's is not a constant."""
+    if all(word.arg for word in call.keywords):
+        return {word.arg for word in call.keywords}
+    template = call.args[1]
+    return names_in(template.value) if isinstance(template, ast.Constant) else set()
 
 
 def test_every_event_is_known_with_its_fields():
     assert {name for name, _ in reported()} == set(events.FIELDS) - OF_OLDER_RUNS
     for name, fields in reported():
         assert fields == set(events.FIELDS[name]), name
+
+
+def test_a_dry_run_reports_every_phase_that_follows_training():
+    assert set(events.FIELDS["dry_run"]) == set(train_gpt.TRAINING_CLOCK) - {"train"}
 
 
 @pytest.mark.parametrize("event", sorted(set(events.TEMPLATES) - OF_OLDER_RUNS))

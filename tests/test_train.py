@@ -20,6 +20,7 @@ from graphs import fake_cuda_graphs
 from masked import attend_segments
 
 import train_gpt as g
+from tools import events as events_of_tools
 
 
 @pytest.fixture
@@ -828,12 +829,13 @@ def test_the_time_of_all_that_follows_training_is_reserved(settings, monkeypatch
     took = {"checkpoint": 1.0, "gradients": 2.0, "calibrate": 4.0, "choose": 8.0, "quantise": 16.0, "pack": 32.0}
     took |= {"factorise": 64.0}
     monkeypatch.setattr(g.Stopwatch, "total", lambda watch, *names: sum(took[name] for name in names))
-    lines = []
-    reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log(screen=lines.append))
+    log = tmp_path / "run.txt"
+    reserve = g.prepare_training(new_trainer(run), setup, stream.held_out(), g.Log(log))
     assert reserve == pytest.approx(1.15 * (1 + 2 + 3 * 4 + 4 * 8 + 2 * (16 + 32) + 64) + 0.5)
-    assert any(
-        "choose 32.0, gradients 2.0, calibrate 12.0, factorise 64.0, quantise 32.0, pack 64.0" in line for line in lines
-    )
+    said = "choose 32.0, gradients 2.0, calibrate 12.0, factorise 64.0, quantise 32.0, pack 64.0"
+    assert said in log.read_text()
+    events = events_of_tools.read_events((tmp_path / "run.events.jsonl").read_bytes(), "the run")
+    assert all(event.known for event in events) and events_of_tools.first_difference(log.read_text(), events) is None
 
 
 def test_what_only_a_first_call_costs_is_not_reserved(settings, monkeypatch, tmp_path):

@@ -56,6 +56,15 @@ FIELDS = {  # event -> its fields and their kinds; a non-finite value is stored 
     "predicted_size": {"artifact_bytes": number, "code_bytes": whole, "limit_bytes": whole},
     "limits": {"steps": whole, "train_seconds": number, "eval_seconds": number},
     "setting_up": {"stage": text},
+    "dry_run": {
+        "checkpoint": number,
+        "choose": number,
+        "gradients": number,
+        "calibrate": number,
+        "factorise": number,
+        "quantise": number,
+        "pack": number,
+    },
     "set_up": {"seconds": number, "reserve_seconds": number},
     "step": {
         "step": whole,
@@ -193,6 +202,11 @@ TEMPLATES = {  # event -> all wordings of its line in train_gpt.py, the latest f
         "limits: {train_seconds:g} s of training, {eval_seconds:g} s of evaluation (0: none)",
     ),
     "setting_up": ("set-up: {stage}",),
+    "dry_run": (
+        "set-up: what follows training takes, in seconds: checkpoint {checkpoint:.1f}, choose {choose:.1f}, "
+        "gradients {gradients:.1f}, calibrate {calibrate:.1f}, factorise {factorise:.1f}, quantise {quantise:.1f}, "
+        "pack {pack:.1f}",
+    ),
     "set_up": ("set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing",),
     "step": (
         "step:{step} loss:{loss:.4f} progress:{progress:.3f} loop:{loop} "
