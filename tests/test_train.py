@@ -210,8 +210,19 @@ def test_a_dry_run_follows_the_warm_up_before_the_state_is_restored(settings, mo
     assert differing(before, trainer.copy_state()) == []
 
     tight = setup._replace(run=dataclasses.replace(run, max_wallclock_seconds=0.4))
-    with pytest.raises(g.ConfigError, match="MAX_WALLCLOCK_SECONDS=0.4: quantising and packing take"):
+    with pytest.raises(g.ConfigError, match="MAX_WALLCLOCK_SECONDS=0.4: what follows training takes .* lower HOLDOUT_"):
         g.prepare_training(trainer, tight, stream.held_out(), g.Log())
+
+
+@pytest.mark.parametrize("reserve, warned", [(49.0, False), (51.0, True)])
+def test_a_budget_of_which_little_is_left_for_training_gets_a_warning(settings, monkeypatch, reserve, warned):
+    monkeypatch.setattr(g, "dry_run", lambda *_: reserve)
+    run = settings(max_wallclock_seconds=100.0)
+    stream = g.TrainingStream(run, TINY_MODEL.vocab_size, g.Dist())
+    setup = g.Setup(TINY_MODEL, run, g.Dist(), None, None, stream)
+    log = g.Log()
+    assert g.prepare_training(new_trainer(run), setup, stream.held_out(), log) == reserve
+    assert [("takes 51.0 s of it, more than is left" in text) for text in log.warnings] == [True] * warned
 
 
 def test_training_is_the_same_with_and_without_warm_up(settings):

@@ -207,7 +207,10 @@ TEMPLATES = {  # event -> all wordings of its line in train_gpt.py, the latest f
         "gradients {gradients:.1f}, calibrate {calibrate:.1f}, factorise {factorise:.1f}, quantise {quantise:.1f}, "
         "pack {pack:.1f}",
     ),
-    "set_up": ("set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing",),
+    "set_up": (
+        "set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for what follows training",
+        "set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing",
+    ),
     "step": (
         "step:{step} loss:{loss:.4f} progress:{progress:.3f} loop:{loop} "
         "tokens_per_s:{tokens_per_s:.0f} epoch:{epoch:.2f} train_s:{train_s:.1f} eta_s:{eta_s:.0f}",

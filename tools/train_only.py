@@ -116,7 +116,7 @@ def set_up(entry: ModuleType, setup: Any, log: Any, watch: Any) -> tuple[Any, An
         trainer.load_state(state, 0)
         setup.dist.finish_kernels()
         setup.dist.barrier()
-    line = "set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for quantisation and packing"
+    line = "set-up took {seconds:.1f} s; {reserve_seconds:.1f} s are reserved for what follows training"
     log.event("set_up", line, seconds=watch.total("set-up"), reserve_seconds=0.0)
     return held_out, trainer
 
