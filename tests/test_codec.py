@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import train_gpt
 from tools import codec, compress, decompress, sample
-from tools.artifact import end_in_a_line
+from tools.artifact import end_in_a_line, find_artifact
 from train_gpt import BOS, DataError, UserError
 
 ROOT = Path(train_gpt.__file__).parent
@@ -579,6 +579,19 @@ def test_the_commands(make_artifact, tmp_path, monkeypatch, capsys):
     out.write_bytes(out.read_bytes()[:-1])
     assert end_in_a_line(lambda: decompress.main([str(out), str(back), "--artifact", str(first)])) == 2
     assert not back.exists()
+
+
+def test_an_artifact_that_nobody_named_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ARTIFACT", raising=False)
+    Path("logs").mkdir()
+    for number, name in enumerate(["older", "newer"]):
+        (path := Path("logs", f"{name}.ptz")).write_bytes(b"")
+        os.utime(path, (number, number))
+    assert find_artifact(None) == path
+    assert capsys.readouterr().err == "artifact: logs/newer.ptz, the newest in logs/\n"
+    assert find_artifact("logs/older.ptz") == Path("logs/older.ptz")
+    assert capsys.readouterr().err == ""
 
 
 def test_the_table_is_of_validation_documents(artifact, tmp_path, capsys, write_shard):

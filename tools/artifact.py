@@ -75,12 +75,14 @@ def checked_knobs(stored: Mapping[str, str], what: str) -> dict[str, str]:
 
 
 def find_artifact(given: str | None) -> Path:
-    """The artifact given as an argument, else the environment's ARTIFACT, else the newest of logs/*.ptz."""
+    """The artifact given as an argument, else the environment's ARTIFACT, else the newest of logs/*.ptz, which a line
+    on stderr names."""
     named = given or os.environ.get("ARTIFACT")
     if named:
         return Path(named)
     found = sorted(train_gpt.LOGS.glob("*.ptz"), key=lambda path: path.stat().st_mtime)
     train_gpt.require(bool(found), f"no artifact is named, and {train_gpt.LOGS}/ holds none", train_gpt.UserError)
+    print(printable(f"artifact: {found[-1]}, the newest in {train_gpt.LOGS}/"), file=sys.stderr, flush=True)
     return found[-1]
 
 
