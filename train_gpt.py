@@ -1630,6 +1630,7 @@ def read_on_main(path: str | Path, dist: Dist) -> bytes:
 
 
 def read_file(path: str | Path, advice: str = "") -> bytes:
+    """A file's content. Raises DataError, whose message ends with `advice`."""
     try:
         return Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
@@ -5893,7 +5894,7 @@ def prepare_training(trainer: Trainer, setup: Setup, held_out: Documents, log: L
     if run.max_wallclock_seconds:
         log.event("setting_up", stage, stage="a dry run of what follows training, to know how long it takes")
         reserve = dry_run(trainer, batch, setup, held_out, log)
-        remedy = "raise it, or lower HOLDOUT_TOKENS, on which weights are chosen"
+        remedy = "raise it, or lower HOLDOUT_TOKENS (choose) or GRAD_RMS_TOKENS (gradients)"  # as `dry_run` names them
         problem = (
             f"MAX_WALLCLOCK_SECONDS={run.max_wallclock_seconds:g}: what follows training takes {reserve:.1f} s of it"
         )
@@ -5968,7 +5969,7 @@ def choose_weights(trainer: Trainer, setup: Setup, held_out: Documents, log: Log
         return READOUTS["half"]
 
     def score(share: float) -> float:
-        progress = ScoringProgress(log, f"held-out text with {share:.3f} of the average")
+        progress = ScoringProgress(log, f"held-out text, share of average weights {share:.3f}")
         with trainer.average.applied(share):
             table = score_all_static(trainer.model, setup, docs=held_out, progress=progress)
         return float(table.nats.sum() / (len(held_out.tokens) - 1))
@@ -6785,7 +6786,7 @@ def attention_kv_backward_kernel(
 
     d_k = tl.zeros([TILE, width], tl.float32)
     d_v = tl.zeros([TILE, width], tl.float32)
-    queries: tl.constexpr = TILE // together
+    queries: tl.constexpr = TILE // together  # tokens of a tile of queries
     row = tl.arange(0, TILE)
     for first_head in range(kv_head * group, (kv_head + 1) * group, together):
         head = first_head + row // queries  # (64,)
@@ -7585,6 +7586,7 @@ def do_experiment(model_config: ModelConfig, run: RunConfig, dist: Dist, run_id:
     describe_run(setup, run_id, log)
     describe_setup(setup, log)
     if check_only:
+        log.line("checked: this run can start")
         return
 
     result = {"run_id": run_id, "seed": run.seed, "code_sha256": hashlib.sha256(code()).hexdigest()}

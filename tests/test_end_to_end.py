@@ -597,6 +597,7 @@ def test_check_setup_says_what_would_be_run_and_writes_nothing(tmp_path, here):
     assert "validation: 10 documents" in done.stdout and "training data: 2 shards" in done.stdout
     assert "predicted artifact" in done.stdout
     assert "limits: 12 steps, 0 s of training, 0 s of evaluation (0: none)" in done.stdout
+    assert done.stdout.endswith("\nchecked: this run can start\n")
     assert sorted(tmp_path.rglob("*")) == before
     refused = here(folder, "--check-setup", RESUME="logs/none.ckpt")
     assert refused.returncode == 2 and "logs/none.ckpt: cannot be read" in refused.stderr
