@@ -3631,7 +3631,7 @@ class Trellis(NamedTuple):
         state = torch.arange(self.states)
         parity = state // (self.states // 2)
         shifted = [state ^ (parity * (h0 >> 1)) ^ (bit * (h1 >> 1)) for bit in (0, 1)]
-        return torch.stack([(s << 1 | parity) & (self.states - 1) for s in shifted])
+        return torch.stack([s << 1 | parity for s in shifted])
 
 
 def nearest_in_coset(v: Tensor, coset: Tensor) -> Tensor:
@@ -6766,7 +6766,8 @@ def attention_kv_backward_kernel(
     """Gradients of a tile of keys and values of one key/value head, summed over the query heads that share it. d_qkv
     already holds the values' gradient through XSA.
 
-    A tile of queries has 64 rows, too: head after head, 64 / `together` tokens of each of `together` heads."""
+    A tile of queries has 64 rows, too: head after head, 64 / `together` tokens of each of `together` heads. Rows beyond
+    N add nothing: their q and d_y are zeros."""
     first_key = tl.program_id(0) * TILE
     kv_head = tl.program_id(1)
     group = heads // kv_heads
@@ -6789,7 +6790,7 @@ def attention_kv_backward_kernel(
                 query = first_query + row % queries
                 q = load_tile(qk_ptr, query, tokens, heads + kv_heads, head[:, None], width)
                 d_y = load_tile(d_y_ptr, query, tokens, heads, head[:, None], width)
-                lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 1e30)  # so that beyond row N all p are 0
+                lse = tl.load(lse_ptr + head * tokens + query, query < tokens, 0.0)
                 delta = tl.load(delta_ptr + head * tokens + query, query < tokens, 0.0)
                 s = tl.dot(k, tl.trans(q))  # (64 keys, 64 rows of queries)
                 if masked:
@@ -7066,7 +7067,7 @@ def cached_attention_kv_backward_kernel(
 ):
     """Gradients of a tile of the chunk's own keys and values of one head, summed over rows in their order.
 
-    Rows beyond the chunk add nothing: their d_y and delta are zeros."""
+    Rows beyond the chunk add nothing: their q and d_y are zeros."""
     document = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     group: tl.constexpr = heads // kv_heads
@@ -7407,7 +7408,7 @@ def predecessor(state, bit, states: tl.constexpr, h0: tl.constexpr, h1: tl.const
     """The state before `state`, if bit 1 of the integer in between is `bit`: see `Trellis.predecessors`."""
     parity = state // (states // 2)
     shifted = state ^ (parity * (h0 >> 1)) ^ (bit * (h1 >> 1))
-    return ((shifted << 1) | parity) & (states - 1)
+    return (shifted << 1) | parity
 
 
 @jit

@@ -348,6 +348,19 @@ def test_a_path_covers_a_strip_of_rows(monkeypatch, rows):
         assert torch.equal(whole[:, part], expected)
 
 
+@pytest.mark.skipif(g.triton is None or torch.cuda.is_available(), reason="runs in Triton's interpreter")
+def test_the_kernel_searches_where_kernels_run(monkeypatch):
+    """In columns whose rows lie apart in memory, too."""
+    v = 3 * torch.randn(10, 3).mT
+    live = torch.rand(10, 3).mT > 0.2
+    with monkeypatch.context() as without_kernels:
+        without_kernels.delattr(g, "viterbi_kernel")
+        expected = g.round_columns(v, live, g.Trellis(8))
+    monkeypatch.setattr(g, "use_kernels", lambda x: True)
+    monkeypatch.delattr(g, "viterbi_reference")
+    assert torch.equal(g.round_columns(v, live, g.Trellis(8)), expected)
+
+
 # ---- steps ------------------------------------------------------------------
 
 
