@@ -283,8 +283,8 @@ main() {
   (($# == 0)) || shift
   wait_without_spinning
   unset PYTHONSAFEPATH # with it, Python would not find the tools, modules of this folder
-  case $command in # what takes knobs, but for a run, which refuses bad ones itself
-    prove | compress | decompress | sample | calibrate | check | rules | packing | bench | sweep | record)
+  case $command in # what takes knobs from the environment, but for a run, which refuses bad ones itself
+    prove | compress | sample | calibrate | rules | packing | bench | sweep | record)
       refuse_bad_knobs "$@"
       ;;
   esac

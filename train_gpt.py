@@ -5637,8 +5637,8 @@ def check_ranks_compute_alike(dist: Dist) -> None:
     everyone = [text.splitlines() for text in dist.gather_texts("\n".join(facts))]
     first = everyone[0]
     for rank, theirs in enumerate(everyone):
-        others = ", ".join(fact for fact in theirs if fact not in first)
-        expected = ", ".join(fact for fact in first if fact not in theirs)
+        others = ", ".join(fact for fact in theirs if fact not in first) or "none of that"
+        expected = ", ".join(fact for fact in first if fact not in theirs) or "none of that"
         require(
             theirs == first,
             f"rank {rank} on {dist.hosts[rank]} has {others}, rank 0 on {dist.hosts[0]} has {expected}, and they would "

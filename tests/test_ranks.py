@@ -218,6 +218,8 @@ def test_a_rank_that_would_do_something_else_is_refused_before_one_waits_for_ano
             ["torch:2.11 cuda:12.8 numpy:2", "torch:2.11.1+cpu numpy:2"],
             "torch:2.11.1+cpu|torch:2.11, cuda:12.8",
         ),
+        ("versions", ["torch:2.11 cuda:12.8", "torch:2.11"], "none of that|cuda:12.8"),
+        ("versions", ["torch:2.11", "torch:2.11 cuda:12.8"], "cuda:12.8|none of that"),
         ("triton", [SimpleNamespace(__version__="3.5"), None], "triton:none|triton:3.5"),
         ("device_name", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"], "NVIDIA H100 80GB HBM3|NVIDIA H200"),
     ],

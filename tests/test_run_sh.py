@@ -193,7 +193,7 @@ def test_help_needs_no_package(bare):
     assert bare.started("pip") == bare.started("venv") == []
 
 
-WITHOUT_KNOBS = {"compare", "plot"}
+WITHOUT_KNOBS = {"compare", "plot", "decompress", "check"}  # the last two take those of a file or a record
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,9 @@ def test_good_knobs_are_not_refused_before_the_run(bare):
     assert "torch" in bare.installed()
 
 
-@pytest.mark.parametrize("arguments", [["sweep", "--help"], ["sweep", "--source=other.py"], ["compare", "a", "b"]])
+@pytest.mark.parametrize(
+    "arguments", [["sweep", "--help"], ["sweep", "--source=other.py"], *([name, "X"] for name in sorted(WITHOUT_KNOBS))]
+)
 def test_a_bad_knob_is_not_refused_by_what_takes_none_or_those_of_another_source(bare, arguments):
     bare.run(*arguments, TTL_LR="1")
     assert "torch" in bare.installed()
