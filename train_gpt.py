@@ -2423,10 +2423,8 @@ class MuonAdam:
         # Matrix by matrix, so that the order of the sum does not depend on the number of ranks.
         own = torch.stack(torch._foreach_norm([matrix for share in shares for matrix in share]))
         by_rank = self.dist.all_gather(own).view(self.dist.world, -1)  # (world, a rank's matrices)
-        by_stack = by_rank.split(self.share, dim=1)  # (world, share) each
-        norms = [
-            stack.flatten()[: len(ps)] for stack, ps in zip(by_stack, self.matrices, strict=True)
-        ]  # without padding
+        by_stack = zip(by_rank.split(self.share, dim=1), self.matrices, strict=True)  # norms (world, share), matrices
+        norms = [each.flatten()[: len(ps)] for each, ps in by_stack]  # without padding
         return shares, torch.cat([*norms, self.adam_grads.norm()[None]]).norm()
 
     @torch.no_grad()
