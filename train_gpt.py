@@ -121,6 +121,16 @@ def brief(value: Any) -> str:
         return "nested deeply"
 
 
+FOR_THE_USER = (UserError, OSError, torch.OutOfMemoryError)  # errors that end a process in a line, without a traceback
+LESS_MEMORY = "out of GPU memory: lower MICRO_BATCH_TOKENS, or TTT_BATCH_DOCS in test-time training"
+
+
+def error_line(error: BaseException) -> str:
+    """The line in which an error FOR_THE_USER ends a process."""
+    text = f"{LESS_MEMORY}; {error}" if isinstance(error, torch.OutOfMemoryError) else str(error)
+    return f"error: {printable(text, MOST_OF_AN_ERROR)}"
+
+
 # ======================================================================================================================
 # Config: every knob once, with its default, its unit, its range and a line of doc.
 
@@ -265,7 +275,7 @@ class RunConfig:
     )
     train_row_tokens: int = knob(32_768, "size of the rows that a batch consists of", unit="tokens", low=8)
     micro_batch_tokens: int = knob(
-        98_304, "most tokens in one forward pass on one device", unit="tokens", low=8, high=MAX_MICRO_BATCH
+        131_072, "most tokens in one forward pass on one device", unit="tokens", low=8, high=MAX_MICRO_BATCH
     )
     train_seq_len: int = knob(
         3072, "longest context in training; a third of it at first, later two thirds", unit="tokens", low=2
@@ -7814,8 +7824,8 @@ def run_to_the_end(check_only: bool, ending: Ending) -> int:
     """Run, and report an error -> exit status."""
     try:
         run_experiment(check_only, ending)
-    except (UserError, OSError) as error:
-        ending.say(f"error: {printable(str(error), MOST_OF_AN_ERROR)}")
+    except FOR_THE_USER as error:
+        ending.say(error_line(error))
         print_advice(error)
         return 2
     except Exception:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_check import copy, recorded  # noqa: F401  fixtures
 from test_results import fabricate
 
@@ -144,6 +145,15 @@ def test_text_that_is_not_ours_is_shown_in_one_short_line():
     shown = printable("<" + "x" * 10**7 + ">")
     assert len(shown) < MOST_SHOWN + 50 and shown[0] == "<" and shown[-1] == ">" and " characters]" in shown
     assert printable("a\n\tb\r", kept="\n\t") == "a\n\tb\\r"
+
+
+def test_a_gpu_without_room_ends_a_tool_in_a_line_that_says_what_to_do(capsys):
+    def work() -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB.")
+
+    assert end_in_a_line(work) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of GPU memory: lower MICRO_BATCH_TOKENS, or TTT_BATCH_DOCS") and "9 GiB" in line
 
 
 def test_names_and_errors_from_files_are_escaped(tmp_path, monkeypatch, capsys):

@@ -172,7 +172,7 @@ def test_all_others_name_the_same_rank(ranks):
         (g.DataError("x.bin: damaged"), 2, r"error: x.bin: damaged\n"),
         (OSError("no space"), 2, r"error: no space\n"),
         (ZeroDivisionError("of the program"), 1, r"(?s).*Traceback.*ZeroDivisionError: of the program\n"),
-        (torch.OutOfMemoryError("of a GPU"), 1, r"(?s).*Traceback.*OutOfMemoryError: of a GPU\n"),
+        (torch.OutOfMemoryError("tried 9 GiB"), 2, r"error: out of GPU memory: lower MICRO_BATCH_.*; tried 9 GiB\n"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -263,7 +263,7 @@ def test_published_systems_are_settings_of_a_run(monkeypatch, name):
 
 def test_a_context_always_fits_a_micro_batch_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.delenv("MICRO_BATCH_TOKENS", raising=False)
-    for context, expected in (("2048", 98_304), ("3072", 98_304), ("2560", 98_304), ("131072", 131_072)):
+    for context, expected in (("2048", 131_072), ("3072", 131_072), ("2560", 131_072), ("262144", 262_144)):
         env = rules.environment("x.ptz", {"EVAL_SEQ_LEN": context})
         assert int(env["MICRO_BATCH_TOKENS"]) == expected
         g.read_env(env)

@@ -103,8 +103,8 @@ def end_in_a_line(work: Callable[[], int]) -> int:
     except BrokenPipeError:
         drop_what_nobody_reads()
         return CUT_OFF
-    except (train_gpt.UserError, OSError) as error:
-        print(f"error: {printable(str(error), train_gpt.MOST_OF_AN_ERROR)}", file=sys.stderr, flush=True)
+    except train_gpt.FOR_THE_USER as error:
+        print(train_gpt.error_line(error), file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

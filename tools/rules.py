@@ -398,7 +398,7 @@ def compare(comparison: Comparison, settings: Sequence[Setting], out: Path | Non
             fine = False
             continue
         except torch.OutOfMemoryError:
-            table.failed(setting.label, "refused: out of memory; lower TTT_BATCH_DOCS or MICRO_BATCH_TOKENS")
+            table.failed(setting.label, f"refused: {g.LESS_MEMORY}")
             fine = False
             continue
         wrong = int((~np.isfinite(scored.nats)).sum())
