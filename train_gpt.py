@@ -7661,7 +7661,7 @@ def reserve_run_id(run_id: str, new: bool = False) -> Iterator[Path]:
     """
     path = LOGS / f"{run_id}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = lock_file(path, run_id)
+    handle = lock_run(path, run_id)
     try:
         taken = new and files_of(run_id) != {path}
         require(not taken, f"another run has just been named {run_id}, after the time; start again, or set RUN_ID")
@@ -7677,27 +7677,39 @@ def require_free(run_id: str) -> None:
     """Raise ConfigError if a process runs under this RUN_ID. Writes nothing."""
     path = LOGS / f"{run_id}.lock"
     if path.exists():
-        os.close(lock_file(path, run_id))
+        os.close(lock_run(path, run_id))
 
 
-def lock_file(path: Path, run_id: str) -> int:
-    """Open and lock a file -> its descriptor. Raises ConfigError if another process, here or on another machine that
-    shares the folder, has locked it."""
+def lock_run(path: Path, run_id: str) -> int:
+    """Lock the file of a run -> its descriptor. Raises ConfigError if another process has locked it."""
+
+    def in_use(handle: int) -> ConfigError:
+        holder = re.match(rb"process \d+ on [\w.-]+", os.pread(handle, 200, 0))
+        return ConfigError(
+            f"RUN_ID={run_id} is in use: {holder[0].decode() if holder else 'another process'} runs under it "
+            f"({path} is locked); wait for it, end it, or set another RUN_ID"
+        )
+
+    def without_locks(reason: str) -> None:
+        print(f"warning: {path} cannot be locked: {reason}; do not run RUN_ID={run_id} twice", file=sys.stderr)
+
+    return lock_file(path, in_use, without_locks)
+
+
+def lock_file(path: Path, in_use: Callable[[int], UserError], without_locks: Callable[[str], None]) -> int:
+    """Open and lock a file -> its descriptor. If another process, here or on another machine that shares the folder,
+    has locked it, raises the error that `in_use` makes of the descriptor. If the file system has no locks,
+    `without_locks` gets the reason."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = re.match(rb"process \d+ on [\w.-]+", os.pread(handle, 200, 0))
+            error = in_use(handle)
             os.close(handle)
-            raise ConfigError(
-                f"RUN_ID={run_id} is in use: {holder[0].decode() if holder else 'another process'} runs under it "
-                f"({path} is locked); wait for it, end it, or set another RUN_ID"
-            ) from None
+            raise error from None
         except OSError as error:  # not all file systems have locks
-            print(
-                f"warning: {path} cannot be locked: {error.strerror}; do not run RUN_ID={run_id} twice", file=sys.stderr
-            )
+            without_locks(error.strerror)
             return handle
 
         with contextlib.suppress(FileNotFoundError):

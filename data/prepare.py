@@ -23,7 +23,6 @@ import ast
 import bz2
 import contextlib
 import errno
-import fcntl
 import functools
 import gc
 import glob
@@ -81,6 +80,7 @@ try:
         UserError,
         contest_bytes,
         has_markers,
+        lock_file,
         piece_bytes,
         printable,
         read_shard,
@@ -1604,7 +1604,11 @@ def locked(path: Path, if_busy: str) -> Iterator[None]:
     """Only one process at a time holds the lock, a file that exists meanwhile; others get a UserError with the text
     `if_busy`. The lock ends with the process, however the process ends: a file that it leaves behind does no harm."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = lock_file(path, if_busy)
+
+    def without_locks(reason: str) -> None:
+        tell(f"warning: {path} cannot be locked: {reason}; do not start this twice at once", sys.stderr)
+
+    lock = lock_file(path, lambda _: UserError(if_busy), without_locks)
     HELD_LOCKS.add(lock)
     try:
         yield
@@ -1612,25 +1616,6 @@ def locked(path: Path, if_busy: str) -> Iterator[None]:
         path.unlink(missing_ok=True)  # before the lock is released: afterwards the file may be another process's
         HELD_LOCKS.discard(lock)
         os.close(lock)
-
-
-def lock_file(path: Path, if_busy: str) -> int:
-    """Open and lock a file -> its descriptor. Raises UserError with the text `if_busy` if another process holds it."""
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise UserError(if_busy) from None
-        except OSError as error:  # not all file systems have locks
-            tell(f"warning: {path} cannot be locked: {error.strerror}; do not start this twice at once", sys.stderr)
-            return lock
-
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.stat(path)):
-                return lock
-        os.close(lock)  # of a file that its last owner has removed meanwhile
 
 
 def write_manifest(folder: Path, final: Path, model: bytes, encoder: Encoder, facts: dict) -> dict:
